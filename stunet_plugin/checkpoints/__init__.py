@@ -1,0 +1,1 @@
+"""Translation of published checkpoints, apart from the networks that they fit."""

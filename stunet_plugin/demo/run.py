@@ -1,0 +1,392 @@
+"""The demonstration: the embedded data set (or a user's) through the stock nnU-Net commands, with a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from stunet_plugin.demo.phantom import write_dataset
+from stunet_plugin.errors import PluginError
+from stunet_plugin.figures import OverlayCase, save_overlays
+from stunet_plugin.registration import find_host, trainers_folder, write_atomically
+
+EMBEDDED_ID = 999
+EMBEDDED_NAME = "Dataset999_StunetDemo"
+DEFAULT_EPOCHS = 10
+ITERATIONS_PER_EPOCH = 15
+VAL_ITERATIONS_PER_EPOCH = 2
+CONFIGURATION = "3d_fullres"
+FOLD = 0
+OVERLAY_ROWS = 3
+STATE_FILE = "demo.json"
+
+
+class StockCommandError(PluginError):
+    """A stock nnU-Net command ended with an error."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo runs; a resumed demo must have the same.
+
+    Attributes:
+        dataset: ID in the user's nnUNet_raw, or None for the embedded data set.
+        size: of STU-Net.
+        epochs: of ITERATIONS_PER_EPOCH iterations.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    dataset: int | None
+    size: str
+    epochs: int
+    device: str
+
+    @classmethod
+    def from_options(cls, dataset: int | None, size: str, epochs: int | None, device: str) -> DemoSettings:
+        if epochs is not None and epochs < 1:
+            raise PluginError(f"--epochs must be at least 1, not {epochs}.")
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise PluginError("--device cuda: torch finds no GPU here. Use --device cpu, or see `stunet doctor`.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(dataset, size, epochs or DEFAULT_EPOCHS, device)
+
+    @property
+    def trainer(self) -> str:
+        return f"STUNetTrainer_{self.size}"
+
+
+def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
+    """Run all steps and return an exit code.
+
+    Args:
+        settings: what to run.
+        out: folder for everything; new, or with ``resume`` the one of an interrupted demo with the same settings.
+        resume: skip what is done.
+    """
+    folder = Path(out).resolve()
+    find_host()
+    source = user_dataset(settings.dataset) if settings.dataset is not None else None
+    demo = Demo(settings, folder, source)
+    demo.open(resume)
+    started = time.monotonic()
+    try:
+        with terminate_as_interrupt():
+            demo.run()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Continue with: {demo.resume_command()}", file=sys.stderr)
+        return 130
+    except StockCommandError as error:
+        print(f"\nstunet demo: {error}\nOnce mended, continue with: {demo.resume_command()}", file=sys.stderr)
+        return 1
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes on {settings.device}. Everything is in {folder}")
+    return 0
+
+
+def user_dataset(dataset_id: int) -> Path:
+    """Return the folder of a dataset in the user's nnUNet_raw."""
+    raw = os.environ.get("nnUNet_raw")
+    if not raw:
+        raise PluginError("--dataset needs nnUNet_raw. Set it: export nnUNet_raw=/path/to/nnUNet_raw")
+    found = sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*"))
+    if len(found) != 1:
+        there = ", ".join(path.name for path in sorted(Path(raw).glob("Dataset*"))) or "none"
+        raise PluginError(f"--dataset {dataset_id}: expected one Dataset{dataset_id:03d}_* in {raw}, found {len(found)}. Datasets there: {there}.")
+    return found[0].resolve()
+
+
+class Demo:
+    """One demo in one folder: its environment, its steps, and what of them is done."""
+
+    def __init__(self, settings: DemoSettings, folder: Path, source: Path | None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.source = source
+        self.dataset_id = settings.dataset if settings.dataset is not None else EMBEDDED_ID
+        self.dataset_name = source.name if source else EMBEDDED_NAME
+        self.raw = folder / "nnUNet_raw" / self.dataset_name
+        self.predictions = folder / "predictions"
+        self.held_out = folder / "held_out"
+        self.done: list[str] = []
+
+    # --- state --------------------------------------------------------------------------------------------------------------
+
+    def open(self, resume: bool) -> None:
+        """Make the folder, or check that it is an interrupted demo with the same settings."""
+        state_file = self.folder / STATE_FILE
+        if resume:
+            if not state_file.is_file():
+                raise PluginError(f"--resume: there is no interrupted demo in {self.folder}. Start one without --resume.")
+            state = json.loads(state_file.read_text())
+            if state["settings"] != asdict(self.settings):
+                raise PluginError(f"--resume: the demo in {self.folder} was started with {state['settings']}, not {asdict(self.settings)}.")
+            self.done = state["done"]
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            advice = "Continue it with --resume, or choose" if state_file.is_file() else "Choose"
+            raise PluginError(f"{self.folder} is there already and not empty. {advice} another folder with --out.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._save_state()
+        except OSError as error:
+            raise PluginError(f"Cannot write to {self.folder} ({error.strerror}). Choose another folder with --out.") from error
+
+    def _save_state(self) -> None:
+        write_atomically(self.folder / STATE_FILE, json.dumps({"settings": asdict(self.settings), "done": self.done}, indent=2))
+
+    def resume_command(self) -> str:
+        dataset = f" --dataset {self.settings.dataset}" if self.settings.dataset is not None else ""
+        return (
+            f"stunet demo{dataset} --size {self.settings.size} --epochs {self.settings.epochs} --device {self.settings.device} "
+            f"--out {shlex.quote(str(self.folder))} --resume"
+        )
+
+    # --- steps --------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        steps: list[tuple[str, str, Callable[[], None]]] = [
+            ("dataset", "Data set", self._dataset),
+            ("preprocess", "Plan and preprocess", self._preprocess),
+            ("train", "Train", self._train),
+            ("hold_out", "Cases that were not trained on", self._hold_out),
+            ("predict", "Predict", self._predict),
+            ("evaluate", "Evaluate", self._evaluate),
+        ]
+        for number, (name, title, step) in enumerate(steps, start=1):
+            if name in self.done:
+                print(f"\n[{number}/{len(steps)}] {title}: done already")
+                continue
+            print(f"\n[{number}/{len(steps)}] {title}", flush=True)
+            step()
+            self.done.append(name)
+            self._save_state()
+        self._report()
+
+    def _dataset(self) -> None:
+        if self.source is None:
+            if not self.raw.exists():
+                write_dataset(self.raw)
+            cases = len(list((self.raw / "labelsTr").iterdir()))
+            print(f"  {cases} CT-like scans with 5 organs, made from a seed, in {self.raw}")
+            return
+        self.raw.parent.mkdir(parents=True, exist_ok=True)
+        if not self.raw.is_symlink():
+            self.raw.symlink_to(self.source, target_is_directory=True)
+        print(f"  {self.source}")
+
+    def _preprocess(self) -> None:
+        processes = str(os.cpu_count() or 1)
+        self._stock(
+            "nnUNetv2_plan_and_preprocess", "-d", str(self.dataset_id), "-c", CONFIGURATION, "-npfp", processes, "-np", processes
+        )
+
+    def _train(self) -> None:
+        arguments = [str(self.dataset_id), CONFIGURATION, str(FOLD), "-tr", self.settings.trainer, "-device", self.settings.device]
+        if list(self.model_folder.glob(f"fold_{FOLD}/checkpoint_*.pth")):
+            arguments.append("--c")
+        self._stock("nnUNetv2_train", *arguments)
+
+    def _hold_out(self) -> None:
+        """Link the fold's validation cases into a folder, so that prediction takes them as any new images."""
+        splits = json.loads((self.folder / "nnUNet_preprocessed" / self.dataset_name / "splits_final.json").read_text())
+        cases = set(splits[FOLD]["val"])
+        ending = self.dataset_json["file_ending"]
+        shutil.rmtree(self.held_out, ignore_errors=True)
+        for kind in ("images", "labels"):
+            (self.held_out / kind).mkdir(parents=True)
+        for image in (self.raw / "imagesTr").iterdir():
+            if image.name.endswith(ending) and image.name[: -len(ending)].rpartition("_")[0] in cases:
+                (self.held_out / "images" / image.name).symlink_to(image)
+        for case in cases:
+            (self.held_out / "labels" / f"{case}{ending}").symlink_to(self.raw / "labelsTr" / f"{case}{ending}")
+        print(f"  fold {FOLD} holds out {len(cases)}: {', '.join(sorted(cases)[:6])}{' ...' if len(cases) > 6 else ''}")
+
+    def _predict(self) -> None:
+        self._stock(
+            "nnUNetv2_predict", "-i", str(self.held_out / "images"), "-o", str(self.predictions), "-d", str(self.dataset_id),
+            "-c", CONFIGURATION, "-f", str(FOLD), "-tr", self.settings.trainer, "-device", self.settings.device,
+        )  # fmt: skip
+
+    def _evaluate(self) -> None:
+        folders = [str(self.held_out / "labels"), str(self.predictions)]
+        if self.has_regions:
+            files = ["-djfile", str(self.model_folder / "dataset.json"), "-pfile", str(self.model_folder / "plans.json")]
+            self._stock("nnUNetv2_evaluate_folder", *folders, *files)
+        else:
+            self._stock("nnUNetv2_evaluate_simple", *folders, "-l", *map(str, self.class_names))
+
+    def _report(self) -> None:
+        """Print the Dice table and write the picture."""
+        summary = json.loads((self.predictions / "summary.json").read_text())
+        names = list(self.class_names.values())
+        print(f"\n{'case':<24}" + "".join(f"{name[:12]:>13}" for name in names) + f"{'mean':>9}")
+        for case in summary["metric_per_case"]:
+            dice = [metrics["Dice"] for metrics in case["metrics"].values()]
+            name = Path(case["prediction_file"]).name.removesuffix(self.dataset_json["file_ending"])
+            print(f"{name[:23]:<24}" + "".join(f"{value:>13.3f}" for value in dice) + f"{np.nanmean(dice):>9.3f}")
+        mean = [metrics["Dice"] for metrics in summary["mean"].values()]
+        print(f"{'mean Dice':<24}" + "".join(f"{value:>13.3f}" for value in mean) + f"{summary['foreground_mean']['Dice']:>9.3f}")
+        picture = self.folder / "overlay.png"
+        save_overlays(list(self._overlay_cases()), self.class_names, picture)
+        print(f"\nOverlay: {picture}\nCurve:   {self.model_folder / f'fold_{FOLD}' / 'progress.png'}")
+
+    def _overlay_cases(self) -> Iterator[OverlayCase]:
+        import SimpleITK as sitk
+
+        ending = self.dataset_json["file_ending"]
+        for label in sorted((self.held_out / "labels").iterdir())[:OVERLAY_ROWS]:
+            name = label.name.removesuffix(ending)
+            image = sitk.ReadImage(str(self.held_out / "images" / f"{name}_0000{ending}"))
+            arrays = [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in (label, self.predictions / label.name)]
+            yield OverlayCase(name, sitk.GetArrayFromImage(image), arrays[0], arrays[1], image.GetSpacing()[::-1])
+
+    # --- what the steps share -----------------------------------------------------------------------------------------------
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.raw / "dataset.json").read_text())
+        return content
+
+    @property
+    def has_regions(self) -> bool:
+        return any(isinstance(value, list) for value in self.dataset_json["labels"].values())
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Label value to name, background and ignore label left out; a region stands under its first label."""
+        labels = self.dataset_json["labels"]
+        first = {name: value[0] if isinstance(value, list) else value for name, value in labels.items()}
+        return {value: name for name, value in sorted(first.items(), key=lambda item: item[1]) if value != 0 and name != "ignore"}
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "nnUNet_results" / self.dataset_name / f"{self.settings.trainer}__nnUNetPlans__{CONFIGURATION}"
+
+    def _environment(self) -> dict[str, str]:
+        folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        for path in folders.values():
+            Path(path).mkdir(parents=True, exist_ok=True)
+        processes = str(os.cpu_count() or 1)
+        caches = self.folder / "cache"
+        return {
+            **os.environ,
+            **folders,
+            "nnUNet_extTrainer": str(trainers_folder()),
+            "nnUNet_def_n_proc": processes,
+            # torch.compile takes longer than this training.
+            "nnUNet_compile": "f",
+            "STUNET_EPOCHS": str(self.settings.epochs),
+            "STUNET_ITERATIONS": str(ITERATIONS_PER_EPOCH),
+            "STUNET_VAL_ITERATIONS": str(VAL_ITERATIONS_PER_EPOCH),
+            "MPLCONFIGDIR": str(caches / "matplotlib"),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _stock(self, command: str, *arguments: str) -> None:
+        """Run a stock command, show its progress, keep its output in a log file.
+
+        Raises:
+            StockCommandError: it ended with an error.
+        """
+        print(f"  $ {shlex.join([command, *arguments])}", flush=True)
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        log = logs / f"{command}.log"
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [find_command(command), *arguments],
+                env=self._environment(),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            progress = Progress(self.settings.epochs)
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    file.write(line)
+                    file.flush()
+                    progress.see(line)
+                code = process.wait()
+            except BaseException:
+                # The command has workers of its own: stop the whole group.
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        if code != 0:
+            tail = "".join(f"    {line}" for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:])
+            raise StockCommandError(f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}")
+
+
+class Progress:
+    """Turns the output of nnUNetv2_train into a line per epoch, and that of the others into a line per case."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.epoch = ""
+        self.loss = ""
+        self.dice = ""
+
+    def see(self, line: str) -> None:
+        """Take one line of output, print what a person wants to know of it."""
+        # nnU-Net's log lines: "<date> <time>: <text>".
+        text = line.strip().partition(": ")[2] if line[:2] == "20" else line.strip()
+        if text.startswith("Epoch time:"):
+            print(f"    epoch {self.epoch:>3} of {self.epochs}: loss {self.loss}, pseudo Dice {self.dice}, {text[12:]}", flush=True)
+        elif text.startswith("Epoch "):
+            self.epoch = str(int(text.split()[1]) + 1) if text.split()[1].isdigit() else text.split()[1]
+        elif text.startswith("train_loss "):
+            self.loss = text.split()[1]
+        elif text.startswith("Pseudo dice "):
+            values = [float(part) for part in text[12:].replace("np.float32(", "").replace("np.float64(", "").translate(str.maketrans("[](),", "     ")).split()]
+            self.dice = f"{np.nanmean(values):.3f}" if values else "n/a"
+        elif text.startswith(("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")):
+            print(f"    {text}", flush=True)
+
+
+def find_command(name: str) -> str:
+    """Return the path of a stock command: beside this Python, else on the PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise PluginError(f"The command {name} is not beside {sys.executable} and not on the PATH. Reinstall nnunetv2.")
+    return found
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the demo as Ctrl-C does, so that its children are stopped too."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,278 @@
+"""STU-Net: a residual U-Net with six stages whose weights never depend on the plan.
+
+Paper: Huang et al., arXiv:2304.06716, section 3. Published code: github.com/uni-medical/STU-Net (Apache-2.0), read for
+facts, not copied. Same function as published; what differs is how it is computed and what else it can do:
+
+* The decoder convolves before it upsamples (a 1x1x1 convolution and a nearest upsampling commute), which saves the work
+  and the memory of one full-resolution tensor with twice the channels.
+* Any number of stages, strides and odd kernels, in 3D and 2D; the published code knows six stages in 3D.
+* Activations that no gradient needs are overwritten in place.
+
+Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_instancenorm
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
+
+NEGATIVE_SLOPE = 1e-2
+"""Of every LeakyReLU, and assumed by the He initialisation."""
+
+
+class ResidualBlock(nn.Module):
+    """conv - norm - LeakyReLU - conv - norm, plus the shortcut, then LeakyReLU.
+
+    Args:
+        in_channels, out_channels: of the block.
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        kernel_size: odd, one number per axis.
+        stride: of the first convolution and of the shortcut.
+        project_shortcut: the shortcut is a convolution of kernel size 1 with a bias and no norm (first block of a stage,
+            even where nothing changes); otherwise it is the identity.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        conv_op: type[_ConvNd],
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        project_shortcut: bool,
+    ) -> None:
+        super().__init__()
+        norm_op = get_matching_instancenorm(conv_op)
+        padding = tuple(size // 2 for size in kernel_size)
+        self.conv1 = conv_op(in_channels, out_channels, kernel_size, stride, padding)
+        self.norm1 = norm_op(out_channels, affine=True)
+        self.conv2 = conv_op(out_channels, out_channels, kernel_size, 1, padding)
+        self.norm2 = norm_op(out_channels, affine=True)
+        self.shortcut = conv_op(in_channels, out_channels, 1, stride) if project_shortcut else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In place is safe: instance norm keeps its input, not its output, and LeakyReLU's gradient needs its result alone.
+        y = functional.leaky_relu_(self.norm1(self.conv1(x)), NEGATIVE_SLOPE)
+        y = self.norm2(self.conv2(y))
+        y += self.shortcut(x)
+        return functional.leaky_relu_(y, NEGATIVE_SLOPE)
+
+
+def residual_stage(
+    in_channels: int,
+    out_channels: int,
+    num_blocks: int,
+    conv_op: type[_ConvNd],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> nn.Sequential:
+    """Blocks of one stage: the first strides and projects its shortcut, the others keep their shape."""
+    no_stride = (1,) * len(stride)
+    return nn.Sequential(
+        *(
+            ResidualBlock(
+                in_channels if block == 0 else out_channels,
+                out_channels,
+                conv_op,
+                kernel_size,
+                stride if block == 0 else no_stride,
+                project_shortcut=block == 0,
+            )
+            for block in range(num_blocks)
+        )
+    )
+
+
+class STUNetEncoder(nn.Module):
+    """Residual stages, the first at full resolution. Returns the output of every stage, full resolution first."""
+
+    def __init__(
+        self,
+        input_channels: int,
+        features_per_stage: tuple[int, ...],
+        conv_op: type[_ConvNd],
+        kernel_sizes: Strides,
+        strides: Strides,
+        n_blocks_per_stage: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        # Named as in dynamic_network_architectures' encoders, where decoders and tools look for them.
+        self.conv_op = conv_op
+        self.output_channels = features_per_stage
+        self.kernel_sizes = kernel_sizes
+        self.strides = strides
+        inputs = (input_channels, *features_per_stage[:-1])
+        self.stages = nn.ModuleList(
+            residual_stage(*arguments[:3], conv_op, *arguments[3:])
+            for arguments in zip(inputs, features_per_stage, n_blocks_per_stage, kernel_sizes, strides, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        skips = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+        return skips
+
+
+class STUNetDecoder(nn.Module):
+    """Upsampling steps from the deepest stage to full resolution, with a segmentation head after each.
+
+    Attributes:
+        deep_supervision: return all heads' outputs (a list, full resolution first) or the full-resolution one alone.
+            All heads are always built, so that one checkpoint serves both.
+        seg_layers: the heads, deepest first; stock ``-pretrained_weights`` skips keys with ``.seg_layers.``.
+    """
+
+    def __init__(
+        self,
+        encoder: STUNetEncoder,
+        num_classes: int,
+        n_blocks_per_stage: tuple[int, ...],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.num_classes = num_classes
+        conv_op = encoder.conv_op
+        below = encoder.output_channels[:0:-1]
+        skip = encoder.output_channels[-2::-1]
+        no_stride = (1,) * len(encoder.strides[0])
+        self.upsample_convs = nn.ModuleList(conv_op(*channels, 1) for channels in zip(below, skip, strict=True))
+        self.stages = nn.ModuleList(
+            residual_stage(2 * channels, channels, blocks, conv_op, kernel_size, no_stride)
+            for channels, blocks, kernel_size in zip(skip, n_blocks_per_stage, encoder.kernel_sizes[-2::-1], strict=True)
+        )
+        self.seg_layers = nn.ModuleList(conv_op(channels, num_classes, 1) for channels in skip)
+
+    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
+        x = skips[-1]
+        outputs = []
+        for step, skip in enumerate(reversed(skips[:-1])):
+            # Convolve first, then repeat voxels: the same function as the other way round, for less.
+            up = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
+            x = self.stages[step](torch.cat((up, skip), dim=1))
+            if self.deep_supervision:
+                outputs.append(self.seg_layers[step](x))
+        if self.deep_supervision:
+            return outputs[::-1]
+        return self.seg_layers[-1](x)
+
+
+class STUNet(AbstractDynamicNetworkArchitectures):
+    """The network. A plans file can name it by its dotted path ``stunet_plugin.networks.stunet.STUNet``.
+
+    Args:
+        input_channels: image channels (and one-hot channels of a previous stage).
+        num_classes: outputs of each head.
+        n_stages: resolution stages, at least two.
+        features_per_stage: channels of each stage, full resolution first.
+        conv_op: ``nn.Conv3d`` or ``nn.Conv2d``.
+        kernel_sizes: odd, per stage and axis; one number stands for all.
+        strides: per stage and axis, the first all ones.
+        n_blocks_per_stage: residual blocks of each encoder stage; one number stands for all.
+        n_blocks_per_stage_decoder: of each decoder stage, deepest first (one fewer); one number stands for all.
+        deep_supervision: see :class:`STUNetDecoder`.
+
+    Input (batch, input_channels, *spatial), each spatial size divisible by the product of the strides. Output
+    (batch, num_classes, *spatial), or a list of them, one per decoder stage, full resolution first.
+
+    Raises:
+        ValueError: arguments that do not fit together, with what is allowed.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        n_stages: int,
+        features_per_stage: Sequence[int],
+        conv_op: type[_ConvNd],
+        kernel_sizes: int | Sequence[int] | Sequence[Sequence[int]],
+        strides: Sequence[Sequence[int]],
+        n_blocks_per_stage: int | Sequence[int],
+        n_blocks_per_stage_decoder: int | Sequence[int],
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        # Where nnssl and other loaders of pretrained weights find the encoder, its stem, and what depends on the channels.
+        self.key_to_encoder = "encoder.stages"
+        self.key_to_stem = "encoder.stages.0"
+        self.keys_to_in_proj = ("encoder.stages.0.0.conv1", "encoder.stages.0.0.shortcut")
+
+        if conv_op not in (nn.Conv2d, nn.Conv3d):
+            raise ValueError(f"conv_op must be torch.nn.Conv2d or torch.nn.Conv3d, not {conv_op!r}.")
+        dimensions = convert_conv_op_to_dim(conv_op)
+        if n_stages < 2:
+            raise ValueError(f"n_stages must be at least 2 (one pooling), not {n_stages}.")
+        features = _per_stage("features_per_stage", features_per_stage, n_stages)
+        self.strides = _per_axis("strides", strides, n_stages, dimensions)
+        kernels = _per_axis("kernel_sizes", kernel_sizes, n_stages, dimensions)
+        if any(step != 1 for step in self.strides[0]):
+            raise ValueError(f"The first stage works at full resolution: strides[0] must be all ones, not {self.strides[0]}.")
+        if any(size % 2 == 0 for kernel in kernels for size in kernel):
+            raise ValueError(f"Kernel sizes must be odd so that shapes are kept, not {kernels}.")
+
+        self.encoder = STUNetEncoder(
+            input_channels, features, conv_op, kernels, self.strides, _per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages)
+        )
+        decoder_blocks = _per_stage("n_blocks_per_stage_decoder", n_blocks_per_stage_decoder, n_stages - 1)
+        self.decoder = STUNetDecoder(self.encoder, num_classes, decoder_blocks, deep_supervision)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        check_patch_size(x.shape[2:], self.strides, "This STU-Net")
+        return self.decoder(self.encoder(x))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Return the number of elements that all convolutions put out for one sample of ``input_size`` voxels.
+
+        nnU-Net's planners use it as a measure of memory. The sum counts each convolution where it runs, so the
+        decoder's 1x1x1 convolutions count at the resolution before upsampling.
+        """
+        check_patch_size(input_size, self.strides, "This STU-Net")
+        voxels = [int(np.prod(shape, dtype=np.int64)) for shape in stage_shapes(input_size, self.strides)]
+        # Decoder step u runs at the stage above the one it comes from: deepest first.
+        decoder = self.decoder
+        total = sum(_conv_outputs(stage) * size for stage, size in zip(self.encoder.stages, voxels, strict=True))
+        total += sum(_conv_outputs(conv) * size for conv, size in zip(decoder.upsample_convs, voxels[:0:-1], strict=True))
+        total += sum(_conv_outputs(stage) * size for stage, size in zip(decoder.stages, voxels[-2::-1], strict=True))
+        heads = voxels[-2::-1] if decoder.deep_supervision else voxels[:1]
+        return total + decoder.num_classes * sum(heads)
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """He initialisation of the published code: negative slope 1e-2, biases zero. For ``network.apply``."""
+        InitWeights_He(NEGATIVE_SLOPE)(module)
+
+
+def _conv_outputs(module: nn.Module) -> int:
+    """Output channels of all convolutions in a module."""
+    return sum(part.out_channels for part in module.modules() if isinstance(part, _ConvNd))
+
+
+def _per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    values = (value,) * count if isinstance(value, int) else tuple(int(entry) for entry in value)
+    if len(values) != count or any(entry < 1 for entry in values):
+        raise ValueError(f"{name} must be one positive number or {count} of them, not {value!r}.")
+    return values
+
+
+def _per_axis(name: str, value: int | Sequence[int] | Sequence[Sequence[int]], count: int, dimensions: int) -> Strides:
+    """Normalise per-stage, per-axis numbers: an int for everything, ints for stages, or sequences for stages and axes."""
+    stages = [value] * count if isinstance(value, int) else list(value)
+    full = as_strides([[entry] * dimensions if isinstance(entry, int) else entry for entry in stages])
+    if len(full) != count or any(len(entry) != dimensions or min(entry) < 1 for entry in full):
+        raise ValueError(
+            f"{name} must be one positive number, or {count} entries (one per stage) of {dimensions} (one per axis), not {value!r}."
+        )
+    return full

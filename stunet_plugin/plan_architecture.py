@@ -1,0 +1,97 @@
+"""Which network a plans file asks for, and the STU-Net that a trainer builds from it.
+
+The trainers, at training and at inference, and the planners go through here, so the network, its deep-supervision scales
+and the checks of a plan can never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.presets import DEFAULT_SIZE, PRESETS, STUNetPreset, find_preset, get_preset
+from stunet_plugin.topology import as_strides, check_patch_size, published_strides, total_stride
+
+STUNET_CLASS = "stunet_plugin.networks.stunet.STUNet"
+HOST_ARCHITECTURES = "dynamic_network_architectures."
+"""Plans of nnU-Net's own planners name networks of this package: U-Nets whose strides we take over."""
+
+
+def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return the ``architecture`` entry of a plans file for a published size.
+
+    Args:
+        preset: the size.
+        strides: of a plan; cut or padded to the published six stages.
+    """
+    fitted = published_strides(strides)
+    dimensions = len(fitted[0])
+    return {
+        "network_class_name": STUNET_CLASS,
+        "arch_kwargs": {
+            "n_stages": len(fitted),
+            "features_per_stage": list(preset.features_per_stage),
+            "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+            "kernel_sizes": [[3] * dimensions for _ in fitted],
+            "strides": [list(stage) for stage in fitted],
+            "n_blocks_per_stage": list(preset.blocks_per_stage),
+            "n_blocks_per_stage_decoder": list(preset.blocks_per_stage[:-1]),
+        },
+        "_kw_requires_import": ["conv_op"],
+    }
+
+
+def resolve_stunet(configuration: Mapping[str, Any], preset: STUNetPreset | None, who: str) -> dict[str, Any]:
+    """Return the architecture that an STU-Net trainer builds for a configuration of a plan.
+
+    Args:
+        configuration: of a plans file, inheritance resolved.
+        preset: the size the trainer's name asks for; None takes the plan's own size, or the published default.
+        who: the trainer's name, for messages.
+
+    Returns:
+        An ``architecture`` entry: the plan's own where it carries an STU-Net, else the preset's with the plan's strides.
+
+    Raises:
+        PluginError: the plan belongs to another architecture or another size, or its patch does not fit the strides.
+    """
+    architecture = configuration.get("architecture") or {}
+    class_name = architecture.get("network_class_name", "")
+    kwargs = architecture.get("arch_kwargs", {})
+    if class_name == STUNET_CLASS:
+        _check_size(kwargs, preset, who)
+        resolved = dict(architecture)
+    elif class_name.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
+        resolved = stunet_architecture(preset or get_preset(DEFAULT_SIZE), kwargs["strides"])
+    else:
+        raise PluginError(
+            f"{who} cannot use a plan for the network {class_name or '(none named)'!r}. Allowed: plans of nnU-Net's own "
+            f"planners (-p nnUNetPlans, nnUNetResEncUNetLPlans, ...) and of STUNetPlanner_<size> (-p STUNetPlans_<size>)."
+        )
+    strides = as_strides(resolved["arch_kwargs"]["strides"])
+    check_patch_size(configuration["patch_size"], strides, f"The network of {who}")
+    if all(size == step for size, step in zip(configuration["patch_size"], total_stride(strides), strict=True)):
+        raise PluginError(
+            f"With patch size {list(configuration['patch_size'])} a single voxel is left at the deepest stage of {who}, and "
+            f"instance normalisation cannot train on one. Double at least one axis of the patch in the plans file."
+        )
+    return resolved
+
+
+def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset | None, who: str) -> None:
+    """Raise if the STU-Net of a plan is not the size that the trainer's name promises."""
+    if preset is None:
+        return
+    features, blocks = tuple(kwargs["features_per_stage"]), kwargs["n_blocks_per_stage"]
+    blocks = (blocks,) * len(features) if isinstance(blocks, int) else tuple(blocks)
+    if features == preset.features_per_stage and blocks == preset.blocks_per_stage:
+        return
+    planned = find_preset(features, blocks)
+    description = f"STU-Net {planned.name}" if planned else f"an STU-Net with widths {list(features)} and blocks {list(blocks)}"
+    advice = f"-tr {who.replace(preset.name, planned.name, 1)} with this plan, or " if planned else "-tr STUNetTrainer with this plan, or "
+    raise PluginError(
+        f"{who} trains STU-Net {preset.name} (widths {list(preset.features_per_stage)}), but the plan is for {description}. "
+        f"Use {advice}-p STUNetPlans_{preset.name} with this trainer (planner STUNetPlanner_{preset.name}). "
+        f"Sizes: {', '.join(PRESETS)}."
+    )

@@ -1,0 +1,52 @@
+"""``stunet plan``: our planners where ``nnunetv2`` cannot be written to and nnU-Net therefore does not find them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from stunet_plugin.errors import PluginError
+
+
+def plan(
+    datasets: Sequence[int],
+    planner_name: str,
+    gpu_memory_target: float | None,
+    target_spacing: Sequence[float] | None,
+    plans_name: str | None,
+    processes: int,
+) -> int:
+    """Extract fingerprints where they are missing, plan, and say what to run next.
+
+    Raises:
+        PluginError: unknown planner, unknown dataset, nnU-Net's variables not set.
+    """
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, plan_experiment_dataset
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+
+    from stunet_plugin.plans.stunet_planners import PLANNERS
+
+    if planner_name not in PLANNERS:
+        nearest = difflib.get_close_matches(planner_name, PLANNERS, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise PluginError(f"Unknown planner {planner_name!r}. Planners: {', '.join(PLANNERS)}.{hint}")
+    for variable, path in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
+        if not path.is_set():
+            raise PluginError(f"{variable} is not set. Set it to a folder: export {variable}=/path/to/{variable}")
+    for dataset in datasets:
+        try:
+            convert_id_to_dataset_name(dataset)
+        except RuntimeError as error:
+            raise PluginError(f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}: {error}") from error
+    for dataset in datasets:
+        extract_fingerprint_dataset(dataset, num_processes=processes, clean=False)
+        _, identifier = plan_experiment_dataset(
+            dataset,
+            PLANNERS[planner_name],
+            gpu_memory_target_in_gb=gpu_memory_target,
+            overwrite_target_spacing=tuple(target_spacing) if target_spacing else None,
+            overwrite_plans_name=plans_name,
+        )
+        print(f"Next: nnUNetv2_preprocess -d {dataset} -plans_name {identifier} -c 3d_fullres")
+    return 0

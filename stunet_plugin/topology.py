@@ -1,0 +1,101 @@
+"""Strides, patch sizes and deep-supervision scales: the arithmetic that the networks, trainers and planners share.
+
+Plain Python on tuples, full resolution first. A *stride* tuple has one entry per resolution stage, each with one number
+per axis; the first entry is all ones because the first stage works at full resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.presets import NUM_STAGES
+
+Strides = tuple[tuple[int, ...], ...]
+
+
+def as_strides(strides: Sequence[Sequence[int]]) -> Strides:
+    """Turn the nested lists of a plans file into tuples of ints."""
+    return tuple(tuple(int(step) for step in stage) for stage in strides)
+
+
+def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
+    """Fit a plan's strides to the published six stages.
+
+    The plan's poolings after its first entry are cut to five, or padded with ones at the deep end (facts from the
+    published trainer, ``pool_op_kernel_sizes[1:]``). Kernel sizes stay 3 everywhere, so weights fit whatever the plan.
+
+    Args:
+        plan_strides: strides of the plan, at least the first stage's.
+
+    Returns:
+        Six entries.
+    """
+    strides = as_strides(plan_strides)
+    if not strides:
+        raise PluginError("The plan has no strides; make a plan with nnUNetv2_plan_experiment.")
+    no_pooling = (1,) * len(strides[0])
+    poolings = strides[1:NUM_STAGES]
+    return (no_pooling, *poolings, *([no_pooling] * (NUM_STAGES - 1 - len(poolings))))
+
+
+def total_stride(strides: Strides) -> tuple[int, ...]:
+    """Return by how much each axis shrinks from the input to the deepest stage."""
+    total = [1] * len(strides[0])
+    for stage in strides:
+        total = [product * step for product, step in zip(total, stage, strict=True)]
+    return tuple(total)
+
+
+def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int, ...]]:
+    """Return the spatial shape of every stage for an input of ``patch_size`` voxels."""
+    shape = tuple(int(size) for size in patch_size)
+    shapes = []
+    for stage in strides:
+        shape = tuple(size // step for size, step in zip(shape, stage, strict=True))
+        shapes.append(shape)
+    return shapes
+
+
+def deep_supervision_scales(strides: Strides) -> list[list[float]]:
+    """Return one scale per decoder output, full resolution first, as nnU-Net's target downsampling takes them.
+
+    The decoder has one output for each stage but the deepest, so targets and outputs pair up by construction.
+    """
+    scales = []
+    scale = [1.0] * len(strides[0])
+    for stage in strides[:-1]:
+        scale = [value / step for value, step in zip(scale, stage, strict=True)]
+        scales.append(scale)
+    return scales
+
+
+def nearest_patch_sizes(patch_size: Sequence[int], strides: Strides) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the patch sizes just below (at least one step) and just above that the strides divide."""
+    total = total_stride(strides)
+    below = tuple(max(size // step, 1) * step for size, step in zip(patch_size, total, strict=True))
+    above = tuple(-(-size // step) * step for size, step in zip(patch_size, total, strict=True))
+    return below, above
+
+
+def check_patch_size(patch_size: Sequence[int], strides: Strides, who: str) -> None:
+    """Raise unless every axis of the patch is divisible by the network's total stride.
+
+    Args:
+        patch_size: voxels per axis.
+        strides: of the network.
+        who: what the message calls the network.
+
+    Raises:
+        PluginError: names the patch, the total stride and the nearest sizes that work.
+    """
+    total = total_stride(strides)
+    if len(patch_size) != len(total):
+        raise PluginError(f"{who} has {len(total)} spatial axes, but the patch size {list(patch_size)} has {len(patch_size)}.")
+    if any(size % step or size < step for size, step in zip(patch_size, total, strict=True)):
+        below, above = nearest_patch_sizes(patch_size, strides)
+        raise PluginError(
+            f"{who} reduces the axes by {list(total)}, so the patch size must be divisible by "
+            f"{list(total)}, but it is {list(patch_size)}. Nearest sizes that work: {list(below)} and {list(above)}. "
+            f"Set patch_size in the plans file to one of them, or plan again with nnUNetv2_plan_experiment."
+        )

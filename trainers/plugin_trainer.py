@@ -1,0 +1,245 @@
+"""What all trainers of this project share on top of nnU-Net's own trainer: checks before anything is written, deep
+supervision that pairs up, training options, and a loud word when fine-tuning starts from random weights.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.options import read_options
+from stunet_plugin.topology import as_strides, deep_supervision_scales
+
+UNTRAINED_HEAD_WEIGHT = 1e-6
+"""Loss weight of the deepest output. nnU-Net gives it none, so its head would get no gradient and DDP would stop."""
+
+
+class PluginTrainer(nnUNetTrainer):
+    """Base of the trainers of this project.
+
+    A subclass says which network it builds (:meth:`resolve_architecture`); strides, deep-supervision scales, checks and
+    the network all follow from that one answer.
+
+    Attributes:
+        learning_rate, epochs: the trainer's published schedule.
+        iterations, val_iterations: per epoch; None leaves nnU-Net's own.
+        fine_tuning: this trainer is meant to start from ``-pretrained_weights``.
+    """
+
+    learning_rate: ClassVar[float] = 1e-2
+    epochs: ClassVar[int] = 1000
+    iterations: ClassVar[int | None] = None
+    val_iterations: ClassVar[int | None] = None
+    fine_tuning: ClassVar[bool] = False
+
+    # nnU-Net reads the names of these parameters off the signature: they must stay as they are.
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+    ) -> None:
+        options = read_options()
+        self._check_before_anything_is_written(plans, configuration)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.learning_rate
+        self.num_epochs = self.epochs
+        self.num_iterations_per_epoch = self.iterations or self.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.val_iterations or self.num_val_iterations_per_epoch
+        for option, value in options.items():
+            if option.trainer_attribute:
+                setattr(self, option.trainer_attribute, value)
+            else:
+                torch.manual_seed(value)
+            self.print_to_log_file(f"{option.variable}={value} is set: {option.meaning}.")
+        self._weights_were_loaded = False
+
+    # --- what a subclass says -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
+        """Return the ``architecture`` entry (as in a plans file) of the network for a configuration of a plan.
+
+        Raises:
+            PluginError: the plan is not for this trainer.
+        """
+        raise PluginError(f"{cls.__name__} is a base class; choose a trainer with `stunet list`.")
+
+    # --- the network and what follows from it ---------------------------------------------------------------------------
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> torch.nn.Module:
+        """Build the network; nnU-Net calls this for training and for inference."""
+        architecture = cls.resolve_architecture(configuration_manager.configuration)
+        return nnUNetTrainer.build_network_architecture(
+            plans_manager,
+            ConfigurationManager({**configuration_manager.configuration, "architecture": architecture}),
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """One scale per output of the network that is built, which may have other strides than the plan."""
+        if not self.enable_deep_supervision:
+            return None
+        architecture = self.resolve_architecture(self.configuration_manager.configuration)
+        return deep_supervision_scales(as_strides(architecture["arch_kwargs"]["strides"]))
+
+    def _build_loss(self) -> torch.nn.Module:
+        loss = super()._build_loss()
+        if isinstance(loss, DeepSupervisionWrapper):
+            loss.weight_factors = tuple(weight or UNTRAINED_HEAD_WEIGHT for weight in loss.weight_factors)
+        return loss
+
+    # --- starting ---------------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        super().initialize()
+        self._bare_network().register_load_state_dict_post_hook(self._note_loaded_weights)
+        weights_file = pretrained_weights_on_command_line(sys.argv)
+        if weights_file is not None:
+            self._check_pretrained_weights(weights_file)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.fine_tuning and not self._weights_were_loaded:
+            self.print_to_log_file(
+                f"\n{'!' * 100}\n"
+                f"{type(self).__name__} is for fine-tuning, but no pretrained weights were given: the network starts from\n"
+                f"random weights at a learning rate of {self.initial_lr} that is meant for pretrained ones. If this is not what\n"
+                f"you want, stop and add: -pretrained_weights /path/to/checkpoint_final.pth, or use the trainer without _ft.\n"
+                f"{'!' * 100}\n",
+                add_timestamp=False,
+            )
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if isinstance(filename_or_checkpoint, str):
+            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
+            misfits = self._misfits(checkpoint["network_weights"], heads_too=True)
+            if misfits:
+                raise PluginError(
+                    f"Cannot continue {type(self).__name__} from {filename_or_checkpoint}: it holds the weights of "
+                    f"{checkpoint.get('trainer_name', 'another network')} and {misfits}. Continue with the trainer and plans "
+                    f"that wrote it, or start anew without --c."
+                )
+            del checkpoint
+        super().load_checkpoint(filename_or_checkpoint)
+
+    # --- checks -----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _check_before_anything_is_written(cls, plans: dict, configuration: str) -> None:
+        """Refuse wrong input before nnU-Net's own constructor makes folders and log files."""
+        available = list(plans["configurations"])
+        if configuration not in available:
+            raise PluginError(
+                f"The plans {plans['plans_name']} have no configuration {configuration!r}. Available: {', '.join(available)}."
+            )
+        manager = PlansManager(plans)
+        chosen = manager.get_configuration(configuration)
+        cls.resolve_architecture(chosen.configuration)
+        for variable, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
+            if not path.is_set():
+                raise PluginError(f"{variable} is not set. Set it to a folder: export {variable}=/path/to/{variable}")
+        data = Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier)
+        if not data.is_dir() or not any(data.iterdir()):
+            dataset_id = int(manager.dataset_name[len("Dataset") :][:3])
+            raise PluginError(
+                f"{manager.dataset_name} is not preprocessed for {manager.plans_name}, {configuration}: no data in {data}. "
+                f"Run: nnUNetv2_preprocess -d {dataset_id} -plans_name {manager.plans_name} -c {configuration}"
+            )
+        _check_writable(Path(nnUNet_results))
+
+    def _check_pretrained_weights(self, weights_file: str) -> None:
+        """Say what does not fit before nnU-Net's loader stops at an assertion that prints a whole tensor."""
+        if not Path(weights_file).is_file():
+            raise PluginError(f"-pretrained_weights {weights_file}: there is no such file.")
+        try:
+            # nnU-Net's loader unpickles the same file next, so nothing is gained by a stricter loader here.
+            checkpoint = torch.load(weights_file, map_location="cpu", mmap=True, weights_only=False)
+            weights = checkpoint["network_weights"]
+        except Exception as error:
+            raise PluginError(
+                f"-pretrained_weights {weights_file} is not a checkpoint of nnU-Net v2 ({type(error).__name__}: {error})."
+            ) from error
+        misfits = self._misfits(weights, heads_too=False)
+        if misfits:
+            raise PluginError(
+                f"-pretrained_weights {weights_file} does not fit {type(self).__name__}: it was written by "
+                f"{checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}. Use the trainer of the same size "
+                f"(its _ft variant), or weights of this size."
+            )
+
+    def _misfits(self, weights: dict[str, torch.Tensor], heads_too: bool) -> str:
+        """Describe how weights differ from the network in names and shapes; empty if they fit."""
+        own = {
+            key: tuple(value.shape)
+            for key, value in self._bare_network().state_dict().items()
+            if heads_too or ".seg_layers." not in key
+        }
+        given = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
+        missing = [key for key in own if key not in given]
+        different = [key for key in own if key in given and given[key] != own[key]]
+        if different:
+            key = different[0]
+            return f"{len(different)} of {len(own)} tensors have another shape (for example {key}: {given[key]}, here {own[key]})"
+        if missing:
+            return f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]})"
+        return ""
+
+    # --- small things -------------------------------------------------------------------------------------------------------
+
+    def _bare_network(self) -> torch.nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network
+        network = getattr(network, "module", network) if self.is_ddp else network
+        return getattr(network, "_orig_mod", network)
+
+    def _note_loaded_weights(self, *_: Any) -> None:
+        self._weights_were_loaded = True
+
+
+def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
+    """Return the file after ``-pretrained_weights``, or None.
+
+    nnU-Net loads the file after it has initialised the trainer and does not tell the trainer which one it is; the command
+    line is the only place where a trainer can read it without patching nnU-Net.
+    """
+    for index, argument in enumerate(arguments):
+        if argument == "-pretrained_weights" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("-pretrained_weights="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise unless files can be made in a folder, or in the nearest one above it that is there."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise PluginError(
+            f"Cannot write results to {folder} ({os.strerror(error.errno or 0)}). Set nnUNet_results to a folder that you may write to."
+        ) from error
