@@ -51,7 +51,12 @@ def save_overlays(cases: Sequence[OverlayCase], class_names: dict[int, str], pat
                 positions = np.searchsorted(values, labels[index]).astype(float)
                 positions[~np.isin(labels[index], values)] = np.nan
                 axis.imshow(
-                    positions, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(values) - 0.5, alpha=0.55, aspect=aspect,
+                    positions,
+                    cmap=ListedColormap(colours),
+                    vmin=-0.5,
+                    vmax=len(values) - 0.5,
+                    alpha=0.55,
+                    aspect=aspect,
                     interpolation="nearest",
                 )
             axis.set_title(f"{case.name}: {title}, slice {index}" if title == "image" else title, fontsize=9)

@@ -70,7 +70,8 @@ def resolve_stunet(configuration: Mapping[str, Any], preset: STUNetPreset | None
             f"planners (-p nnUNetPlans, nnUNetResEncUNetLPlans, ...) and of STUNetPlanner_<size> (-p STUNetPlans_<size>)."
         )
     strides = as_strides(resolved["arch_kwargs"]["strides"])
-    check_patch_size(configuration["patch_size"], strides, f"The network of {who}")
+    advice = "Set patch_size in the plans file to one of them, or plan again with nnUNetv2_plan_experiment."
+    check_patch_size(configuration["patch_size"], strides, f"The network of {who}", advice)
     if all(size == step for size, step in zip(configuration["patch_size"], total_stride(strides), strict=True)):
         raise PluginError(
             f"With patch size {list(configuration['patch_size'])} a single voxel is left at the deepest stage of {who}, and "
@@ -89,7 +90,11 @@ def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset | None, who: str
         return
     planned = find_preset(features, blocks)
     description = f"STU-Net {planned.name}" if planned else f"an STU-Net with widths {list(features)} and blocks {list(blocks)}"
-    advice = f"-tr {who.replace(preset.name, planned.name, 1)} with this plan, or " if planned else "-tr STUNetTrainer with this plan, or "
+    advice = (
+        f"-tr {who.replace(preset.name, planned.name, 1)} with this plan, or "
+        if planned
+        else "-tr STUNetTrainer with this plan, or "
+    )
     raise PluginError(
         f"{who} trains STU-Net {preset.name} (widths {list(preset.features_per_stage)}), but the plan is for {description}. "
         f"Use {advice}-p STUNetPlans_{preset.name} with this trainer (planner STUNetPlanner_{preset.name}). "

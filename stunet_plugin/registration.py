@@ -99,7 +99,8 @@ def register() -> list[str]:
     host = find_host()
     for bridge in BRIDGES:
         _check_ours(bridge.path(host))
-    lines, written = [], []
+    lines: list[str] = []
+    written: list[Path] = []
     for bridge in BRIDGES:
         path = bridge.path(host)
         if path.is_file() and path.read_text() == bridge.text():
@@ -129,7 +130,9 @@ def unregister() -> list[str]:
         try:
             path.unlink()
         except OSError as error:
-            raise PluginError(f"Cannot remove {path} ({error.strerror}). Ask whoever may write there to delete that file.") from error
+            raise PluginError(
+                f"Cannot remove {path} ({error.strerror}). Ask whoever may write there to delete that file."
+            ) from error
         lines.append(f"{bridge.what}: removed {path}")
     return lines
 

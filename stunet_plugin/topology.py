@@ -78,13 +78,14 @@ def nearest_patch_sizes(patch_size: Sequence[int], strides: Strides) -> tuple[tu
     return below, above
 
 
-def check_patch_size(patch_size: Sequence[int], strides: Strides, who: str) -> None:
+def check_patch_size(patch_size: Sequence[int], strides: Strides, who: str, advice: str = "Use one of them.") -> None:
     """Raise unless every axis of the patch is divisible by the network's total stride.
 
     Args:
         patch_size: voxels per axis.
         strides: of the network.
         who: what the message calls the network.
+        advice: what to do with the nearest sizes that work.
 
     Raises:
         PluginError: names the patch, the total stride and the nearest sizes that work.
@@ -96,6 +97,5 @@ def check_patch_size(patch_size: Sequence[int], strides: Strides, who: str) -> N
         below, above = nearest_patch_sizes(patch_size, strides)
         raise PluginError(
             f"{who} reduces the axes by {list(total)}, so the patch size must be divisible by "
-            f"{list(total)}, but it is {list(patch_size)}. Nearest sizes that work: {list(below)} and {list(above)}. "
-            f"Set patch_size in the plans file to one of them, or plan again with nnUNetv2_plan_experiment."
+            f"{list(total)}, but it is {list(patch_size)}. Nearest sizes that work: {list(below)} and {list(above)}. {advice}"
         )

@@ -52,8 +52,10 @@ class PluginTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.num_epochs = self.epochs
-        self.num_iterations_per_epoch = self.iterations or self.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.val_iterations or self.num_val_iterations_per_epoch
+        if self.iterations is not None:
+            self.num_iterations_per_epoch = self.iterations
+        if self.val_iterations is not None:
+            self.num_val_iterations_per_epoch = self.val_iterations
         for option, value in options.items():
             if option.trainer_attribute:
                 setattr(self, option.trainer_attribute, value)
@@ -209,8 +211,8 @@ class PluginTrainer(nnUNetTrainer):
 
     def _bare_network(self) -> torch.nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
-        network = self.network
-        network = getattr(network, "module", network) if self.is_ddp else network
+        network: Any = self.network
+        network = network.module if self.is_ddp else network
         return getattr(network, "_orig_mod", network)
 
     def _note_loaded_weights(self, *_: Any) -> None:
@@ -241,5 +243,6 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise PluginError(
-            f"Cannot write results to {folder} ({os.strerror(error.errno or 0)}). Set nnUNet_results to a folder that you may write to."
+            f"Cannot write results to {folder} ({os.strerror(error.errno or 0)}). Set nnUNet_results to a folder that you may "
+            f"write to."
         ) from error

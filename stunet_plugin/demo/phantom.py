@@ -16,7 +16,16 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spleen": 3, "aorta": 4, "vertebrae": 5}
-HOUNSFIELD = {"air": -1000.0, "fat": -100.0, "muscle": 45.0, "liver": 105.0, "kidneys": 175.0, "spleen": 130.0, "aorta": 250.0, "vertebrae": 480.0}
+HOUNSFIELD = {
+    "air": -1000.0,
+    "fat": -100.0,
+    "muscle": 45.0,
+    "liver": 105.0,
+    "kidneys": 175.0,
+    "spleen": 130.0,
+    "aorta": 250.0,
+    "vertebrae": 480.0,
+}
 FIELD_OF_VIEW = (180.0, 230.0, 300.0)
 """Millimetres on the axes (z, y, x)."""
 NUM_CASES = 16

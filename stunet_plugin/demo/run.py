@@ -107,7 +107,9 @@ def user_dataset(dataset_id: int) -> Path:
     found = sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*"))
     if len(found) != 1:
         there = ", ".join(path.name for path in sorted(Path(raw).glob("Dataset*"))) or "none"
-        raise PluginError(f"--dataset {dataset_id}: expected one Dataset{dataset_id:03d}_* in {raw}, found {len(found)}. Datasets there: {there}.")
+        raise PluginError(
+            f"--dataset {dataset_id}: expected one Dataset{dataset_id:03d}_* in {raw}, found {len(found)}. Datasets there: {there}."
+        )
     return found[0].resolve()
 
 
@@ -135,7 +137,9 @@ class Demo:
                 raise PluginError(f"--resume: there is no interrupted demo in {self.folder}. Start one without --resume.")
             state = json.loads(state_file.read_text())
             if state["settings"] != asdict(self.settings):
-                raise PluginError(f"--resume: the demo in {self.folder} was started with {state['settings']}, not {asdict(self.settings)}.")
+                raise PluginError(
+                    f"--resume: the demo in {self.folder} was started with {state['settings']}, not {asdict(self.settings)}."
+                )
             self.done = state["done"]
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -363,9 +367,18 @@ class Progress:
         elif text.startswith("train_loss "):
             self.loss = text.split()[1]
         elif text.startswith("Pseudo dice "):
-            values = [float(part) for part in text[12:].replace("np.float32(", "").replace("np.float64(", "").translate(str.maketrans("[](),", "     ")).split()]
+            values = [
+                float(part)
+                for part in text[12:]
+                .replace("np.float32(", "")
+                .replace("np.float64(", "")
+                .translate(str.maketrans("[](),", "     "))
+                .split()
+            ]
             self.dice = f"{np.nanmean(values):.3f}" if values else "n/a"
-        elif text.startswith(("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")):
+        elif text.startswith(
+            ("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")
+        ):
             print(f"    {text}", flush=True)
 
 

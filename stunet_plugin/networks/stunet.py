@@ -13,7 +13,7 @@ Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order afte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
+
+ConvOp = Callable[..., _ConvNd]
+"""``nn.Conv2d`` or ``nn.Conv3d``."""
 
 NEGATIVE_SLOPE = 1e-2
 """Of every LeakyReLU, and assumed by the He initialisation."""
@@ -46,7 +49,7 @@ class ResidualBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        conv_op: type[_ConvNd],
+        conv_op: ConvOp,
         kernel_size: tuple[int, ...],
         stride: tuple[int, ...],
         project_shortcut: bool,
@@ -72,7 +75,7 @@ def residual_stage(
     in_channels: int,
     out_channels: int,
     num_blocks: int,
-    conv_op: type[_ConvNd],
+    conv_op: ConvOp,
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> nn.Sequential:
@@ -100,7 +103,7 @@ class STUNetEncoder(nn.Module):
         self,
         input_channels: int,
         features_per_stage: tuple[int, ...],
-        conv_op: type[_ConvNd],
+        conv_op: ConvOp,
         kernel_sizes: Strides,
         strides: Strides,
         n_blocks_per_stage: tuple[int, ...],
@@ -156,12 +159,16 @@ class STUNetDecoder(nn.Module):
         self.seg_layers = nn.ModuleList(conv_op(channels, num_classes, 1) for channels in skip)
 
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        x = skips[-1]
+        """Decode the encoder's outputs; the list is emptied on the way, so that at inference nothing lives longer than needed."""
+        x = skips.pop()
         outputs = []
-        for step, skip in enumerate(reversed(skips[:-1])):
+        for step, stage in enumerate(self.stages):
+            skip = skips.pop()
             # Convolve first, then repeat voxels: the same function as the other way round, for less.
-            up = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
-            x = self.stages[step](torch.cat((up, skip), dim=1))
+            x = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
+            x = torch.cat((x, skip), dim=1)
+            del skip
+            x = stage(x)
             if self.deep_supervision:
                 outputs.append(self.seg_layers[step](x))
         if self.deep_supervision:
@@ -197,7 +204,7 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         num_classes: int,
         n_stages: int,
         features_per_stage: Sequence[int],
-        conv_op: type[_ConvNd],
+        conv_op: ConvOp,
         kernel_sizes: int | Sequence[int] | Sequence[Sequence[int]],
         strides: Sequence[Sequence[int]],
         n_blocks_per_stage: int | Sequence[int],
@@ -269,8 +276,9 @@ def _per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, 
 
 def _per_axis(name: str, value: int | Sequence[int] | Sequence[Sequence[int]], count: int, dimensions: int) -> Strides:
     """Normalise per-stage, per-axis numbers: an int for everything, ints for stages, or sequences for stages and axes."""
-    stages = [value] * count if isinstance(value, int) else list(value)
-    full = as_strides([[entry] * dimensions if isinstance(entry, int) else entry for entry in stages])
+    stages: Sequence[int | Sequence[int]] = [value] * count if isinstance(value, int) else value
+    per_axis: list[Sequence[int]] = [(entry,) * dimensions if isinstance(entry, int) else entry for entry in stages]
+    full = as_strides(per_axis)
     if len(full) != count or any(len(entry) != dimensions or min(entry) < 1 for entry in full):
         raise ValueError(
             f"{name} must be one positive number, or {count} entries (one per stage) of {dimensions} (one per axis), not {value!r}."

@@ -1,0 +1,120 @@
+"""Fixtures: where the shared images are, a small nnU-Net workspace, and the stock commands as subprocesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stunet_plugin.demo.phantom import write_dataset
+from stunet_plugin.demo.run import find_command
+from stunet_plugin.registration import trainers_folder
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+PHANTOM_ID = "901"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of the shared images and checkpoints."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared images and checkpoints in ../shared, which is not there")
+    return SHARED
+
+
+class Workspace:
+    """nnU-Net's three folders below one, and the stock commands run in that environment."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.raw, self.preprocessed, self.results = (
+            root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        )
+        for folder in (self.raw, self.preprocessed, self.results):
+            folder.mkdir(parents=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("nnUNet_", "STUNET_"))}
+        return {
+            **inherited,
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            "nnUNet_extTrainer": str(trainers_folder()),
+            "nnUNet_def_n_proc": "1",
+            "STUNET_EPOCHS": "1",
+            "STUNET_ITERATIONS": "2",
+            "STUNET_VAL_ITERATIONS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def run(
+        self, command: str, *arguments: object, check: bool = True, **environment: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command; a keyword sets a variable, None removes it."""
+        # Training without worker processes is quicker for a handful of iterations; nnU-Net's planners need at least one.
+        workers = {"nnUNet_n_proc_DA": "0" if command == "nnUNetv2_train" else "1"}
+        variables: dict[str, str | None] = {**self.environment, **workers, **environment}
+        result = subprocess.run(
+            [find_command(command), *map(str, arguments)],
+            env={key: value for key, value in variables.items() if value is not None},
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if check and result.returncode != 0:
+            pytest.fail(f"{command} {arguments} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
+        return result
+
+    def dataset_folder(self, base: Path, dataset_id: str = PHANTOM_ID) -> Path:
+        return next(base.glob(f"Dataset{dataset_id}_*"))
+
+    def plans(self, name: str = "nnUNetPlans", dataset_id: str = PHANTOM_ID) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.dataset_folder(self.preprocessed, dataset_id) / f"{name}.json").read_text())
+        return content
+
+    def model(
+        self, trainer: str, configuration: str = "3d_fullres", plans: str = "nnUNetPlans", dataset_id: str = PHANTOM_ID
+    ) -> Path:
+        return self.dataset_folder(self.results, dataset_id) / f"{trainer}__{plans}__{configuration}"
+
+
+@pytest.fixture(scope="session")
+def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
+    def make(name: str) -> Workspace:
+        return Workspace(tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def phantoms(new_workspace: Callable[[str], Workspace]) -> Workspace:
+    """Six phantoms, planned and preprocessed for 2d and 3d_fullres by the stock command."""
+    workspace = new_workspace("phantoms")
+    write_dataset(workspace.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+    return workspace
+
+
+@pytest.fixture
+def nnunet_environment(phantoms: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The phantoms' environment in this process, for calls of nnU-Net's Python interface."""
+    for key, value in phantoms.environment.items():
+        if key.startswith(("nnUNet_", "STUNET_")):
+            monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    return phantoms

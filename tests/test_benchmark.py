@@ -1,0 +1,108 @@
+"""The benchmark of the training step: its yardstick is the same function, its memory meter is right, its script runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PATCH = (32, 32, 64)
+CLASSES = 3
+
+
+@pytest.fixture
+def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of ``benchmarks/``, which as a script finds its neighbours in its own folder."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def measure_step(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmarks("measure_step")
+
+
+def test_both_networks_are_the_same_function(measure_step: ModuleType) -> None:
+    case = measure_step.Case("ours", "tiny", "agreement", False, "cpu", PATCH, 1, CLASSES, 1)
+    found = measure_step.agreement(case)
+    assert found["outputs"] == 5
+    assert found["largest_output"] > 1
+    assert found["largest_difference"] <= 1e-5 * found["largest_output"]
+
+
+def test_both_networks_have_the_same_gradients(measure_step: ModuleType) -> None:
+    ours, plain = (network.double() for network in measure_step.build_pair("tiny", CLASSES))
+    data = torch.randn(1, 1, *PATCH, dtype=torch.float64)
+    for network in (ours, plain):
+        sum(output.square().mean() for output in network(data)).backward()
+    translated = measure_step.translate_state_dict({name: value.grad for name, value in plain.named_parameters()})
+    own = {name: value.grad for name, value in ours.named_parameters()}
+    assert own.keys() == translated.keys()
+    largest = max(gradient.abs().max() for gradient in own.values())
+    assert largest > 0
+    assert all((own[name] - translated[name]).abs().max() <= 1e-9 * largest for name in own)
+
+
+def test_allocation_peak_counts_what_lives_at_the_same_time(measure_step: ModuleType) -> None:
+    mebibyte = 2**20
+
+    def allocate() -> None:
+        first = torch.empty(mebibyte, dtype=torch.uint8)
+        second = torch.empty(2 * mebibyte, dtype=torch.uint8)
+        del first
+        third = torch.empty(mebibyte // 2, dtype=torch.uint8)
+        del second, third
+
+    assert measure_step.allocation_peak(allocate) == 3 * mebibyte
+
+
+def test_script_writes_a_report_and_its_table(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    settings = ["--sizes", "tiny", "--patch", *PATCH, "--repeats", 1, "--steps", 1, "--classes", CLASSES, "--device", "cpu"]
+    finished = subprocess.run(
+        [sys.executable, str(repository / "benchmarks" / "stunet_step.py"), *map(str, settings), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    report = json.loads(out.read_text())
+    assert {"date", "machine", "versions", "settings", "agreement", "results"} <= report.keys()
+    assert {"cpu", "cores", "threads", "gpu"} == report["machine"].keys()
+    assert {"torch", "nnunetv2", "stunet-plugin"} <= report["versions"].keys()
+    assert report["settings"]["patch"] == list(PATCH)
+    assert report["agreement"].keys() == {"tiny"}
+    assert [(result["size"], result["mode"]) for result in report["results"]] == [("tiny", "train"), ("tiny", "inference")]
+    for result in report["results"]:
+        networks = result["networks"]
+        for key, ratio in (("seconds", "time"), ("peak_bytes", "memory")):
+            ours, plain = networks["ours"][key]["median"], networks["plain"][key]["median"]
+            assert math.isfinite(ours)
+            assert min(ours, plain) > 0
+            assert result["ratios"][ratio]["median"] == pytest.approx(ours / plain)
+        assert networks["ours"]["max_rss_bytes"]["median"] > networks["ours"]["peak_bytes"]["median"]
+    # Less memory in training is what our order of operations is for.
+    assert report["results"][0]["ratios"]["memory"]["median"] < 0.95
+    assert "| tiny | train |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("arguments", [("--table",), ("--out",), ("--patch", "32", "32", "32", "--out")])
+def test_wrong_input_is_told_before_anything_is_measured(
+    benchmarks: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    present = tmp_path / "present.json"
+    present.write_text("{}")
+    assert benchmarks("stunet_step").main(["--device", "cpu", *arguments, str(present)]) == 2
+    assert arguments[0] in capsys.readouterr().err
+    assert present.read_text() == "{}"

@@ -1,0 +1,169 @@
+"""STUNet: the published function, gradients everywhere, any topology, no graph breaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from stunet_plugin.checkpoints.stunet_keys import translate_key, translate_state_dict
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.stunet import STUNet
+
+ISOTROPIC = [[1, 1, 1]] + [[2, 2, 2]] * 5
+TINY: dict[str, Any] = {
+    "input_channels": 1, "num_classes": 3, "n_stages": 6, "features_per_stage": [4, 8, 16, 32, 32, 32], "conv_op": nn.Conv3d,
+    "kernel_sizes": 3, "strides": ISOTROPIC, "n_blocks_per_stage": 1, "n_blocks_per_stage_decoder": 1, "deep_supervision": True,
+}  # fmt: skip
+
+FIXTURES = {
+    "stunet_v1_tiny": ("stunet_v1_tiny.model", "state_dict", {
+        "num_classes": 5, "features_per_stage": [4, 8, 16, 32, 64, 64], "strides": [[1, 1, 1]] + [[2, 2, 2]] * 4 + [[1, 1, 2]],
+    }),
+    "stunet_v2_tiny": ("stunet_v2_tiny.pth", "network_weights", {
+        "input_channels": 2, "n_blocks_per_stage": 2, "n_blocks_per_stage_decoder": 2,
+        "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]],
+    }),
+}  # fmt: skip
+
+
+def tiny(**changes: Any) -> STUNet:
+    torch.manual_seed(0)
+    network = STUNet(**{**TINY, **changes})
+    network.apply(network.initialize)
+    return network
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", FIXTURES)
+def test_published_function(shared: Path, name: str) -> None:
+    file, key, changes = FIXTURES[name]
+    # The fixtures hold numpy scalars besides tensors and come with the project.
+    checkpoint = torch.load(shared / "fixtures" / file, map_location="cpu", weights_only=False)
+    network = tiny(**changes).eval()
+    network.load_state_dict(translate_state_dict(checkpoint[key]))
+    recorded = np.load(shared / "fixtures" / f"{name}.npz")
+    with torch.no_grad():
+        outputs = network(torch.from_numpy(recorded["input"]))
+        network.decoder.deep_supervision = False
+        full_resolution = network(torch.from_numpy(recorded["input"]))
+    assert len(outputs) == 5
+    for index, output in enumerate(outputs):
+        expected = recorded[f"output_{index}"]
+        # Relative to the largest logit: the recorded float32 outputs are themselves up to 3.6e-5 off a float64 run.
+        assert np.abs(output.numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+    assert torch.equal(full_resolution, outputs[0])
+
+
+def test_convolving_first_is_the_same_function() -> None:
+    network = tiny().eval()
+    convolution = network.decoder.upsample_convs[0]
+    x = torch.randn(2, 32, 3, 4, 5)
+    published = convolution(functional.interpolate(x, scale_factor=(2, 2, 2), mode="nearest"))
+    ours = functional.interpolate(convolution(x), scale_factor=(2, 2, 2), mode="nearest")
+    torch.testing.assert_close(ours, published)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({}, (32, 32, 64)),
+        ({"strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 1]]}, (8, 32, 32)),
+        ({"n_stages": 3, "features_per_stage": [4, 8, 8], "strides": ISOTROPIC[:3], "n_blocks_per_stage": [1, 2, 3]}, (8, 12, 16)),
+        ({"n_stages": 8, "features_per_stage": [2] * 8, "strides": [[1, 1]] + [[2, 2]] * 7, "conv_op": nn.Conv2d}, (128, 256)),
+        ({"kernel_sizes": [[1, 3, 3]] * 2 + [[3, 3, 3]] * 4, "strides": [[1, 1, 1], [1, 3, 3]] + [[2, 2, 2]] * 4}, (32, 48, 48)),
+        ({"n_blocks_per_stage": 3, "n_blocks_per_stage_decoder": [1, 2, 1, 2, 3]}, (32, 64, 32)),
+    ],
+)
+def test_any_topology_pairs_outputs_and_gives_every_parameter_a_gradient(changes: dict[str, Any], shape: tuple[int, ...]) -> None:
+    network = tiny(**changes)
+    outputs = network(torch.randn(2, 1, *shape))
+    expected = list(shape)
+    for output, stage in zip(outputs, network.strides[:-1], strict=True):
+        expected = [size // step for size, step in zip(expected, stage, strict=True)]
+        assert output.shape == (2, 3, *expected)
+    sum(output.square().mean() for output in outputs).backward()
+    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
+def test_feature_map_size_counts_every_convolution() -> None:
+    network = tiny(num_classes=7)
+    elements = 0
+
+    def count(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        nonlocal elements
+        elements += output[0].numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(count)
+    for deep_supervision in (True, False):
+        network.decoder.deep_supervision, elements = deep_supervision, 0
+        network(torch.randn(2, 1, 32, 64, 32))
+        assert network.compute_conv_feature_map_size((32, 64, 32)) == elements
+
+
+def test_he_initialisation() -> None:
+    network = tiny(features_per_stage=[16, 32, 64, 64, 64, 64])
+    convolution = network.encoder.stages[2][0].conv2
+    fan_in = 64 * 27
+    assert convolution.weight.std().item() == pytest.approx((2 / (1 + 1e-2**2) / fan_in) ** 0.5, rel=0.02)
+    assert not convolution.bias.any()
+
+
+def test_loaders_of_pretrained_weights_find_their_parts() -> None:
+    network = tiny()
+    assert network.get_submodule(network.key_to_encoder) is network.encoder.stages
+    assert network.get_submodule(network.key_to_stem) is network.encoder.stages[0]
+    depends_on_channels = {
+        name.removesuffix(".weight")
+        for name, parameter in tiny(input_channels=3).named_parameters()
+        if parameter.shape != network.get_parameter(name).shape
+    }
+    assert set(network.keys_to_in_proj) == depends_on_channels
+
+
+def test_no_graph_breaks() -> None:
+    for deep_supervision in (True, False):
+        explanation = torch._dynamo.explain(tiny(deep_supervision=deep_supervision))(torch.randn(1, 1, 32, 32, 64))
+        assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+def test_runs_in_half_precision_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = tiny()(torch.randn(1, 1, 32, 64, 32))
+    assert all(output.dtype == torch.bfloat16 and torch.isfinite(output).all() for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv_op": nn.Linear}, "conv_op must be torch.nn.Conv2d or torch.nn.Conv3d"),
+        ({"n_stages": 1}, "n_stages must be at least 2"),
+        ({"features_per_stage": [4, 8]}, "features_per_stage must be .* 6 of them"),
+        ({"strides": ISOTROPIC[:4]}, "strides must be .* 6 entries"),
+        ({"strides": [[2, 2, 2]] * 6}, r"strides\[0\] must be all ones"),
+        ({"kernel_sizes": 2}, "Kernel sizes must be odd"),
+        ({"n_blocks_per_stage_decoder": [1] * 6}, "n_blocks_per_stage_decoder must be .* 5 of them"),
+        ({"n_blocks_per_stage": 0}, "n_blocks_per_stage must be"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_input_that_the_strides_do_not_divide_is_refused() -> None:
+    with pytest.raises(PluginError, match=r"\[32, 32, 33\].*\[32, 32, 32\] and \[32, 32, 64\]"):
+        tiny()(torch.randn(1, 1, 32, 32, 33))
+
+
+def test_keys_of_other_networks_are_refused() -> None:
+    assert translate_key("conv_blocks_context.5.1.conv3.bias") == "encoder.stages.5.1.shortcut.bias"
+    with pytest.raises(PluginError, match=r"block1\.weight.*published STU-Net"):
+        translate_state_dict({"block1.weight": 0})
