@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
-from stunet_plugin.options import OPTIONS, read_options
+from stunet_plugin.options import Options
 from stunet_plugin.registration import find_host, host_version, registered, trainers_folder
 
 FOLDERS = {
@@ -127,10 +127,9 @@ def _environment() -> Iterator[Finding]:
         else:
             yield Finding(variable, value)
     try:
-        options = read_options()
+        lines = Options().lines()
     except PluginError as error:
         yield Finding("options", "invalid", str(error))
         return
-    for option in OPTIONS:
-        if option in options:
-            yield Finding(option.variable, f"{options[option]} ({option.meaning})")
+    for line in lines:
+        yield Finding("option", line)

@@ -6,6 +6,7 @@ the default: an option that is not set changes nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,48 +16,70 @@ from stunet_plugin.errors import PluginError
 
 @dataclass(frozen=True)
 class Option:
-    """An environment variable that takes a whole number.
+    """An environment variable that takes a number.
 
     Attributes:
         variable: its name.
-        minimum: smallest allowed value.
         meaning: one line for users.
-        trainer_attribute: what it sets on the trainer; None where the trainer handles it otherwise.
+        minimum, maximum: smallest and largest allowed value.
+        whole: whole numbers only.
     """
 
     variable: str
-    minimum: int
     meaning: str
-    trainer_attribute: str | None
+    minimum: float
+    maximum: float = math.inf
+    whole: bool = True
+
+    def parse(self, text: str) -> float:
+        """Return the value.
+
+        Raises:
+            PluginError: it is not a number, or out of range.
+        """
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not self.minimum <= value <= self.maximum:
+            kind = "a whole number" if self.whole else "a number"
+            allowed = f"of at least {self.minimum:g}" if self.maximum == math.inf else f"from {self.minimum:g} to {self.maximum:g}"
+            raise PluginError(f"{self.variable}={text!r} must be {kind} {allowed} ({self.meaning}). Set it to one, or unset it.")
+        return value
 
 
-OPTIONS = (
-    Option("STUNET_EPOCHS", 1, "epochs of the training, instead of the trainer's own number", "num_epochs"),
-    Option("STUNET_ITERATIONS", 1, "training iterations per epoch (nnU-Net: 250)", "num_iterations_per_epoch"),
-    Option("STUNET_VAL_ITERATIONS", 1, "validation iterations per epoch (nnU-Net: 50)", "num_val_iterations_per_epoch"),
-    Option("STUNET_SEED", 0, "seed of the initial weights; the order of the augmented batches stays random", None),
+EPOCHS = Option("STUNET_EPOCHS", "epochs of the training, instead of the trainer's own number", 1)
+ITERATIONS = Option("STUNET_ITERATIONS", "training iterations per epoch (nnU-Net: 250)", 1)
+VAL_ITERATIONS = Option("STUNET_VAL_ITERATIONS", "validation iterations per epoch (nnU-Net: 50)", 1)
+SEED = Option("STUNET_SEED", "seed of the initial weights; the order of the augmented batches stays random", 0)
+WARMUP_EPOCHS = Option("STUNET_WARMUP_EPOCHS", "epochs over which the learning rate rises linearly to the schedule's", 0)
+FROZEN_ENCODER_EPOCHS = Option(
+    "STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in which the encoder's weights stay as they are", 0
 )
+ENCODER_RATE = Option("STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's", 0.0, 1.0, whole=False)
+
+OPTIONS = (EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE)
 
 
-def read_options(environment: Mapping[str, str] = os.environ) -> dict[Option, int]:
-    """Return the options that are set, with their values.
+class Options:
+    """The options that are set, read once.
 
     Raises:
-        PluginError: a value is not a whole number or too small.
+        PluginError: a value is not allowed.
     """
-    values = {}
-    for option in OPTIONS:
-        text = environment.get(option.variable, "").strip()
-        if not text:
-            continue
-        try:
-            value = int(text)
-        except ValueError:
-            value = option.minimum - 1
-        if value < option.minimum:
-            raise PluginError(
-                f"{option.variable}={text!r} must be a whole number of at least {option.minimum} ({option.meaning}). "
-                f"Set it to one, or unset it."
-            )
-        values[option] = value
-    return values
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        texts = {option: environment.get(option.variable, "").strip() for option in OPTIONS}
+        self._values = {option: option.parse(text) for option, text in texts.items() if text}
+
+    def whole(self, option: Option, default: int) -> int:
+        """Return the value of an option for whole numbers, or the default."""
+        return int(self._values.get(option, default))
+
+    def fraction(self, option: Option, default: float) -> float:
+        """Return the value of an option, or the default."""
+        return self._values.get(option, default)
+
+    def lines(self) -> list[str]:
+        """Return a line for each option that is set."""
+        return [f"{option.variable}={value:g}: {option.meaning}" for option, value in self._values.items()]

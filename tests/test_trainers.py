@@ -132,6 +132,26 @@ def test_options_are_applied_and_checked(make: Callable[..., Any], monkeypatch: 
         make()
 
 
+def test_frozen_encoder_stays_until_its_epochs_are_over(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUNET_FROZEN_ENCODER_EPOCHS", "1")
+    monkeypatch.setenv("STUNET_ENCODER_RATE", "0.5")
+    trainer = make("STUNetTrainer_tiny_ft", {"patch_size": [16, 32, 32]})
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    outputs = trainer.network(torch.zeros(2, 1, 16, 32, 32))
+    batch = {
+        "data": torch.randn(2, 1, 16, 32, 32),
+        "target": [torch.randint(0, 3, (2, 1, *output.shape[2:]), dtype=torch.int16) for output in outputs],
+    }
+    weight = trainer.network.encoder.stages[0][0].conv2.weight
+    start = weight.detach().clone()
+    trainer.train_step(batch)
+    assert torch.equal(weight, start)
+    trainer.current_epoch = 1
+    trainer.train_step(batch)
+    assert not torch.equal(weight, start)
+
+
 def test_trainer_without_size_follows_the_plan(make: Callable[..., Any]) -> None:
     trainer = make("STUNetTrainer", {"architecture": stunet_architecture(get_preset("tiny"), [[1, 1, 1]] + [[2, 2, 2]] * 3)})
     trainer.initialize()

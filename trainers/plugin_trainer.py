@@ -18,8 +18,24 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.options import read_options
+from stunet_plugin.options import (
+    ENCODER_RATE,
+    EPOCHS,
+    FROZEN_ENCODER_EPOCHS,
+    ITERATIONS,
+    SEED,
+    VAL_ITERATIONS,
+    WARMUP_EPOCHS,
+    Options,
+)
 from stunet_plugin.topology import as_strides, deep_supervision_scales
+from stunet_plugin.trainers.fine_tuning import (
+    FineTuning,
+    FineTuningScheduler,
+    discard_gradients,
+    encoder_parameters,
+    parameter_groups,
+)
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of the deepest output. nnU-Net gives it none, so its head would get no gradient and DDP would stop."""
@@ -43,25 +59,28 @@ class PluginTrainer(nnUNetTrainer):
     val_iterations: ClassVar[int | None] = None
     fine_tuning: ClassVar[bool] = False
 
+    num_iterations_per_epoch: int
+    num_val_iterations_per_epoch: int
+
     # nnU-Net reads the names of these parameters off the signature: they must stay as they are.
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
     ) -> None:
-        options = read_options()
+        options = Options()
         self._check_before_anything_is_written(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
-        self.num_epochs = self.epochs
-        if self.iterations is not None:
-            self.num_iterations_per_epoch = self.iterations
-        if self.val_iterations is not None:
-            self.num_val_iterations_per_epoch = self.val_iterations
-        for option, value in options.items():
-            if option.trainer_attribute:
-                setattr(self, option.trainer_attribute, value)
-            else:
-                torch.manual_seed(value)
-            self.print_to_log_file(f"{option.variable}={value} is set: {option.meaning}.")
+        self.num_epochs = options.whole(EPOCHS, self.epochs)
+        self.num_iterations_per_epoch = options.whole(ITERATIONS, self.iterations or self.num_iterations_per_epoch)
+        self.num_val_iterations_per_epoch = options.whole(VAL_ITERATIONS, self.val_iterations or self.num_val_iterations_per_epoch)
+        self.fine_tuning_options = FineTuning(
+            options.whole(WARMUP_EPOCHS, 0), options.whole(FROZEN_ENCODER_EPOCHS, 0), options.fraction(ENCODER_RATE, 1.0)
+        )
+        seed = options.whole(SEED, -1)
+        if seed >= 0:
+            torch.manual_seed(seed)
+        for line in options.lines():
+            self.print_to_log_file(line)
         self._weights_were_loaded = False
 
     # --- what a subclass says -------------------------------------------------------------------------------------------
@@ -108,6 +127,26 @@ class PluginTrainer(nnUNetTrainer):
         if isinstance(loss, DeepSupervisionWrapper):
             loss.weight_factors = tuple(weight or UNTRAINED_HEAD_WEIGHT for weight in loss.weight_factors)
         return loss
+
+    # --- optimizer and schedule: nnU-Net's own, with the fine-tuning options ------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        options = self.fine_tuning_options
+        if options == FineTuning():
+            return super().configure_optimizers()
+        optimizer = torch.optim.SGD(
+            parameter_groups(self.network, options.encoder_rate),
+            self.initial_lr,
+            weight_decay=self.weight_decay,
+            momentum=0.99,
+            nesterov=True,
+        )
+        optimizer.register_step_pre_hook(self._keep_frozen_encoder)
+        return optimizer, FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, options.warmup_epochs)
+
+    def _keep_frozen_encoder(self, *_: Any) -> None:
+        if self.current_epoch < self.fine_tuning_options.frozen_encoder_epochs:
+            discard_gradients(encoder_parameters(self._bare_network()))
 
     # --- starting ---------------------------------------------------------------------------------------------------------
 

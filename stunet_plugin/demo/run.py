@@ -246,6 +246,8 @@ class Demo:
             print(f"{name[:23]:<24}" + "".join(f"{value:>13.3f}" for value in dice) + f"{np.nanmean(dice):>9.3f}")
         mean = [metrics["Dice"] for metrics in summary["mean"].values()]
         print(f"{'mean Dice':<24}" + "".join(f"{value:>13.3f}" for value in mean) + f"{summary['foreground_mean']['Dice']:>9.3f}")
+        # matplotlib keeps a font cache, by default in the home directory.
+        os.environ.setdefault("MPLCONFIGDIR", self._environment()["MPLCONFIGDIR"])
         picture = self.folder / "overlay.png"
         save_overlays(list(self._overlay_cases()), self.class_names, picture)
         print(f"\nOverlay: {picture}\nCurve:   {self.model_folder / f'fold_{FOLD}' / 'progress.png'}")
