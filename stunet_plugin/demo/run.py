@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +33,8 @@ VAL_ITERATIONS_PER_EPOCH = 2
 CONFIGURATION = "3d_fullres"
 FOLD = 0
 OVERLAY_ROWS = 3
+# Lines of the stock commands that people want to see; all lines are in the log files.
+MILESTONES = ("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")
 STATE_FILE = "demo.json"
 
 
@@ -369,18 +372,10 @@ class Progress:
         elif text.startswith("train_loss "):
             self.loss = text.split()[1]
         elif text.startswith("Pseudo dice "):
-            values = [
-                float(part)
-                for part in text[12:]
-                .replace("np.float32(", "")
-                .replace("np.float64(", "")
-                .translate(str.maketrans("[](),", "     "))
-                .split()
-            ]
+            # A list of numbers, with or without numpy's own notation around each.
+            values = [float(number) for number in re.findall(r"(?:-?\d+\.\d+(?:e-?\d+)?|nan)", text)]
             self.dice = f"{np.nanmean(values):.3f}" if values else "n/a"
-        elif text.startswith(
-            ("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")
-        ):
+        elif text.startswith(MILESTONES) and "%|" not in text:
             print(f"    {text}", flush=True)
 
 

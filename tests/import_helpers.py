@@ -1,0 +1,166 @@
+"""Checkpoints in the published formats, made from random weights, and a call of ``stunet import`` that expects a refusal."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from stunet_plugin.cli import main
+from stunet_plugin.networks.stunet import STUNet
+from stunet_plugin.plan_architecture import stunet_architecture
+from stunet_plugin.presets import get_preset
+from stunet_plugin.registration import trainers_folder
+
+STRIDES = [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 1, 2]]
+
+_TO_PUBLISHED = (
+    (r"encoder\.stages\.", "conv_blocks_context."),
+    (r"decoder\.upsample_convs\.(\d+)\.", r"upsample_layers.\1.conv."),
+    (r"decoder\.stages\.", "conv_blocks_localization."),
+    (r"decoder\.seg_layers\.", "seg_outputs."),
+    (r"\.shortcut\.", ".conv3."),
+)
+
+
+def make_network(size: str = "tiny", channels: int = 1, outputs: int = 5) -> STUNet:
+    """A network of a published size with its initial (random) weights."""
+    arguments = stunet_architecture(get_preset(size), STRIDES)["arch_kwargs"]
+    return STUNet(channels, outputs, **(arguments | {"conv_op": torch.nn.Conv3d}))
+
+
+def published_name(name: str) -> str:
+    """The published name of one of our parameters."""
+    for pattern, replacement in _TO_PUBLISHED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def published_weights(network: torch.nn.Module) -> OrderedDict[str, torch.Tensor]:
+    return OrderedDict((published_name(name), value) for name, value in network.state_dict().items())
+
+
+def v1_checkpoint(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What nnU-Net v1 saves, numpy scalars included."""
+    losses = [np.float64(0.5), np.float64(0.4)]
+    return {
+        "epoch": 4000,
+        "state_dict": weights,
+        "optimizer_state_dict": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.01}]},
+        "lr_scheduler_state_dict": None,
+        "plot_stuff": (losses, losses, [], losses),
+        "best_stuff": (None, np.float64(0.3), np.float64(0.9)),
+        "amp_grad_scaler": {"scale": 65536.0},
+    }
+
+
+def v1_plans(classes: int = 4, channels: int = 1) -> dict[str, Any]:
+    """The ``.model.pkl`` of nnU-Net v1, in numpy as v1 writes it."""
+    stage = {
+        "batch_size": 2,
+        "patch_size": np.array([32, 32, 64]),
+        "median_patient_size_in_voxels": np.array([100, 110, 120]),
+        "current_spacing": np.array([1.5, 1.5, 1.5]),
+        "pool_op_kernel_sizes": STRIDES[1:],
+    }
+    plans = {
+        "num_classes": classes,
+        "all_classes": list(range(1, classes + 1)),
+        "modalities": dict.fromkeys(range(channels), "nonCT"),
+        "normalization_schemes": OrderedDict.fromkeys(range(channels), "nonCT"),
+        "use_mask_for_norm": OrderedDict.fromkeys(range(channels), False),
+        "transpose_forward": [np.int64(0), 1, 2],
+        "transpose_backward": [np.int64(0), 1, 2],
+        "dataset_properties": {"intensityproperties": None},
+        "plans_per_stage": {0: stage},
+    }
+    return OrderedDict(init=("", 0, "", "", False, 0, True, False, True), name="STUNetTrainer_tiny", plans=plans)
+
+
+def v2_plans() -> dict[str, Any]:
+    """Plans of nnU-Net v2's default planner, cut to what matters."""
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "batch_size": 2,
+        "patch_size": [32, 32, 64],
+        "median_image_size_in_voxels": [100.0, 110.0, 120.0],
+        "spacing": [1.0, 0.8, 0.8],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [True],
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {"strides": STRIDES},
+        },
+        "batch_dice": True,
+    }
+    return {
+        "dataset_name": "Dataset004_Hippocampus",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"2d": {"patch_size": [64, 64]}, "3d_fullres": configuration},
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": {"mean": 10.0, "std": 2.0}},
+    }
+
+
+def write_v1(path: Path, weights: dict[str, torch.Tensor] | None = None, plans: dict[str, Any] | None = None) -> Path:
+    """Write a v1 checkpoint (tiny, random, if no weights are given) and its ``.pkl``; ``plans={}`` leaves that out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(v1_checkpoint(weights or published_weights(make_network())), path)
+    if plans is None or plans:
+        path.with_name(path.name + ".pkl").write_bytes(pickle.dumps(plans or v1_plans()))
+    return path
+
+
+def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy with values replaced; keys are paths such as ``plans/plans_per_stage/0/batch_size``."""
+    changed = copy.deepcopy(content)
+    for key, value in changes.items():
+        *parents, last = [int(part) if part.isdigit() else part for part in key.split("/")]
+        entry: Any = changed
+        for part in parents:
+            entry = entry[part] if part in entry else entry[str(part)]
+        entry[last] = value
+    return changed
+
+
+def refuse(capsys: pytest.CaptureFixture[str], source: Path | str, out: Path, *arguments: str) -> str:
+    """Run ``stunet import``, expect exit code 2 and nothing written, and return the message."""
+    before = sorted(out.parent.rglob("*")) if out.parent.exists() else None
+    capsys.readouterr()
+    assert main(["import", str(source), "--out", str(out), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("stunet import: ")
+    assert "Traceback" not in message
+    after = sorted(out.parent.rglob("*")) if out.parent.exists() else None
+    assert after == before, "a refused import left something behind"
+    return message
+
+
+def run_import(*arguments: object) -> int:
+    return main(["import", *map(str, arguments)])
+
+
+def checkpoint_in(folder: Path) -> dict[str, Any]:
+    """The checkpoint of an imported model folder, loaded as strictly as torch can."""
+    loaded: dict[str, Any] = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    return loaded
+
+
+def load_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetPredictor:
+    """nnU-Net's predictor, initialised from a model folder as its commands do; every window counts alike."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    predictor = nnUNetPredictor(use_gaussian=False, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
+    predictor.network.eval()
+    return predictor
