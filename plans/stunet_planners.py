@@ -7,6 +7,7 @@ the published topology. So a stock ``nnUNetTrainer`` trains from these plans too
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +53,14 @@ class STUNetPlanner(ExperimentPlanner):
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
+        target = self.preset.gpu_memory_gb if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb
+        if not 0 < target < np.inf:
+            raise PluginError(f"-gpu_memory_target must be a number of gigabytes above 0, not {target}.")
+        if overwrite_target_spacing is not None and not all(0 < step < np.inf for step in overwrite_target_spacing):
+            raise PluginError(f"-overwrite_target_spacing takes three millimetres above 0, not {list(overwrite_target_spacing)}.")
         super().__init__(
             dataset_name_or_id,
-            gpu_memory_target_in_gb or self.preset.gpu_memory_gb,
+            target,
             preprocessor_name,
             plans_name or f"STUNetPlans_{self.preset.name}",
             overwrite_target_spacing,
@@ -142,6 +148,11 @@ class STUNetPlanner(ExperimentPlanner):
         two, three = (shape.training_memory(patch_size, batch).total for batch in (2, 3))
         fits = 2 + int(max(target - two, 0) / (three - two))
         share = round(dataset_voxels * self.max_dataset_covered / np.prod(patch_size, dtype=np.float64))
+        if share < fits:
+            print(
+                f"STU-Net {self.preset.name}: a batch of {fits} would fit {self.UNet_vram_target_GB:g} GB, but nnU-Net allows "
+                f"{max(share, MIN_BATCH_SIZE)} (5 % of the voxels of the data set, and at least {MIN_BATCH_SIZE})."
+            )
         return max(min(fits, share), MIN_BATCH_SIZE)
 
 
@@ -161,7 +172,9 @@ def hint_for_unknown(name: str) -> str | None:
     """Return a line for someone who asked for a planner of this family that does not exist, or None if it is no such name."""
     if not name.startswith("STUNetPlanner") or name in PLANNERS:
         return None
-    return f"stunet-plugin has no planner {name}. Planners: {', '.join(PLANNERS)}."
+    nearest = difflib.get_close_matches(name, PLANNERS, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    return f"stunet-plugin has no planner {name}. Planners: {', '.join(PLANNERS)}.{hint}"
 
 
 def __getattr__(name: str) -> Any:

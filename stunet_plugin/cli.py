@@ -16,9 +16,20 @@ from stunet_plugin.presets import PRESETS
 INTERRUPTED = 130
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return 2
+    options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
@@ -48,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_path(commands)
     _add_plan(commands)
+    _add_import(commands)
+    _add_inspect(commands)
+    _add_plan_like(commands)
     _add_demo(commands)
     return parser
 
@@ -60,7 +74,7 @@ def _add_command(
         help=summary,
         description=summary,
         epilog=f"Example: {example}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
@@ -154,9 +168,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     names = ", ".join(f"STUNetPlanner_{name}" for name in PRESETS)
     parser.add_argument("-pl", dest="planner", required=True, metavar="PLANNER", help=names)
     parser.add_argument("-gpu_memory_target", type=float, default=None, metavar="GB", help="the size's own if not given")
-    parser.add_argument(
-        "-overwrite_target_spacing", type=float, nargs=3, default=None, metavar="MM", help="spacing of 3d_fullres"
-    )
+    parser.add_argument("-overwrite_target_spacing", type=float, nargs=3, default=None, metavar="MM", help="spacing of 3d_fullres")
     parser.add_argument("-overwrite_plans_name", default=None, metavar="NAME", help="STUNetPlans_<size> if not given")
     parser.add_argument("-np", dest="processes", type=int, default=2, help="processes for the dataset fingerprint")
 
@@ -174,6 +186,62 @@ def _plan(options: argparse.Namespace) -> int:
     )
 
 
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "import",
+        _import,
+        "Turn published STU-Net weights (v1 or v2 port; file or hf://owner/repository/file) into an nnU-Net v2 model folder.",
+        "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model",
+    )
+    from stunet_plugin.importing.arguments import add_import_arguments
+
+    add_import_arguments(parser)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from stunet_plugin.importing.import_command import ImportOptions, run_import
+
+    return run_import(ImportOptions.from_arguments(options))
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        _inspect,
+        "Say what a checkpoint or a model folder is: format, size, channels, outputs, plan, labels, provenance.",
+        "stunet inspect base_ep4k.model",
+    )
+    parser.add_argument("file", metavar="FILE_OR_FOLDER", help="checkpoint (.model, .pth), plans (.pkl) or model folder")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from stunet_plugin.importing.inspect_command import inspect
+
+    return inspect(options.file)
+
+
+def _add_plan_like(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "plan-like",
+        _plan_like,
+        "Write plans for a dataset with a pretrained model's spacing, normalisation, patch size and network.",
+        "stunet plan-like MODEL_FOLDER -d 4 && nnUNetv2_preprocess -d 4 -plans_name STUNetPlans_like_base -c 3d_fullres",
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder of nnU-Net v2, or a checkpoint")
+    parser.add_argument("-d", dest="dataset", type=int, required=True, metavar="ID", help="dataset that nnU-Net has planned")
+    parser.add_argument("--name", default=None, metavar="NAME", help="name of the plans; STUNetPlans_like_<size> if not given")
+    parser.add_argument("--force", action="store_true", help="replace plans of that name")
+
+
+def _plan_like(options: argparse.Namespace) -> int:
+    from stunet_plugin.importing.plan_like import plan_like
+
+    return plan_like(options.model, options.dataset, options.name, options.force)
+
+
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = _add_command(
         commands,
@@ -182,7 +250,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "Run plan, train, predict and evaluate through the stock nnU-Net commands, on an embedded data set or on yours.",
         "stunet demo --size small --out my_demo",
     )
-    parser.add_argument("--dataset", type=int, default=None, metavar="ID", help="a dataset in nnUNet_raw instead of the embedded one")
+    parser.add_argument(
+        "--dataset", type=int, default=None, metavar="ID", help="a dataset in nnUNet_raw instead of the embedded one"
+    )
     parser.add_argument("--size", choices=list(PRESETS), default="small", help="size of STU-Net")
     parser.add_argument("--epochs", type=int, default=None, help="epochs of 15 iterations; 10 if not given")
     parser.add_argument("--out", default="stunet_demo", metavar="FOLDER", help="everything is written here and nowhere else")

@@ -83,12 +83,15 @@ def _lookup() -> Iterator[Finding]:
     """Ask nnU-Net itself for a trainer, as its commands do."""
     import contextlib
     import io
+    import warnings
 
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     name = "STUNetTrainer_base"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            # nnU-Net imports all its trainers on the way, and some of their libraries complain.
+            warnings.simplefilter("ignore")
             trainer = recursive_find_trainer_class_by_name(name)
     except Exception as error:
         yield Finding("look-up", f"nnU-Net does not find {name} ({type(error).__name__})", "Run: stunet register")

@@ -53,9 +53,7 @@ ITERATIONS = Option("STUNET_ITERATIONS", "training iterations per epoch (nnU-Net
 VAL_ITERATIONS = Option("STUNET_VAL_ITERATIONS", "validation iterations per epoch (nnU-Net: 50)", 1)
 SEED = Option("STUNET_SEED", "seed of the initial weights; the order of the augmented batches stays random", 0)
 WARMUP_EPOCHS = Option("STUNET_WARMUP_EPOCHS", "epochs over which the learning rate rises linearly to the schedule's", 0)
-FROZEN_ENCODER_EPOCHS = Option(
-    "STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in which the encoder's weights stay as they are", 0
-)
+FROZEN_ENCODER_EPOCHS = Option("STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in which the encoder's weights stay as they are", 0)
 ENCODER_RATE = Option("STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's", 0.0, 1.0, whole=False)
 
 OPTIONS = (EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE)

@@ -28,7 +28,7 @@ def plan(
     from stunet_plugin.plans.stunet_planners import PLANNERS
 
     if planner_name not in PLANNERS:
-        nearest = difflib.get_close_matches(planner_name, PLANNERS, n=1)
+        nearest = difflib.get_close_matches(planner_name, PLANNERS, n=1, cutoff=0.8)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise PluginError(f"Unknown planner {planner_name!r}. Planners: {', '.join(PLANNERS)}.{hint}")
     for variable, path in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
@@ -38,7 +38,7 @@ def plan(
         try:
             convert_id_to_dataset_name(dataset)
         except RuntimeError as error:
-            raise PluginError(f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}: {error}") from error
+            raise PluginError(f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}.") from error
     for dataset in datasets:
         extract_fingerprint_dataset(dataset, num_processes=processes, clean=False)
         _, identifier = plan_experiment_dataset(

@@ -39,6 +39,27 @@ def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
     return (no_pooling, *poolings, *([no_pooling] * (NUM_STAGES - 1 - len(poolings))))
 
 
+def strides_for_patch(patch_size: Sequence[int]) -> Strides:
+    """Return six stages with the poolings that a patch allows, as nnU-Net plans them for isotropic spacing.
+
+    An axis is halved, at most five times, while it is even and at least four voxels are left.
+
+    Raises:
+        PluginError: no axis can be halved even once.
+    """
+    sizes = [int(size) for size in patch_size]
+    stages = [(1,) * len(sizes)]
+    for _ in range(NUM_STAGES - 1):
+        steps = tuple(2 if size % 2 == 0 and size // 2 >= 4 else 1 for size in sizes)
+        sizes = [size // step for size, step in zip(sizes, steps, strict=True)]
+        stages.append(steps)
+    if total_stride(tuple(stages)) == stages[0]:
+        raise PluginError(
+            f"A patch of {list(patch_size)} cannot be pooled: give even sizes of at least 8 voxels, such as 96 160 160."
+        )
+    return tuple(stages)
+
+
 def total_stride(strides: Strides) -> tuple[int, ...]:
     """Return by how much each axis shrinks from the input to the deepest stage."""
     total = [1] * len(strides[0])

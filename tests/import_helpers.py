@@ -44,11 +44,11 @@ def published_name(name: str) -> str:
     return name
 
 
-def published_weights(network: torch.nn.Module) -> OrderedDict[str, torch.Tensor]:
+def published_weights(network: torch.nn.Module) -> OrderedDict[str, Any]:
     return OrderedDict((published_name(name), value) for name, value in network.state_dict().items())
 
 
-def v1_checkpoint(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
     """What nnU-Net v1 saves, numpy scalars included."""
     losses = [np.float64(0.5), np.float64(0.4)]
     return {
@@ -113,7 +113,7 @@ def v2_plans() -> dict[str, Any]:
     }
 
 
-def write_v1(path: Path, weights: dict[str, torch.Tensor] | None = None, plans: dict[str, Any] | None = None) -> Path:
+def write_v1(path: Path, weights: dict[str, Any] | None = None, plans: dict[str, Any] | None = None) -> Path:
     """Write a v1 checkpoint (tiny, random, if no weights are given) and its ``.pkl``; ``plans={}`` leaves that out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(v1_checkpoint(weights or published_weights(make_network())), path)
@@ -147,7 +147,7 @@ def refuse(capsys: pytest.CaptureFixture[str], source: Path | str, out: Path, *a
     return message
 
 
-def run_import(*arguments: object) -> int:
+def stunet_import(*arguments: object) -> int:
     return main(["import", *map(str, arguments)])
 
 

@@ -85,6 +85,14 @@ def test_a_target_that_cannot_be_met_is_refused(big_dataset: Workspace, size: st
         PLANNERS[f"STUNetPlanner_{size}"](int(PHANTOM_ID), gpu_memory_target_in_gb=gigabytes).plan_experiment()
 
 
+@pytest.mark.parametrize("wrong", [{"gpu_memory_target_in_gb": 0.0}, {"gpu_memory_target_in_gb": float("nan")}])
+def test_numbers_that_make_no_sense_are_refused(nnunet_environment: Workspace, wrong: dict[str, Any]) -> None:
+    with pytest.raises(PluginError, match="-gpu_memory_target must be a number of gigabytes above 0"):
+        PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), **wrong)
+    with pytest.raises(PluginError, match="-overwrite_target_spacing takes three millimetres above 0"):
+        PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), overwrite_target_spacing=[1.0, 0.0, 1.0])
+
+
 def test_own_data_where_spacing_differs(nnunet_environment: Workspace) -> None:
     planner = PLANNERS["STUNetPlanner_small"]
     shared = planner(int(PHANTOM_ID))

@@ -150,7 +150,7 @@ def test_weights_of_another_size_are_refused_in_a_sentence(trained: Workspace) -
     assert "does not fit STUNetTrainer_small_ft: it was written by STUNetTrainer_tiny and" in last
     assert "Use the trainer of the same size" in last
     assert weights.stat() == before
-    assert not list(trained.model("STUNetTrainer_small_ft").rglob("*.pth"))
+    assert not trained.model("STUNetTrainer_small_ft").exists()
     missing = trained.run("nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", f"{TRAINER}_ft", "-device", "cpu",
                           "-pretrained_weights", "nowhere.pth", check=False)  # fmt: skip
     assert "-pretrained_weights nowhere.pth: there is no such file" in missing.stderr

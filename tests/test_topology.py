@@ -11,6 +11,7 @@ from stunet_plugin.topology import (
     nearest_patch_sizes,
     published_strides,
     stage_shapes,
+    strides_for_patch,
     total_stride,
 )
 
@@ -53,3 +54,9 @@ def test_patch_size_message_names_what_works() -> None:
 def test_plan_without_strides_is_refused() -> None:
     with pytest.raises(PluginError, match="no strides"):
         published_strides([])
+
+
+def test_poolings_that_a_patch_allows() -> None:
+    assert total_stride(strides_for_patch((128, 160, 256))) == (32, 32, 32)
+    assert total_stride(strides_for_patch((40, 56, 64))) == (8, 8, 16)
+    assert len(strides_for_patch((16, 16, 16))) == 6

@@ -15,6 +15,7 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from stunet_plugin.errors import PluginError
@@ -67,7 +68,7 @@ class PluginTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
     ) -> None:
         options = Options()
-        self._check_before_anything_is_written(plans, configuration)
+        self._check_before_anything_is_written(plans, configuration, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.num_epochs = options.whole(EPOCHS, self.epochs)
@@ -153,9 +154,6 @@ class PluginTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         super().initialize()
         self._bare_network().register_load_state_dict_post_hook(self._note_loaded_weights)
-        weights_file = pretrained_weights_on_command_line(sys.argv)
-        if weights_file is not None:
-            self._check_pretrained_weights(weights_file)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -174,7 +172,7 @@ class PluginTrainer(nnUNetTrainer):
             self.initialize()
         if isinstance(filename_or_checkpoint, str):
             checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
-            misfits = self._misfits(checkpoint["network_weights"], heads_too=True)
+            misfits = describe_misfits(self._bare_network(), checkpoint["network_weights"], heads_too=True)
             if misfits:
                 raise PluginError(
                     f"Cannot continue {type(self).__name__} from {filename_or_checkpoint}: it holds the weights of "
@@ -187,7 +185,7 @@ class PluginTrainer(nnUNetTrainer):
     # --- checks -----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _check_before_anything_is_written(cls, plans: dict, configuration: str) -> None:
+    def _check_before_anything_is_written(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
         """Refuse wrong input before nnU-Net's own constructor makes folders and log files."""
         available = list(plans["configurations"])
         if configuration not in available:
@@ -208,8 +206,15 @@ class PluginTrainer(nnUNetTrainer):
                 f"Run: nnUNetv2_preprocess -d {dataset_id} -plans_name {manager.plans_name} -c {configuration}"
             )
         _check_writable(Path(nnUNet_results))
+        weights_file = pretrained_weights_on_command_line(sys.argv)
+        if weights_file is not None:
+            channels = determine_num_input_channels(manager, chosen, dataset_json)
+            with torch.device("meta"):
+                network = cls.build_network_architecture(manager, chosen, channels, 1)
+            cls._check_pretrained_weights(weights_file, network)
 
-    def _check_pretrained_weights(self, weights_file: str) -> None:
+    @classmethod
+    def _check_pretrained_weights(cls, weights_file: str, network: torch.nn.Module) -> None:
         """Say what does not fit before nnU-Net's loader stops at an assertion that prints a whole tensor."""
         if not Path(weights_file).is_file():
             raise PluginError(f"-pretrained_weights {weights_file}: there is no such file.")
@@ -221,30 +226,13 @@ class PluginTrainer(nnUNetTrainer):
             raise PluginError(
                 f"-pretrained_weights {weights_file} is not a checkpoint of nnU-Net v2 ({type(error).__name__}: {error})."
             ) from error
-        misfits = self._misfits(weights, heads_too=False)
+        misfits = describe_misfits(network, weights, heads_too=False)
         if misfits:
             raise PluginError(
-                f"-pretrained_weights {weights_file} does not fit {type(self).__name__}: it was written by "
+                f"-pretrained_weights {weights_file} does not fit {cls.__name__}: it was written by "
                 f"{checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}. Use the trainer of the same size "
                 f"(its _ft variant), or weights of this size."
             )
-
-    def _misfits(self, weights: dict[str, torch.Tensor], heads_too: bool) -> str:
-        """Describe how weights differ from the network in names and shapes; empty if they fit."""
-        own = {
-            key: tuple(value.shape)
-            for key, value in self._bare_network().state_dict().items()
-            if heads_too or ".seg_layers." not in key
-        }
-        given = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
-        missing = [key for key in own if key not in given]
-        different = [key for key in own if key in given and given[key] != own[key]]
-        if different:
-            key = different[0]
-            return f"{len(different)} of {len(own)} tensors have another shape (for example {key}: {given[key]}, here {own[key]})"
-        if missing:
-            return f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]})"
-        return ""
 
     # --- small things -------------------------------------------------------------------------------------------------------
 
@@ -256,6 +244,20 @@ class PluginTrainer(nnUNetTrainer):
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True
+
+
+def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool) -> str:
+    """Describe how weights differ from the network in names and shapes; empty if they fit."""
+    own = {key: tuple(value.shape) for key, value in network.state_dict().items() if heads_too or ".seg_layers." not in key}
+    given = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
+    missing = [key for key in own if key not in given]
+    different = [key for key in own if key in given and given[key] != own[key]]
+    if different:
+        key = different[0]
+        return f"{len(different)} of {len(own)} tensors have another shape (for example {key}: {given[key]}, here {own[key]})"
+    if missing:
+        return f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]})"
+    return ""
 
 
 def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:

@@ -1,0 +1,82 @@
+"""``stunet inspect``: what a checkpoint or a model folder is, reading no more of it than that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stunet_plugin.checkpoints.file_formats import FileFormat, recognise
+from stunet_plugin.checkpoints.found_network import Origin, find_origin, read_stunet
+from stunet_plugin.checkpoints.safe_loading import load_checkpoint, load_plans_pickle
+from stunet_plugin.importing.choose_plan import choose_labels, find_plan
+from stunet_plugin.importing.import_command import describe_size
+from stunet_plugin.importing.labels import Labels
+from stunet_plugin.importing.model_folder import PROVENANCE
+from stunet_plugin.importing.model_source import find_model
+from stunet_plugin.importing.plan_readers import plan_from_v1, read_json
+
+SHOWN_LABELS = 12
+
+
+def inspect(given: str) -> int:
+    """Print what is known, one line per fact.
+
+    Raises:
+        PluginError: the file is no checkpoint, or one that is refused.
+    """
+    for name, text in facts(given):
+        print(f"{name + ':':<13}{text}")
+    return 0
+
+
+def facts(given: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of every fact. The tensors of zip-format files are only mapped; not one of them is read."""
+    source = find_model(given)
+    path = source.checkpoint
+    yield "file", str(path)
+    file_format = recognise(path)
+    yield "size", f"{path.stat().st_size / 1024**2:,.1f} MB, {file_format.value}"
+    if file_format is FileFormat.PICKLE:
+        yield "format", "plans of nnU-Net v1"
+        yield "plan", plan_from_v1(load_plans_pickle(path), path.name).summary()
+        return
+    checkpoint = load_checkpoint(path)
+    origin, tensors = find_origin(checkpoint, path)
+    yield "format", origin.value
+    if origin in (Origin.PCTNET, Origin.FMUNET):
+        yield "network", f"{len(tensors)} tensors; `stunet import` takes STU-Net alone"
+        return
+    weights = read_stunet(checkpoint, path)
+    yield "network", describe_size(weights)
+    yield from _training(checkpoint)
+    plan = find_plan(source, checkpoint, weights)
+    yield "plan", f"{plan.summary()} ({plan.origin})" if plan else "unknown: `stunet import` will ask for --plans or plan options"
+    labels = choose_labels(source, checkpoint, weights, plan, None)
+    yield "labels", f"{_list_labels(labels)} ({labels.origin})"
+    yield from _provenance(path)
+
+
+def _training(checkpoint: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    trainer, epoch = checkpoint.get("trainer_name"), checkpoint.get("epoch", checkpoint.get("current_epoch"))
+    if isinstance(trainer, str):
+        yield "trainer", trainer[:80]
+    # An import writes epoch 0: it does not know better.
+    if isinstance(epoch, int) and epoch > 0:
+        yield "epochs", str(epoch)
+
+
+def _list_labels(labels: Labels) -> str:
+    shown = ", ".join(labels.names[:SHOWN_LABELS])
+    return f"{len(labels.names)}: {shown}{' ...' if len(labels.names) > SHOWN_LABELS else ''}"
+
+
+def _provenance(checkpoint: Path) -> Iterator[tuple[str, str]]:
+    """The record of an import, where the checkpoint lies in a folder that one wrote."""
+    record = checkpoint.parent.parent / PROVENANCE
+    if record.is_file():
+        content = read_json(record)
+        versions = content.get("versions")
+        tools = [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else ["unknown tools"]
+        yield "imported", f"{content.get('date')} from {content.get('source')} by {', '.join(tools)}"
+        yield "sha256", f"{content.get('sha256')} (of the source)"

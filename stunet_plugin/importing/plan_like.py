@@ -1,0 +1,174 @@
+"""``stunet plan-like``: a plan for a dataset that prepares its images as those of a pretrained model were.
+
+The authors of STU-Net fine-tune with the target's own plan. This is the other way: spacing, normalisation, patch and
+resampling of the model; labels, channels and fingerprint of the dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stunet_plugin.checkpoints.found_network import DIMENSIONS, STUNetWeights, read_stunet
+from stunet_plugin.checkpoints.safe_loading import load_checkpoint
+from stunet_plugin.errors import PluginError
+from stunet_plugin.importing.choose_plan import find_plan
+from stunet_plugin.importing.fields import Fields
+from stunet_plugin.importing.import_command import trainer_name
+from stunet_plugin.importing.model_source import find_model
+from stunet_plugin.importing.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, PREPROCESSED
+from stunet_plugin.importing.plan_readers import read_json
+from stunet_plugin.importing.source_plan import CT, SourcePlan
+from stunet_plugin.plan_architecture import resolve_stunet
+from stunet_plugin.registration import write_atomically
+
+_PLANS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int:
+    """Write the plan, and say what to run next.
+
+    Args:
+        given: the pretrained model: a folder or a checkpoint.
+        dataset_id: of a dataset that nnU-Net has planned (``nnUNetPlans.json`` is the base).
+        name: of the new plan; None is ``STUNetPlans_like_<size>``.
+        force: replace a plan of that name.
+
+    Raises:
+        PluginError: model or dataset are not there or do not fit, or the name is taken.
+    """
+    source = find_model(given)
+    checkpoint = load_checkpoint(source.checkpoint)
+    weights = read_stunet(checkpoint, source.checkpoint)
+    model = find_plan(source, checkpoint, weights)
+    if model is None:
+        raise PluginError(f"{source.checkpoint} has no plan. Import it first, with one: stunet import {given} --plans FILE")
+    folder = find_preprocessed(dataset_id)
+    base, dataset = (_read_beside(folder, file) for file in (f"{PLANS_NAME}.json", "dataset.json"))
+    name = name or f"STUNetPlans_like_{weights.preset.name if weights.preset else 'model'}"
+    target = _check_name(folder, name, force)
+    plans = make_plans(model, weights, base, dataset, name)
+    resolve_stunet(plans["configurations"][CONFIGURATION], weights.preset, trainer_name(weights))
+    data = folder / plans["configurations"][CONFIGURATION]["data_identifier"]
+    if data.is_dir():
+        print(f"{data} holds data of an earlier plan of this name: preprocess again.")
+    write_atomically(target, json.dumps(plans, indent=4) + "\n")
+
+    channels = len(plans["configurations"][CONFIGURATION]["normalization_schemes"])
+    print(f"Written:      {target}\nPreprocess:   nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c {CONFIGURATION}")
+    if channels != weights.input_channels:
+        advice = f"import the weights with --in-channels {channels} first"
+        print(f"Channels:     {weights.input_channels} in the model, {channels} in the dataset: {advice}")
+    train = f"nnUNetv2_train {dataset_id} {CONFIGURATION} 0 -p {name} -tr {trainer_name(weights)}_ft"
+    print(f"Fine-tune:    {train} -pretrained_weights {source.checkpoint}")
+    return 0
+
+
+def find_preprocessed(dataset_id: int) -> Path:
+    """Return the folder of a dataset in nnUNet_preprocessed."""
+    root = os.environ.get(PREPROCESSED)
+    if not root:
+        raise PluginError(f"{PREPROCESSED} is not set. Set it: export {PREPROCESSED}=/path/to/{PREPROCESSED}")
+    found = sorted(path for path in Path(root).glob(f"Dataset{dataset_id:03d}_*") if path.is_dir())
+    if len(found) != 1:
+        raise PluginError(
+            f"Expected one Dataset{dataset_id:03d}_* in {root}, found {len(found)}. Plan the dataset first: "
+            f"nnUNetv2_extract_fingerprint -d {dataset_id} && nnUNetv2_plan_experiment -d {dataset_id}"
+        )
+    return found[0]
+
+
+def make_plans(model: SourcePlan, weights: STUNetWeights, base: Fields, dataset: Fields, name: str) -> dict[str, Any]:
+    """Return the content of the plans file.
+
+    Args:
+        model: plan of the pretrained model.
+        weights: whose architecture the plan carries.
+        base: ``nnUNetPlans.json`` of the dataset.
+        dataset: its ``dataset.json``.
+        name: of the new plan.
+
+    Raises:
+        PluginError: the dataset's channels cannot be prepared as the model's.
+    """
+    channels = len(dataset.per_channel("channel_names" if "channel_names" in dataset else "modality"))
+    if channels != model.channels and len(set(zip(model.normalization, model.mask_for_norm, strict=True))) > 1:
+        raise PluginError(
+            f"The dataset has {channels} channels and the model {model.channels}, which it normalises in different ways "
+            f"({', '.join(model.normalization)}): which of them is whose cannot be told. Use the dataset's own plan."
+        )
+    model = model.with_channels(channels)
+    own = base.fields("configurations").fields(CONFIGURATION)
+    axes = base.permutation("transpose_forward", DIMENSIONS)
+    spacing, shape = (
+        _retranspose(base.positives(key, DIMENSIONS, whole=False), axes, model.transpose_forward)
+        for key in ("original_median_spacing_after_transp", "original_median_shape_after_transp")
+    )
+    plans = model.to_plans(weights, str(base.get("dataset_name")))
+    configuration = plans["configurations"][CONFIGURATION]
+    configuration["data_identifier"] = f"{name}_{CONFIGURATION}"
+    configuration["batch_dice"] = own.boolean("batch_dice", False)
+    configuration["median_image_size_in_voxels"] = [
+        size * old / new for size, old, new in zip(shape, spacing, model.spacing, strict=True)
+    ]
+    # Images are turned as in pretraining where the model's reader can read them.
+    readable = not model.reader.startswith("Nibabel") or str(dataset.get("file_ending", "")).lower() in NIFTI_ENDINGS
+    intensities = dict(base.fields("foreground_intensity_properties_per_channel").values)
+    for channel, scheme in enumerate(model.normalization):
+        # The constants of this normalisation are part of it; all others take their numbers from each image.
+        if scheme == CT:
+            intensities[str(channel)] = dict(model.intensities[channel])
+    return {
+        **plans,
+        "plans_name": name,
+        "original_median_spacing_after_transp": list(spacing),
+        "original_median_shape_after_transp": [round(size) for size in shape],
+        "image_reader_writer": model.reader if readable else base.get("image_reader_writer"),
+        "experiment_planner_used": base.get("experiment_planner_used"),
+        "label_manager": base.get("label_manager"),
+        "foreground_intensity_properties_per_channel": intensities,
+    }
+
+
+def _read_beside(folder: Path, file: str) -> Fields:
+    path = folder / file
+    if not path.is_file():
+        dataset_id = folder.name[len("Dataset") :][:3]
+        raise PluginError(f"{path} is missing. Plan the dataset first: nnUNetv2_plan_experiment -d {int(dataset_id)}")
+    return Fields(read_json(path), str(path))
+
+
+def _check_name(folder: Path, name: str, force: bool) -> Path:
+    """Return the plan's file; raise if the name is unusable or taken, or another plan has its data under it."""
+    if not _PLANS_NAME.fullmatch(name) or "__" in name:
+        raise PluginError(f"--name may hold letters, digits, '.', '-' and single '_', not {name!r}.")
+    target = folder / f"{name}.json"
+    if name == PLANS_NAME or name in ("dataset", "dataset_fingerprint", "splits_final"):
+        raise PluginError(f"--name {name} would replace a file of nnU-Net. Choose another.")
+    if target.exists() and not force:
+        raise PluginError(f"{target} is there already. Nothing was changed. Replace it with --force, or choose another --name.")
+    identifier = f"{name}_{CONFIGURATION}"
+    for other in sorted(folder.glob("*.json")):
+        if other != target and identifier in _data_identifiers(other):
+            raise PluginError(f"{other} already names its data {identifier}, which would be overwritten. Choose another --name.")
+    return target
+
+
+def _data_identifiers(file: Path) -> set[str]:
+    """Return the data identifiers of a plans file, none if it is another JSON file."""
+    try:
+        configurations = read_json(file).get("configurations")
+    except PluginError:
+        return set()
+    entries = configurations.values() if isinstance(configurations, dict) else ()
+    return {str(entry.get("data_identifier")) for entry in entries if isinstance(entry, dict)}
+
+
+def _retranspose(values: Sequence[float], given: Sequence[int], wanted: Sequence[int]) -> tuple[float, ...]:
+    """Reorder values per axis from one of nnU-Net's transpositions to another."""
+    original = dict(zip(given, values, strict=True))
+    return tuple(original[axis] for axis in wanted)
