@@ -242,6 +242,20 @@ def test_checkpoint_of_another_size_cannot_be_continued(make: Callable[..., Any]
         small.load_checkpoint(str(checkpoint))
 
 
+def test_what_cannot_be_continued_says_why(make: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = make()
+    trainer.initialize()
+    checkpoint = tmp_path / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(checkpoint))
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save({**content, "optimizer_state": None}, checkpoint)
+    with pytest.raises(PluginError, match=r"weights alone.*-tr STUNetTrainer_tiny_ft -pretrained_weights"):
+        make().load_checkpoint(str(checkpoint))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(PluginError, match=r"is not a checkpoint of nnU-Net v2, or is damaged.*stunet inspect"):
+        make().load_checkpoint(str(checkpoint))
+
+
 def test_hints_for_names_that_do_not_exist(capsys: Any) -> None:
     assert not hasattr(stunet_trainers, "STUNetTrainer_lage")
     hint = capsys.readouterr().err

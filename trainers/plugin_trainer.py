@@ -171,15 +171,7 @@ class PluginTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         if isinstance(filename_or_checkpoint, str):
-            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
-            misfits = describe_misfits(self._bare_network(), checkpoint["network_weights"], heads_too=True)
-            if misfits:
-                raise PluginError(
-                    f"Cannot continue {type(self).__name__} from {filename_or_checkpoint}: it holds the weights of "
-                    f"{checkpoint.get('trainer_name', 'another network')} and {misfits}. Continue with the trainer and plans "
-                    f"that wrote it, or start anew without --c."
-                )
-            del checkpoint
+            self._check_checkpoint_to_continue(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
 
     # --- checks -----------------------------------------------------------------------------------------------------------
@@ -213,19 +205,29 @@ class PluginTrainer(nnUNetTrainer):
                 network = cls.build_network_architecture(manager, chosen, channels, 1)
             cls._check_pretrained_weights(weights_file, network)
 
+    def _check_checkpoint_to_continue(self, file: str) -> None:
+        """Say why a training cannot go on from a checkpoint, before nnU-Net changes anything."""
+        checkpoint = _read_checkpoint(file, "The checkpoint to continue from,")
+        misfits = describe_misfits(self._bare_network(), checkpoint["network_weights"], heads_too=True)
+        if misfits:
+            raise PluginError(
+                f"Cannot continue {type(self).__name__} from {file}: it holds the weights of "
+                f"{checkpoint.get('trainer_name', 'another network')} and {misfits}. Continue with the trainer and plans "
+                f"that wrote it, or start anew without --c."
+            )
+        if checkpoint.get("optimizer_state") is None:
+            raise PluginError(
+                f"Cannot continue from {file}: it holds weights alone (as `stunet import` writes them), no state of a training. "
+                f"Start a training from them: -tr {type(self).__name__.removesuffix('_ft')}_ft -pretrained_weights {file}"
+            )
+
     @classmethod
     def _check_pretrained_weights(cls, weights_file: str, network: torch.nn.Module) -> None:
         """Say what does not fit before nnU-Net's loader stops at an assertion that prints a whole tensor."""
         if not Path(weights_file).is_file():
             raise PluginError(f"-pretrained_weights {weights_file}: there is no such file.")
-        try:
-            # nnU-Net's loader unpickles the same file next, so nothing is gained by a stricter loader here.
-            checkpoint = torch.load(weights_file, map_location="cpu", mmap=True, weights_only=False)
-            weights = checkpoint["network_weights"]
-        except Exception as error:
-            raise PluginError(
-                f"-pretrained_weights {weights_file} is not a checkpoint of nnU-Net v2 ({type(error).__name__}: {error})."
-            ) from error
+        checkpoint = _read_checkpoint(weights_file, "-pretrained_weights")
+        weights = checkpoint["network_weights"]
         misfits = describe_misfits(network, weights, heads_too=False)
         if misfits:
             raise PluginError(
@@ -244,6 +246,22 @@ class PluginTrainer(nnUNetTrainer):
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True
+
+
+def _read_checkpoint(file: str, what: str) -> dict[str, Any]:
+    """Map a checkpoint of nnU-Net v2 into memory; weights are read when they are used.
+
+    nnU-Net's own loader unpickles the same file next, so nothing would be gained by a stricter loader here.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        dict(checkpoint["network_weights"])
+    except Exception as error:
+        raise PluginError(
+            f"{what} {file} is not a checkpoint of nnU-Net v2, or is damaged ({type(error).__name__}: {str(error)[:200]}). "
+            f"Published STU-Net weights become one with `stunet import`; `stunet inspect` says what a file is."
+        ) from error
+    return checkpoint
 
 
 def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool) -> str:
