@@ -58,14 +58,18 @@ class STUNetPlanner(ExperimentPlanner):
             raise PluginError(f"-gpu_memory_target must be a number of gigabytes above 0, not {target}.")
         if overwrite_target_spacing is not None and not all(0 < step < np.inf for step in overwrite_target_spacing):
             raise PluginError(f"-overwrite_target_spacing takes three millimetres above 0, not {list(overwrite_target_spacing)}.")
+        name = plans_name or f"STUNetPlans_{self.preset.name}"
+        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):
+            raise PluginError(f"-overwrite_plans_name may hold letters, digits, '_', '-' and '.', not {name!r}.")
         super().__init__(
             dataset_name_or_id,
             target,
             preprocessor_name,
-            plans_name or f"STUNetPlans_{self.preset.name}",
+            name,
             overwrite_target_spacing,
             suppress_transpose,
         )
+        self._refuse_to_replace_plans_of_others()
         self.UNet_min_batch_size = MIN_BATCH_SIZE
         # nnU-Net shrinks the patch while estimate / reference_batch * 2 > reference, then takes reference / estimate *
         # reference_batch as the batch. With an estimate in bytes of a batch of two, the target in bytes and a reference batch
@@ -73,6 +77,16 @@ class STUNetPlanner(ExperimentPlanner):
         self.UNet_reference_val_corresp_bs_2d = self.UNet_reference_val_corresp_bs_3d = MIN_BATCH_SIZE
         self.UNet_reference_val_corresp_GB = self.UNet_vram_target_GB
         self.UNet_reference_val_2d = self.UNet_reference_val_3d = self.UNet_vram_target_GB * GIGABYTE
+
+    def _refuse_to_replace_plans_of_others(self) -> None:
+        """Keep plans that no planner of ours wrote, nnU-Net's own above all."""
+        file = Path(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
+        planner = load_json(str(file)).get("experiment_planner_used", "") if file.is_file() else ""
+        if self.plans_identifier.startswith("nnUNet") or (file.is_file() and not planner.startswith("STUNetPlanner")):
+            raise PluginError(
+                f"The name {self.plans_identifier} belongs to plans of {planner or 'nnU-Net'}, which are kept. Choose another "
+                f"-overwrite_plans_name (default: STUNetPlans_{self.preset.name})."
+            )
 
     def static_estimate_VRAM_usage(
         self,
@@ -92,7 +106,7 @@ class STUNetPlanner(ExperimentPlanner):
                 f"STU-Net {self.preset.name} does not fit into {self.UNet_vram_target_GB:g} GB: even a patch of "
                 f"{[int(size) for size in patch_size]} with a batch of {MIN_BATCH_SIZE} takes about "
                 f"{estimate / GIGABYTE:.1f} GB. Raise -gpu_memory_target (default for this size: "
-                f"{self.preset.gpu_memory_gb:g}) or plan a smaller size: {', '.join(PRESETS)}."
+                f"{self.preset.gpu_memory_gb:g}){self._smaller_sizes()}."
             )
         return estimate
 
@@ -136,6 +150,10 @@ class STUNetPlanner(ExperimentPlanner):
         transpose, _ = default.determine_transpose()
         spacing = np.asarray(default.determine_fullres_target_spacing())[transpose]
         return spacing[1:] if configuration_name == "2d" else spacing
+
+    def _smaller_sizes(self) -> str:
+        smaller = [name for name, preset in PRESETS.items() if preset.parameters < self.preset.parameters and name != "tiny"]
+        return f" or plan a smaller size: {', '.join(smaller)}" if smaller else ""
 
     def _shape(self, strides: Sequence[Sequence[int]], input_channels: int, output_channels: int) -> STUNetShape:
         return STUNetShape.of_preset(self.preset, published_strides(strides), input_channels, output_channels)

@@ -6,6 +6,7 @@ the default: an option that is not set changes nothing.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class Option:
         """
         try:
             value = int(text) if self.whole else float(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not self.minimum <= value <= self.maximum:
             kind = "a whole number" if self.whole else "a number"
@@ -48,10 +49,10 @@ class Option:
         return value
 
 
-EPOCHS = Option("STUNET_EPOCHS", "epochs of the training, instead of the trainer's own number", 1)
-ITERATIONS = Option("STUNET_ITERATIONS", "training iterations per epoch (nnU-Net: 250)", 1)
-VAL_ITERATIONS = Option("STUNET_VAL_ITERATIONS", "validation iterations per epoch (nnU-Net: 50)", 1)
-SEED = Option("STUNET_SEED", "seed of the initial weights; the order of the augmented batches stays random", 0)
+EPOCHS = Option("STUNET_EPOCHS", "epochs of the training, instead of the trainer's own number", 1, 1_000_000)
+ITERATIONS = Option("STUNET_ITERATIONS", "training iterations per epoch (nnU-Net: 250)", 1, 1_000_000)
+VAL_ITERATIONS = Option("STUNET_VAL_ITERATIONS", "validation iterations per epoch (nnU-Net: 50)", 1, 1_000_000)
+SEED = Option("STUNET_SEED", "seed of the initial weights; the order of the augmented batches stays random", 0, 2**32 - 1)
 WARMUP_EPOCHS = Option("STUNET_WARMUP_EPOCHS", "epochs over which the learning rate rises linearly to the schedule's", 0)
 FROZEN_ENCODER_EPOCHS = Option("STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in which the encoder's weights stay as they are", 0)
 ENCODER_RATE = Option("STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's", 0.0, 1.0, whole=False)
@@ -67,6 +68,12 @@ class Options:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        known = [option.variable for option in OPTIONS]
+        for variable in environment:
+            if variable.startswith("STUNET_") and variable not in known:
+                nearest = difflib.get_close_matches(variable, known, n=1)
+                hint = f"Did you mean {nearest[0]}?" if nearest else f"Options: {', '.join(known)}."
+                raise PluginError(f"{variable} is set, but there is no such option. {hint} Unset it.")
         texts = {option: environment.get(option.variable, "").strip() for option in OPTIONS}
         self._values = {option: option.parse(text) for option, text in texts.items() if text}
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from stunet_plugin.errors import PluginError
 from stunet_plugin.presets import DEFAULT_SIZE, PRESETS, STUNetPreset, find_preset, get_preset
 from stunet_plugin.topology import as_strides, check_patch_size, published_strides, total_stride
 
 STUNET_CLASS = "stunet_plugin.networks.stunet.STUNet"
-HOST_ARCHITECTURES = "dynamic_network_architectures."
-"""Plans of nnU-Net's own planners name networks of this package: U-Nets whose strides we take over."""
+HOST_ARCHITECTURES = "dynamic_network_architectures.architectures.unet."
+"""Plans of nnU-Net's own planners name networks of this module: U-Nets whose strides we take over."""
+
+REPLAN = "Mend the plans file, or plan again with nnUNetv2_plan_experiment."
 
 
 def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -56,10 +60,16 @@ def resolve_stunet(configuration: Mapping[str, Any], preset: STUNetPreset | None
     Raises:
         PluginError: the plan belongs to another architecture or another size, or its patch does not fit the strides.
     """
-    architecture = configuration.get("architecture") or {}
-    class_name = architecture.get("network_class_name", "")
-    kwargs = architecture.get("arch_kwargs", {})
+    architecture, patch_size = configuration.get("architecture"), configuration.get("patch_size")
+    if not isinstance(architecture, Mapping) or not isinstance(architecture.get("arch_kwargs"), Mapping):
+        raise PluginError(f"The plan of {who} has no architecture with arch_kwargs. {REPLAN}")
+    if not isinstance(patch_size, (list, tuple)) or not all(isinstance(size, (int, np.integer)) for size in patch_size):
+        raise PluginError(f"patch_size in the plan of {who} must be a list of whole numbers, not {patch_size!r}. {REPLAN}")
+    class_name, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
     if class_name == STUNET_CLASS:
+        missing = [name for name in ("strides", "features_per_stage", "n_blocks_per_stage") if name not in kwargs]
+        if missing:
+            raise PluginError(f"The STU-Net in the plan of {who} lacks {', '.join(missing)}. {REPLAN}")
         _check_size(kwargs, preset, who)
         resolved = dict(architecture)
     elif class_name.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
@@ -81,12 +91,20 @@ def resolve_stunet(configuration: Mapping[str, Any], preset: STUNetPreset | None
 
 
 def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset | None, who: str) -> None:
-    """Raise if the STU-Net of a plan is not the size that the trainer's name promises."""
+    """Raise if the STU-Net of a plan is not the published network that the trainer's name promises."""
     if preset is None:
         return
-    features, blocks = tuple(kwargs["features_per_stage"]), kwargs["n_blocks_per_stage"]
+    features, blocks = kwargs["features_per_stage"], kwargs["n_blocks_per_stage"]
+    features = tuple(features) if isinstance(features, (list, tuple)) else (features,)
     blocks = (blocks,) * len(features) if isinstance(blocks, int) else tuple(blocks)
     if features == preset.features_per_stage and blocks == preset.blocks_per_stage:
+        published = stunet_architecture(preset, kwargs["strides"])["arch_kwargs"]
+        for name in ("n_stages", "kernel_sizes", "n_blocks_per_stage_decoder"):
+            if kwargs.get(name) != published[name] and kwargs.get(name) not in (3, preset.blocks):
+                raise PluginError(
+                    f"{who} trains the published STU-Net {preset.name}, but the plan has {name} {kwargs.get(name)}, not "
+                    f"{published[name]}, and published weights would not fit. Use -tr STUNetTrainer to train it as planned."
+                )
         return
     planned = find_preset(features, blocks)
     description = f"STU-Net {planned.name}" if planned else f"an STU-Net with widths {list(features)} and blocks {list(blocks)}"

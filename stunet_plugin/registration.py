@@ -122,11 +122,12 @@ def unregister() -> list[str]:
     host = find_host()
     lines = []
     for bridge in BRIDGES:
+        _check_ours(bridge.path(host))
+    for bridge in BRIDGES:
         path = bridge.path(host)
         if not path.exists():
             lines.append(f"{bridge.what}: not registered, nothing to do")
             continue
-        _check_ours(path)
         try:
             path.unlink()
         except OSError as error:
@@ -145,7 +146,7 @@ def registered(host: Path) -> dict[str, str]:
         if not path.is_file():
             states[bridge.what] = "not registered"
         else:
-            states[bridge.what] = "registered" if path.read_text() == bridge.text() else "out of date"
+            states[bridge.what] = "registered" if path.read_text(errors="replace") == bridge.text() else "out of date"
     return states
 
 
@@ -182,7 +183,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _check_ours(path: Path) -> None:
-    if path.exists() and MARKER not in path.read_text(errors="replace"):
+    if os.path.lexists(path) and not (path.is_file() and MARKER in path.read_text(errors="replace")):
         raise PluginError(f"{path} is there, but `stunet register` did not write it. Move it away and try again.")
 
 

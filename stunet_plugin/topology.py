@@ -7,6 +7,9 @@ per axis; the first entry is all ones because the first stage works at full reso
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.presets import NUM_STAGES
@@ -14,9 +17,29 @@ from stunet_plugin.presets import NUM_STAGES
 Strides = tuple[tuple[int, ...], ...]
 
 
-def as_strides(strides: Sequence[Sequence[int]]) -> Strides:
-    """Turn the nested lists of a plans file into tuples of ints."""
-    return tuple(tuple(int(step) for step in stage) for stage in strides)
+def as_strides(strides: Any) -> Strides:
+    """Turn the nested lists of a plans file into tuples of ints.
+
+    Raises:
+        PluginError: not a list of stages with one positive whole number per axis, the same number of axes everywhere.
+    """
+    if not _is_list(strides) or not strides or not all(_is_list(stage) and stage for stage in strides):
+        raise PluginError(f"Expected one list per stage, with a number per axis, as [[1, 1, 1], [2, 2, 2]], not {strides!r}.")
+    numbers = tuple(tuple(_whole(step) for step in stage) for stage in strides)
+    if any(step is None for stage in numbers for step in stage) or len({len(stage) for stage in numbers}) != 1:
+        raise PluginError(f"Expected whole numbers of 1 or more, as many for every stage as there are axes, not {strides!r}.")
+    return tuple(tuple(step or 0 for step in stage) for stage in numbers)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def _whole(value: Any) -> int | None:
+    """The value as an int if it is a positive whole number (2.0 in a plans file counts), else None."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return None
+    return int(value) if value >= 1 and value == int(value) else None
 
 
 def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
@@ -32,8 +55,6 @@ def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
         Six entries.
     """
     strides = as_strides(plan_strides)
-    if not strides:
-        raise PluginError("The plan has no strides; make a plan with nnUNetv2_plan_experiment.")
     no_pooling = (1,) * len(strides[0])
     poolings = strides[1:NUM_STAGES]
     return (no_pooling, *poolings, *([no_pooling] * (NUM_STAGES - 1 - len(poolings))))
@@ -95,7 +116,7 @@ def nearest_patch_sizes(patch_size: Sequence[int], strides: Strides) -> tuple[tu
     """Return the patch sizes just below (at least one step) and just above that the strides divide."""
     total = total_stride(strides)
     below = tuple(max(size // step, 1) * step for size, step in zip(patch_size, total, strict=True))
-    above = tuple(-(-size // step) * step for size, step in zip(patch_size, total, strict=True))
+    above = tuple(max(-(-size // step), 1) * step for size, step in zip(patch_size, total, strict=True))
     return below, above
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,21 @@ def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PluginError, match="no interrupted demo in"):
         run_demo(settings, str(tmp_path / "new"), resume=True)
     assert not (tmp_path / "new").exists()
+    (tmp_path / "running").mkdir()
+    (tmp_path / "running" / "demo.json").write_text(json.dumps({"settings": asdict(settings), "done": []}))
+    with (tmp_path / "running" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(PluginError, match="A demo is running in"):
+            run_demo(settings, str(tmp_path / "running"), resume=True)
+    (tmp_path / "running" / "demo.json").write_text("{")
+    with pytest.raises(PluginError, match=r"demo.json is damaged. Start a new demo"):
+        run_demo(settings, str(tmp_path / "running"), resume=True)
+    write_dataset(tmp_path / "raw" / "Dataset003_Few", num_cases=3)
+    (tmp_path / "raw" / "Dataset004_Empty").mkdir()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    for dataset, message in ((3, "splits into 5 folds, .* has only 3 labelled cases"), (4, "is no dataset of nnU-Net v2")):
+        with pytest.raises(PluginError, match=message):
+            run_demo(DemoSettings(dataset, "tiny", 1, "cpu"), str(tmp_path / "x"), resume=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("important")
     with pytest.raises(PluginError, match=r"not empty. Choose another folder with --out"):

@@ -69,12 +69,14 @@ def test_options_are_parsed_and_refused() -> None:
     assert options.whole(EPOCHS, 1000) == 7
     assert options.fraction(ENCODER_RATE, 1.0) == 0.1
     for variable, text, message in (
-        ("STUNET_EPOCHS", "0", "a whole number of at least 1"),
-        ("STUNET_EPOCHS", "1.5", "a whole number of at least 1"),
+        ("STUNET_EPOCHS", "0", "a whole number from 1 to 1e\\+06"),
+        ("STUNET_EPOCHS", "1.5", "a whole number from 1 to 1e\\+06"),
         ("STUNET_ENCODER_RATE", "2", "a number from 0 to 1"),
         ("STUNET_ENCODER_RATE", "nan", "a number from 0 to 1"),
-        ("STUNET_SEED", "-1", "a whole number of at least 0"),
+        ("STUNET_SEED", "-1", "a whole number from 0 to"),
     ):
         with pytest.raises(PluginError, match=f"{variable}='{text}' must be {message}"):
             Options({variable: text})
+    with pytest.raises(PluginError, match="STUNET_EPOCH is set, but there is no such option. Did you mean STUNET_EPOCHS"):
+        Options({"STUNET_EPOCH": "3"})
     assert len({option.variable for option in OPTIONS}) == len(OPTIONS)

@@ -89,6 +89,9 @@ def test_a_target_that_cannot_be_met_is_refused(big_dataset: Workspace, size: st
 def test_numbers_that_make_no_sense_are_refused(nnunet_environment: Workspace, wrong: dict[str, Any]) -> None:
     with pytest.raises(PluginError, match="-gpu_memory_target must be a number of gigabytes above 0"):
         PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), **wrong)
+    for name in ("nnUNetPlans", "../elsewhere"):
+        with pytest.raises(PluginError, match="-overwrite_plans_name"):
+            PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), plans_name=name)
     with pytest.raises(PluginError, match="-overwrite_target_spacing takes three millimetres above 0"):
         PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), overwrite_target_spacing=[1.0, 0.0, 1.0])
 

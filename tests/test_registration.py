@@ -50,6 +50,11 @@ def test_an_old_bridge_is_replaced_and_a_strangers_file_is_not(host: Path) -> No
         with pytest.raises(PluginError, match="did not write it"):
             command()
     assert planners.read_text() == "my = 'own'"
+    assert trainers.is_file()
+    planners.unlink()
+    planners.mkdir()
+    with pytest.raises(PluginError, match="did not write it"):
+        register()
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -148,7 +148,7 @@ def test_weights_of_another_size_are_refused_in_a_sentence(trained: Workspace) -
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "does not fit STUNetTrainer_small_ft: it was written by STUNetTrainer_tiny and" in last
-    assert "Use the trainer of the same size" in last
+    assert "Use the trainer of the same size (its _ft variant), or weights of this size" in last
     assert weights.stat() == before
     assert not trained.model("STUNetTrainer_small_ft").exists()
     missing = trained.run("nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", f"{TRAINER}_ft", "-device", "cpu",

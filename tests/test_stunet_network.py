@@ -144,13 +144,17 @@ def test_runs_in_half_precision_under_autocast() -> None:
     ("changes", "message"),
     [
         ({"conv_op": nn.Linear}, "conv_op must be torch.nn.Conv2d or torch.nn.Conv3d"),
-        ({"n_stages": 1}, "n_stages must be at least 2"),
+        ({"n_stages": 1}, "n_stages must be a whole number of at least 2"),
         ({"features_per_stage": [4, 8]}, "features_per_stage must be .* 6 of them"),
         ({"strides": ISOTROPIC[:4]}, "strides must be .* 6 entries"),
         ({"strides": [[2, 2, 2]] * 6}, r"strides\[0\] must be all ones"),
         ({"kernel_sizes": 2}, "Kernel sizes must be odd"),
         ({"n_blocks_per_stage_decoder": [1] * 6}, "n_blocks_per_stage_decoder must be .* 5 of them"),
         ({"n_blocks_per_stage": 0}, "n_blocks_per_stage must be"),
+        ({"features_per_stage": [4.5, 8, 8, 8, 8, 8]}, "features_per_stage must be .* whole"),
+        ({"strides": [[1, 1, 1], [1.5, 2, 2], *ISOTROPIC[2:]]}, "strides: Expected whole numbers"),
+        ({"strides": None}, "strides"),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(changes: dict[str, Any], message: str) -> None:

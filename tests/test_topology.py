@@ -51,9 +51,12 @@ def test_patch_size_message_names_what_works() -> None:
         check_patch_size((64, 64), strides, "It")
 
 
-def test_plan_without_strides_is_refused() -> None:
-    with pytest.raises(PluginError, match="no strides"):
-        published_strides([])
+@pytest.mark.parametrize(
+    "wrong", [[], None, 3, "222", [2, 2], [[1, 1, 1], [2, 2]], [[1, 1, 1], [1.5, 2, 2]], [[0, 1, 1]], [["1"] * 3]]
+)
+def test_strides_that_are_none_are_refused(wrong: object) -> None:
+    with pytest.raises(PluginError, match="Expected"):
+        published_strides(wrong)  # type: ignore[arg-type]
 
 
 def test_poolings_that_a_patch_allows() -> None:

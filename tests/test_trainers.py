@@ -128,7 +128,7 @@ def test_options_are_applied_and_checked(make: Callable[..., Any], monkeypatch: 
     assert first.num_epochs == 7
     assert torch.equal(first.network.encoder.stages[0][0].conv1.weight, second.network.encoder.stages[0][0].conv1.weight)
     monkeypatch.setenv("STUNET_EPOCHS", "many")
-    with pytest.raises(PluginError, match="STUNET_EPOCHS='many' must be a whole number of at least 1"):
+    with pytest.raises(PluginError, match="STUNET_EPOCHS='many' must be a whole number from 1"):
         make()
 
 

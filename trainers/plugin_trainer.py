@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,6 +180,9 @@ class PluginTrainer(nnUNetTrainer):
     @classmethod
     def _check_before_anything_is_written(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
         """Refuse wrong input before nnU-Net's own constructor makes folders and log files."""
+        lacking = [key for key in ("dataset_name", "plans_name", "configurations") if not plans.get(key)]
+        if lacking:
+            raise PluginError(f"The plans file lacks {', '.join(lacking)}. Plan again with nnUNetv2_plan_experiment.")
         available = list(plans["configurations"])
         if configuration not in available:
             raise PluginError(
@@ -188,8 +192,11 @@ class PluginTrainer(nnUNetTrainer):
         chosen = manager.get_configuration(configuration)
         cls.resolve_architecture(chosen.configuration)
         for variable, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
-            if not path.is_set():
+            if not path.get():
                 raise PluginError(f"{variable} is not set. Set it to a folder: export {variable}=/path/to/{variable}")
+        for key in ("data_identifier", "batch_size"):
+            if not chosen.configuration.get(key):
+                raise PluginError(f"Configuration {configuration} of {manager.plans_name} has no {key}. Plan again.")
         data = Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier)
         if not data.is_dir() or not any(data.iterdir()):
             dataset_id = int(manager.dataset_name[len("Dataset") :][:3])
@@ -198,11 +205,17 @@ class PluginTrainer(nnUNetTrainer):
                 f"Run: nnUNetv2_preprocess -d {dataset_id} -plans_name {manager.plans_name} -c {configuration}"
             )
         _check_writable(Path(nnUNet_results))
-        weights_file = pretrained_weights_on_command_line(sys.argv)
-        if weights_file is not None:
-            channels = determine_num_input_channels(manager, chosen, dataset_json)
+        channels = determine_num_input_channels(manager, chosen, dataset_json)
+        try:
             with torch.device("meta"):
                 network = cls.build_network_architecture(manager, chosen, channels, 1)
+        except Exception as error:
+            raise PluginError(
+                f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}: {error} Mend its architecture in "
+                f"the plans file, or plan again with nnUNetv2_plan_experiment."
+            ) from error
+        weights_file = pretrained_weights_on_command_line(sys.argv)
+        if weights_file is not None:
             cls._check_pretrained_weights(weights_file, network)
 
     def _check_checkpoint_to_continue(self, file: str) -> None:
@@ -215,7 +228,13 @@ class PluginTrainer(nnUNetTrainer):
                 f"{checkpoint.get('trainer_name', 'another network')} and {misfits}. Continue with the trainer and plans "
                 f"that wrote it, or start anew without --c."
             )
-        if checkpoint.get("optimizer_state") is None:
+        state = checkpoint.get("optimizer_state")
+        if state is not None and len(state["param_groups"]) != len(self.optimizer.param_groups):
+            raise PluginError(
+                f"Cannot continue from {file}: {ENCODER_RATE.variable} was {'not ' * (len(state['param_groups']) == 1)}set when that "
+                f"training started. Continue with the same options."
+            )
+        if state is None:
             raise PluginError(
                 f"Cannot continue from {file}: it holds weights alone (as `stunet import` writes them), no state of a training. "
                 f"Start a training from them: -tr {type(self).__name__.removesuffix('_ft')}_ft -pretrained_weights {file}"
@@ -232,8 +251,7 @@ class PluginTrainer(nnUNetTrainer):
         if misfits:
             raise PluginError(
                 f"-pretrained_weights {weights_file} does not fit {cls.__name__}: it was written by "
-                f"{checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}. Use the trainer of the same size "
-                f"(its _ft variant), or weights of this size."
+                f"{checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}."
             )
 
     # --- small things -------------------------------------------------------------------------------------------------------
@@ -254,8 +272,10 @@ def _read_checkpoint(file: str, what: str) -> dict[str, Any]:
     nnU-Net's own loader unpickles the same file next, so nothing would be gained by a stricter loader here.
     """
     try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-        dict(checkpoint["network_weights"])
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=False)
+        if not all(isinstance(value, torch.Tensor) for value in checkpoint["network_weights"].values()):
+            raise TypeError("network_weights holds something other than tensors")
     except Exception as error:
         raise PluginError(
             f"{what} {file} is not a checkpoint of nnU-Net v2, or is damaged ({type(error).__name__}: {str(error)[:200]}). "
@@ -265,17 +285,36 @@ def _read_checkpoint(file: str, what: str) -> dict[str, Any]:
 
 
 def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool) -> str:
-    """Describe how weights differ from the network in names and shapes; empty if they fit."""
-    own = {key: tuple(value.shape) for key, value in network.state_dict().items() if heads_too or ".seg_layers." not in key}
-    given = {key.removeprefix("module."): tuple(value.shape) for key, value in weights.items()}
-    missing = [key for key in own if key not in given]
-    different = [key for key in own if key in given and given[key] != own[key]]
-    if different:
-        key = different[0]
-        return f"{len(different)} of {len(own)} tensors have another shape (for example {key}: {given[key]}, here {own[key]})"
+    """Describe how weights differ from the network in names and shapes, and what to do; empty if they fit.
+
+    Args:
+        network: to load them into; may be on the meta device.
+        weights: of a checkpoint.
+        heads_too: compare the segmentation heads as well, which fine-tuning leaves out.
+    """
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items() if heads_too or ".seg_layers." not in name}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    missing = [name for name in own if name not in given]
     if missing:
-        return f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]})"
-    return ""
+        return (
+            f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}). Are these the weights of another network? "
+            f"`stunet inspect` says what a file is"
+        )
+    different = [name for name in own if given[name] != own[name]]
+    if not different:
+        surplus = [name for name in given if name not in own]
+        return f"it has tensors that this network lacks (for example {surplus[0]})" if surplus and heads_too else ""
+    name = different[0]
+    found = f"{len(different)} of {len(own)} tensors have another shape (for example {name}: {given[name]}, here {own[name]})"
+    if any(len(given[name]) != len(own[name]) for name in different):
+        return f"{found}. 2D weights do not fit a 3D configuration, nor the other way round"
+    stem = [f"{layer}.weight" for layer in getattr(network, "keys_to_in_proj", ())]
+    if all(name in stem for name in different):
+        return (
+            f"{found}. The weights take {given[name][1]} input channel(s), this data has {own[name][1]}: `stunet import "
+            f"--in-channels {own[name][1]}` makes weights that fit"
+        )
+    return f"{found}. Use the trainer of the same size (its _ft variant), or weights of this size"
 
 
 def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +35,8 @@ VAL_ITERATIONS_PER_EPOCH = 2
 CONFIGURATION = "3d_fullres"
 FOLD = 0
 OVERLAY_ROWS = 3
+MINIMUM_CASES = 5
+"""For nnU-Net's five folds."""
 # Lines of the stock commands that people want to see; all lines are in the log files.
 MILESTONES = ("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")
 STATE_FILE = "demo.json"
@@ -88,6 +92,7 @@ def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
     source = user_dataset(settings.dataset) if settings.dataset is not None else None
     demo = Demo(settings, folder, source)
     demo.open(resume)
+    demo.lock()
     started = time.monotonic()
     try:
         with terminate_as_interrupt():
@@ -113,7 +118,20 @@ def user_dataset(dataset_id: int) -> Path:
         raise PluginError(
             f"--dataset {dataset_id}: expected one Dataset{dataset_id:03d}_* in {raw}, found {len(found)}. Datasets there: {there}."
         )
-    return found[0].resolve()
+    folder = found[0].resolve()
+    try:
+        ending = str(json.loads((folder / "dataset.json").read_text())["file_ending"])
+        cases = len([path for path in (folder / "labelsTr").iterdir() if path.name.endswith(ending)])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PluginError(
+            f"--dataset {dataset_id}: {folder} is no dataset of nnU-Net v2 (it needs dataset.json with file_ending, imagesTr and "
+            f"labelsTr): {error}"
+        ) from error
+    if cases < MINIMUM_CASES:
+        raise PluginError(
+            f"--dataset {dataset_id}: nnU-Net splits into {MINIMUM_CASES} folds, {folder} has only {cases} labelled cases."
+        )
+    return folder
 
 
 class Demo:
@@ -138,12 +156,16 @@ class Demo:
         if resume:
             if not state_file.is_file():
                 raise PluginError(f"--resume: there is no interrupted demo in {self.folder}. Start one without --resume.")
-            state = json.loads(state_file.read_text())
-            if state["settings"] != asdict(self.settings):
+            try:
+                state = json.loads(state_file.read_text())
+                settings, done = DemoSettings(**state["settings"]), list(state["done"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise PluginError(f"{state_file} is damaged. Start a new demo in another folder with --out.") from error
+            if settings != self.settings:
                 raise PluginError(
                     f"--resume: the demo in {self.folder} was started with {state['settings']}, not {asdict(self.settings)}."
                 )
-            self.done = state["done"]
+            self.done = done
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             advice = "Continue it with --resume, or choose" if state_file.is_file() else "Choose"
@@ -156,6 +178,16 @@ class Demo:
 
     def _save_state(self) -> None:
         write_atomically(self.folder / STATE_FILE, json.dumps({"settings": asdict(self.settings), "done": self.done}, indent=2))
+
+    def lock(self) -> None:
+        """Let no second demo into the folder while this one, or a command that it left behind, is running."""
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PluginError(
+                f"A demo is running in {self.folder}. Wait for it to end, or choose another folder with --out."
+            ) from error
 
     def resume_command(self) -> str:
         dataset = f" --dataset {self.settings.dataset}" if self.settings.dataset is not None else ""
@@ -205,8 +237,12 @@ class Demo:
 
     def _train(self) -> None:
         arguments = [str(self.dataset_id), CONFIGURATION, str(FOLD), "-tr", self.settings.trainer, "-device", self.settings.device]
-        if list(self.model_folder.glob(f"fold_{FOLD}/checkpoint_*.pth")):
+        checkpoints = list(self.model_folder.glob(f"fold_{FOLD}/checkpoint_*.pth"))
+        if checkpoints and all(zipfile.is_zipfile(checkpoint) for checkpoint in checkpoints):
             arguments.append("--c")
+        elif checkpoints:
+            # A kill in the middle of a write. nnU-Net overwrites it, so nothing needs to be moved away.
+            print("  the interrupted training left a damaged checkpoint: training starts anew")
         self._stock("nnUNetv2_train", *arguments)
 
     def _hold_out(self) -> None:
@@ -292,12 +328,15 @@ class Demo:
         for path in folders.values():
             Path(path).mkdir(parents=True, exist_ok=True)
         processes = str(os.cpu_count() or 1)
+        workers = os.environ.get("nnUNet_n_proc_DA", processes)
         caches = self.folder / "cache"
         return {
             **os.environ,
             **folders,
             "nnUNet_extTrainer": str(trainers_folder()),
             "nnUNet_def_n_proc": processes,
+            # nnU-Net's planner stops at 0, which a user may have set for training.
+            "nnUNet_n_proc_DA": workers if workers != "0" else processes,
             # torch.compile takes longer than this training.
             "nnUNet_compile": "f",
             "STUNET_EPOCHS": str(self.settings.epochs),
@@ -330,6 +369,8 @@ class Demo:
                 text=True,
                 errors="replace",
                 start_new_session=True,
+                # The lock lives as long as anything that writes into the folder.
+                pass_fds=(self._lock.fileno(),),
             )
             progress = Progress(self.settings.epochs)
             try:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from stunet_plugin.errors import PluginError
 from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
 
 ConvOp = Callable[..., _ConvNd]
@@ -220,8 +221,13 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         if conv_op not in (nn.Conv2d, nn.Conv3d):
             raise ValueError(f"conv_op must be torch.nn.Conv2d or torch.nn.Conv3d, not {conv_op!r}.")
         dimensions = convert_conv_op_to_dim(conv_op)
-        if n_stages < 2:
-            raise ValueError(f"n_stages must be at least 2 (one pooling), not {n_stages}.")
+        for name, number, least in (
+            ("n_stages", n_stages, 2),
+            ("input_channels", input_channels, 1),
+            ("num_classes", num_classes, 1),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {number!r}.")
         features = _per_stage("features_per_stage", features_per_stage, n_stages)
         self.strides = _per_axis("strides", strides, n_stages, dimensions)
         kernels = _per_axis("kernel_sizes", kernel_sizes, n_stages, dimensions)
@@ -268,17 +274,19 @@ def _conv_outputs(module: nn.Module) -> int:
 
 
 def _per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    values = (value,) * count if isinstance(value, int) else tuple(int(entry) for entry in value)
-    if len(values) != count or any(entry < 1 for entry in values):
-        raise ValueError(f"{name} must be one positive number or {count} of them, not {value!r}.")
+    values = (value,) * count if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(values) != count or any(not isinstance(entry, int) or entry < 1 for entry in values):
+        raise ValueError(f"{name} must be one positive whole number or {count} of them, not {value!r}.")
     return values
 
 
 def _per_axis(name: str, value: int | Sequence[int] | Sequence[Sequence[int]], count: int, dimensions: int) -> Strides:
     """Normalise per-stage, per-axis numbers: an int for everything, ints for stages, or sequences for stages and axes."""
     stages: Sequence[int | Sequence[int]] = [value] * count if isinstance(value, int) else value
-    per_axis: list[Sequence[int]] = [(entry,) * dimensions if isinstance(entry, int) else entry for entry in stages]
-    full = as_strides(per_axis)
+    try:
+        full = as_strides([(entry,) * dimensions if isinstance(entry, int) else entry for entry in stages])
+    except (TypeError, PluginError) as error:
+        raise ValueError(f"{name}: {error}") from error
     if len(full) != count or any(len(entry) != dimensions or min(entry) < 1 for entry in full):
         raise ValueError(
             f"{name} must be one positive number, or {count} entries (one per stage) of {dimensions} (one per axis), not {value!r}."
