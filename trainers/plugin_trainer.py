@@ -211,8 +211,8 @@ class PluginTrainer(nnUNetTrainer):
                 network = cls.build_network_architecture(manager, chosen, channels, 1)
         except Exception as error:
             raise PluginError(
-                f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}: {error} Mend its architecture in "
-                f"the plans file, or plan again with nnUNetv2_plan_experiment."
+                f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}: {error} Mend its architecture "
+                f"in the plans file, or plan again with nnUNetv2_plan_experiment."
             ) from error
         weights_file = pretrained_weights_on_command_line(sys.argv)
         if weights_file is not None:
@@ -231,8 +231,8 @@ class PluginTrainer(nnUNetTrainer):
         state = checkpoint.get("optimizer_state")
         if state is not None and len(state["param_groups"]) != len(self.optimizer.param_groups):
             raise PluginError(
-                f"Cannot continue from {file}: {ENCODER_RATE.variable} was {'not ' * (len(state['param_groups']) == 1)}set when that "
-                f"training started. Continue with the same options."
+                f"Cannot continue from {file}: that training started {'without' if len(state['param_groups']) == 1 else 'with'} "
+                f"{ENCODER_RATE.variable}. Continue with the same options."
             )
         if state is None:
             raise PluginError(
@@ -297,8 +297,8 @@ def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor],
     missing = [name for name in own if name not in given]
     if missing:
         return (
-            f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}). Are these the weights of another network? "
-            f"`stunet inspect` says what a file is"
+            f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}). Are these the weights of another "
+            f"network? `stunet inspect` says what a file is"
         )
     different = [name for name in own if given[name] != own[name]]
     if not different:
