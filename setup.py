@@ -9,5 +9,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["stunet_plugin", "stunet_plugin.*"]), "stunet_plugin.trainers", "stunet_plugin.plans"],
     package_dir={"stunet_plugin.trainers": "trainers", "stunet_plugin.plans": "plans"},
-    package_data={"stunet_plugin": ["py.typed", "data/*.json"]},
+    package_data={"stunet_plugin": ["py.typed"], "stunet_plugin.data": ["*.json"]},
 )

@@ -1,0 +1,1 @@
+"""Facts of the published weights, as data."""
