@@ -100,7 +100,7 @@ def test_size_table_shows_every_size_and_refuses_what_does_not_fit() -> None:
     for preset in PRESETS.values():
         assert f"{preset.parameters:,}" in table
     assert "reduced by 8x8x8" in size_table((40, 56, 40), 2, 1, 3)
-    with pytest.raises(PluginError, match=r"\[33, 35, 7\] cannot be pooled: give even sizes of 8"):
+    with pytest.raises(PluginError, match=r"\[33, 35, 7\] cannot be pooled: give even sizes of at least 8"):
         size_table((33, 35, 7), 2, 1, 105)
     with pytest.raises(PluginError, match="--batch-size must be at least 1, not 0"):
         size_table((128, 128, 128), 0, 1, 105)
