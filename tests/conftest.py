@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from stunet_plugin.demo.phantom import write_dataset
-from stunet_plugin.demo.run import find_command
 from stunet_plugin.registration import trainers_folder
+from stunet_plugin.stock_commands import find_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

@@ -17,8 +17,10 @@ import pytest
 import SimpleITK as sitk
 
 from stunet_plugin.demo.phantom import HOUNSFIELD, LABELS, make_case, write_dataset
-from stunet_plugin.demo.run import DemoSettings, Progress, find_command, run_demo
+from stunet_plugin.demo.progress import Progress
+from stunet_plugin.demo.run import DemoSettings, run_demo
 from stunet_plugin.errors import PluginError
+from stunet_plugin.stock_commands import find_command
 
 from conftest import PHANTOM_ID, Workspace
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from stunet_plugin import registration
-from stunet_plugin.demo.run import find_command
 from stunet_plugin.errors import PluginError
 from stunet_plugin.registration import BRIDGES, check_version, register, registered, unregister
+from stunet_plugin.stock_commands import find_command
 
 from conftest import PHANTOM_ID, Workspace
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -14,18 +13,18 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from stunet_plugin.demo.phantom import write_dataset
+from stunet_plugin.demo.progress import Progress
 from stunet_plugin.errors import PluginError
 from stunet_plugin.figures import OverlayCase, save_overlays
 from stunet_plugin.registration import find_host, trainers_folder, write_atomically
+from stunet_plugin.stock_commands import find_command, terminate_as_interrupt
 
 EMBEDDED_ID = 999
 EMBEDDED_NAME = "Dataset999_StunetDemo"
@@ -37,8 +36,6 @@ FOLD = 0
 OVERLAY_ROWS = 3
 MINIMUM_CASES = 5
 """For nnU-Net's five folds."""
-# Lines of the stock commands that people want to see; all lines are in the log files.
-MILESTONES = ("predicting ", "Predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning", "Fingerprint")
 STATE_FILE = "demo.json"
 
 
@@ -391,53 +388,3 @@ class Demo:
         if code != 0:
             tail = "".join(f"    {line}" for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:])
             raise StockCommandError(f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}")
-
-
-class Progress:
-    """Turns the output of nnUNetv2_train into a line per epoch, and that of the others into a line per case."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-        self.epoch = ""
-        self.loss = ""
-        self.dice = ""
-
-    def see(self, line: str) -> None:
-        """Take one line of output, print what a person wants to know of it."""
-        # nnU-Net's log lines: "<date> <time>: <text>".
-        text = line.strip().partition(": ")[2] if line[:2] == "20" else line.strip()
-        if text.startswith("Epoch time:"):
-            print(f"    epoch {self.epoch:>3} of {self.epochs}: loss {self.loss}, pseudo Dice {self.dice}, {text[12:]}", flush=True)
-        elif text.startswith("Epoch "):
-            self.epoch = str(int(text.split()[1]) + 1) if text.split()[1].isdigit() else text.split()[1]
-        elif text.startswith("train_loss "):
-            self.loss = text.split()[1]
-        elif text.startswith("Pseudo dice "):
-            # A list of numbers, with or without numpy's own notation around each.
-            values = [float(number) for number in re.findall(r"(?:-?\d+\.\d+(?:e-?\d+)?|nan)", text)]
-            self.dice = f"{np.nanmean(values):.3f}" if values else "n/a"
-        elif text.startswith(MILESTONES) and "%|" not in text:
-            print(f"    {text}", flush=True)
-
-
-def find_command(name: str) -> str:
-    """Return the path of a stock command: beside this Python, else on the PATH."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        raise PluginError(f"The command {name} is not beside {sys.executable} and not on the PATH. Reinstall nnunetv2.")
-    return found
-
-
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the demo as Ctrl-C does, so that its children are stopped too."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

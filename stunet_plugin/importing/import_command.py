@@ -125,7 +125,7 @@ def import_checkpoint(options: ImportOptions, hub: Hub | None = None) -> Importe
 
 def run_import(options: ImportOptions, hub: Hub | None = None) -> int:
     """Import, and say what to run next."""
-    from stunet_plugin.demo.run import terminate_as_interrupt
+    from stunet_plugin.stock_commands import terminate_as_interrupt
 
     with terminate_as_interrupt():
         model = import_checkpoint(options, hub)
