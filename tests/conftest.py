@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-# Two processes run tests on what may be two cores: one thread each, and no spinning while waiting. Before torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable

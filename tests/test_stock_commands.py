@@ -15,8 +15,7 @@ import torch
 
 from conftest import PHANTOM_ID, Workspace
 
-# A group of its own, so that it runs beside the other tests on the phantoms.
-pytestmark = [pytest.mark.xdist_group("stock_commands"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("phantoms"), pytest.mark.slow]
 
 TRAINER = "STUNetTrainer_tiny"
 
