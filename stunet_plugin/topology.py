@@ -89,6 +89,11 @@ def total_stride(strides: Strides) -> tuple[int, ...]:
     return tuple(total)
 
 
+def num_poolings(strides: Strides) -> int:
+    """Return how many stages pool at all; padded ones do not."""
+    return sum(any(step > 1 for step in stage) for stage in strides)
+
+
 def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int, ...]]:
     """Return the spatial shape of every stage for an input of ``patch_size`` voxels."""
     shape = tuple(int(size) for size in patch_size)

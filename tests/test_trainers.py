@@ -97,6 +97,21 @@ def test_the_same_weights_fit_whatever_the_plan(nnunet_environment: Workspace, n
     assert len(shapes) == 1
 
 
+@pytest.mark.parametrize(
+    ("poolings", "expected"),
+    [(5, (8, 4, 2, 1, 0)), (3, (2, 1, 0, 0, 0)), (2, (1, 0, 0, 0, 0)), (1, (1, 0, 0, 0, 0)), (6, (8, 4, 2, 1, 0))],
+)
+def test_deep_supervision_weighs_as_nnunet_does_for_the_plans_poolings(
+    make: Callable[..., Any], poolings: int, expected: tuple[int, ...]
+) -> None:
+    """The weights the published training had: nnU-Net's halving over the plan's own poolings, the deepest left out."""
+    strides = [[1, 1, 1], *[[2, 2, 2]] * poolings]
+    trainer = make(changes={"strides": strides, "patch_size": [128, 128, 128], "batch_size": 2})
+    weights = trainer._build_loss().weight_factors
+    assert weights == pytest.approx([value / sum(expected) for value in expected], abs=2e-6)
+    assert min(weights) > 0
+
+
 def test_published_hyper_parameters() -> None:
     published = {"": (1e-2, 1000), "_ft": (1e-3, 1000), "_ep2k": (1e-2, 2000), "_ep4k": (1e-2, 4000)}
     for size in ("", "_small", "_base", "_large", "_huge"):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -30,7 +31,7 @@ from stunet_plugin.options import (
     WARMUP_EPOCHS,
     Options,
 )
-from stunet_plugin.topology import as_strides, deep_supervision_scales
+from stunet_plugin.topology import Strides, as_strides, deep_supervision_scales, num_poolings
 from stunet_plugin.trainers.fine_tuning import (
     FineTuning,
     FineTuningScheduler,
@@ -40,7 +41,7 @@ from stunet_plugin.trainers.fine_tuning import (
 )
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
-"""Loss weight of the deepest output. nnU-Net gives it none, so its head would get no gradient and DDP would stop."""
+"""Loss weight of outputs that nnU-Net gives none: their heads would get no gradient, and DDP would stop."""
 
 
 class PluginTrainer(nnUNetTrainer):
@@ -121,14 +122,25 @@ class PluginTrainer(nnUNetTrainer):
         """One scale per output of the network that is built, which may have other strides than the plan."""
         if not self.enable_deep_supervision:
             return None
-        architecture = self.resolve_architecture(self.configuration_manager.configuration)
-        return deep_supervision_scales(as_strides(architecture["arch_kwargs"]["strides"]))
+        return deep_supervision_scales(self._network_strides())
 
     def _build_loss(self) -> torch.nn.Module:
+        """nnU-Net's loss, its deep supervision weighted by the poolings as in the published training.
+
+        nnU-Net halves the weight from output to output and gives the deepest none. Where a plan pools fewer times than the
+        network has decoder stages, that rule goes by the plan's poolings: the padded outputs below would only repeat the
+        resolution of the one above.
+        """
         loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper):
-            loss.weight_factors = tuple(weight or UNTRAINED_HEAD_WEIGHT for weight in loss.weight_factors)
+            supervised = max(num_poolings(self._network_strides()) - 1, 1)
+            kept = np.asarray(loss.weight_factors) * (np.arange(len(loss.weight_factors)) < supervised)
+            loss.weight_factors = tuple(float(weight) or UNTRAINED_HEAD_WEIGHT for weight in kept / kept.sum())
         return loss
+
+    def _network_strides(self) -> Strides:
+        architecture = self.resolve_architecture(self.configuration_manager.configuration)
+        return as_strides(architecture["arch_kwargs"]["strides"])
 
     # --- optimizer and schedule: nnU-Net's own, with the fine-tuning options ------------------------------------------------
 
