@@ -107,6 +107,10 @@ def test_fine_tuning_loads_everything_but_the_heads(trained: Workspace) -> None:
     assert "Current learning rate: 0.001" in result.stdout
     tuned = torch.load(trained.model(f"{TRAINER}_ft") / "fold_1" / "checkpoint_final.pth", map_location="cpu", weights_only=False)
     start = torch.load(weights, map_location="cpu", weights_only=False)["network_weights"]
+    heads = sum(".seg_layers." in name for name in start)
+    log = next((trained.model(f"{TRAINER}_ft") / "fold_1").glob("training_log_*.txt")).read_text()
+    assert f"Pretrained weights: {len(start) - heads} of {len(start)} tensors (99." in log
+    assert f"come from {TRAINER}; {heads} start at random: {heads} of the segmentation heads." in log
     # One step at a thousandth: still close to where it started, unlike a new initialisation.
     key = "encoder.stages.3.0.conv2.weight"
     assert (tuned["network_weights"][key] - start[key]).abs().max() < 0.05 * start[key].std()

@@ -16,12 +16,12 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from stunet_plugin.checkpoints.starting_weights import pretrained_weights_on_command_line
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.plan_architecture import stunet_architecture
 from stunet_plugin.presets import PRESETS, get_preset
 from stunet_plugin.trainers import stunet_trainers
-from stunet_plugin.trainers.plugin_trainer import pretrained_weights_on_command_line
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
 
 from conftest import PHANTOM_ID, Workspace

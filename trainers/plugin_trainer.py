@@ -7,8 +7,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +18,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from stunet_plugin.checkpoints.starting_weights import (
+    describe_loaded,
+    describe_misfits,
+    pretrained_weights_on_command_line,
+    read_checkpoint,
+)
 from stunet_plugin.errors import PluginError
 from stunet_plugin.options import (
     ENCODER_RATE,
@@ -170,6 +174,10 @@ class PluginTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        weights_file = pretrained_weights_on_command_line(sys.argv)
+        if self._weights_were_loaded and weights_file is not None:
+            checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
+            self.print_to_log_file(f"{describe_loaded(self._bare_network(), checkpoint)} ({weights_file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_to_log_file(
                 f"\n{'!' * 100}\n"
@@ -232,7 +240,7 @@ class PluginTrainer(nnUNetTrainer):
 
     def _check_checkpoint_to_continue(self, file: str) -> None:
         """Say why a training cannot go on from a checkpoint, before nnU-Net changes anything."""
-        checkpoint = _read_checkpoint(file, "The checkpoint to continue from,")
+        checkpoint = read_checkpoint(file, "The checkpoint to continue from,")
         misfits = describe_misfits(self._bare_network(), checkpoint["network_weights"], heads_too=True)
         if misfits:
             raise PluginError(
@@ -257,7 +265,7 @@ class PluginTrainer(nnUNetTrainer):
         """Say what does not fit before nnU-Net's loader stops at an assertion that prints a whole tensor."""
         if not Path(weights_file).is_file():
             raise PluginError(f"-pretrained_weights {weights_file}: there is no such file.")
-        checkpoint = _read_checkpoint(weights_file, "-pretrained_weights")
+        checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
         weights = checkpoint["network_weights"]
         misfits = describe_misfits(network, weights, heads_too=False)
         if misfits:
@@ -276,71 +284,6 @@ class PluginTrainer(nnUNetTrainer):
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True
-
-
-def _read_checkpoint(file: str, what: str) -> dict[str, Any]:
-    """Map a checkpoint of nnU-Net v2 into memory; weights are read when they are used.
-
-    nnU-Net's own loader unpickles the same file next, so nothing would be gained by a stricter loader here.
-    """
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=False)
-        if not all(isinstance(value, torch.Tensor) for value in checkpoint["network_weights"].values()):
-            raise TypeError("network_weights holds something other than tensors")
-    except Exception as error:
-        raise PluginError(
-            f"{what} {file} is not a checkpoint of nnU-Net v2, or is damaged ({type(error).__name__}: {str(error)[:200]}). "
-            f"Published STU-Net weights become one with `stunet import`; `stunet inspect` says what a file is."
-        ) from error
-    return checkpoint
-
-
-def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool) -> str:
-    """Describe how weights differ from the network in names and shapes, and what to do; empty if they fit.
-
-    Args:
-        network: to load them into; may be on the meta device.
-        weights: of a checkpoint.
-        heads_too: compare the segmentation heads as well, which fine-tuning leaves out.
-    """
-    own = {name: tuple(value.shape) for name, value in network.state_dict().items() if heads_too or ".seg_layers." not in name}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    missing = [name for name in own if name not in given]
-    if missing:
-        return (
-            f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}). Are these the weights of another "
-            f"network? `stunet inspect` says what a file is"
-        )
-    different = [name for name in own if given[name] != own[name]]
-    if not different:
-        surplus = [name for name in given if name not in own]
-        return f"it has tensors that this network lacks (for example {surplus[0]})" if surplus and heads_too else ""
-    name = different[0]
-    found = f"{len(different)} of {len(own)} tensors have another shape (for example {name}: {given[name]}, here {own[name]})"
-    if any(len(given[name]) != len(own[name]) for name in different):
-        return f"{found}. 2D weights do not fit a 3D configuration, nor the other way round"
-    stem = [f"{layer}.weight" for layer in getattr(network, "keys_to_in_proj", ())]
-    if all(name in stem for name in different):
-        return (
-            f"{found}. The weights take {given[name][1]} input channel(s), this data has {own[name][1]}: `stunet import "
-            f"--in-channels {own[name][1]}` makes weights that fit"
-        )
-    return f"{found}. Use the trainer of the same size (its _ft variant), or weights of this size"
-
-
-def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
-    """Return the file after ``-pretrained_weights``, or None.
-
-    nnU-Net loads the file after it has initialised the trainer and does not tell the trainer which one it is; the command
-    line is the only place where a trainer can read it without patching nnU-Net.
-    """
-    for index, argument in enumerate(arguments):
-        if argument == "-pretrained_weights" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith("-pretrained_weights="):
-            return argument.partition("=")[2]
-    return None
 
 
 def _check_writable(folder: Path) -> None:
