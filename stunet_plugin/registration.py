@@ -52,7 +52,7 @@ class Bridge:
 
 
 BRIDGES = (
-    Bridge("trainers", "stunet_plugin.trainers.stunet_trainers", "training/nnUNetTrainer"),
+    Bridge("trainers", "stunet_plugin.trainers", "training/nnUNetTrainer"),
     Bridge("planners", "stunet_plugin.plans.stunet_planners", "experiment_planning/experiment_planners"),
 )
 

@@ -3,5 +3,22 @@
 nnU-Net also loads this folder by path (``nnUNet_extTrainer``), so the modules here import absolutely.
 """
 
-from stunet_plugin.trainers.stunet_trainers import *  # noqa: F403 - one class per size and schedule
-from stunet_plugin.trainers.stunet_trainers import __all__ as __all__
+import sys as _sys
+from typing import Any as _Any
+
+from stunet_plugin.trainers import stunet_trainers as _stunet
+
+_FAMILIES = (_stunet,)
+"""Modules with a table ``TRAINERS`` and a function ``hint_for_unknown``; a new one becomes findable by standing here."""
+
+globals().update({name: trainer for family in _FAMILIES for name, trainer in family.TRAINERS.items()})
+
+__all__ = [name for family in _FAMILIES for name in family.TRAINERS]
+
+
+def __getattr__(name: str) -> _Any:
+    # nnU-Net looks for a trainer by hasattr on each module. It goes on looking after this one (users derive their own), and
+    # its last word on a name that nobody knows does not say what would be allowed; this does.
+    for hint in filter(None, (family.hint_for_unknown(name) for family in _FAMILIES)):
+        print(hint, file=_sys.stderr)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
