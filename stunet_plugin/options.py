@@ -24,6 +24,7 @@ class Option:
         meaning: one line for users.
         minimum, maximum: smallest and largest allowed value.
         whole: whole numbers only.
+        choices: the allowed values, where only some are.
     """
 
     variable: str
@@ -31,6 +32,7 @@ class Option:
     minimum: float
     maximum: float = math.inf
     whole: bool = True
+    choices: tuple[int, ...] = ()
 
     def parse(self, text: str) -> float:
         """Return the value.
@@ -42,11 +44,15 @@ class Option:
             value = int(text) if self.whole else float(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if not self.minimum <= value <= self.maximum:
-            kind = "a whole number" if self.whole else "a number"
-            allowed = f"of at least {self.minimum:g}" if self.maximum == math.inf else f"from {self.minimum:g} to {self.maximum:g}"
-            raise PluginError(f"{self.variable}={text!r} must be {kind} {allowed} ({self.meaning}). Set it to one, or unset it.")
+        if not self.minimum <= value <= self.maximum or (self.choices and value not in self.choices):
+            raise PluginError(f"{self.variable}={text!r} must be {self._allowed()} ({self.meaning}). Set it to one, or unset it.")
         return value
+
+    def _allowed(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} of at least {self.minimum:g}" if self.maximum == math.inf else f"{kind} from {self.minimum:g} to {self.maximum:g}"
 
 
 EPOCHS = Option("STUNET_EPOCHS", "epochs of the training, instead of the trainer's own number", 1, 1_000_000)
@@ -57,7 +63,17 @@ WARMUP_EPOCHS = Option("STUNET_WARMUP_EPOCHS", "epochs over which the learning r
 FROZEN_ENCODER_EPOCHS = Option("STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in which the encoder's weights stay as they are", 0)
 ENCODER_RATE = Option("STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's", 0.0, 1.0, whole=False)
 
-OPTIONS = (EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE)
+# Of the VolumeFusionTrainers.
+VF_CLASSES = Option("STUNET_VF_CLASSES", "fusion classes K beside the background (published: 4)", 1, 255)
+VF_SCHEME = Option("STUNET_VF_SCHEME", "how blocks are drawn: 2023 overlapping boxes, 2025 tiles", 0, choices=(2023, 2025))
+VF_SMALLEST = Option("STUNET_VF_SMALLEST", "smallest block, as a fraction of each axis of the patch", 0, 1, whole=False)
+VF_LARGEST = Option("STUNET_VF_LARGEST", "largest block, as a fraction of each axis of the patch", 0, 1, whole=False)
+VF_STANDARDISE = Option("STUNET_VF_STANDARDISE", "1: fused images of mean 0 and deviation 1; 0: from 0 to 1, as published", 0, 1)
+
+OPTIONS = (
+    *(EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE),
+    *(VF_CLASSES, VF_SCHEME, VF_SMALLEST, VF_LARGEST, VF_STANDARDISE),
+)
 
 
 class Options:
