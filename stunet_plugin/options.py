@@ -51,8 +51,8 @@ class Option:
     def _allowed(self) -> str:
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
-        kind = "a whole number" if self.whole else "a number"
-        return f"{kind} of at least {self.minimum:g}" if self.maximum == math.inf else f"{kind} from {self.minimum:g} to {self.maximum:g}"
+        reach = f"of at least {self.minimum:g}" if self.maximum == math.inf else f"from {self.minimum:g} to {self.maximum:g}"
+        return f"{'a whole number' if self.whole else 'a number'} {reach}"
 
 
 EPOCHS = Option("STUNET_EPOCHS", "epochs of the training, instead of the trainer's own number", 1, 1_000_000)
