@@ -25,7 +25,7 @@ def plan(
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
-    from stunet_plugin.plans.stunet_planners import PLANNERS
+    from stunet_plugin.plans import PLANNERS
 
     if planner_name not in PLANNERS:
         nearest = difflib.get_close_matches(planner_name, PLANNERS, n=1, cutoff=0.8)

@@ -53,7 +53,7 @@ class Bridge:
 
 BRIDGES = (
     Bridge("trainers", "stunet_plugin.trainers", "training/nnUNetTrainer"),
-    Bridge("planners", "stunet_plugin.plans.stunet_planners", "experiment_planning/experiment_planners"),
+    Bridge("planners", "stunet_plugin.plans", "experiment_planning/experiment_planners"),
 )
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from stunet_plugin import plans as planners
 from stunet_plugin.cost import GIGABYTE, STUNetShape
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.plan_architecture import STUNET_CLASS
 from stunet_plugin.plan_command import plan
-from stunet_plugin.plans import stunet_planners
 from stunet_plugin.plans.stunet_planners import PLANNERS
 from stunet_plugin.presets import PRESETS
 from stunet_plugin.topology import as_strides
@@ -138,5 +138,5 @@ def test_plan_command_on_what_is_not_there(nnunet_environment: Workspace, monkey
 
 
 def test_hint_for_a_planner_that_does_not_exist(capsys: Any) -> None:
-    assert not hasattr(stunet_planners, "STUNetPlanner_medium")
+    assert not hasattr(planners, "STUNetPlanner_medium")
     assert "no planner STUNetPlanner_medium. Planners: STUNetPlanner_tiny" in capsys.readouterr().err

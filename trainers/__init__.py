@@ -6,9 +6,10 @@ nnU-Net also loads this folder by path (``nnUNet_extTrainer``), so the modules h
 import sys as _sys
 from typing import Any as _Any
 
+from stunet_plugin.trainers import misfm_trainers as _misfm
 from stunet_plugin.trainers import stunet_trainers as _stunet
 
-_FAMILIES = (_stunet,)
+_FAMILIES = (_stunet, _misfm)
 """Modules with a table ``TRAINERS`` and a function ``hint_for_unknown``; a new one becomes findable by standing here."""
 
 globals().update({name: trainer for family in _FAMILIES for name, trainer in family.TRAINERS.items()})

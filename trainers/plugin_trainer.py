@@ -75,7 +75,8 @@ class PluginTrainer(nnUNetTrainer):
     ) -> None:
         options = Options()
         self._check_before_anything_is_written(plans, configuration, dataset_json)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        # nnU-Net keeps these plans in the checkpoint and beside it, where prediction reads them.
+        super().__init__(self.plans_to_record(plans, configuration), configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.num_epochs = options.whole(EPOCHS, self.epochs)
         self.num_iterations_per_epoch = options.whole(ITERATIONS, self.iterations or self.num_iterations_per_epoch)
@@ -100,6 +101,15 @@ class PluginTrainer(nnUNetTrainer):
             PluginError: the plan is not for this trainer.
         """
         raise PluginError(f"{cls.__name__} is a base class; choose a trainer with `stunet list`.")
+
+    @classmethod
+    def plans_to_record(cls, plans: dict, configuration: str) -> dict:
+        """Return the plans that are stored with the model; nnU-Net builds the network for prediction from them."""
+        return plans
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer for parameter groups: nnU-Net's SGD."""
+        return torch.optim.SGD(groups, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True)
 
     # --- the network and what follows from it ---------------------------------------------------------------------------
 
@@ -150,16 +160,9 @@ class PluginTrainer(nnUNetTrainer):
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         options = self.fine_tuning_options
-        if options == FineTuning():
-            return super().configure_optimizers()
-        optimizer = torch.optim.SGD(
-            parameter_groups(self.network, options.encoder_rate),
-            self.initial_lr,
-            weight_decay=self.weight_decay,
-            momentum=0.99,
-            nesterov=True,
-        )
-        optimizer.register_step_pre_hook(self._keep_frozen_encoder)
+        optimizer = self.make_optimizer(parameter_groups(self.network, options.encoder_rate))
+        if options.frozen_encoder_epochs:
+            optimizer.register_step_pre_hook(self._keep_frozen_encoder)
         return optimizer, FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, options.warmup_epochs)
 
     def _keep_frozen_encoder(self, *_: Any) -> None:
