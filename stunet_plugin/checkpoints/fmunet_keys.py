@@ -1,0 +1,72 @@
+"""Parameter names of the published FMUNet, translated to ours. Pure functions from a state dict to a state dict.
+
+Published names (PyMIC checkpoints; l level, u unit): ``project``, ``encoder.{en_convL.conv_list.U,downL.down}``,
+``decoder.{upcatL.up,upcatL.conv,de_convL.conv_list.U}``, ``out_layers.L``, and in each the position of norm and convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from stunet_plugin.anisotropy import MODES, NUM_LEVELS, AnisotropyMode
+from stunet_plugin.checkpoints.published_modules import numbered, translate_key
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.fmunet import DEPTH
+
+Value = TypeVar("Value")
+
+NETWORK = "FMUNet"
+
+
+def _modules() -> dict[str, str]:
+    unit, residual = {0: "norm", 2: "conv"}, {0: "norm", 3: "conv"}
+    modules = {"project": "encoder.stages.0.0"}
+    for level in range(NUM_LEVELS):
+        step = NUM_LEVELS - 2 - level
+        block = f"decoder.blocks.{step}" if step >= 0 else "decoder.bottom"
+        for depth in range(DEPTH):
+            modules |= numbered(
+                f"encoder.en_conv{level}.conv_list.{depth}", f"encoder.stages.{level}.1.units.{depth}", residual
+            )
+            modules |= numbered(f"decoder.de_conv{level}.conv_list.{depth}", f"{block}.units.{depth}", residual)
+        if step >= 0:
+            modules |= numbered(f"encoder.down{level}.down", f"encoder.stages.{level + 1}.0", unit)
+            modules |= numbered(f"decoder.upcat{level}.up", f"decoder.ups.{step}.0", unit)
+            modules |= numbered(f"decoder.upcat{level}.conv", f"decoder.merges.{step}", unit)
+            modules |= numbered(f"out_layers.{level}", f"decoder.seg_layers.{step}", unit)
+    return modules
+
+
+_MODULES = _modules()
+
+
+def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the same tensors under our names; nothing is copied.
+
+    Raises:
+        PluginError: a name is not one of the published FMUNet's.
+    """
+    return {translate_key(key, _MODULES, NETWORK): value for key, value in published.items()}
+
+
+def mode_of(published: Mapping[str, Tensor]) -> AnisotropyMode:
+    """Return the anisotropy mode that a published FMUNet was built for, told by the kernels of its first two levels.
+
+    Raises:
+        PluginError: the kernels are those of no mode, or are not there.
+    """
+    names = [f"encoder.en_conv{level}.conv_list.0.3.weight" for level in range(2)]
+    missing = [name for name in names if name not in published]
+    if missing:
+        raise PluginError(f"The checkpoint lacks {', '.join(missing)}, so it is not a whole published FMUNet. Download it again.")
+    kernels = tuple(tuple(published[name].shape[2:]) for name in names)
+    for mode in MODES:
+        if mode.kernel_sizes[:2] == kernels:
+            return mode
+    raise PluginError(
+        f"The first two levels of the checkpoint have kernels {[list(kernel) for kernel in kernels]}, which is no mode of the "
+        f"published FMUNet ({[[list(kernel) for kernel in mode.kernel_sizes[:2]] for mode in MODES]}). Is this another network?"
+    )

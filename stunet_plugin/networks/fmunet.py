@@ -1,0 +1,125 @@
+"""FMUNet: a pre-activation residual U-Net in one of three anisotropy modes.
+
+Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Published code: github.com/openmedlab/MIS-FM and
+github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not copied. Same function as published; the published code builds
+the network of one mode, too.
+
+Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose (axis 0 is the coarse one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+
+from stunet_plugin.anisotropy import Triple
+from stunet_plugin.networks.preactivation import Decoder, Encoder, PreActivation, PreActivationUNet, as_triple, padding, per_level
+
+FEATURES = (32, 64, 128, 256, 512)
+DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
+DEPTH = 2
+"""Residual convolutions per level."""
+
+NEGATIVE_SLOPE = 1e-2
+"""Of every LeakyReLU, and assumed by the He initialisation."""
+
+
+def unit(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Triple,
+    stride: Triple = (1, 1, 1),
+    dropout: float = 0.0,
+) -> PreActivation:
+    """InstanceNorm - LeakyReLU - (dropout) - convolution."""
+    return PreActivation(
+        nn.InstanceNorm3d(in_channels, affine=True),
+        nn.LeakyReLU(NEGATIVE_SLOPE),
+        nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding(kernel_size)),
+        dropout,
+    )
+
+
+class ResidualLevel(nn.Module):
+    """Pre-activation convolutions of one level, each added to its input."""
+
+    def __init__(self, channels: int, kernel_size: Triple, dropout: float) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(unit(channels, channels, kernel_size, dropout=dropout) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for residual in self.units:
+            x = x + residual(x)
+        return x
+
+
+class FMUNet(PreActivationUNet):
+    """The network. A plans file can name it by its dotted path ``stunet_plugin.networks.fmunet.FMUNet``.
+
+    Args:
+        input_channels: image channels (and one-hot channels of a previous stage).
+        num_classes: outputs of each head.
+        mode: 0, 1 or 2, see :mod:`stunet_plugin.anisotropy`.
+        strides: as nnU-Net reads them off a plan; they must be the mode's.
+        features_per_stage: channels of each level, full resolution first.
+        dropout_per_stage: before the residual convolutions of each level.
+        deep_supervision: see :class:`Decoder`.
+
+    Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction, with more than one voxel
+    left at the deepest level (instance normalisation). Output (batch, num_classes, *spatial), or a list of four, levels 0
+    to 3, full resolution first.
+
+    Raises:
+        ValueError: arguments that do not fit together, with what is allowed.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        mode: int,
+        strides: Sequence[Sequence[int]] | None = None,
+        features_per_stage: Sequence[int] = FEATURES,
+        dropout_per_stage: Sequence[float] = DROPOUT,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__(input_channels, num_classes, mode, strides)
+        features = per_level("features_per_stage", features_per_stage, whole=True)
+        dropout = per_level("dropout_per_stage", dropout_per_stage)
+        kernels = self.mode.kernel_sizes
+        levels = range(len(features))
+
+        def residual_level(level: int) -> ResidualLevel:
+            return ResidualLevel(features[level], kernels[level], dropout[level])
+
+        def down(level: int) -> nn.Module:
+            """Into a level; its convolution has the kernel of the level above."""
+            if level == 0:
+                return nn.Conv3d(input_channels, features[0], kernels[0], padding=padding(kernels[0]))
+            return unit(features[level - 1], features[level], kernels[level - 1], as_triple(self.strides[level]))
+
+        def up(level: int) -> nn.Sequential:
+            """From the level below."""
+            scale = tuple(float(step) for step in self.strides[level + 1])
+            return nn.Sequential(
+                unit(features[level + 1], features[level], (1, 1, 1)),
+                nn.Upsample(scale_factor=scale, mode="trilinear", align_corners=True),
+            )
+
+        self.encoder = Encoder((nn.Sequential(down(level), residual_level(level)) for level in levels), features, self.mode)
+        steps = levels[-2::-1]
+        self.decoder = Decoder(
+            bottom=residual_level(levels[-1]),
+            ups=map(up, steps),
+            merges=(unit(2 * features[level], features[level], kernels[level]) for level in steps),
+            blocks=map(residual_level, steps),
+            heads=(unit(features[level], num_classes, kernels[level]) for level in steps),
+            deep_supervision=deep_supervision,
+        )
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """He initialisation of the published code: negative slope 1e-2, biases zero. For ``network.apply``."""
+        InitWeights_He(NEGATIVE_SLOPE)(module)

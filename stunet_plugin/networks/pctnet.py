@@ -1,0 +1,189 @@
+"""PCT-Net: a U of pre-activation convolutions whose three deep levels run window attention in parallel (the pyramid).
+
+Paper: MIS-FM, arXiv:2306.16925. Published code: github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied.
+Same function as published; what differs:
+
+* The published network builds the stem and the head of all three anisotropy modes around the pyramid and uses one of
+  them; here only those of the mode in use exist, so every parameter gets a gradient.
+* Input of any size that the mode's reduction divides; the published network takes the size it was built with.
+* A LayerNorm in every PCT block that the published forward never uses is not built.
+
+Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose (axis 0 is the coarse one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stunet_plugin.anisotropy import Triple
+from stunet_plugin.networks.preactivation import (
+    Decoder,
+    Encoder,
+    PreActivation,
+    PreActivationUNet,
+    as_triple,
+    compute_again_in_backward,
+    padding,
+    per_level,
+)
+from stunet_plugin.networks.window_attention import WINDOW_SIZE, WindowTransformer
+
+FEATURES = (24, 48, 128, 256, 512)
+DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
+NUM_HEADS = (4, 8, 16)
+"""Attention heads of levels 2, 3 and 4."""
+
+DEPTH = 2
+MLP_RATIO = 4
+DROP_PATH = 0.2
+
+FIRST_PYRAMID_LEVEL = 2
+
+
+def unit(in_channels: int, out_channels: int, kernel_size: Triple, dropout: float = 0.0) -> PreActivation:
+    """BatchNorm - PReLU (one weight) - (dropout) - convolution."""
+    conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
+    return PreActivation(nn.BatchNorm3d(in_channels), nn.PReLU(), conv, dropout)
+
+
+def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivation:
+    """BatchNorm - PReLU - transposed convolution, as large as its stride."""
+    conv = nn.ConvTranspose3d(in_channels, out_channels, stride, stride)
+    return PreActivation(nn.BatchNorm3d(in_channels), nn.PReLU(), conv)
+
+
+def conv_block(channels: int, kernel_size: Triple, dropout: float) -> nn.Sequential:
+    """Two units; dropout in the second."""
+    return nn.Sequential(unit(channels, channels, kernel_size), unit(channels, channels, kernel_size, dropout))
+
+
+class PCTBlock(nn.Module):
+    """A convolution block and a window transformer on the same input, summed.
+
+    Args:
+        channels, kernel_size, dropout: of both.
+        checkpointing: see ``checkpoint_pyramid`` of :class:`PCTNet`.
+        transformer: further arguments of :class:`WindowTransformer`.
+    """
+
+    def __init__(self, channels: int, kernel_size: Triple, dropout: float, checkpointing: bool, **transformer: Any) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.conv = conv_block(channels, kernel_size, dropout)
+        self.transformer = WindowTransformer(channels, dropout=dropout, **transformer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return compute_again_in_backward(self, self._sum, x)
+        return self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.transformer(x)
+
+
+class PCTNet(PreActivationUNet):
+    """The network. A plans file can name it by its dotted path ``stunet_plugin.networks.pctnet.PCTNet``.
+
+    It needs no patch size: windows follow from each input, and the relative position tables have the same shape whatever
+    the patch (see :class:`~stunet_plugin.networks.window_attention.WindowAttention`).
+
+    Args:
+        input_channels: image channels (and one-hot channels of a previous stage).
+        num_classes: outputs of each head.
+        mode: 0, 1 or 2, see :mod:`stunet_plugin.anisotropy`.
+        strides: as nnU-Net reads them off a plan; they must be the mode's.
+        features_per_stage: channels of each level, full resolution first.
+        dropout_per_stage: of each level: before the second convolution of a block, and all dropouts of a transformer.
+        window_size: voxels per axis of an attention window; where the smallest axis of a level is not larger, the window
+            becomes that axis.
+        num_heads: attention heads of levels 2, 3 and 4.
+        depth: transformer blocks per PCT block, every second one shifted.
+        mlp_ratio: hidden width of a transformer's MLP over its channels.
+        drop_path: probability that a sample skips a residual branch of a transformer in training.
+        deep_supervision: see :class:`Decoder`.
+        checkpoint_pyramid: in training, compute the PCT blocks again in the backward pass instead of keeping what is
+            inside them: less memory, more time, the same gradients.
+
+    Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction. Output
+    (batch, num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
+
+    Raises:
+        ValueError: arguments that do not fit together, with what is allowed.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        mode: int,
+        strides: Sequence[Sequence[int]] | None = None,
+        features_per_stage: Sequence[int] = FEATURES,
+        dropout_per_stage: Sequence[float] = DROPOUT,
+        window_size: int = WINDOW_SIZE,
+        num_heads: Sequence[int] = NUM_HEADS,
+        depth: int = DEPTH,
+        mlp_ratio: int = MLP_RATIO,
+        drop_path: float = DROP_PATH,
+        deep_supervision: bool = False,
+        checkpoint_pyramid: bool = False,
+    ) -> None:
+        super().__init__(input_channels, num_classes, mode, strides)
+        features = per_level("features_per_stage", features_per_stage, whole=True)
+        dropout = per_level("dropout_per_stage", dropout_per_stage)
+        kernels = self.mode.kernel_sizes
+        levels = range(len(features))
+        _check_heads(num_heads, features)
+
+        def block(level: int) -> nn.Module:
+            if level < FIRST_PYRAMID_LEVEL:
+                return conv_block(features[level], kernels[level], dropout[level])
+            return PCTBlock(
+                features[level],
+                kernels[level],
+                dropout[level],
+                checkpoint_pyramid,
+                num_heads=num_heads[level - FIRST_PYRAMID_LEVEL],
+                depth=depth,
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                drop_path=drop_path,
+            )
+
+        def stage(level: int) -> nn.Sequential:
+            if level == 0:
+                stem = nn.Conv3d(input_channels, features[0], kernels[0], padding=padding(kernels[0]))
+                return nn.Sequential(stem, block(0))
+            pool = nn.MaxPool3d(as_triple(self.strides[level]))
+            return nn.Sequential(pool, unit(features[level - 1], features[level], kernels[level]), block(level))
+
+        self.encoder = Encoder(map(stage, levels), features, self.mode)
+        steps = levels[-2::-1]
+        self.decoder = Decoder(
+            bottom=nn.Identity(),
+            ups=(up_unit(features[level + 1], features[level], as_triple(self.strides[level + 1])) for level in steps),
+            merges=(unit(2 * features[level], features[level], kernels[level]) for level in steps),
+            blocks=map(block, steps),
+            heads=(unit(features[level], num_classes, (1, 1, 1)) for level in steps),
+            deep_supervision=deep_supervision,
+        )
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """The published initialisation: torch's own of every layer, tables from a normal distribution. For ``network.apply``."""
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+def _check_heads(num_heads: Sequence[int], features: Sequence[int]) -> None:
+    pyramid = features[FIRST_PYRAMID_LEVEL:]
+    numbers = list(num_heads) if isinstance(num_heads, Sequence) else []
+    whole = len(numbers) == len(pyramid) and all(isinstance(heads, int) and heads >= 1 for heads in numbers)
+    if not whole or any(channels % heads for heads, channels in zip(numbers, pyramid, strict=True)):
+        raise ValueError(
+            f"num_heads must be {len(pyramid)} whole numbers that divide the channels {list(pyramid)}, not {num_heads!r}."
+        )

@@ -1,0 +1,302 @@
+"""Window attention on volumes: the transformer that PCT-Net runs beside its convolutions.
+
+Paper: MIS-FM, arXiv:2306.16925, after Liu et al., Swin Transformer, arXiv:2103.14030. Published code:
+github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied. Same function as published; what differs:
+
+* Fused attention (``scaled_dot_product_attention``) with bias and shift mask as an additive mask.
+* Which token stands in which window, which windows need a mask, and which row of the bias table a pair of tokens reads
+  depend on the shape alone: they are computed once per shape (:func:`window_layout`), not in every forward.
+* Windows follow from the input, so a network takes volumes of any size.
+* A bias table has one row per offset, see :class:`WindowAttention`.
+
+Axes: tokens are (batch, *spatial, channel); windows (batch, window, token, channel).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stunet_plugin.anisotropy import Triple
+
+WINDOW_SIZE = 6
+"""Voxels per axis of the published windows."""
+
+TABLE_STD = 0.02
+"""Standard deviation of the published initialisation of the bias tables (a normal distribution cut at +-2)."""
+
+MASKED = -100.0
+"""Added to the attention between regions that the cyclic shift has put side by side."""
+
+
+class WindowLayout(NamedTuple):
+    """How the tokens of a padded volume stand in windows; windows with the same mask stand together.
+
+    Attributes:
+        order: (tokens,) where the tokens of all windows, in turn, come from in the flattened volume.
+        inverse: (tokens,) where the tokens of the flattened volume come from in the windows.
+        masks: (mask, token, token), 0 or ``MASKED``.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    masks: Tensor
+
+
+def window_in_use(shape: Triple, window_size: int, shift: int) -> tuple[int, int]:
+    """Return window size and shift for a volume: where its smallest axis is not larger than the window, the window becomes
+    that axis and nothing is shifted."""
+    smallest = min(shape)
+    return (smallest, 0) if smallest <= window_size else (window_size, shift)
+
+
+def padded_shape(shape: Triple, window: int) -> Triple:
+    """Return the shape in whole windows."""
+    depth, height, width = [-(-size // window) * window for size in shape]
+    return depth, height, width
+
+
+def windows_per_mask(grid: list[int], shift: int) -> list[int]:
+    """Return how many windows share each mask, in the order of :class:`WindowLayout`.
+
+    With a shift, the last window of an axis holds what has come around from its start, so windows are of eight kinds: last
+    along none of the axes, along the first, the second, ...
+    """
+    if shift == 0:
+        return [prod(grid)]
+    return [prod(counts) for counts in itertools.product(*[(count - 1, 1) for count in grid])]
+
+
+def window_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
+    """Return the layout of a padded volume, computed once per shape."""
+    return WindowLayout(*[_layout_part(part, *shape, window, shift, device) for part in range(len(WindowLayout._fields))])
+
+
+# A constant to torch.compile, which would otherwise build the layout again in every forward.
+@torch.compiler.assume_constant_result
+def _layout_part(
+    part: int, depth: int, height: int, width: int, window: int, shift: int, device: torch.device
+) -> Tensor:
+    return _build_layout((depth, height, width), window, shift, device)[part]
+
+
+@functools.lru_cache(maxsize=64)
+def _build_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
+    # Ordinary tensors even when first asked for in inference mode, or a later training could not use them.
+    with torch.inference_mode(False):
+        grid = [size // window for size in shape]
+        tokens = torch.arange(prod(shape)).reshape(shape)
+        # One bit per axis: the voxel has come around, so its neighbours in the window are no neighbours in the volume.
+        region = torch.zeros(shape, dtype=torch.long)
+        for axis, size in enumerate(shape):
+            came_around = (torch.arange(size) >= size - shift).long() << len(shape) - 1 - axis
+            region += came_around.reshape([size if other == axis else 1 for other in range(len(shape))])
+        rolled = torch.roll(tokens, [-shift] * len(shape), (0, 1, 2))
+        order, region = _partition(rolled, grid, window), _partition(region, grid, window)
+        # The last voxel of a window lies in as many regions as any, so it tells the kind of the window.
+        kinds = region[:, -1]
+        sorting = kinds.argsort(stable=True)
+        order = order[sorting].flatten()
+        example = torch.stack([region[kinds == kind][0] for kind in kinds.unique()])
+        masks = (example[:, :, None] != example[:, None, :]) * MASKED
+        return WindowLayout(*(part.to(device) for part in (order, order.argsort(), masks)))
+
+
+def _partition(volume: Tensor, grid: list[int], window: int) -> Tensor:
+    """(depth, height, width) to (window, token)."""
+    depth, height, width = grid
+    volume = volume.reshape(depth, window, height, window, width, window)
+    return volume.permute(0, 2, 4, 1, 3, 5).reshape(prod(grid), window**3)
+
+
+def offset_rows(window: int, window_size: int) -> Tensor:
+    """Return which row of a table for windows of ``window_size`` each offset between two tokens reads.
+
+    Rows are in the order of the offsets (axis 0, 1, 2), each from ``1 - window_size`` to ``window_size - 1``; a smaller
+    window reads the rows of the offsets that it knows.
+
+    Returns:
+        (window^3, window^3): row of the offset of token i from token j.
+    """
+    rows = 2 * window_size - 1
+    places = torch.arange(window)
+    offsets = places[:, None] - places[None, :] + window_size - 1
+    code = torch.zeros((window,) * 6, dtype=torch.long)
+    for axis in range(3):
+        code = code * rows + offsets.reshape([window if other % 3 == axis else 1 for other in range(6)])
+    return code.reshape(window**3, window**3)
+
+
+@torch.compiler.assume_constant_result
+def _offset_rows_on(window: int, window_size: int, device: torch.device) -> Tensor:
+    return _build_offset_rows(window, window_size, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _build_offset_rows(window: int, window_size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return offset_rows(window, window_size).flatten().to(device)
+
+
+class _Reorder(torch.autograd.Function):
+    """Take the tokens (axis 1) in another order. The gradient goes back by the inverse order, where index_select's own would
+    add up token by token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(1, inverse), None, None
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within windows, with a learned bias for the offset between two tokens.
+
+    The table holds one row per offset that a full window knows, (2 * window_size - 1)^3 of them, whatever the window in use:
+    a smaller window reads the rows of its offsets. So the state dict has the same shapes for every patch size, an offset in
+    voxels means the same in windows of all sizes, and weights fit any plan.
+
+    The published table depends on the window that the network was built for, and its index has a quirk that lets different
+    offsets share a row. :mod:`stunet_plugin.checkpoints.relative_positions` translates such tables to this one, function
+    for function.
+
+    Args:
+        channels: of the tokens.
+        num_heads: divides the channels.
+        window_size: of a full window, voxels per axis.
+        shift: by how much the windows are moved along each axis.
+        dropout: of attention weights and of the output.
+    """
+
+    def __init__(self, channels: int, num_heads: int, window_size: int, shift: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift = shift
+        self.dropout = dropout
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 3, num_heads))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=TABLE_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, depth, height, width, channel) to the same shape."""
+        # Numbers, not symbols: torch.compile makes a graph per shape, with the layout as a constant.
+        shape = depth, height, width = int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
+        window, shift = window_in_use(shape, self.window_size, self.shift)
+        padded = padded_shape(shape, window)
+        # Padded voxels are zeros that take part in attention as in the published code; only regions are masked.
+        if padded != shape:
+            x = functional.pad(x, (0, 0, 0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth))
+        layout = window_layout(padded, window, shift, x.device)
+        tokens = _Reorder.apply(x.flatten(1, 3), layout.order, layout.inverse)
+
+        qkv = self.qkv(tokens).unflatten(1, (-1, window**3))
+        counts = windows_per_mask([size // window for size in padded], shift)
+        bias = self._bias(window)
+        attended = [
+            self._attend(part, (bias + mask).to(part.dtype))
+            for part, mask in zip(qkv.split(counts, 1), layout.masks, strict=True)
+        ]
+        tokens = attended[0] if len(attended) == 1 else torch.cat(attended, 1)
+
+        x = _Reorder.apply(tokens, layout.inverse, layout.order).unflatten(1, padded)
+        if padded != shape:
+            x = x[:, :depth, :height, :width]
+        return functional.dropout(self.proj(x), self.dropout, self.training)
+
+    def _bias(self, window: int) -> Tensor:
+        """Return the bias of all pairs of tokens, (head, token, token)."""
+        tokens = window**3
+        rows = _offset_rows_on(window, self.window_size, self.relative_position_bias_table.device)
+        return self.relative_position_bias_table.index_select(0, rows).t().reshape(self.num_heads, tokens, tokens)
+
+    def _attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
+        """(batch, window, token, 3 * channel) and (head, token, token) to (batch, window * token, channel)."""
+        batch = qkv.shape[0]
+        q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        attended = functional.scaled_dot_product_attention(q, k, v, mask[None], dropout)
+        return attended.transpose(1, 2).reshape(batch, -1, q.shape[1] * q.shape[3])
+
+
+class DropPath(nn.Module):
+    """In training, drop whole samples of a residual branch and scale up the others, so that the mean is kept."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        kept = 1 - self.probability
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(kept).div_(kept)
+
+
+class TransformerBlock(nn.Module):
+    """LayerNorm - window attention, plus the input; LayerNorm - MLP, plus its input."""
+
+    def __init__(self, attention: WindowAttention, channels: int, mlp_ratio: int, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, mlp_ratio * channels),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_ratio * channels, channels),
+            nn.Dropout(dropout),
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attention(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class WindowTransformer(nn.Module):
+    """Transformer blocks on a feature map, every second one with its windows shifted by half.
+
+    Args:
+        channels: of the feature map.
+        dropout: of the input, attention weights, and outputs of linear layers.
+        num_heads, window_size: see :class:`WindowAttention`.
+        depth: blocks.
+        mlp_ratio: hidden width of the MLP over the channels.
+        drop_path: see :class:`DropPath`.
+    """
+
+    def __init__(
+        self, channels: int, dropout: float, num_heads: int, depth: int, window_size: int, mlp_ratio: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        shifts = [0 if block % 2 == 0 else window_size // 2 for block in range(depth)]
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                WindowAttention(channels, num_heads, window_size, shift, dropout), channels, mlp_ratio, dropout, drop_path
+            )
+            for shift in shifts
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channel, *spatial) to the same shape."""
+        x = self.dropout(x.movedim(1, -1).contiguous())
+        for block in self.blocks:
+            x = block(x)
+        return x.movedim(-1, 1)
