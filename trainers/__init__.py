@@ -8,8 +8,9 @@ from typing import Any as _Any
 
 from stunet_plugin.trainers import misfm_trainers as _misfm
 from stunet_plugin.trainers import stunet_trainers as _stunet
+from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
 
-_FAMILIES = (_stunet, _misfm)
+_FAMILIES = (_stunet, _misfm, _volume_fusion)
 """Modules with a table ``TRAINERS`` and a function ``hint_for_unknown``; a new one becomes findable by standing here."""
 
 globals().update({name: trainer for family in _FAMILIES for name, trainer in family.TRAINERS.items()})

@@ -18,7 +18,6 @@ from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
 
@@ -159,7 +158,7 @@ class SubVolumeLoader(DataLoader):
 
     def generate_train_batch(self) -> dict[str, Any]:
         keys = self.get_indices()
-        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+        with torch.no_grad():
             return {"data": torch.stack([self._sub_volume(key) for key in keys]), "keys": keys}
 
     def _sub_volume(self, key: str) -> Tensor:

@@ -1,0 +1,96 @@
+"""VolumeFusionTrainer, for the network of the plan, and one trainer for each network and size of this project.
+
+A table of networks, and one mixin that turns a segmentation trainer into its pretraining: ``VolumeFusionTrainer_STUNet_base``
+and so on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.plan_architecture import REPLAN
+from stunet_plugin.presets import PRESETS
+from stunet_plugin.topology import as_strides
+from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
+from stunet_plugin.trainers.plugin_trainer import PluginTrainer
+from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
+from stunet_plugin.trainers.volume_fusion_mixin import VolumeFusionMixin
+
+FAMILY = "VolumeFusionTrainer"
+
+
+class PlannedNetworkTrainer(PluginTrainer):
+    """Trains the network that the plan names: nnU-Net's U-Nets, or any other whose plan lists its strides."""
+
+    @classmethod
+    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
+        architecture = configuration.get("architecture")
+        if not isinstance(architecture, Mapping) or "strides" not in (architecture.get("arch_kwargs") or {}):
+            raise PluginError(
+                f"{cls.__name__} needs a plan whose network has one output per resolution stage, with its strides under "
+                f"arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"
+            )
+        as_strides(architecture["arch_kwargs"]["strides"])
+        return dict(architecture)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that can be pretrained.
+
+    Attributes:
+        suffix: of the trainer's name.
+        trainer: that trains it on labels from scratch.
+        fine_tuned_by: name of the trainer that takes the pretrained weights.
+    """
+
+    suffix: str
+    trainer: type[PluginTrainer]
+    fine_tuned_by: str
+
+
+NETWORKS = (
+    Network("", PlannedNetworkTrainer, "nnUNetTrainer"),
+    *(Network(f"_STUNet_{size}", STUNET[f"STUNetTrainer_{size}"], f"STUNetTrainer_{size}_ft") for size in PRESETS),
+    Network("_PCTNet", MISFM["PCTNetTrainer"], "PCTNetTrainer_ft"),
+    Network("_FMUNet", MISFM["FMUNetTrainer"], "FMUNetTrainer_ft"),
+)
+
+
+def make_trainer(network: Network) -> type[VolumeFusionMixin]:
+    """Make the trainer class that pretrains a network."""
+    attributes = {
+        "__doc__": f"Pretrains with Volume Fusion what {network.fine_tuned_by} fine-tunes.",
+        "__module__": __name__,
+        "segmentation_trainer": network.fine_tuned_by,
+    }
+    return type(FAMILY + network.suffix, (VolumeFusionMixin, network.trainer), attributes)
+
+
+TRAINERS: dict[str, type[VolumeFusionMixin]] = {trainer.__name__: trainer for trainer in map(make_trainer, NETWORKS)}
+globals().update(TRAINERS)
+
+__all__ = list(TRAINERS)
+
+
+def hint_for_unknown(name: str) -> str | None:
+    """Return a line for someone who asked for a trainer of this family that does not exist, or None if it is no such name."""
+    if not name.startswith(FAMILY) or name in TRAINERS:
+        return None
+    nearest = difflib.get_close_matches(name, TRAINERS, n=1)
+    return f"stunet-plugin has no trainer {name}. Of this family: {', '.join(TRAINERS)}." + (
+        f" Did you mean {nearest[0]}?" if nearest else ""
+    )
+
+
+def __getattr__(name: str) -> Any:
+    # As in stunet_trainers, for those who find the trainers through nnUNet_extTrainer.
+    hint = hint_for_unknown(name)
+    if hint:
+        print(hint, file=sys.stderr)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
