@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,19 +115,20 @@ def save_fusion_example(
     if images.ndim == 4:
         middle = images.shape[1] // 2
         images, targets, predictions = (array[:, middle] for array in (images, targets, predictions))
-    figure = Figure(figsize=(9, 3 * len(images) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    colours = _colour_map(len(class_names))
-    for row, image, *classes in zip(figure.subplots(len(images), 3, squeeze=False), images, targets, predictions, strict=True):
-        row[0].imshow(image, cmap="gray")
-        for axis, labels in zip(row[1:], classes, strict=True):
-            axis.imshow(labels, cmap=colours, vmin=0, vmax=len(class_names) - 1, interpolation="nearest")
-        for axis, title in zip(row, ("fused image", "target", "prediction"), strict=True):
-            axis.set_title(title, fontsize=9)
-            axis.set_axis_off()
-    patches = [Patch(color=colours(index), label=f"alpha {name}") for index, name in enumerate(class_names)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(9, len(patches)), fontsize=8, frameon=False)
-    _save_atomically(figure, path)
+    with _plain_style():
+        figure = Figure(figsize=(9, 3 * len(images) + 0.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        colours = _colour_map(len(class_names))
+        for row, image, *classes in zip(figure.subplots(len(images), 3, squeeze=False), images, targets, predictions, strict=True):
+            row[0].imshow(image, cmap="gray")
+            for axis, labels in zip(row[1:], classes, strict=True):
+                axis.imshow(labels, cmap=colours, vmin=0, vmax=len(class_names) - 1, interpolation="nearest")
+            for axis, title in zip(row, ("fused image", "target", "prediction"), strict=True):
+                axis.set_title(title, fontsize=9)
+                axis.set_axis_off()
+        patches = [Patch(color=colours(index), label=f"alpha {name}") for index, name in enumerate(class_names)]
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(9, len(patches)), fontsize=8, frameon=False)
+        _save_atomically(figure, path)
 
 
 def save_pretext_progress(log: Mapping[str, Sequence[Any]], class_names: Sequence[str], path: Path) -> None:
@@ -140,25 +142,26 @@ def save_pretext_progress(log: Mapping[str, Sequence[Any]], class_names: Sequenc
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    (losses, dice), (rate, seconds) = figure.subplots(2, 2)
-    losses.plot(log["train_losses"], label="training")
-    losses.plot(log["val_losses"], label="validation")
-    per_class = np.asarray(log["dice_per_class_or_region"])
-    colours = _colour_map(len(class_names))
-    for index, name in enumerate(class_names):
-        dice.plot(per_class[:, index], color=colours(index), label=f"alpha {name}")
-    dice.plot(np.nanmean(per_class, axis=1), color="black", linewidth=2, label="mean")
-    rate.plot(log["lrs"])
-    seconds.plot(np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"]))
-    for axis, title in ((losses, "loss"), (dice, "pretext Dice"), (rate, "learning rate"), (seconds, "seconds per epoch")):
-        axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-    dice.set_ylim(0, 1)
-    losses.legend(fontsize=8)
-    dice.legend(fontsize=8, ncols=2)
-    _save_atomically(figure, path)
+    with _plain_style():
+        figure = Figure(figsize=(12, 8), layout="constrained")
+        FigureCanvasAgg(figure)
+        (losses, dice), (rate, seconds) = figure.subplots(2, 2)
+        losses.plot(log["train_losses"], label="training")
+        losses.plot(log["val_losses"], label="validation")
+        per_class = np.asarray(log["dice_per_class_or_region"])
+        colours = _colour_map(len(class_names))
+        for index, name in enumerate(class_names):
+            dice.plot(per_class[:, index], color=colours(index), label=f"alpha {name}")
+        dice.plot(np.nanmean(per_class, axis=1), color="black", linewidth=2, label="mean")
+        rate.plot(log["lrs"])
+        seconds.plot(np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"]))
+        for axis, title in ((losses, "loss"), (dice, "pretext Dice"), (rate, "learning rate"), (seconds, "seconds per epoch")):
+            axis.set(title=title, xlabel="epoch")
+            axis.grid(alpha=0.3)
+        dice.set_ylim(0, 1)
+        losses.legend(fontsize=8)
+        dice.legend(fontsize=8, ncols=2)
+        _save_atomically(figure, path)
 
 
 def _colour_map(count: int) -> Colormap:
@@ -166,6 +169,14 @@ def _colour_map(count: int) -> Colormap:
     from matplotlib import colormaps
 
     return colormaps["viridis"].resampled(count)
+
+
+def _plain_style() -> AbstractContextManager[Any]:
+    """matplotlib's own style: nnU-Net's progress plot leaves letters of a poster's size behind."""
+    from matplotlib import style
+
+    context: AbstractContextManager[Any] = style.context("default")
+    return context
 
 
 def _save_atomically(figure: Figure, path: Path) -> None:
