@@ -88,7 +88,7 @@ class Circle:
     def imported_model(self) -> Path:
         folder = self.work / "imported"
         if not folder.is_dir():
-            names = ("anterior", "posterior")
+            names = ("background", "anterior", "posterior")
             plans = self.model / "plans.json"
             self.run("stunet", "import", self.published_file(), "--out", folder, "--plans", plans, "--labels", *names)
         return folder

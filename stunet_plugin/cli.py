@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_inspect(commands)
     _add_plan_like(commands)
+    _add_unlabeled(commands)
     _add_demo(commands)
     return parser
 
@@ -165,11 +166,11 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "stunet plan -d 4 -pl STUNetPlanner_base && nnUNetv2_preprocess -d 4 -plans_name STUNetPlans_base -c 3d_fullres",
     )
     parser.add_argument("-d", dest="datasets", type=int, nargs="+", required=True, metavar="ID", help="dataset IDs")
-    names = ", ".join(f"STUNetPlanner_{name}" for name in PRESETS)
-    parser.add_argument("-pl", dest="planner", required=True, metavar="PLANNER", help=names)
-    parser.add_argument("-gpu_memory_target", type=float, default=None, metavar="GB", help="the size's own if not given")
+    names = [*(f"STUNetPlanner_{name}" for name in PRESETS), "PCTNetPlanner", "FMUNetPlanner"]
+    parser.add_argument("-pl", dest="planner", required=True, metavar="PLANNER", help=", ".join(names))
+    parser.add_argument("-gpu_memory_target", type=float, default=None, metavar="GB", help="the network's own if not given")
     parser.add_argument("-overwrite_target_spacing", type=float, nargs=3, default=None, metavar="MM", help="spacing of 3d_fullres")
-    parser.add_argument("-overwrite_plans_name", default=None, metavar="NAME", help="STUNetPlans_<size> if not given")
+    parser.add_argument("-overwrite_plans_name", default=None, metavar="NAME", help="the planner's own name for them if not given")
     parser.add_argument("-np", dest="processes", type=int, default=2, help="processes for the dataset fingerprint")
 
 
@@ -240,6 +241,25 @@ def _plan_like(options: argparse.Namespace) -> int:
     from stunet_plugin.importing.plan_like import plan_like
 
     return plan_like(options.model, options.dataset, options.name, options.force)
+
+
+def _add_unlabeled(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "unlabeled",
+        _unlabeled,
+        "Make a dataset for pretraining in nnUNet_raw of folders of scans without labels.",
+        "stunet unlabeled -i /data/scans -d 900 -n Scans --modality CT && nnUNetv2_plan_and_preprocess -d 900 -c 3d_fullres",
+    )
+    from stunet_plugin.unlabeled.arguments import add_unlabeled_arguments
+
+    add_unlabeled_arguments(parser)
+
+
+def _unlabeled(options: argparse.Namespace) -> int:
+    from stunet_plugin.unlabeled.command import UnlabeledOptions, run_unlabeled
+
+    return run_unlabeled(UnlabeledOptions.from_arguments(options))
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
