@@ -1,0 +1,1 @@
+"""``stunet unlabeled``: folders of scans without labels become a dataset of nnU-Net, for pretraining."""

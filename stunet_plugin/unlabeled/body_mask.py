@@ -1,0 +1,164 @@
+"""The body (foreground) of a scan as a mask, so that nnU-Net's intensity statistics and its sampling of patches rest on
+tissue rather than on air.
+
+Steps, after the usual recipe (threshold, largest component, filled holes):
+
+1. Means over blocks of about 3 mm: the body is large, so the rest runs on a few million voxels whatever the scan, and noise
+   is averaged out.
+2. A threshold: ``CT_THRESHOLD`` Hounsfield units for CT; for MR Otsu's on the square root of the intensities, because bright
+   fat would otherwise push dark muscle and liver to the side of the air.
+3. CT: an opening within the axial slices, which takes away the thin shells of the table and what lies on it, then a
+   dilation within the threshold that gives the skin back.
+4. Components of at least ``COMPONENT_SHARE`` of the largest: two legs are a body, an arm's tourniquet is none.
+5. Holes filled slice by slice in the axial plane. In 3D the lungs and the bowel often are no holes: airways, and the first and
+   last slice, connect them with the outside.
+6. Back to voxels: blocks whose neighbours all agree as a whole, those on the surface voxel by voxel, by the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from stunet_plugin.unlabeled.names import CT
+
+WORKING_SPACING = 3.0
+"""Millimetres; blocks are as many whole voxels as fit."""
+CT_THRESHOLD = -350.0
+"""Hounsfield units: half-way between fat and what is lighter than any tissue but lung."""
+OPENING_RADIUS = 6.0
+"""Millimetres."""
+COMPONENT_SHARE = 0.25
+AIR_TO_TISSUE = 0.3
+"""An MR whose dark voxels are on average brighter than this share of its bright ones shows no air: a crop within the body."""
+MINIMUM_SHARE = 0.005
+"""Of all voxels; less is no body."""
+
+
+def body_mask(array: np.ndarray, spacing: Sequence[float], axial: int, modality: str) -> np.ndarray | None:
+    """Return the body.
+
+    Args:
+        array: intensities, (z, y, x) in storage order, any real type; CT in Hounsfield units.
+        spacing: millimetres on the same axes.
+        axial: the axis that runs from foot to head.
+        modality: ``CT`` or ``MR``.
+
+    Returns:
+        Mask of the same shape, uint8 with 0 and 1, or None if there is no body.
+    """
+    factors = [max(1, min(int(WORKING_SPACING / step), size)) for step, size in zip(spacing, array.shape, strict=True)]
+    means = block_means(array, factors)
+    threshold = CT_THRESHOLD if modality == CT else mr_threshold(means)
+    if threshold is None:
+        return np.ones(array.shape, dtype=np.uint8)
+    tissue = means > threshold
+    body = tissue
+    if modality == CT:
+        steps = [step * factor for step, factor in zip(spacing, factors, strict=True)]
+        body = _without_table(tissue, steps, axial)
+    body = _fill_slices(_large_components(body), axial)
+    if body.mean() < MINIMUM_SHARE:
+        return None
+    return _to_voxels(body, array, factors, threshold)
+
+
+def block_means(array: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+    """Return the means over blocks of voxels, float32; the last block of an axis may be smaller."""
+    starts = [np.arange(0, size, factor) for size, factor in zip(array.shape, factors, strict=True)]
+    means = np.empty([len(start) for start in starts], dtype=np.float32)
+    rows, columns = (np.diff(start, append=size) for start, size in zip(starts[1:], array.shape[1:], strict=True))
+    area = np.outer(rows, columns).astype(np.float32)
+    for index, start in enumerate(starts[0]):
+        slab = array[start : start + factors[0]].mean(axis=0, dtype=np.float32)
+        means[index] = np.add.reduceat(np.add.reduceat(slab, starts[1], axis=0), starts[2], axis=1) / area
+    return means
+
+
+def mr_threshold(means: np.ndarray) -> float | None:
+    """Return the intensity between air and tissue, or None if there is no air in the image."""
+    low, high = (float(value) for value in np.percentile(means, [0.1, 99.5]))
+    if high <= low:
+        return None
+    compressed = np.sqrt(np.clip((means - low) / (high - low), 0, 1))
+    split = otsu(compressed)
+    dark, bright = means[compressed <= split], means[compressed > split]
+    if not dark.size or not bright.size:
+        return None
+    # Air is near zero; images with negative values (normalised ones) are shifted by their lowest.
+    zero = min(low, 0.0)
+    if dark.mean(dtype=np.float64) - zero > AIR_TO_TISSUE * (bright.mean(dtype=np.float64) - zero):
+        return None
+    return low + split**2 * (high - low)
+
+
+def otsu(values: np.ndarray, bins: int = 256) -> float:
+    """Return the threshold with the largest variance between the two classes (N. Otsu, IEEE Trans. SMC 9, 1979), for values
+    in [0, 1]."""
+    counts, edges = np.histogram(values, bins=bins, range=(0, 1))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1].astype(np.float64)
+    above = counts.sum() - below
+    mass = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (mass[:-1] / below - (mass[-1] - mass[:-1]) / above) ** 2
+    between = np.nan_to_num(between)
+    # Between two far classes all thresholds are as good; take the middle of them.
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-9))
+    return float(edges[1:-1][best].mean())
+
+
+def _without_table(tissue: np.ndarray, steps: Sequence[float], axial: int) -> np.ndarray:
+    radii = [0 if axis == axial else max(1, round(OPENING_RADIUS / step)) for axis, step in enumerate(steps)]
+    opened = ndimage.binary_opening(tissue, _ellipsoid(radii))
+    if not opened.any():
+        # Nothing is thicker than the table: a finger, an animal.
+        return tissue
+    kept = _large_components(opened)
+    return ndimage.binary_dilation(kept, _ellipsoid([radius + (radius > 0) for radius in radii])) & tissue
+
+
+def _ellipsoid(radii: Sequence[int]) -> np.ndarray:
+    grids = np.ogrid[tuple(slice(-radius, radius + 1) for radius in radii)]
+    squares = [(grid / max(radius, 1)) ** 2 for grid, radius in zip(grids, radii, strict=True)]
+    inside: np.ndarray = squares[0] + squares[1] + squares[2] <= 1
+    return inside
+
+
+def _large_components(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask)
+    if count == 0:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes >= COMPONENT_SHARE * sizes.max())[labels]
+
+
+def _fill_slices(mask: np.ndarray, axial: int) -> np.ndarray:
+    return np.stack([ndimage.binary_fill_holes(part) for part in np.moveaxis(mask, axial, 0)], axis=axial)
+
+
+def _to_voxels(body: np.ndarray, array: np.ndarray, factors: Sequence[int], threshold: float) -> np.ndarray:
+    if max(factors) == 1:
+        return body.astype(np.uint8)
+    block = np.ones((3, 3, 3), dtype=bool)
+    inside = ndimage.binary_erosion(body, block, border_value=1)
+    surface = ndimage.binary_dilation(body, block) & ~inside
+    mask = np.empty(array.shape, dtype=np.uint8)
+    for start, whole, edge in _slabs(inside, surface, factors, array.shape):
+        slab = slice(start, start + factors[0])
+        mask[slab] = whole | (edge & (array[slab] > threshold))
+    return mask
+
+
+def _slabs(
+    inside: np.ndarray, surface: np.ndarray, factors: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Both masks at full resolution, one layer of blocks at a time."""
+    for index, layers in enumerate(zip(inside, surface, strict=True)):
+        whole, edge = (
+            np.repeat(np.repeat(layer, factors[1], axis=0), factors[2], axis=1)[: shape[1], : shape[2]] for layer in layers
+        )
+        yield index * factors[0], whole, edge

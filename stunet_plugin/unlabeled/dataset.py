@@ -1,0 +1,224 @@
+"""The data set in nnUNet_raw: its folder, who may write to it, and giving the files of a case their places."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
+from stunet_plugin.registration import write_atomically
+from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
+from stunet_plugin.unlabeled.names import DATASET_ENDINGS, MODALITIES
+from stunet_plugin.unlabeled.prepare import Prepared, Settings
+
+LABELS = {"background": 0, "body": 1}
+READER = "SimpleITKIO"
+"""The reader that the scans were checked with; it takes files of all kinds, and the choice by ending would not take .nii."""
+DUPLICATE = "duplicate"
+FOLDS = 5
+"""nnU-Net splits into as many."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FORMAT = 1
+_MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a data set was begun with and keeps."""
+
+    modality: str
+    file_ending: str
+
+
+class Dataset:
+    """``DatasetXXX_NAME``, made by this command or to be made."""
+
+    def __init__(self, dataset_id: int, name: str) -> None:
+        """Look at what is there; nothing is written.
+
+        Raises:
+            PluginError: bad ID or name, nnUNet_raw not set, or another data set has the ID.
+        """
+        raw = os.environ.get(RAW)
+        if not raw:
+            raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
+        if not 1 <= dataset_id <= 999:
+            raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
+        if not _NAME.fullmatch(name):
+            raise PluginError(f"-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not {name!r}.")
+        self.dataset_id = dataset_id
+        self.folder = Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
+        self.images, self.labels = self.folder / "imagesTr", self.folder / "labelsTr"
+        self.records = self.folder / "unlabeled"
+        self.temporary = self.records / "unfinished"
+        self._check_id()
+
+    def _check_id(self) -> None:
+        for variable in (RAW, PREPROCESSED, RESULTS):
+            base = os.environ.get(variable)
+            if not base:
+                continue
+            # nnU-Net's own look-up goes by this prefix.
+            others = [path.name for path in sorted(Path(base).glob(f"Dataset{self.dataset_id:03d}*")) if path.is_dir()]
+            others = [other for other in others if other != self.folder.name]
+            if others:
+                raise PluginError(
+                    f"-d {self.dataset_id} is taken: {variable} has {others[0]}. Choose another -d"
+                    f"{', or its name with -n if it is one of unlabelled scans' if variable == RAW else ''}. Nothing was written."
+                )
+        if self.folder.exists() and not self._settings_file.is_file():
+            raise PluginError(
+                f"-d {self.dataset_id} is taken: {self.folder} is there, and `stunet unlabeled` did not make it. Choose another "
+                "-d. Nothing was written."
+            )
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.records / "settings.json"
+
+    def choice(self) -> Choice | None:
+        """What the data set was begun with, None if it is new.
+
+        Raises:
+            PluginError: the record of it is damaged.
+        """
+        if not self._settings_file.is_file():
+            return None
+        try:
+            content = json.loads(self._settings_file.read_text())
+            choice = Choice(content["modality"], content["file_ending"])
+            if choice.modality not in MODALITIES or choice.file_ending not in DATASET_ENDINGS or content["format"] != _FORMAT:
+                raise ValueError(f"not understood: {content}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PluginError(
+                f"{self._settings_file} is damaged ({error}). Move {self.folder} away, or choose another -d."
+            ) from error
+        return choice
+
+    def begin(self, choice: Choice) -> None:
+        """Make the folder, which appears with its settings in it, so that it is known for ours; or begin anew in an empty one."""
+        content = {"format": _FORMAT, "modality": choice.modality, "file_ending": choice.file_ending}
+        text = json.dumps(content, indent=2) + "\n"
+        if self.folder.exists():
+            if self.choice() != choice:
+                (self.records / _MANIFEST).unlink(missing_ok=True)
+                write_atomically(self._settings_file, text)
+            return
+        unfinished = self.folder.parent / f".unfinished_{self.folder.name}"
+        for folder in (self.images, self.labels, self.records):
+            (unfinished / folder.name).mkdir(parents=True, exist_ok=True)
+        write_atomically(unfinished / self.records.name / self._settings_file.name, text)
+        os.rename(unfinished, self.folder)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let no second run write to the data set.
+
+        Raises:
+            PluginError: one does.
+        """
+        with (self.records / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PluginError(f"Another `stunet unlabeled` is writing to {self.folder}. Wait for it to end.") from error
+            except OSError:
+                # Some network file systems have no locks.
+                pass
+            self.clear_unfinished()
+            for folder in (self.images, self.labels, self.temporary):
+                folder.mkdir(exist_ok=True)
+            try:
+                yield
+            finally:
+                self.clear_unfinished()
+
+    def clear_unfinished(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def settings(self, choice: Choice, copy: bool) -> Settings:
+        return Settings(choice.modality, choice.file_ending, self.images, self.temporary, copy)
+
+    def files_of(self, case: str, choice: Choice) -> tuple[Path, Path]:
+        """Image and label of a case."""
+        return self.images / f"{case}_0000{choice.file_ending}", self.labels / f"{case}{choice.file_ending}"
+
+    def open_manifest(self, choice: Choice) -> Manifest:
+        def is_complete(record: Record) -> bool:
+            return all(os.path.lexists(path) for path in self.files_of(record.case, choice))
+
+        return Manifest(self.records / _MANIFEST, is_complete)
+
+    def commit(self, prepared: Prepared, manifest: Manifest, choice: Choice) -> Record:
+        """Record what became of a source and give its files their places; return the record.
+
+        The record comes first and the image last: a kill in between leaves a last record without files, which the next run
+        takes back, and never an image without a label.
+        """
+        record = prepared.record
+        before = manifest.last(record.key)
+        is_new = prepared.image is not None
+        if record.status == CASE and os.path.lexists(self.files_of(record.case, choice)[0]):
+            # Its worker may not have seen that: two copies can be under way at the same time.
+            is_new = False
+            record = self._known_case(record, before)
+        elif record.status == CASE and not is_new:
+            # The case with the same voxels, which the worker saw, was removed since: its source has changed.
+            record = replace(record, status=FAILED, case="", reason="changed during the run", detail="run again")
+        if record.status == FAILED and before is not None and before.status == CASE:
+            # Out of reach for now; what was made of it stays.
+            return record
+        if before is not None and before.status == CASE and before.case != record.case:
+            # The file has other content now. Its old case would show the new voxels under the old label.
+            for path in self.files_of(before.case, choice):
+                path.unlink(missing_ok=True)
+        manifest.append(record)
+        image, label = self.files_of(record.case, choice)
+        for unfinished, place in ((prepared.label, label), (prepared.image, image)):
+            if unfinished is not None and is_new:
+                os.replace(unfinished, place)
+            elif unfinished is not None:
+                unfinished.unlink(missing_ok=True)
+        return record
+
+    def _known_case(self, record: Record, before: Record | None) -> Record:
+        """The record of a source whose voxels are those of a case that is in place."""
+        if before is not None and before.case == record.case:
+            # The source of that case itself: its times have changed, its voxels have not.
+            return replace(before, signature=record.signature)
+        return replace(record, status=SKIPPED, case="", reason=DUPLICATE, detail=f"same voxels as {record.case}", facts={})
+
+    def write_description(self, choice: Choice, cases: int) -> None:
+        """Write ``dataset.json``."""
+        content = {
+            "channel_names": {"0": choice.modality},
+            "labels": LABELS,
+            "numTraining": cases,
+            "file_ending": choice.file_ending,
+            "overwrite_image_reader_writer": READER,
+            "name": self.folder.name,
+            "description": "Scans without labels, collected by `stunet unlabeled`. The label is a mask of the body.",
+        }
+        write_if_new(self.folder / "dataset.json", json.dumps(content, indent=2) + "\n")
+
+    def count_cases(self, choice: Choice) -> int:
+        """Images that are in place."""
+        ending = f"_0000{choice.file_ending}"
+        if not self.images.is_dir():
+            return 0
+        with os.scandir(self.images) as listing:
+            return sum(entry.name.endswith(ending) for entry in listing)
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """Write a text file, unless it says the same already."""
+    if not (path.is_file() and path.read_text() == text):
+        write_atomically(path, text)

@@ -1,0 +1,106 @@
+"""The series of a folder of DICOM files, from their headers. Every file is opened once, however many series there are: a
+folder may hold a whole archive."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from stunet_plugin.unlabeled.checks import MINIMUM_SIZE
+from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source
+
+SERIES_UID, MODALITY = "0020|000e", "0008|0060"
+GAP_TOLERANCE = 0.1
+"""By which share of the median gap the gaps between slices may differ."""
+SAME_PLACE = 1e-3
+"""Millimetres: slices nearer to each other are two images of one place."""
+
+
+@dataclass(frozen=True)
+class _Slice:
+    name: str
+    position: float
+    size: tuple[int, ...]
+    components: int
+    modality: str
+
+
+def series_of(folder: Source) -> list[Source]:
+    """Return the series of a folder, each with its slices in their order in space and with what is wrong with it.
+
+    Images of one series that differ in size or orientation, such as the planes of a localizer, become several.
+    """
+    stacks: dict[str, dict[tuple[Any, ...], list[_Slice]]] = defaultdict(lambda: defaultdict(list))
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    for name in folder.files:
+        reader.SetFileName(os.path.join(folder.path, name))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError:
+            # Reports, presentation states and other things that are no images.
+            continue
+        uid = _tag(reader, SERIES_UID) or "no series UID"
+        stack, image = _image(reader, name)
+        stacks[uid][stack].append(image)
+    series = []
+    for uid, parts in sorted(stacks.items()):
+        for number, (_, slices) in enumerate(sorted(parts.items()), start=1):
+            label = uid if len(parts) == 1 else f"{uid}#{number}"
+            series.append(_series(folder, label, slices))
+    return series
+
+
+def _tag(reader: Any, tag: str) -> str:
+    return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
+
+
+def _image(reader: Any, name: str) -> tuple[tuple[Any, ...], _Slice]:
+    """Return the stack that an image belongs to (size and orientation), and the image."""
+    direction = np.reshape(reader.GetDirection(), (reader.GetDimension(), -1))
+    size = tuple(reader.GetSize())
+    position = 0.0
+    if direction.shape == (3, 3):
+        normal = np.cross(direction[:, 0], direction[:, 1])
+        position = float(np.dot(normal, reader.GetOrigin()))
+    # Written with few digits, so that noise in the last one does not make another stack.
+    stack = (size[:2], tuple(np.round(direction.ravel(), 2) + 0.0))
+    return stack, _Slice(name, position, size, reader.GetNumberOfComponents(), _tag(reader, MODALITY))
+
+
+def _series(folder: Source, label: str, slices: Sequence[_Slice]) -> Source:
+    ordered = sorted(slices, key=lambda one: (one.position, one.name))
+    return replace(
+        folder,
+        kind=DICOM_SERIES,
+        series=label,
+        files=tuple(one.name for one in ordered),
+        modality=ordered[0].modality,
+        problem=_problem(ordered),
+    )
+
+
+def _problem(slices: Sequence[_Slice]) -> tuple[str, str] | None:
+    first = slices[0]
+    if first.components > 1:
+        return "several values per voxel", f"{first.components} (colour image)"
+    if len(slices) == 1 and len(first.size) == 3 and first.size[2] > 1:
+        # One file with many frames: the reader makes a volume of it.
+        return None
+    if len(slices) == 1:
+        return "one slice", " x ".join(map(str, first.size[:2]))
+    if len(slices) < MINIMUM_SIZE:
+        return "too few slices", f"{len(slices)}; at least {MINIMUM_SIZE} are needed"
+    gaps = np.diff([one.position for one in slices])
+    if gaps.min() < SAME_PLACE:
+        return "several volumes in one series", "slices at the same place (points in time, echoes)"
+    median = float(np.median(gaps))
+    if np.ptp(gaps) > GAP_TOLERANCE * median:
+        return "slices missing", f"gaps from {gaps.min():.2f} to {gaps.max():.2f} mm"
+    return None

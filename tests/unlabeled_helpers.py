@@ -1,0 +1,83 @@
+"""Small scans, good and bad, for the tests of `stunet unlabeled`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+SHAPE = (14, 24, 26)
+SPACING = (4.0, 3.0, 5.0)
+"""Millimetres, x first."""
+
+
+def mr_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    """A bright ellipse in dark noise, int16, (z, y, x)."""
+    generator = np.random.default_rng(seed)
+    z, y, x = np.ogrid[tuple(slice(-1, 1, size * 1j) for size in shape)]
+    body = (x / 0.8) ** 2 + (y / 0.75) ** 2 + 0 * z < 1
+    return np.where(body, 500 + generator.normal(0, 60, shape), np.abs(generator.normal(0, 12, shape))).astype(np.int16)
+
+
+def ct_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    """The same in Hounsfield units."""
+    return np.where(mr_array(seed, shape) > 200, 40, -1000).astype(np.int16) + mr_array(seed, shape) // 20
+
+
+def to_image(array: np.ndarray, spacing: tuple[float, ...] = SPACING, vector: bool = False) -> sitk.Image:
+    image = sitk.GetImageFromArray(array, isVector=vector)
+    image.SetSpacing(spacing[: image.GetDimension()])
+    if image.GetDimension() == 3:
+        image.SetOrigin((-12.5, 30.25, 7.0))
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    return image
+
+
+def write(path: Path, array: np.ndarray, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(to_image(array, **options), str(path))  # type: ignore[arg-type]
+    return path
+
+
+def write_dicom(folder: Path, array: np.ndarray, uid: int, modality: str = "MR", positions: list[float] | None = None) -> None:
+    """Write a series, its files named in another order than that of the slices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for index, part in enumerate(array):
+        image = sitk.GetImageFromArray(part)
+        image.SetSpacing(SPACING[:2])
+        position = SPACING[2] * index if positions is None else positions[index]
+        tags = {
+            "0008|0060": modality,
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
+            "0020|000e": f"1.2.826.0.1.3680043.2.1125.1.{uid}",
+            "0020|0013": str(index + 1),
+            "0020|0032": f"-12.5\\30.25\\{position}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+        }
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid}_{(7 * index) % len(array):03d}.dcm"))
+        writer.Execute(image)
+
+
+def truncate(path: Path, share: float) -> Path:
+    os.truncate(path, int(path.stat().st_size * share))
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
+    """Everything below a folder: kind, content or target, time."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = ("link", os.readlink(path))
+        elif path.is_file():
+            found[name] = ("file", path.read_bytes(), path.stat().st_mtime_ns)
+        else:
+            found[name] = ("other",)
+    return found
