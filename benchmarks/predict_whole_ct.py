@@ -1,0 +1,105 @@
+"""Time and memory of ``nnUNetv2_predict`` on a whole CT with an imported model: the published architecture, random weights.
+
+The weights are random because published ones are not part of this repository; time and memory do not depend on them. Writes a
+JSON with the seconds and the peak memory of the command and all of its worker processes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import SimpleITK as sitk
+import torch
+
+from stunet_plugin.registration import host_version, trainers_folder, write_atomically
+from stunet_plugin.stock_commands import find_command
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from import_helpers import make_network, published_weights, v1_checkpoint
+
+POLL_SECONDS = 0.5
+
+
+def memory_of_group(group: int) -> int:
+    """Bytes of all processes of a process group; memory that several share counts once."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group:
+                lines = (process / "smaps_rollup").read_text().splitlines()
+                total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        except (OSError, StopIteration):
+            continue  # It has just ended.
+    return total
+
+
+def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Run a command and return its seconds and the peak of its memory."""
+    start, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None:
+        peak = max(peak, memory_of_group(process.pid))
+        time.sleep(POLL_SECONDS)
+    if process.returncode != 0:
+        sys.exit(f"{command[0]} ended with {process.returncode}")
+    return time.monotonic() - start, peak
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: python benchmarks/predict_whole_ct.py --image example_ct.nii.gz --pickle small_ep4k.model.pkl "
+        '--machine "2 CPU cores" --json benchmarks/results/predict_whole_ct.json',
+    )
+    parser.add_argument("--image", type=Path, required=True, help="a CT")
+    parser.add_argument("--pickle", type=Path, required=True, help="published .model.pkl of the size")
+    parser.add_argument("--size", default="small", help="size of STU-Net")
+    parser.add_argument("--outputs", type=int, default=105, help="of the network, background included")
+    parser.add_argument("--machine", required=True, help="what it runs on, in words")
+    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        source = work / f"{options.size}_ep4k.model"
+        torch.save(v1_checkpoint(published_weights(make_network(options.size, outputs=options.outputs))), source)
+        shutil.copyfile(options.pickle, source.with_name(source.name + ".pkl"))
+        environment = {**os.environ, "nnUNet_results": str(work / "results"), "nnUNet_extTrainer": str(trainers_folder())}
+        (work / "results").mkdir()
+        subprocess.run([find_command("stunet"), "import", str(source), "--out", str(work / "model")], env=environment, check=True)
+        (work / "images").mkdir()
+        shutil.copyfile(options.image, work / "images" / "ct_0000.nii.gz")
+        arguments = ["-i", work / "images", "-o", work / "out", "-m", work / "model", "-f", "0", "-device", "cpu", "--disable_tta"]
+        command = [find_command("nnUNetv2_predict_from_modelfolder"), *map(str, arguments), "-npp", "1", "-nps", "1"]
+        seconds, peak = measure(command, environment)
+        image, predicted = sitk.ReadImage(str(options.image)), sitk.ReadImage(str(work / "out" / "ct.nii.gz"))
+    if predicted.GetSize() != image.GetSize():
+        sys.exit(f"The prediction has the shape {predicted.GetSize()}, the image {image.GetSize()}")
+    report = {
+        "date": datetime.now(timezone.utc).isoformat(),
+        "machine": options.machine,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2": host_version()},
+        "size": options.size,
+        "outputs": options.outputs,
+        "image": {"voxels": image.GetSize(), "spacing_mm": image.GetSpacing()},
+        "command": "nnUNetv2_predict_from_modelfolder -device cpu --disable_tta -npp 1 -nps 1",
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak / 1024**3, 2),
+    }
+    write_atomically(options.json, json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
