@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from stunet_plugin.demo.phantom import write_dataset
 from stunet_plugin.registration import trainers_folder
@@ -19,6 +21,15 @@ from stunet_plugin.stock_commands import find_command
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 PHANTOM_ID = "901"
+
+# The test processes share the cores; threads of theirs would only wait for each other. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no process is left alone with one at the end."""
+    long_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture(scope="session")
@@ -102,11 +113,19 @@ def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], W
 
 
 @pytest.fixture(scope="session")
-def phantoms(new_workspace: Callable[[str], Workspace]) -> Workspace:
-    """Six phantoms, planned and preprocessed for 2d and 3d_fullres by the stock command."""
-    workspace = new_workspace("phantoms")
-    write_dataset(workspace.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+def phantoms(new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Six phantoms, planned and preprocessed for 2d and 3d_fullres by the stock command: made once, a copy for each process."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    with FileLock(common / "phantoms.lock"):
+        if not (common / "phantoms").is_dir():
+            first = new_workspace("phantoms_unfinished")
+            write_dataset(first.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
+            first.run("nnUNetv2_plan_and_preprocess", "-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+            first.root.rename(common / "phantoms")
+    workspace = new_workspace("phantoms_copy")
+    shutil.copytree(common / "phantoms", workspace.root, dirs_exist_ok=True)
     return workspace
 
 

@@ -128,7 +128,6 @@ def test_the_whole_run_interrupted_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("phantoms")
 def test_a_users_data_set_with_regions(phantoms: Workspace, tmp_path: Path) -> None:
     raw = tmp_path / "raw" / "Dataset077_Mine"
     shutil.copytree(phantoms.dataset_folder(phantoms.raw), raw)

@@ -226,7 +226,6 @@ def test_plan_like_names_what_is_missing(
     assert "nnUNet_preprocessed is not set" in capsys.readouterr().err
 
 
-@pytest.mark.xdist_group("phantoms")
 def test_nnunet_takes_the_plan_and_the_weights(nnunet_environment: Workspace, tmp_path: Path) -> None:
     """What nnUNetv2_preprocess and nnUNetv2_train -pretrained_weights call, on a dataset with other classes."""
     network = published_weights(make_network())

@@ -25,8 +25,6 @@ from stunet_plugin.trainers.misfm_trainers import TRAINERS
 
 from conftest import PHANTOM_ID, Workspace
 
-pytestmark = pytest.mark.xdist_group("phantoms")
-
 SMALL = {
     "PCTNet": {"features_per_stage": [4, 8, 16, 32, 64]},
     "FMUNet": {"features_per_stage": [4, 8, 16, 32, 64]},

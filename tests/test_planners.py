@@ -21,8 +21,6 @@ from stunet_plugin.topology import as_strides
 
 from conftest import PHANTOM_ID, Workspace
 
-pytestmark = pytest.mark.xdist_group("phantoms")
-
 
 @pytest.fixture
 def big_dataset(nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:

@@ -129,7 +129,6 @@ class Installation:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("phantoms")
 @pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
 def test_installed_registered_found_and_gone(phantoms: Workspace, tmp_path: Path, repository: Path, editable: bool) -> None:
     installation = Installation(tmp_path, repository)
@@ -176,7 +175,6 @@ def test_installed_registered_found_and_gone(phantoms: Workspace, tmp_path: Path
     assert "Could not find requested nnunet trainer STUNetTrainer_base" in ours.stderr
 
 
-@pytest.mark.xdist_group("phantoms")
 def test_doctor_reports_and_its_exit_code_can_be_trusted(phantoms: Workspace) -> None:
     green = phantoms.run("stunet", "doctor")
     assert "Everything is in place" in green.stdout

@@ -15,7 +15,7 @@ import torch
 
 from conftest import PHANTOM_ID, Workspace
 
-pytestmark = [pytest.mark.xdist_group("phantoms"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 TRAINER = "STUNetTrainer_tiny"
 

@@ -26,8 +26,6 @@ from stunet_plugin.trainers.stunet_trainers import TRAINERS
 
 from conftest import PHANTOM_ID, Workspace
 
-pytestmark = pytest.mark.xdist_group("phantoms")
-
 HOST_PLANS: dict[str, Any] = {
     "three poolings": {"patch_size": [16, 32, 32], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]},
     "five poolings": {"patch_size": [32, 32, 64], "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5},

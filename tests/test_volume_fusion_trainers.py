@@ -24,8 +24,6 @@ from stunet_plugin.trainers.volume_fusion_trainers import NETWORKS, TRAINERS
 
 from conftest import PHANTOM_ID, Workspace
 
-pytestmark = pytest.mark.xdist_group("phantoms")
-
 TINY = "VolumeFusionTrainer_STUNet_tiny"
 REGIONS = {
     "channel_names": {"0": "CT"},
