@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 something is wrong (``doctor``) or a stock command failed,
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -32,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()
+        return code
     except PluginError as error:
         print(f"stunet {options.command}: {error}", file=sys.stderr)
         return 2
@@ -40,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `stunet list | head`: the reader has had enough.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"stunet {options.command}: no space left on the disk ({error.filename or 'output'}). Make room, and run it again.",
+              file=sys.stderr)  # fmt: skip
+        # What is left in the buffer cannot be written either; Python would complain about it at exit.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+        return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -49,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands."""
     parser = argparse.ArgumentParser(
         prog="stunet",
-        description="STU-Net for nnU-Net v2: sizes, registration, planning and a demonstration.",
+        description="Large networks and large-scale pretraining for nnU-Net v2: registration, planning, weights, unlabelled scans.",
         epilog="Example: stunet register && nnUNetv2_train 4 3d_fullres 0 -tr STUNetTrainer_base",
     )
     parser.add_argument("--version", action="version", version=f"stunet-plugin {__version__}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from stunet_plugin.errors import PluginError
 
@@ -27,6 +29,8 @@ def plan(
 
     from stunet_plugin.plans import PLANNERS
 
+    if processes < 1:
+        raise PluginError(f"-np must be at least 1, not {processes}.")
     if planner_name not in PLANNERS:
         nearest = difflib.get_close_matches(planner_name, PLANNERS, n=1, cutoff=0.8)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
@@ -36,9 +40,10 @@ def plan(
             raise PluginError(f"{variable} is not set. Set it to a folder: export {variable}=/path/to/{variable}")
     for dataset in datasets:
         try:
-            convert_id_to_dataset_name(dataset)
+            name = convert_id_to_dataset_name(dataset)
         except RuntimeError as error:
             raise PluginError(f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}.") from error
+        _check_raw(Path(nnUNet_raw.get(), name))
     for dataset in datasets:
         extract_fingerprint_dataset(dataset, num_processes=processes, clean=False)
         _, identifier = plan_experiment_dataset(
@@ -50,3 +55,19 @@ def plan(
         )
         print(f"Next: nnUNetv2_preprocess -d {dataset} -plans_name {identifier} -c 3d_fullres")
     return 0
+
+
+def _check_raw(folder: Path) -> None:
+    """Raise unless a raw dataset has what nnU-Net's fingerprint reads."""
+    file = folder / "dataset.json"
+    try:
+        description = json.loads(file.read_text())
+        lacking = [key for key in ("labels", "file_ending") if key not in description]
+    except FileNotFoundError as error:
+        raise PluginError(f"{folder} has no dataset.json. nnU-Net's raw format needs one beside imagesTr and labelsTr.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise PluginError(f"{file} cannot be read ({error}). Mend it.") from error
+    if lacking or not (description.get("channel_names") or description.get("modality")):
+        raise PluginError(f"{file} lacks {', '.join(lacking) or 'channel_names'}, which nnU-Net needs.")
+    if "dataset" not in description and not any((folder / "imagesTr").glob(f"*{description['file_ending']}")):
+        raise PluginError(f"{folder / 'imagesTr'} holds no *{description['file_ending']} files (file_ending in dataset.json).")

@@ -148,6 +148,10 @@ def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = DemoSettings(None, "tiny", 1, "cpu")
     with pytest.raises(PluginError, match="--epochs must be at least 1, not 0"):
         DemoSettings.from_options(None, "tiny", 0, "cpu")
+    with pytest.raises(PluginError, match="--dataset takes the number of a dataset in nnUNet_raw, 1 to 999, not -1"):
+        DemoSettings.from_options(-1, "tiny", 1, "cpu")
+    with pytest.raises(PluginError, match="--out is empty"):
+        run_demo(DemoSettings(None, "tiny", 1, "cpu"), " ", False)
     with pytest.raises(PluginError, match="no interrupted demo in"):
         run_demo(settings, str(tmp_path / "new"), resume=True)
     assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -130,6 +131,23 @@ def test_plan_command_without_registration(phantoms: Workspace) -> None:
 def test_plan_command_on_what_is_not_there(nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PluginError, match=r"There is no dataset 7 \(Dataset007_...\) in "):
         plan([7], "STUNetPlanner_tiny", None, None, None, 1)
+    with pytest.raises(PluginError, match="-np must be at least 1, not 0"):
+        plan([int(PHANTOM_ID)], "STUNetPlanner_tiny", None, None, None, 0)
+    broken = nnunet_environment.raw / "Dataset008_Broken"
+    (broken / "imagesTr").mkdir(parents=True)
+    labels = '"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"'
+    for content, message in (
+        (None, "Dataset008_Broken has no dataset.json"),
+        ("{", "dataset.json cannot be read"),
+        ("{}", "lacks labels, file_ending"),
+        (f"{{{labels}}}", "lacks channel_names"),
+        (f'{{{labels}, "channel_names": {{"0": "CT"}}}}', r"imagesTr holds no \*.nii.gz files"),
+    ):
+        if content is not None:
+            (broken / "dataset.json").write_text(content)
+        with pytest.raises(PluginError, match=message):
+            plan([8], "STUNetPlanner_tiny", None, None, None, 1)
+    shutil.rmtree(broken)
     monkeypatch.delenv("nnUNet_raw")
     with pytest.raises(PluginError, match="export nnUNet_raw="):
         plan([7], "STUNetPlanner_tiny", None, None, None, 1)

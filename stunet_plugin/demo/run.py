@@ -63,6 +63,8 @@ class DemoSettings:
     def from_options(cls, dataset: int | None, size: str, epochs: int | None, device: str) -> DemoSettings:
         if epochs is not None and epochs < 1:
             raise PluginError(f"--epochs must be at least 1, not {epochs}.")
+        if dataset is not None and not 0 < dataset < 1000:
+            raise PluginError(f"--dataset takes the number of a dataset in nnUNet_raw, 1 to 999, not {dataset}.")
         import torch
 
         if device == "cuda" and not torch.cuda.is_available():
@@ -84,6 +86,8 @@ def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
         out: folder for everything; new, or with ``resume`` the one of an interrupted demo with the same settings.
         resume: skip what is done.
     """
+    if not out.strip():
+        raise PluginError("--out is empty. Name a folder; everything is written there.")
     folder = Path(out).resolve()
     find_host()
     source = user_dataset(settings.dataset) if settings.dataset is not None else None
