@@ -52,7 +52,7 @@ def test_ct_lungs_are_in_and_the_table_is_out(spacing: tuple[float, float, float
 
 
 def test_ct_is_filled_in_the_axial_plane_wherever_that_axis_is() -> None:
-    image, parts = thorax((3.0, 3.0, 3.0))
+    image, _ = thorax((3.0, 3.0, 3.0))
     coronal = np.ascontiguousarray(np.moveaxis(image, 0, 1))
     mask = body_mask(coronal, (3.0, 3.0, 3.0), 1, CT)
     assert mask is not None

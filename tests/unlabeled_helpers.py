@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def write(path: Path, array: np.ndarray, **options: object) -> Path:
 def write_dicom(folder: Path, array: np.ndarray, uid: int, modality: str = "MR", positions: list[float] | None = None) -> None:
     """Write a series, its files named in another order than that of the slices."""
     folder.mkdir(parents=True, exist_ok=True)
+    settings = locale.setlocale(locale.LC_ALL)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     for index, part in enumerate(array):
@@ -60,8 +62,10 @@ def write_dicom(folder: Path, array: np.ndarray, uid: int, modality: str = "MR",
         }
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{uid}_{(7 * index) % len(array):03d}.dcm"))
+        writer.SetFileName(str(folder / f"{uid}_{(5 * index) % len(array):03d}.dcm"))
         writer.Execute(image)
+    # GDCM's writer sets the locale of the process to C.
+    locale.setlocale(locale.LC_ALL, settings)
 
 
 def truncate(path: Path, share: float) -> Path:

@@ -27,7 +27,7 @@ from stunet_plugin.unlabeled.names import CT
 WORKING_SPACING = 3.0
 """Millimetres; blocks are as many whole voxels as fit."""
 CT_THRESHOLD = -350.0
-"""Hounsfield units: half-way between fat and what is lighter than any tissue but lung."""
+"""Hounsfield units, between fat (-100) and blankets and lung (-600 and less)."""
 OPENING_RADIUS = 6.0
 """Millimetres."""
 COMPONENT_SHARE = 0.25

@@ -57,10 +57,10 @@ def check_header(size: Sequence[int], spacing: Sequence[float], components: int)
     text = " x ".join(map(str, size))
     if components > 1:
         raise UnusableError("several values per voxel", f"{components} (colour, vector or complex image)")
-    if len(size) < 3:
-        raise UnusableError("one slice", text)
     if len(size) > 3:
         raise UnusableError("more than three axes", text)
+    if len(size) < 3 or min(size) == 1:
+        raise UnusableError("one slice", text)
     if min(size) < MINIMUM_SIZE:
         raise UnusableError("too few slices", f"{text} voxels; at least {MINIMUM_SIZE} on every axis are needed")
     if math.prod(size) > MAXIMUM_VOXELS:

@@ -47,7 +47,8 @@ class Record:
         return f"{self.source}\n{self.series}" if self.series else self.source
 
     def to_line(self) -> bytes:
-        return json.dumps({name: value for name, value in asdict(self).items() if value}).encode() + b"\n"
+        content = {name: value for name, value in asdict(self).items() if value or name == "signature"}
+        return json.dumps(content).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:

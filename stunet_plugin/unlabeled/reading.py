@@ -20,8 +20,6 @@ from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source, scan_ending
 from stunet_plugin.unlabeled.names import CANNOT_OPEN, NIFTI, NIFTI_GZ
 
 GZIP_MAGIC = b"\x1f\x8b"
-NIFTI_HEADERS = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
-"""Size of the header, which the file starts with."""
 READ_ON = 1 << 20
 
 
@@ -79,6 +77,8 @@ def _read_file(path: str) -> Scan:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if "orthonormal" in str(error):
+            raise UnusableError("skewed axes", "nnU-Net's reader takes axes at right angles only") from error
         raise UnusableError("unreadable", last_line(error)) from error
     size = reader.GetSize()
     while len(size) > 3 and size[-1] == 1:
@@ -127,15 +127,10 @@ def _nifti_voxels(path: str) -> np.ndarray:
         compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
         raw.seek(0)
         file: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
-        start = file.read(4)
-        file.seek(0)
-        header = NIFTI_HEADERS.get(int.from_bytes(start, "little")) or NIFTI_HEADERS.get(int.from_bytes(start, "big"))
-        if header is None:
-            raise ValueError("not a NIfTI file")
-        image = header.from_file_map(header.make_file_map({"image": file}), mmap=False)
+        image = nibabel.Nifti1Image.from_file_map(nibabel.Nifti1Image.make_file_map({"image": file}), mmap=False)
         voxels = image.dataobj
         scaled = (voxels.slope, voxels.inter) != (1, 0)
-        array = voxels.get_scaled(np.float32) if scaled else voxels.get_unscaled()
+        array = np.asarray(voxels, dtype=np.float32) if scaled else voxels.get_unscaled()
         while file.read(READ_ON):
             pass
     return np.asarray(array).T
