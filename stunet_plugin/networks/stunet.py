@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim, get_matching_instancenorm
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
 
 ConvOp = Callable[..., _ConvNd]
@@ -56,12 +57,11 @@ class ResidualBlock(nn.Module):
         project_shortcut: bool,
     ) -> None:
         super().__init__()
-        norm_op = get_matching_instancenorm(conv_op)
         padding = tuple(size // 2 for size in kernel_size)
         self.conv1 = conv_op(in_channels, out_channels, kernel_size, stride, padding)
-        self.norm1 = norm_op(out_channels, affine=True)
+        self.norm1 = InstanceNorm(out_channels)
         self.conv2 = conv_op(out_channels, out_channels, kernel_size, 1, padding)
-        self.norm2 = norm_op(out_channels, affine=True)
+        self.norm2 = InstanceNorm(out_channels)
         self.shortcut = conv_op(in_channels, out_channels, 1, stride) if project_shortcut else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
