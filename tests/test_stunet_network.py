@@ -177,17 +177,17 @@ def test_keys_of_other_networks_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(2, 4, 5, 6, 7), (2, 4, 9, 8)])
 def test_instance_norm_is_torchs_own(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    theirs = (nn.InstanceNorm3d if len(shape) == 5 else nn.InstanceNorm2d)(4, affine=True)
-    ours = InstanceNorm(4)
+    theirs = (nn.InstanceNorm3d if len(shape) == 5 else nn.InstanceNorm2d)(4, affine=True).double()
+    ours = InstanceNorm(4).double()
     with torch.no_grad():
         theirs.weight.normal_()
         theirs.bias.normal_()
     ours.load_state_dict(theirs.state_dict())
-    inputs = [(torch.randn(shape) + 3).requires_grad_()]
+    inputs = [(torch.randn(shape, dtype=torch.float64) + 3).requires_grad_()]
     inputs.append(inputs[0].detach().clone().requires_grad_())
     outputs = [norm(x) for norm, x in zip((theirs, ours), inputs, strict=True)]
     for output in outputs:
-        (output * torch.linspace(-1, 1, output.numel()).reshape(shape)).sum().backward()
+        (output * torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(shape)).sum().backward()
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
     torch.testing.assert_close(theirs.weight.grad, ours.weight.grad)
