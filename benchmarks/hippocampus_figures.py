@@ -99,11 +99,17 @@ def main() -> int:
     parser.add_argument("--raw", type=Path, required=True, help="the raw dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for the PNGs")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
+    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a run that the --json file holds; repeat")
     parser.add_argument("--machine", required=True, help="what it ran on, in words")
     options = parser.parse_args()
     folds = {name: Path(folder) for name, _, folder in (run.partition("=") for run in options.run)}
     try:
         runs = {name: read_run(fold) for name, fold in folds.items()}
+        earlier = json.loads(options.json.read_text())["runs"] if options.keep else {}
+        runs |= {name: earlier[name] for name in options.keep}
+    except KeyError as error:
+        print(f"{options.json} holds no run {error}; it has {', '.join(earlier)}.", file=sys.stderr)
+        return 2
     except PluginError as error:
         print(error, file=sys.stderr)
         return 2
