@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import random
@@ -279,7 +280,7 @@ def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
         output, errors = process.communicate()
         assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL), (output, errors)
         if sign == signal.SIGINT:
-            assert b"The same command continues" in errors
+            assert b"What is finished can be used" in errors
             description = json.loads((killed / "dataset.json").read_text())
             assert description["numTraining"] == len(list((killed / "imagesTr").iterdir()))
         for image in (killed / "imagesTr").iterdir():
@@ -432,3 +433,14 @@ def test_the_dataset_is_no_input_of_itself(run: Run, tmp_path: Path, capsys: pyt
     capsys.readouterr()
     assert run(dataset / "imagesTr") == 2
     assert "lies in the dataset" in capsys.readouterr().err
+
+
+def test_the_benchmark_measures(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    benchmark = importlib.import_module("unlabeled_scans")
+    found = benchmark.measure(tmp_path / "scans", 2, (8, 30, 30), 1)
+    assert found["scans"] == 2
+    assert 0 < found["cpu_seconds_per_scan"] <= found["seconds"]
+    assert found["parent_megabytes"] > 10
+    assert found["largest_worker_megabytes"] > 10
+    assert benchmark.measure_records(tmp_path, 100)["records"] == 100

@@ -155,6 +155,12 @@ def skewed(path: Path) -> Path:
     return path
 
 
+def misnamed(path: Path) -> Path:
+    name = Path(os.fsdecode(bytes(path.parent) + b"/\xff.nii"))
+    write(path, mr_array(1)).rename(name)
+    return name
+
+
 def organs() -> np.ndarray:
     """A map of some sixty labels."""
     z, y, x = np.indices(SHAPE) // 6
@@ -182,6 +188,7 @@ BAD = {
     "microns": ("absurd spacing", lambda folder: write(folder / "a.nii", mr_array(1), spacing=(0.001, 0.001, 0.001))),
     "metres": ("absurd spacing", lambda folder: write(folder / "a.nii", mr_array(1), spacing=(500.0, 500.0, 500.0))),
     "skewed": ("skewed axes", lambda folder: skewed(folder / "a.nii.gz")),
+    "not UTF-8": ("name of the file", lambda folder: misnamed(folder / "a.nii")),
     "NaN": ("not finite", lambda folder: write(folder / "a.nii", with_value(np.nan))),
     "infinite": ("not finite", lambda folder: write(folder / "a.nii", with_value(-np.inf))),
     "constant": ("constant", lambda folder: write(folder / "a.nii", np.full(SHAPE, 7, dtype=np.int16))),

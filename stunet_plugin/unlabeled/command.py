@@ -7,34 +7,24 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.stock_commands import terminate_as_interrupt
+from stunet_plugin.unlabeled.choosing import Search, check_choice, check_tally, frequent_ending, guess_modality
 from stunet_plugin.unlabeled.dataset import FOLDS, Choice, Dataset
-from stunet_plugin.unlabeled.discovery import Source, Tally, walk
+from stunet_plugin.unlabeled.discovery import Source, Tally
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest
-from stunet_plugin.unlabeled.names import (
-    DATASET_ENDINGS,
-    EXCLUDED,
-    METAIMAGE,
-    METAIMAGE_HEADER,
-    MODALITIES,
-    SCAN_ENDINGS,
-)
+from stunet_plugin.unlabeled.names import EXCLUDED
 from stunet_plugin.unlabeled.placing import OutputError
 from stunet_plugin.unlabeled.pool import run_ordered
-from stunet_plugin.unlabeled.prepare import Prepared, prepare, probe, record_of
+from stunet_plugin.unlabeled.prepare import Prepared, prepare, record_of
 from stunet_plugin.unlabeled.progress import Progress, in_words
 from stunet_plugin.unlabeled.report import PICTURE, write_picture, write_reports
 
-PROBED_SCANS = 5
-"""Per folder, to tell the modality."""
-PROBED_SOURCES = 100
 DESCRIBE_EVERY = 2.0
 """Seconds between updates of dataset.json, so that a killed run leaves a usable data set."""
 INTERRUPTED = 130
@@ -66,33 +56,21 @@ def run_unlabeled(options: UnlabeledOptions) -> int:
         PluginError: wrong input, or the disk is full; what is finished stays and the same command continues.
     """
     dataset = Dataset(options.dataset_id, options.name)
-    search = _Search(_input_folders(options.folders, dataset), (*EXCLUDED, *options.exclude), dataset.folder)
+    search = Search(_input_folders(options.folders, dataset), (*EXCLUDED, *options.exclude), dataset.folder)
     processes = _processes(options.processes)
     with terminate_as_interrupt():
         try:
             return _Collecting(options, dataset, search, processes).run()
         except KeyboardInterrupt:
-            print(f"\nInterrupted. The same command continues. {dataset.folder}", file=sys.stderr)
+            print(f"\nInterrupted. What is finished can be used. The same command continues: {dataset.folder}", file=sys.stderr)
             return INTERRUPTED
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Where the scans are looked for."""
-
-    folders: Sequence[str]
-    exclude: Sequence[str]
-    avoid: Path
-
-    def sources(self, tally: Tally | None = None) -> Iterator[Source]:
-        return walk(self.folders, self.exclude, str(self.avoid), tally)
 
 
 def _input_folders(folders: Sequence[str], dataset: Dataset) -> list[str]:
     for folder in folders:
         if not os.path.isdir(folder):
             raise PluginError(f"-i {folder} {'is a file, not a folder' if os.path.exists(folder) else 'is not there'}.")
-        if dataset.folder in (path := Path(folder).resolve(), *path.parents):
+        if dataset.folder.resolve() in (path := Path(folder).resolve(), *path.parents):
             raise PluginError(f"-i {folder} lies in the dataset that is to be made, {dataset.folder}.")
     # Absolute but not resolved: a link that the user made may be moved to point elsewhere, and shall then be followed.
     return list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
@@ -108,7 +86,7 @@ def _processes(given: int | None) -> int:
 class _Collecting:
     """One run."""
 
-    def __init__(self, options: UnlabeledOptions, dataset: Dataset, search: _Search, processes: int) -> None:
+    def __init__(self, options: UnlabeledOptions, dataset: Dataset, search: Search, processes: int) -> None:
         self.options, self.dataset, self.search, self.processes = options, dataset, search, processes
         self.tally = Tally()
 
@@ -119,12 +97,14 @@ class _Collecting:
             # A run that found nothing to use, perhaps with the wrong modality, does not bind this one.
             existing = None
         if existing is not None:
-            self._check_choice(existing)
+            check_choice(existing, self.options.modality, self.options.file_ending, self.dataset.folder)
         print(f"Looking for scans in {', '.join(self.search.folders)}", flush=True)
         for _ in self.search.sources(self.tally):
             pass
-        self._check_tally()
-        choice = existing or Choice(self.options.modality or self._guess_modality(), self._ending())
+        check_tally(self.tally, self.search.folders)
+        choice = existing or Choice(
+            self.options.modality or guess_modality(self.search), self.options.file_ending or frequent_ending(self.tally)
+        )
         print(
             f"  {self.tally.candidates} files and DICOM folders; {choice.modality}, {choice.file_ending}; "
             f"{self.processes} processes; into {self.dataset.folder}",
@@ -145,79 +125,6 @@ class _Collecting:
                 f"Cannot write to {self.dataset.folder}: {reason}. What is finished stays. Once mended, the same command continues."
             ) from error
 
-    # --- before anything is written -----------------------------------------------------------------------------------------
-
-    def _check_choice(self, existing: Choice) -> None:
-        for option, given, has in (
-            ("--modality", self.options.modality, existing.modality),
-            ("--file-ending", self.options.file_ending, existing.file_ending),
-        ):
-            if given is not None and given != has:
-                raise PluginError(
-                    f"{option} {given}: {self.dataset.folder} was begun with {has}, and a dataset has only one. "
-                    f"Leave {option} out, or make another dataset with another -d."
-                )
-
-    def _check_tally(self) -> None:
-        if self.tally.candidates:
-            return
-        others = self.tally.others_in_words()
-        found = f"only other files: {others}" if others else "no files at all"
-        pictures = any(ending in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp") for ending in self.tally.others)
-        raise PluginError(
-            f"No scans in {', '.join(self.search.folders)}: {found}. Taken are {', '.join(SCAN_ENDINGS)} and DICOM series, in "
-            f"folders of any depth.{' Pictures in 2D are no scans: volumes are needed.' if pictures else ''} Nothing was written."
-        )
-
-    def _ending(self) -> str:
-        """The most frequent ending, because its files can be linked."""
-        if self.options.file_ending:
-            return self.options.file_ending
-        counts = Counter({ending: self.tally.scans[ending] for ending in DATASET_ENDINGS})
-        # The header of a .mhd file can be written as that of a .mha file.
-        counts[METAIMAGE] += self.tally.scans[METAIMAGE_HEADER]
-        return max(DATASET_ENDINGS, key=lambda ending: counts[ending])
-
-    def _guess_modality(self) -> str:
-        """What the first scans of every folder look like.
-
-        Raises:
-            PluginError: they look like several modalities, or like none.
-        """
-        seen: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        reasons: Counter[str] = Counter()
-        for folder in self.search.folders:
-            sources = islice(walk([folder], self.search.exclude, str(self.search.avoid)), PROBED_SOURCES)
-            told = 0
-            for result in run_ordered(sources, probe, 1, further=lambda value: value.further):
-                record = result.value.record if result.value else record_of(result.task, FAILED, result.failure)
-                if record.status == CASE:
-                    modality = record.facts["modality"]
-                    if modality:
-                        seen[modality] += 1
-                        examples.setdefault(modality, record.source)
-                    told += 1
-                elif record.status != FOLDER:
-                    reasons[record.reason] += 1
-                if told == PROBED_SCANS:
-                    break
-        if len(seen) == 1:
-            modality = next(iter(seen))
-            print(f"  taken for {modality}, as {seen[modality]} of the first scans look like it (--modality overrules)", flush=True)
-            return modality
-        again = f"Say which with --modality {' or '.join(MODALITIES)}"
-        if not seen:
-            why = f" ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(5))})" if reasons else ""
-            raise PluginError(f"The first scans do not tell their modality{why}. {again}. Nothing was written.")
-        found = "; ".join(f"{count} like {modality}, for example {examples[modality]}" for modality, count in seen.most_common())
-        raise PluginError(
-            f"Mixed modalities: of the first scans look {found}. A dataset has one. {again}: scans of the other are then left "
-            "out and listed. Or give the folders of one modality only (-i). Nothing was written."
-        )
-
-    # --- the run ------------------------------------------------------------------------------------------------------------
-
     def _collect(self, manifest: Manifest, choice: Choice, started: float) -> int:
         before = manifest.cases
         try:
@@ -229,7 +136,7 @@ class _Collecting:
             reasons = write_reports(self.dataset, choice, manifest, self.tally)
         if cases and (manifest.cases != before or not (self.dataset.records / PICTURE).exists()):
             write_picture(self.dataset, choice, manifest)
-        self._say(cases, cases - before, reasons, time.monotonic() - started)
+        self._say(cases, manifest.cases - before, reasons, time.monotonic() - started)
         return 0 if cases else 1
 
     def _prepare_all(self, manifest: Manifest, choice: Choice) -> None:

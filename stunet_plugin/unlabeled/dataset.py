@@ -151,11 +151,12 @@ class Dataset:
         """Image and label of a case."""
         return self.images / f"{case}_0000{choice.file_ending}", self.labels / f"{case}{choice.file_ending}"
 
-    def open_manifest(self, choice: Choice) -> Manifest:
-        def is_complete(record: Record) -> bool:
-            return all(os.path.lexists(path) for path in self.files_of(record.case, choice))
+    def has(self, case: str, choice: Choice) -> bool:
+        """Whether the files of a case are in place."""
+        return all(os.path.lexists(path) for path in self.files_of(case, choice))
 
-        return Manifest(self.records / _MANIFEST, is_complete)
+    def open_manifest(self, choice: Choice) -> Manifest:
+        return Manifest(self.records / _MANIFEST, lambda record: self.has(record.case, choice))
 
     def commit(self, prepared: Prepared, manifest: Manifest, choice: Choice) -> Record:
         """Record what became of a source and give its files their places; return the record.

@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 from stunet_plugin.unlabeled.checks import MINIMUM_SIZE
 from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source
+from stunet_plugin.unlabeled.reading import check_names
 
 SERIES_UID, MODALITY = "0020|000e", "0008|0060"
 GAP_TOLERANCE = 0.1
@@ -35,7 +36,11 @@ def series_of(folder: Source) -> list[Source]:
     """Return the series of a folder, each with its slices in their order in space and with what is wrong with it.
 
     Images of one series that differ in size or orientation, such as the planes of a localizer, become several.
+
+    Raises:
+        UnusableError: the folder cannot be read at all.
     """
+    check_names(folder)
     stacks: dict[str, dict[tuple[Any, ...], list[_Slice]]] = defaultdict(lambda: defaultdict(list))
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")

@@ -65,9 +65,18 @@ def read_scan(source: Source) -> Scan:
     """
     if source.problem is not None:
         raise (UnreachableError if source.unreachable else UnusableError)(*source.problem)
+    check_names(source)
     if source.kind == DICOM_SERIES:
         return _read_series(source)
     return _read_file(source.path)
+
+
+def check_names(source: Source) -> None:
+    """Refuse names that are not UTF-8: SimpleITK aborts the process when it is given one."""
+    try:
+        "".join((source.path, *source.files)).encode()
+    except UnicodeEncodeError as error:
+        raise UnusableError("name of the file", "not in UTF-8; rename it") from error
 
 
 def _read_file(path: str) -> Scan:

@@ -31,13 +31,16 @@ SKIPPED_COLUMNS = ("source", "series", "reason", "detail", "tried_again")
 def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: Tally) -> Counter[str]:
     """Write the tables and the summary; return how many sources were left out, by reason.
 
-    Files that are right already are not touched.
+    Files that are right already are not touched. Cases that somebody removed from the data set are left out.
     """
     reasons: Counter[str] = Counter()
-    missing = 0
+    number = missing = 0
     with _table(dataset.records / CASES, CASE_COLUMNS) as cases, _table(dataset.records / SKIPPED, SKIPPED_COLUMNS) as skipped:
         for record in manifest.records():
             if record.status == CASE:
+                if not dataset.has(record.case, choice):
+                    continue
+                number += 1
                 facts = {name: _flat(value) for name, value in record.facts.items()}
                 cases({"case": record.case, "source": record.source, "series": record.series, **facts})
                 missing += not os.path.exists(record.source)
@@ -50,7 +53,7 @@ def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: T
         "dataset": dataset.folder.name,
         "modality": choice.modality,
         "file_ending": choice.file_ending,
-        "cases": manifest.cases,
+        "cases": number,
         "left_out": dict(reasons.most_common()),
         "sources_missing": missing,
         "other_files": dict(tally.others.most_common()),
@@ -69,7 +72,8 @@ def write_picture(dataset: Dataset, choice: Choice, manifest: Manifest) -> bool:
 
     The cases with the first names: names are hashes, so that is a random choice, and the same one every time.
     """
-    names = heapq.nsmallest(SHEET_ROWS, (record.case for record in manifest.records() if record.status == CASE))
+    cases = (record.case for record in manifest.records() if record.status == CASE)
+    names = heapq.nsmallest(SHEET_ROWS, (case for case in cases if dataset.has(case, choice)))
     sheet = [SheetCase(name, *dataset.files_of(name, choice)) for name in names]
     temporary = dataset.temporary / PICTURE
     drawn = partial(save_contact_sheet, modality=choice.modality, path=temporary)
