@@ -50,7 +50,7 @@ def pretext_score(confusions: Sequence[Tensor], class_names: Sequence[str]) -> d
     share = torch.arange(len(total), dtype=torch.float64) / (len(total) - 1)
     error = (share[:, None] - share[None]).abs()
     return {
-        "dice_per_alpha": dict(zip(class_names, dice, strict=True)),
+        "dice_per_alpha": {name: None if np.isnan(value) else value for name, value in zip(class_names, dice, strict=True)},
         "mean_dice": float(np.nanmean(dice)),
         "mean_dice_of_batches": {"mean": float(np.mean(means)), "standard_deviation": float(np.std(means)), "batches": len(means)},
         "accuracy": float(total.diagonal().sum() / total.sum()),

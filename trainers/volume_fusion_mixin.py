@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -161,10 +161,14 @@ class VolumeFusionMixin(PluginTrainer):
 
     def _validate(self, batch: dict[str, Any]) -> tuple[np.ndarray, torch.Tensor]:
         fused = self._fuse(batch)
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():
+        with self._autocast():
             outputs = self.network(fused["data"])
             loss = self.loss(outputs, fused["target"])
         return loss.cpu().numpy(), confusion_matrix(_full_resolution(outputs), _full_resolution(fused["target"])[:, 0])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """As in nnU-Net's steps: half precision on CUDA alone."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def on_epoch_end(self) -> None:
         names = self.fusion.class_names()
@@ -184,8 +188,9 @@ class VolumeFusionMixin(PluginTrainer):
             return
         self.network.eval()
         images = self._example["data"][:EXAMPLE_SAMPLES]
-        # The bare network: another process of the training would wait for this one in DDP's.
-        predictions = _full_resolution(self._bare_network()(images)).argmax(1)
+        with self._autocast():
+            # The bare network: another process of the training would wait for this one in DDP's.
+            predictions = _full_resolution(self._bare_network()(images)).argmax(1)
         targets = _full_resolution(self._example["target"])[:EXAMPLE_SAMPLES, 0]
         path = Path(self.output_folder, f"volume_fusion_epoch_{self.current_epoch:04d}.png")
         save_fusion_example(
