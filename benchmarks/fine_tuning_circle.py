@@ -5,7 +5,7 @@ Makes docs/experiments/fine_tuning.md's numbers and pictures from one finished t
 1. its checkpoint is rewritten into the published nnU-Net v1 format and imported with ``stunet import``; both model folders predict
    the validation images of the fold;
 2. with 8 labelled cases of that validation fold (never trained on), it is fine-tuned for one merged label, and the result is
-   fine-tuned back to the two parts; the same network from scratch has the same budget; the other cases of the fold test both.
+   fine-tuned back to the two parts; the same network from scratch has the same budget; other cases of the fold test both.
 
 Each step is a stock command and is skipped when its result is there, so the script can be started again after an interruption.
 """
@@ -37,6 +37,8 @@ from hippocampus_figures import read_run
 from import_helpers import published_name, v1_checkpoint
 
 LABELLED_CASES = 8
+TEST_CASES = 12
+"""Of the cases that are left; each is predicted eight times over, mirrored, after every training."""
 SEEDS = (1, 2, 3)
 TASKS = {
     # name: dataset ID, labels, what to make of the two parts' label values
@@ -141,7 +143,7 @@ class Circle:
         plans["configurations"][CONFIGURATION] = {"inherits_from": "3d_fullres", "batch_size": 2}
         write_atomically(plans_file, json.dumps(plans, indent=2))
         order = [str(case) for case in np.random.default_rng(0).permutation(self.cases)]
-        split = [{"train": sorted(order[:LABELLED_CASES]), "val": sorted(order[LABELLED_CASES:])}]
+        split = [{"train": sorted(order[:LABELLED_CASES]), "val": sorted(order[LABELLED_CASES : LABELLED_CASES + TEST_CASES])}]
         write_atomically(preprocessed / "splits_final.json", json.dumps(split, indent=2))
 
     def train(self, task: str, seed: int, weights: Path | None) -> tuple[Path, dict[str, Any]]:
@@ -227,7 +229,7 @@ def main() -> int:
         "date": datetime.now(timezone.utc).isoformat(),
         "machine": options.machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2": host_version()},
-        "budget": {"epochs": circle.epochs, "iterations": circle.iterations, "batch": 2, "labelled_cases": LABELLED_CASES},
+        "budget": {"epochs": circle.epochs, "iterations": circle.iterations, "batch": 2, "labelled_cases": LABELLED_CASES, "test_cases": TEST_CASES},
         "both_folders": comparison,
         "runs": runs,
     }
