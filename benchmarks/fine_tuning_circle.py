@@ -229,7 +229,8 @@ def main() -> int:
         "date": datetime.now(timezone.utc).isoformat(),
         "machine": options.machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2": host_version()},
-        "budget": {"epochs": circle.epochs, "iterations": circle.iterations, "batch": 2, "labelled_cases": LABELLED_CASES, "test_cases": TEST_CASES},
+        "budget": {"epochs": circle.epochs, "iterations": circle.iterations, "batch": 2},
+        "cases": {"labelled": LABELLED_CASES, "test": TEST_CASES},
         "both_folders": comparison,
         "runs": runs,
     }
