@@ -58,7 +58,7 @@ else:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scans", type=int, default=1000, help="small scans")
-    parser.add_argument("--clinical", type=int, default=6, help="scans of the size of a CT")
+    parser.add_argument("--clinical", type=int, default=20, help="scans of the size of a CT")
     parser.add_argument("--records", type=int, default=100_000, help="records to load")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--note", default="", help="about the circumstances, for the JSON file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -130,7 +131,8 @@ class _Collecting:
         try:
             self._prepare_all(manifest, choice)
         finally:
-            # Also when interrupted: what is finished can be used.
+            # Also when interrupted: what is finished can be used. On a full disk this makes room for it.
+            self.dataset.clear_unfinished()
             if cases := self.dataset.count_cases(choice):
                 self.dataset.write_description(choice, cases)
             reasons = write_reports(self.dataset, choice, manifest, self.tally)
@@ -156,24 +158,26 @@ class _Collecting:
         )
         failed_folders: set[str] = set()
         described = 0.0
-        for result in results:
-            prepared = result.value
-            if prepared is None:
-                prepared = Prepared(record_of(result.task, FAILED, "could not be processed", result.failure))
-            if prepared.disk_error:
-                raise OutputError(prepared.disk_error)
-            if prepared.record.status == FOLDER and prepared.record.source in failed_folders:
-                # To be looked into again.
-                continue
-            record = self.dataset.commit(prepared, manifest, choice)
-            if record.status == FAILED:
-                failed_folders.add(record.source)
-            if record.status == FOLDER:
-                continue
-            progress.add(record.status == CASE)
-            if record.status == CASE and time.monotonic() - described > DESCRIBE_EVERY:
-                self.dataset.write_description(choice, manifest.cases)
-                described = time.monotonic()
+        # Closed at once when something is raised, so that no worker goes on.
+        with contextlib.closing(results):
+            for result in results:
+                prepared = result.value
+                if prepared is None:
+                    prepared = Prepared(record_of(result.task, FAILED, "could not be processed", result.failure))
+                if prepared.disk_error:
+                    raise OutputError(prepared.disk_error)
+                if prepared.record.status == FOLDER and prepared.record.source in failed_folders:
+                    # To be looked into again.
+                    continue
+                record = self.dataset.commit(prepared, manifest, choice)
+                if record.status == FAILED:
+                    failed_folders.add(record.source)
+                if record.status == FOLDER:
+                    continue
+                progress.add(record.status == CASE)
+                if record.status == CASE and time.monotonic() - described > DESCRIBE_EVERY:
+                    self.dataset.write_description(choice, manifest.cases)
+                    described = time.monotonic()
         progress.end()
 
     def _say(self, cases: int, new: int, reasons: Counter[str], seconds: float) -> None:

@@ -133,16 +133,18 @@ class Dataset:
             except OSError:
                 # Some network file systems have no locks.
                 pass
-            self.clear_unfinished()
-            for folder in (self.images, self.labels, self.temporary):
+            for folder in (self.images, self.labels):
                 folder.mkdir(exist_ok=True)
+            self.clear_unfinished()
             try:
                 yield
             finally:
-                self.clear_unfinished()
+                shutil.rmtree(self.temporary, ignore_errors=True)
 
     def clear_unfinished(self) -> None:
+        """Remove the temporary files of this run or of one that was killed."""
         shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(exist_ok=True)
 
     def settings(self, choice: Choice, copy: bool) -> Settings:
         return Settings(choice.modality, choice.file_ending, self.images, self.temporary, copy)

@@ -113,16 +113,17 @@ def _flush(path: Path) -> None:
 
 def _check_size(path: Path, voxel_bytes: int) -> None:
     expected = NIFTI_HEADER_BYTES + voxel_bytes
-    found = expected
+    size = path.stat().st_size
     if path.name.endswith(NIFTI_GZ):
         # The last four bytes of a gzip stream are the size of its content.
         with path.open("rb") as file:
-            file.seek(-4, os.SEEK_END)
-            found, expected = int.from_bytes(file.read(4), "little"), expected % 2**32
-    elif path.name.endswith(NIFTI):
-        found = path.stat().st_size
-    if found != expected:
-        raise OSError(f"only a part of {path.name} could be written")
+            file.seek(max(0, size - 4))
+            whole = int.from_bytes(file.read(), "little") == expected % 2**32
+    else:
+        whole = size == expected or not path.name.endswith(NIFTI)
+    if not whole:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"only a part of {path.name} could be written ({free // 1024} kB free)")
 
 
 def _compact(array: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -55,7 +55,7 @@ def run_ordered(
     processes: int,
     further: Callable[[Value], Sequence[Task]] = lambda _: (),
     time_limit: float = TIME_LIMIT,
-) -> Iterator[Finished[Task, Value]]:
+) -> Generator[Finished[Task, Value], None, None]:
     """Run tasks in worker processes and yield their results in the order of the tasks.
 
     Args:
