@@ -151,7 +151,7 @@ class _Run(Generic[Task, Value]):
         except (EOFError, OSError):
             message = None
         if message == _READY:
-            worker.ready = True
+            worker.ready, worker.since = True, time.monotonic()
         elif message is not None:
             self._finish(worker, *message)
         elif worker.ready:
