@@ -7,22 +7,19 @@ Published names (PyMIC checkpoints; l level, u unit): ``project``, ``encoder.{en
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 from torch import Tensor
 
 from stunet_plugin.anisotropy import MODES, NUM_LEVELS, AnisotropyMode
-from stunet_plugin.checkpoints.published_modules import numbered, translate_key
+from stunet_plugin.checkpoints.published_modules import numbered, translate
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.fmunet import DEPTH
-
-Value = TypeVar("Value")
 
 NETWORK = "FMUNet"
 
 
 def _modules() -> dict[str, str]:
-    unit, residual = {0: "norm", 2: "conv"}, {0: "norm", 3: "conv"}
+    unit, residual = {0: "norms.0", 2: "conv"}, {0: "norms.0", 3: "conv"}
     modules = {"project": "encoder.stages.0.0"}
     for level in range(NUM_LEVELS):
         step = NUM_LEVELS - 2 - level
@@ -43,13 +40,13 @@ def _modules() -> dict[str, str]:
 _MODULES = _modules()
 
 
-def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
+def translate_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors under our names; nothing is copied.
 
     Raises:
         PluginError: a name is not one of the published FMUNet's.
     """
-    return {translate_key(key, _MODULES, NETWORK): value for key, value in published.items()}
+    return dict(pair for key, value in published.items() for pair in translate(key, value, _MODULES, NETWORK))
 
 
 def mode_of(published: Mapping[str, Tensor]) -> AnisotropyMode:

@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from stunet_plugin.anisotropy import MODES, get_mode
-from stunet_plugin.checkpoints.published_modules import numbered, translate_key
+from stunet_plugin.checkpoints.published_modules import numbered, translate
 from stunet_plugin.checkpoints.relative_positions import translate_table
 from stunet_plugin.networks.pctnet import DEPTH
 from stunet_plugin.networks.window_attention import WINDOW_SIZE
 
 NETWORK = "PCT-Net"
 
-_UNIT = {0: "norm", 1: "act", 2: "conv"}
-_CONV_BLOCK = {0: "0.norm", 1: "0.act", 2: "0.conv", 3: "1.norm", 4: "1.act", 6: "1.conv"}
+_UNIT = {0: "norms.0", 1: "act", 2: "conv"}
+_CONV_BLOCK = {0: "0.norms.0", 1: "0.act", 2: "0.conv", 3: "1.norms.0", 4: "1.act", 6: "1.conv"}
 _TRANSFORMER_BLOCK = {
     "norm1": "norm1", "attn": "attention", "attn.qkv": "attention.qkv", "attn.proj": "attention.proj",
     "norm2": "norm2", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3",
@@ -96,12 +96,14 @@ def translate_state_dict(published: Mapping[str, Tensor], mode: int) -> dict[str
     """
     chosen = get_mode(mode).number
     everything = {name: ours for modules in _MODULES for name, ours in modules.items()}
-    translated = {}
+    translated: dict[str, Tensor] = {}
     for key, value in published.items():
         if _UNUSED.fullmatch(key):
             continue
-        ours = translate_key(key, everything, NETWORK)
+        pairs = dict(translate(key, value, everything, NETWORK))
         if key.rpartition(".")[0] in _MODULES[chosen]:
-            is_table = key.endswith(".relative_position_bias_table")
-            translated[ours] = translate_table(value, WINDOW_SIZE) if is_table else value
-    return translated
+            translated |= pairs
+    return {
+        key: translate_table(value, WINDOW_SIZE) if key.endswith(".relative_position_bias_table") else value
+        for key, value in translated.items()
+    }

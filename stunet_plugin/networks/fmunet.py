@@ -15,7 +15,16 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from stunet_plugin.anisotropy import Triple
-from stunet_plugin.networks.preactivation import Decoder, Encoder, PreActivation, PreActivationUNet, as_triple, padding, per_level
+from stunet_plugin.networks.preactivation import (
+    Decoder,
+    Encoder,
+    PreActivation,
+    PreActivationUNet,
+    Stem,
+    as_triple,
+    padding,
+    per_level,
+)
 
 FEATURES = (32, 64, 128, 256, 512)
 DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
@@ -32,13 +41,17 @@ def unit(
     kernel_size: Triple,
     stride: Triple = (1, 1, 1),
     dropout: float = 0.0,
+    inputs: int = 1,
+    last_reader: bool = False,
 ) -> PreActivation:
-    """InstanceNorm - LeakyReLU - (dropout) - convolution."""
+    """InstanceNorm - LeakyReLU - (dropout) - convolution, of one or more inputs with ``in_channels`` each."""
     return PreActivation(
-        nn.InstanceNorm3d(in_channels, affine=True),
-        nn.LeakyReLU(NEGATIVE_SLOPE),
-        nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding(kernel_size)),
+        [nn.InstanceNorm3d(in_channels, affine=True) for _ in range(inputs)],
+        # In place is safe: the norm keeps its input, not its output.
+        nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+        nn.Conv3d(inputs * in_channels, out_channels, kernel_size, stride, padding(kernel_size)),
         dropout,
+        last_reader,
     )
 
 
@@ -51,7 +64,9 @@ class ResidualLevel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for residual in self.units:
-            x = x + residual(x)
+            y = residual(x)
+            y += x
+            x = y
         return x
 
 
@@ -97,14 +112,14 @@ class FMUNet(PreActivationUNet):
         def down(level: int) -> nn.Module:
             """Into a level; its convolution has the kernel of the level above."""
             if level == 0:
-                return nn.Conv3d(input_channels, features[0], kernels[0], padding=padding(kernels[0]))
+                return Stem(input_channels, features[0], kernels[0])
             return unit(features[level - 1], features[level], kernels[level - 1], as_triple(self.strides[level]))
 
         def up(level: int) -> nn.Sequential:
             """From the level below."""
             scale = tuple(float(step) for step in self.strides[level + 1])
             return nn.Sequential(
-                unit(features[level + 1], features[level], (1, 1, 1)),
+                unit(features[level + 1], features[level], (1, 1, 1), last_reader=True),
                 nn.Upsample(scale_factor=scale, mode="trilinear", align_corners=True),
             )
 
@@ -113,9 +128,9 @@ class FMUNet(PreActivationUNet):
         self.decoder = Decoder(
             bottom=residual_level(levels[-1]),
             ups=map(up, steps),
-            merges=(unit(2 * features[level], features[level], kernels[level]) for level in steps),
+            merges=(unit(features[level], features[level], kernels[level], inputs=2) for level in steps),
             blocks=map(residual_level, steps),
-            heads=(unit(features[level], num_classes, kernels[level]) for level in steps),
+            heads=(unit(features[level], num_classes, kernels[level], last_reader=level == 0) for level in steps),
             deep_supervision=deep_supervision,
         )
 

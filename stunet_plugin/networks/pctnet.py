@@ -25,6 +25,7 @@ from stunet_plugin.networks.preactivation import (
     Encoder,
     PreActivation,
     PreActivationUNet,
+    Stem,
     as_triple,
     compute_again_in_backward,
     padding,
@@ -44,21 +45,30 @@ DROP_PATH = 0.2
 FIRST_PYRAMID_LEVEL = 2
 
 
-def unit(in_channels: int, out_channels: int, kernel_size: Triple, dropout: float = 0.0) -> PreActivation:
+def unit(
+    in_channels: int, out_channels: int, kernel_size: Triple, dropout: float = 0.0, last_reader: bool = False
+) -> PreActivation:
     """BatchNorm - PReLU (one weight) - (dropout) - convolution."""
     conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
-    return PreActivation(nn.BatchNorm3d(in_channels), nn.PReLU(), conv, dropout)
+    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, dropout, last_reader)
+
+
+def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
+    """A unit of skip and upsampled features; one PReLU serves both, as published."""
+    conv = nn.Conv3d(2 * channels, channels, kernel_size, padding=padding(kernel_size))
+    return PreActivation([nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)], nn.PReLU(), conv)
 
 
 def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivation:
     """BatchNorm - PReLU - transposed convolution, as large as its stride."""
     conv = nn.ConvTranspose3d(in_channels, out_channels, stride, stride)
-    return PreActivation(nn.BatchNorm3d(in_channels), nn.PReLU(), conv)
+    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, last_reader=True)
 
 
-def conv_block(channels: int, kernel_size: Triple, dropout: float) -> nn.Sequential:
+def conv_block(channels: int, kernel_size: Triple, dropout: float, last_reader: bool = True) -> nn.Sequential:
     """Two units; dropout in the second."""
-    return nn.Sequential(unit(channels, channels, kernel_size), unit(channels, channels, kernel_size, dropout))
+    first = unit(channels, channels, kernel_size, last_reader=last_reader)
+    return nn.Sequential(first, unit(channels, channels, kernel_size, dropout, last_reader=True))
 
 
 class PCTBlock(nn.Module):
@@ -73,7 +83,7 @@ class PCTBlock(nn.Module):
     def __init__(self, channels: int, kernel_size: Triple, dropout: float, checkpointing: bool, **transformer: Any) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.conv = conv_block(channels, kernel_size, dropout)
+        self.conv = conv_block(channels, kernel_size, dropout, last_reader=False)
         self.transformer = WindowTransformer(channels, dropout=dropout, **transformer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +92,9 @@ class PCTBlock(nn.Module):
         return self._sum(x)
 
     def _sum(self, x: Tensor) -> Tensor:
-        return self.conv(x) + self.transformer(x)
+        y = self.conv(x)
+        y += self.transformer(x)
+        return y
 
 
 class PCTNet(PreActivationUNet):
@@ -155,19 +167,19 @@ class PCTNet(PreActivationUNet):
 
         def stage(level: int) -> nn.Sequential:
             if level == 0:
-                stem = nn.Conv3d(input_channels, features[0], kernels[0], padding=padding(kernels[0]))
+                stem = Stem(input_channels, features[0], kernels[0])
                 return nn.Sequential(stem, block(0))
             pool = nn.MaxPool3d(as_triple(self.strides[level]))
-            return nn.Sequential(pool, unit(features[level - 1], features[level], kernels[level]), block(level))
+            return nn.Sequential(pool, unit(features[level - 1], features[level], kernels[level], last_reader=True), block(level))
 
         self.encoder = Encoder(map(stage, levels), features, self.mode)
         steps = levels[-2::-1]
         self.decoder = Decoder(
             bottom=nn.Identity(),
             ups=(up_unit(features[level + 1], features[level], as_triple(self.strides[level + 1])) for level in steps),
-            merges=(unit(2 * features[level], features[level], kernels[level]) for level in steps),
+            merges=(merge_unit(features[level], kernels[level]) for level in steps),
             blocks=map(block, steps),
-            heads=(unit(features[level], num_classes, (1, 1, 1)) for level in steps),
+            heads=(unit(features[level], num_classes, (1, 1, 1), last_reader=level == 0) for level in steps),
             deep_supervision=deep_supervision,
         )
 

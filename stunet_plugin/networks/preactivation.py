@@ -20,21 +20,64 @@ from torch.utils.checkpoint import checkpoint
 
 from stunet_plugin.anisotropy import NUM_LEVELS, USE_FOR_2D, AnisotropyMode, Triple, get_mode
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks import cpu_inference
 from stunet_plugin.topology import as_strides, check_patch_size, stage_shapes
 
 
 class PreActivation(nn.Module):
-    """norm - activation - (dropout) - convolution."""
+    """norm - activation - (dropout) - convolution, of one input or of several that are concatenated along the channels.
 
-    def __init__(self, norm: nn.Module, act: nn.Module, conv: nn.Module, dropout: float = 0.0) -> None:
+    Several inputs are normalised and activated one by one and concatenated then, which is the same function as
+    concatenating first (both act channel by channel) for less memory.
+
+    In training only the inputs are kept; the backward pass computes norm and activation again, which is little beside the
+    convolution, where otherwise each would keep a tensor of its own.
+
+    Args:
+        norms: batch or instance norms, one per input.
+        act: activation, element by element.
+        conv: convolution or transposed convolution.
+        dropout: probability.
+        last_reader: nothing else reads the inputs afterwards, so that a prediction on the CPU may overwrite them.
+    """
+
+    def __init__(
+        self, norms: Iterable[nn.Module], act: nn.Module, conv: nn.Module, dropout: float = 0.0, last_reader: bool = False
+    ) -> None:
         super().__init__()
-        self.norm = norm
+        self.norms = nn.ModuleList(norms)
         self.act = act
         self.dropout = nn.Dropout(dropout)
         self.conv = conv
+        self.last_reader = last_reader
+
+    def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
+        """Convolve one feature map, or a list of them, which is emptied so that nothing lives longer than needed."""
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        if cpu_inference.goes_on(self, inputs[0]):
+            x = cpu_inference.norm_and_activation(list(self.norms), self.act, inputs, self.last_reader)
+            return cpu_inference.convolve(self.conv, x)
+        # The compiler decides itself what to keep.
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return compute_again_in_backward(self, self._convolve, *inputs, random=self.dropout.p > 0)
+        return self._convolve(*inputs)
+
+    def _convolve(self, *inputs: Tensor) -> Tensor:
+        activated = [self.act(norm(x)) for norm, x in zip(self.norms, inputs, strict=True)]
+        return self.conv(self.dropout(activated[0] if len(activated) == 1 else torch.cat(activated, dim=1)))
+
+
+class Stem(nn.Conv3d):
+    """The convolution that takes the image, shape kept."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Triple) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.dropout(self.act(self.norm(x))))
+        if cpu_inference.begins(self, x):
+            # A clone, because with one channel torch cannot tell the layouts apart and would go on with the other.
+            return cpu_inference.channels_last(super().forward(x.clone(memory_format=torch.channels_last_3d)))
+        return super().forward(x)
 
 
 class Encoder(nn.Module):
@@ -94,12 +137,14 @@ class Decoder(nn.Module):
         x = self.bottom(skips.pop())
         outputs = []
         for up, merge, block, head in zip(self.ups, self.merges, self.blocks, self.seg_layers, strict=True):
-            x = block(merge(torch.cat((skips.pop(), up(x)), dim=1)))
+            parts = [skips.pop(), up(x)]
+            del x  # the deeper features
+            x = block(merge(parts))
             if self.deep_supervision:
-                outputs.append(head(x))
+                outputs.append(head(x).contiguous())
         if self.deep_supervision:
             return outputs[::-1]
-        return self.seg_layers[-1](x)
+        return self.seg_layers[-1](x).contiguous()
 
 
 class PreActivationUNet(AbstractDynamicNetworkArchitectures):
@@ -169,14 +214,17 @@ class PreActivationUNet(AbstractDynamicNetworkArchitectures):
         return total + sum(_channels_out(head) * size for head, size in zip(layers, heads, strict=True))
 
 
-def compute_again_in_backward(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``forward(x)`` of a module in training without keeping what is inside; the backward pass computes it again.
+def compute_again_in_backward(
+    module: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor, random: bool = True
+) -> Tensor:
+    """Return ``forward(*inputs)`` of a module in training without keeping what is inside; the backward pass computes it again.
 
-    Random numbers repeat, and batch normalisation counts the batch once.
+    Random numbers repeat (``random=False`` saves the effort where there are none), and batch norms count the batch once.
     """
     if torch.compiler.is_compiling():  # The compiler itself repeats only what has no side effect.
-        return checkpoint(forward, x, use_reentrant=False)
-    return checkpoint(forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(module)))
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random)
+    contexts = nullcontext(), _statistics_kept(module)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random, context_fn=lambda: contexts)
 
 
 @contextmanager

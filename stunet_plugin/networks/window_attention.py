@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stunet_plugin.anisotropy import Triple
+from stunet_plugin.networks import cpu_inference
 
 WINDOW_SIZE = 6
 """Voxels per axis of the published windows."""
@@ -204,14 +205,14 @@ class WindowAttention(nn.Module):
         layout = window_layout(padded, window, shift, x.device)
         tokens = _Reorder.apply(x.flatten(1, 3), layout.order, layout.inverse)
 
-        qkv = self.qkv(tokens).unflatten(1, (-1, window**3))
-        counts = windows_per_mask([size // window for size in padded], shift)
+        parts = tokens.unflatten(1, (-1, window**3)).split(windows_per_mask([size // window for size in padded], shift), 1)
         bias = self._bias(window)
-        attended = [
-            self._attend(part, (bias + mask).to(part.dtype))
-            for part, mask in zip(qkv.split(counts, 1), layout.masks, strict=True)
-        ]
-        tokens = attended[0] if len(attended) == 1 else torch.cat(attended, 1)
+        if cpu_inference.applies(self, x):
+            for part, mask in zip(parts, bias + layout.masks[:, None], strict=True):
+                cpu_inference.in_place(functools.partial(self._attend, mask=mask), part, axis=1)
+        else:
+            attended = [self._attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)]
+            tokens = (attended[0] if len(attended) == 1 else torch.cat(attended, 1)).flatten(1, 2)
 
         x = _Reorder.apply(tokens, layout.inverse, layout.order).unflatten(1, padded)
         if padded != shape:
@@ -224,13 +225,12 @@ class WindowAttention(nn.Module):
         rows = _offset_rows_on(window, self.window_size, self.relative_position_bias_table.device)
         return self.relative_position_bias_table.index_select(0, rows).t().reshape(self.num_heads, tokens, tokens)
 
-    def _attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
-        """(batch, window, token, 3 * channel) and (head, token, token) to (batch, window * token, channel)."""
-        batch = qkv.shape[0]
-        q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def _attend(self, windows: Tensor, mask: Tensor) -> Tensor:
+        """(batch, window, token, channel) and an additive mask (head, token, token) to the first shape."""
+        q, k, v = self.qkv(windows.flatten(0, 1)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        attended = functional.scaled_dot_product_attention(q, k, v, mask[None], dropout)
-        return attended.transpose(1, 2).reshape(batch, -1, q.shape[1] * q.shape[3])
+        attended = functional.scaled_dot_product_attention(q, k, v, mask[None].to(q.dtype), dropout)
+        return attended.transpose(1, 2).reshape(windows.shape)
 
 
 class DropPath(nn.Module):
@@ -265,8 +265,11 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        y = self.drop_path(self.attention(self.norm1(x)))
+        y += x
+        if cpu_inference.applies(self, x):
+            return cpu_inference.in_place(lambda slab: self.mlp(self.norm2(slab)), y, axis=1, add=True)
+        return y + self.drop_path(self.mlp(self.norm2(y)))
 
 
 class WindowTransformer(nn.Module):

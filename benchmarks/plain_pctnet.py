@@ -1,0 +1,325 @@
+"""The published PCT-Net written down plainly, as the yardstick of ``misfm_step.py``.
+
+Paper: MIS-FM, arXiv:2306.16925. The way the published network computes, step by step: stems and heads of all three anisotropy
+modes are built and one of each is used; attention multiplies, adds bias and mask, takes the softmax and multiplies again; the
+masks of the shifted windows are made anew in every forward; a window is as large as the size the network was built for allows.
+Parameter names are the published ones, which ``stunet_plugin.checkpoints.pctnet_keys`` translates.
+
+Axes of feature maps: (batch, channel, *spatial); of tokens: (batch, token, channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stunet_plugin.anisotropy import MODES, Triple, get_mode
+from stunet_plugin.networks.pctnet import DEPTH, DROP_PATH, MLP_RATIO, NUM_HEADS
+from stunet_plugin.networks.window_attention import MASKED, TABLE_STD, WINDOW_SIZE
+
+
+def same_padding(kernel: Triple) -> Triple:
+    return kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
+
+
+def norm_act(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm3d(channels), nn.PReLU()]
+
+
+class PlainUnit(nn.Module):
+    """norm - activation - convolution, named ``conv``; behind a max-pooling if it goes a level down."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Triple, pooling: Triple | None = None) -> None:
+        super().__init__()
+        self.pool = None if pooling is None else nn.MaxPool3d(pooling)
+        conv = nn.Conv3d(in_channels, out_channels, kernel, padding=same_padding(kernel))
+        self.conv = nn.Sequential(*norm_act(in_channels), conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.pool is None else self.pool(x))
+
+
+class PlainConvBlock(nn.Module):
+    """norm - activation - convolution - norm - activation - dropout - convolution."""
+
+    def __init__(self, channels: int, kernel: Triple, dropout: float) -> None:
+        super().__init__()
+        self.conv_conv = nn.Sequential(
+            *norm_act(channels),
+            nn.Conv3d(channels, channels, kernel, padding=same_padding(kernel)),
+            *norm_act(channels),
+            nn.Dropout(dropout),
+            nn.Conv3d(channels, channels, kernel, padding=same_padding(kernel)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_conv(x)
+
+
+class PlainUp(nn.Module):
+    """Upsample the deeper features, concatenate (skip, upsampled), and merge to the skip's width."""
+
+    def __init__(self, skip_channels: int, deep_channels: int, scale: Triple, kernel: Triple) -> None:
+        super().__init__()
+        self.up = nn.Sequential(*norm_act(deep_channels), nn.ConvTranspose3d(deep_channels, skip_channels, scale, scale))
+        merge = nn.Conv3d(2 * skip_channels, skip_channels, kernel, padding=same_padding(kernel))
+        self.conv = nn.Sequential(*norm_act(2 * skip_channels), merge)
+
+    def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
+        return self.conv(torch.cat([skip, self.up(deep)], dim=1))
+
+
+def into_windows(x: Tensor, window: int) -> Tensor:
+    """(batch, depth, height, width, channel) to (batch * windows, tokens of a window, channel)."""
+    batch, depth, height, width, channels = x.shape
+    x = x.view(batch, depth // window, window, height // window, window, width // window, window, channels)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).contiguous().view(-1, window**3, channels)
+
+
+def out_of_windows(windows: Tensor, window: int, shape: tuple[int, ...]) -> Tensor:
+    """The reverse of :func:`into_windows` for a volume of a shape."""
+    depth, height, width = shape
+    x = windows.view(-1, depth // window, height // window, width // window, window, window, window, windows.shape[-1])
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).contiguous().view(-1, depth, height, width, windows.shape[-1])
+
+
+class PlainAttention(nn.Module):
+    """Multi-head attention within windows; its index lets offsets share rows as the published one does."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, channels: int, heads: int, window: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (channels // heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 3, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=TABLE_STD)
+        places = torch.stack(torch.meshgrid([torch.arange(window)] * 3, indexing="ij")).flatten(1)
+        offsets = places[:, :, None] - places[:, None, :] + window - 1
+        steps = torch.tensor([3 * window - 1, 2 * window - 1, 1])
+        self.register_buffer("relative_position_index", (offsets * steps[:, None, None]).sum(0))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.attn_drop = nn.Dropout(dropout)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        count, tokens, channels = x.shape
+        qkv = self.qkv(x).reshape(count, tokens, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = qkv[0] * self.scale, qkv[1], qkv[2]
+        attention = q @ k.transpose(-2, -1).contiguous()
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        attention = attention + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+        if mask is not None:
+            windows = mask.shape[0]
+            attention = attention.view(count // windows, windows, self.heads, tokens, tokens) + mask.unsqueeze(1).unsqueeze(0)
+            attention = attention.view(-1, self.heads, tokens, tokens)
+        attention = self.attn_drop(torch.softmax(attention, dim=-1))
+        x = (attention @ v).transpose(1, 2).reshape(count, tokens, channels)
+        return self.proj_drop(self.proj(x))
+
+
+class PlainMLP(nn.Module):
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, MLP_RATIO * channels)
+        self.fc2 = nn.Linear(MLP_RATIO * channels, channels)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(functional.gelu(self.fc1(x)))))
+
+
+class PlainTransformerBlock(nn.Module):
+    """norm - (shifted) window attention, plus the input; norm - MLP, plus its input."""
+
+    def __init__(self, channels: int, shape: tuple[int, ...], heads: int, shift: int, dropout: float) -> None:
+        super().__init__()
+        self.shape = shape
+        self.window, self.shift = (min(shape), 0) if min(shape) <= WINDOW_SIZE else (WINDOW_SIZE, shift)
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = PlainAttention(channels, heads, self.window, dropout)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = PlainMLP(channels, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, tokens, channels = x.shape
+        depth, height, width = self.shape
+        y = self.norm1(x).view(batch, depth, height, width, channels)
+        missing = [-size % self.window for size in self.shape]
+        y = functional.pad(y, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
+        padded = tuple(y.shape[1:4])
+        if self.shift:
+            y = torch.roll(y, shifts=(-self.shift,) * 3, dims=(1, 2, 3))
+        windows = self.attn(into_windows(y, self.window), mask if self.shift else None)
+        y = out_of_windows(windows, self.window, padded)
+        if self.shift:
+            y = torch.roll(y, shifts=(self.shift,) * 3, dims=(1, 2, 3))
+        y = y[:, :depth, :height, :width].contiguous().view(batch, tokens, channels)
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def drop_path(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = 1 - DROP_PATH
+        return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(kept).div_(kept)
+
+
+class PlainTransformer(nn.Module):
+    """Two blocks, the second with shifted windows; the mask is made in every forward."""
+
+    def __init__(self, channels: int, shape: tuple[int, ...], heads: int, dropout: float) -> None:
+        super().__init__()
+        self.shift = WINDOW_SIZE // 2
+        shifts = [self.shift * (block % 2) for block in range(DEPTH)]
+        self.blocks = nn.ModuleList(PlainTransformerBlock(channels, shape, heads, shift, dropout) for shift in shifts)
+
+    def forward(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        mask = self.mask(shape, x.device)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        regions = torch.zeros((1, *(size + -size % WINDOW_SIZE for size in shape), 1), device=device)
+        parts = (slice(0, -WINDOW_SIZE), slice(-WINDOW_SIZE, -self.shift), slice(-self.shift, None))
+        number = 0
+        for depth in parts:
+            for height in parts:
+                for width in parts:
+                    regions[:, depth, height, width] = number
+                    number += 1
+        windows = into_windows(regions, WINDOW_SIZE).squeeze(-1)
+        difference = windows.unsqueeze(1) - windows.unsqueeze(2)
+        return difference.masked_fill(difference != 0, MASKED).masked_fill(difference == 0, 0.0)
+
+
+class PlainPCTBlock(nn.Module):
+    """A convolution block and a transformer on the same input, summed. The norm is built and never used."""
+
+    def __init__(self, channels: int, shape: tuple[int, ...], heads: int, dropout: float) -> None:
+        super().__init__()
+        self.conv = PlainConvBlock(channels, (3, 3, 3), dropout)
+        self.trans = PlainTransformer(channels, shape, heads, dropout)
+        self.norm_layer = nn.LayerNorm(channels)
+        self.pos_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved = self.conv(x)
+        shape = tuple(x.shape[2:])
+        tokens = self.pos_drop(x.flatten(2).transpose(1, 2).contiguous())
+        attended = self.trans(tokens, shape)
+        return convolved + attended.view(x.shape[0], *shape, x.shape[1]).permute(0, 4, 1, 2, 3).contiguous()
+
+
+class PlainStem(nn.Module):
+    """Levels 0 and 1, and the way into level 2, for one mode."""
+
+    def __init__(self, input_channels: int, widths: Sequence[int], dropout: Sequence[float], kernels: Sequence[Triple]) -> None:
+        super().__init__()
+        pooling = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
+        self.proj = nn.Conv3d(input_channels, widths[0], kernels[0], padding=same_padding(kernels[0]))
+        self.conv0 = PlainConvBlock(widths[0], kernels[0], dropout[0])
+        self.conv1 = PlainConvBlock(widths[1], kernels[1], dropout[1])
+        self.down1 = PlainUnit(widths[0], widths[1], kernels[1], pooling[0])
+        self.down2 = PlainUnit(widths[1], widths[2], (3, 3, 3), pooling[1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        level0 = self.conv0(self.proj(x))
+        level1 = self.conv1(self.down1(level0))
+        return level0, level1, self.down2(level1)
+
+
+class PlainPyramid(nn.Module):
+    """Levels 2 to 4 and back, and the heads of levels 2 and 3."""
+
+    def __init__(self, widths: Sequence[int], shape: tuple[int, ...], dropout: Sequence[float], num_classes: int) -> None:
+        super().__init__()
+        shapes = [tuple(size >> level for size in shape) for level in range(3)]
+        kernel: Triple = (3, 3, 3)
+
+        def block(level: int) -> PlainPCTBlock:
+            return PlainPCTBlock(widths[level], shapes[level], NUM_HEADS[level], dropout[level])
+
+        self.down3 = PlainUnit(widths[0], widths[1], kernel, (2, 2, 2))
+        self.down4 = PlainUnit(widths[1], widths[2], kernel, (2, 2, 2))
+        self.up3 = PlainUp(widths[0], widths[1], (2, 2, 2), kernel)
+        self.up4 = PlainUp(widths[1], widths[2], (2, 2, 2), kernel)
+        self.convtrans_e2, self.convtrans_d2 = block(0), block(0)
+        self.convtrans_e3, self.convtrans_d3 = block(1), block(1)
+        self.convtrans_e4 = block(2)
+        self.out_conv2 = PlainUnit(widths[0], num_classes, (1, 1, 1))
+        self.out_conv3 = PlainUnit(widths[1], num_classes, (1, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of levels 2 and 3."""
+        level2 = self.convtrans_e2(x)
+        level3 = self.convtrans_e3(self.down3(level2))
+        level4 = self.convtrans_e4(self.down4(level3))
+        up3 = self.convtrans_d3(self.up4(level3, level4))
+        return self.convtrans_d2(self.up3(level2, up3)), up3
+
+
+class PlainHead(nn.Module):
+    """Levels 1 and 0 on the way back, and their heads, for one mode."""
+
+    def __init__(self, widths: Sequence[int], dropout: Sequence[float], kernels: Sequence[Triple], num_classes: int) -> None:
+        super().__init__()
+        scales = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
+        self.up1 = PlainUp(widths[0], widths[1], scales[0], kernels[0])
+        self.up2 = PlainUp(widths[1], widths[2], scales[1], kernels[1])
+        self.conv0 = PlainConvBlock(widths[0], kernels[0], dropout[0])
+        self.conv1 = PlainConvBlock(widths[1], kernels[1], dropout[1])
+        self.out_conv0 = PlainUnit(widths[0], num_classes, (1, 1, 1))
+        self.out_conv1 = PlainUnit(widths[1], num_classes, (1, 1, 1))
+
+    def forward(self, level0: Tensor, level1: Tensor, level2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of levels 0 and 1."""
+        up1 = self.conv1(self.up2(level1, level2))
+        return self.conv0(self.up1(level0, up1)), up1
+
+
+class PlainPCTNet(nn.Module):
+    """The published network.
+
+    Args:
+        input_channels, num_classes: of the images and of every head.
+        mode: the anisotropy mode that is used; all three are built.
+        input_size: voxels per axis that the network takes.
+        features_per_stage, dropout_per_stage: one per level.
+        deep_supervision: return the outputs of all four heads (a list, full resolution first) or the first of them alone.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        mode: int,
+        input_size: Sequence[int],
+        features_per_stage: Sequence[int],
+        dropout_per_stage: Sequence[float],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.mode = mode
+        self.deep_supervision = deep_supervision
+        widths, dropout = features_per_stage, dropout_per_stage
+        kernels = [candidate.kernel_sizes[:2] for candidate in MODES]
+        # The pyramid halves every axis twice more.
+        shape = tuple(size * 4 // step for size, step in zip(input_size, get_mode(mode).reduction, strict=True))
+        self.embeddings = nn.ModuleList(PlainStem(input_channels, widths, dropout, pair) for pair in kernels)
+        self.pyramid_ct = PlainPyramid(widths[2:], shape, dropout[2:], num_classes)
+        self.pred_heads = nn.ModuleList(PlainHead(widths, dropout, pair, num_classes) for pair in kernels)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        level0, level1, level2 = self.embeddings[self.mode](x)
+        up2, up3 = self.pyramid_ct(level2)
+        head = self.pred_heads[self.mode]
+        up0, up1 = head(level0, level1, up2)
+        if not self.deep_supervision:
+            return head.out_conv0(up0)
+        return [head.out_conv0(up0), head.out_conv1(up1), self.pyramid_ct.out_conv2(up2), self.pyramid_ct.out_conv3(up3)]
