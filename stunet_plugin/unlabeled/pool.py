@@ -25,6 +25,8 @@ Value = TypeVar("Value")
 
 TIME_LIMIT = 3600.0
 """Seconds for one task."""
+START_LIMIT = 600.0
+"""Seconds for the start of a worker, which is no fault of its task."""
 TASKS_PER_PROCESS = 8
 """How many tasks ahead of the first unfinished one may be under way or done."""
 LOOK_EVERY = 1.0
@@ -140,9 +142,11 @@ class _Run(Generic[Task, Value]):
         for worker in busy:
             if id(worker) in ready:
                 self._collect(worker)
-            elif time.monotonic() - worker.since > self.time_limit:
+            elif worker.ready and worker.seconds() > self.time_limit:
                 worker.stop()
                 self._finish(worker, None, f"took longer than {self.time_limit:g} s")
+            elif not worker.ready and worker.seconds() > START_LIMIT:
+                raise PluginError(f"A worker process was not ready after {START_LIMIT:g} s. Is the machine overloaded?")
 
     def _collect(self, worker: _Worker) -> None:
         try:
@@ -194,6 +198,10 @@ class _Worker:
             self._spawn()
             self.connection.send(slot.task)
         self.slot, self.since = slot, time.monotonic()
+
+    def seconds(self) -> float:
+        """How long the worker has been at its task, or starting."""
+        return time.monotonic() - self.since
 
     def _spawn(self) -> None:
         self.stop()
