@@ -185,6 +185,7 @@ def test_the_same_run_again_changes_nothing(
     assert f"{len(GOOD) + 2} cases, 0 new" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stock_commands_take_it(mess: Mess, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = mess[0]
     options = ("-d", 900, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
