@@ -102,13 +102,13 @@ def test_the_whole_run_interrupted_and_resumed(tmp_path: Path) -> None:
             break
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert f"--out {out} --resume" in errors
     assert json.loads((out / "demo.json").read_text())["done"] == ["dataset"]
 
     again = demo(out)
-    _, errors = again.communicate(timeout=60)
+    _, errors = again.communicate(timeout=240)
     assert again.returncode == 2
     assert "Continue it with --resume" in errors
 
