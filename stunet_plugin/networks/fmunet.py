@@ -13,8 +13,10 @@ from collections.abc import Sequence
 
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stunet_plugin.anisotropy import Triple
+from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.preactivation import (
     Decoder,
     Encoder,
@@ -35,6 +37,19 @@ NEGATIVE_SLOPE = 1e-2
 """Of every LeakyReLU, and assumed by the He initialisation."""
 
 
+class InstanceNorm(nn.InstanceNorm3d):
+    """torch's, with weights. In training on the CPU by way of group norm: with a channel per group it is the same function for
+    less time. Predictions keep to torch's own, so that they round as the published ones do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type == "cpu":
+            return functional.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
 def unit(
     in_channels: int,
     out_channels: int,
@@ -46,7 +61,7 @@ def unit(
 ) -> PreActivation:
     """InstanceNorm - LeakyReLU - (dropout) - convolution, of one or more inputs with ``in_channels`` each."""
     return PreActivation(
-        [nn.InstanceNorm3d(in_channels, affine=True) for _ in range(inputs)],
+        [InstanceNorm(in_channels) for _ in range(inputs)],
         # In place is safe: the norm keeps its input, not its output.
         nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
         nn.Conv3d(inputs * in_channels, out_channels, kernel_size, stride, padding(kernel_size)),
@@ -133,6 +148,14 @@ class FMUNet(PreActivationUNet):
             heads=(unit(features[level], num_classes, kernels[level], last_reader=level == 0) for level in steps),
             deep_supervision=deep_supervision,
         )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if tuple(x.shape[2:]) == self.mode.reduction:
+            raise PluginError(
+                f"{self._name}: the patch {list(x.shape[2:])} leaves a single voxel at the deepest level, where instance norm "
+                f"has nothing to normalise. Double at least one axis."
+            )
+        return super().forward(x)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stunet_plugin.anisotropy import Triple
+from stunet_plugin.networks.computing_again import compute_again_in_backward
 from stunet_plugin.networks.preactivation import (
     Decoder,
     Encoder,
@@ -27,7 +27,7 @@ from stunet_plugin.networks.preactivation import (
     PreActivationUNet,
     Stem,
     as_triple,
-    compute_again_in_backward,
+    check_whole,
     padding,
     per_level,
 )
@@ -87,7 +87,7 @@ class PCTBlock(nn.Module):
         self.transformer = WindowTransformer(channels, dropout=dropout, **transformer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        if self.checkpointing and self.training:
             return compute_again_in_backward(self, self._sum, x)
         return self._sum(x)
 
@@ -149,6 +149,8 @@ class PCTNet(PreActivationUNet):
         kernels = self.mode.kernel_sizes
         levels = range(len(features))
         _check_heads(num_heads, features)
+        check_whole("window_size", window_size, 2)
+        check_whole("depth", depth, 1)
 
         def block(level: int) -> nn.Module:
             if level < FIRST_PYRAMID_LEVEL:

@@ -8,19 +8,17 @@ Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
 from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from stunet_plugin.anisotropy import NUM_LEVELS, USE_FOR_2D, AnisotropyMode, Triple, get_mode
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference
+from stunet_plugin.networks.computing_again import compute_again_in_backward
 from stunet_plugin.topology import as_strides, check_patch_size, stage_shapes
 
 
@@ -58,7 +56,7 @@ class PreActivation(nn.Module):
             x = cpu_inference.norm_and_activation(list(self.norms), self.act, inputs, self.last_reader)
             return cpu_inference.convolve(self.conv, x)
         # The compiler decides itself what to keep.
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.training and not torch.compiler.is_compiling():
             return compute_again_in_backward(self, self._convolve, *inputs, random=self.dropout.p > 0)
         return self._convolve(*inputs)
 
@@ -163,9 +161,8 @@ class PreActivationUNet(AbstractDynamicNetworkArchitectures):
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = ("encoder.stages.0.0",)
 
-        for name, number in (("input_channels", input_channels), ("num_classes", num_classes)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}.")
+        check_whole("input_channels", input_channels, 1)
+        check_whole("num_classes", num_classes, 1)
         self.mode = get_mode(mode)
         self.strides = self.mode.strides
         if strides is not None:
@@ -214,32 +211,10 @@ class PreActivationUNet(AbstractDynamicNetworkArchitectures):
         return total + sum(_channels_out(head) * size for head, size in zip(layers, heads, strict=True))
 
 
-def compute_again_in_backward(
-    module: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor, random: bool = True
-) -> Tensor:
-    """Return ``forward(*inputs)`` of a module in training without keeping what is inside; the backward pass computes it again.
-
-    Random numbers repeat (``random=False`` saves the effort where there are none), and batch norms count the batch once.
-    """
-    if torch.compiler.is_compiling():  # The compiler itself repeats only what has no side effect.
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random)
-    contexts = nullcontext(), _statistics_kept(module)
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random, context_fn=lambda: contexts)
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let batch norms of a module normalise by the batch without changing their running statistics."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm, _, count in kept:
-            norm.momentum = 0.0
-            norm.num_batches_tracked = None if count is None else count.clone()
-        yield
-    finally:
-        for norm, momentum, count in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+def check_whole(name: str, number: int, least: int) -> None:
+    """Raise a ValueError unless a number is whole and not smaller than the least."""
+    if not isinstance(number, int) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {number!r}.")
 
 
 def per_level(name: str, values: Sequence[float], whole: bool = False) -> tuple:

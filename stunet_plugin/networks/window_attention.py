@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from math import prod
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from stunet_plugin.anisotropy import Triple
 from stunet_plugin.networks import cpu_inference
+from stunet_plugin.networks.computing_again import compute_again_in_backward
 
 WINDOW_SIZE = 6
 """Voxels per axis of the published windows."""
@@ -196,7 +198,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, depth, height, width, channel) to the same shape."""
         # Numbers, not symbols: torch.compile makes a graph per shape, with the layout as a constant.
-        shape = depth, height, width = int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
+        shape = depth, height, width = index(x.shape[1]), index(x.shape[2]), index(x.shape[3])
         window, shift = window_in_use(shape, self.window_size, self.shift)
         padded = padded_shape(shape, window)
         # Padded voxels are zeros that take part in attention as in the published code; only regions are masked.
@@ -211,7 +213,11 @@ class WindowAttention(nn.Module):
             for part, mask in zip(parts, bias + layout.masks[:, None], strict=True):
                 cpu_inference.in_place(functools.partial(self._attend, mask=mask), part, axis=1)
         else:
-            attended = [self._attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)]
+            attend = self._attend
+            if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
+                # torch's fused attention of the CPU has no dropout and no gradient of the mask, so it would keep all weights.
+                attend = functools.partial(compute_again_in_backward, self, self._attend)
+            attended = [attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)]
             tokens = (attended[0] if len(attended) == 1 else torch.cat(attended, 1)).flatten(1, 2)
 
         x = _Reorder.apply(tokens, layout.inverse, layout.order).unflatten(1, padded)
