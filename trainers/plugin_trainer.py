@@ -177,10 +177,15 @@ class PluginTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        network = self._bare_network()
+        strides = " ".join(str(list(stage)) for stage in self._network_strides())
+        count = sum(parameter.numel() for parameter in network.parameters())
+        # nnU-Net has just printed the plan, which may name another network.
+        self.print_to_log_file(f"Network: {type(network).__name__}, {count:,} parameters, strides {strides}")
         weights_file = pretrained_weights_on_command_line(sys.argv)
         if self._weights_were_loaded and weights_file is not None:
             checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
-            self.print_to_log_file(f"{describe_loaded(self._bare_network(), checkpoint)} ({weights_file})")
+            self.print_to_log_file(f"{describe_loaded(network, checkpoint)} ({weights_file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_to_log_file(
                 f"\n{'!' * 100}\n"

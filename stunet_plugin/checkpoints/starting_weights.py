@@ -80,6 +80,8 @@ def describe_loaded(network: torch.nn.Module, checkpoint: dict[str, Any]) -> str
     left = [name for name in own if name not in taken]
     others = [name for name in left if ".seg_layers." not in name]
     share = sum(own[name].numel() for name in taken) / sum(value.numel() for value in own.values())
+    # Heads are small: rounding must not make "100 %" of all but them.
+    share = min(share, 0.999) if left else share
     besides = f" and {len(others)} other(s), such as {others[0]}" if others else ""
     return (
         f"Pretrained weights: {len(taken)} of {len(own)} tensors ({share:.1%} of the weights) come from "
