@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.misfm_presets import MODE_PURPOSES
 from stunet_plugin.topology import Strides, as_strides, total_stride
 
 NUM_LEVELS = 5
@@ -55,12 +56,6 @@ MODES = tuple(
     for number in range(3)
 )
 
-_PURPOSES = (
-    "0 (all axes alike, such as 1 x 1 x 1 mm)",
-    "1 (slices about twice as far apart as voxels within them)",
-    "2 (three times or more)",
-)
-
 
 def get_mode(number: int) -> AnisotropyMode:
     """Return the mode with this number.
@@ -70,7 +65,7 @@ def get_mode(number: int) -> AnisotropyMode:
     """
     if not isinstance(number, bool) and number in range(len(MODES)):
         return MODES[number]
-    raise PluginError(f"Unknown anisotropy mode {number!r}. Modes: {', '.join(_PURPOSES)}.")
+    raise PluginError(f"Unknown anisotropy mode {number!r}. Modes: {MODE_PURPOSES}.")
 
 
 def choose_mode(spacing: Sequence[float], patch_size: Sequence[int]) -> tuple[AnisotropyMode, str]:

@@ -204,7 +204,7 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         commands,
         "import",
         _import,
-        "Turn published STU-Net weights (v1 or v2 port; file or hf://owner/repository/file) into an nnU-Net v2 model folder.",
+        "Turn published weights of STU-Net, PCT-Net or FMUNet (file or hf://owner/repository/file) into a folder for nnU-Net v2.",
         "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model",
     )
     from stunet_plugin.importing.arguments import add_import_arguments
@@ -213,7 +213,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from stunet_plugin.importing.import_command import ImportOptions, run_import
+    from stunet_plugin.importing.import_command import run_import
+    from stunet_plugin.importing.import_options import ImportOptions
 
     return run_import(ImportOptions.from_arguments(options))
 
@@ -226,7 +227,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         "Say what a checkpoint or a model folder is: format, size, channels, outputs, plan, labels, provenance.",
         "stunet inspect base_ep4k.model",
     )
-    parser.add_argument("file", metavar="FILE_OR_FOLDER", help="checkpoint (.model, .pth), plans (.pkl) or model folder")
+    parser.add_argument("file", metavar="FILE_OR_FOLDER", help="checkpoint (.model, .pth, .pt), plans (.pkl) or model folder")
 
 
 def _inspect(options: argparse.Namespace) -> int:

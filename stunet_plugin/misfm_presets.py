@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MODE_PURPOSES = (
+    "0 (all axes alike, such as 1 x 1 x 1 mm), 1 (slices about twice as far apart as voxels within them), "
+    "2 (three times or more)"
+)
+"""What each anisotropy mode is for; their strides are in :mod:`stunet_plugin.anisotropy`."""
+
 REFERENCE_INPUT_CHANNELS = 1
 PRETEXT_OUTPUTS = 5
 """Of the published weights: the four classes of Volume Fusion and the background."""

@@ -23,8 +23,9 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from stunet_plugin.checkpoints.safe_loading import sha256_of
 from stunet_plugin.errors import PluginError
-from stunet_plugin.importing import import_command, model_folder
-from stunet_plugin.importing.import_command import ImportOptions, import_checkpoint
+from stunet_plugin.importing import checkpoint_file, model_folder
+from stunet_plugin.importing.import_command import import_checkpoint
+from stunet_plugin.importing.import_options import ImportOptions
 from stunet_plugin.plan_architecture import stunet_architecture
 from stunet_plugin.presets import get_preset
 
@@ -132,7 +133,7 @@ def test_crash_while_writing_leaves_nothing(
         path.write_text("half a file")
         raise error
 
-    monkeypatch.setattr(import_command, "_save", fail)
+    monkeypatch.setattr(checkpoint_file, "_save", fail)
     expected = PluginError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         import_checkpoint(ImportOptions(str(tiny), out=str(tmp_path / "new" / "deep" / "model")))

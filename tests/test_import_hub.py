@@ -17,7 +17,8 @@ from import_helpers import (
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing import import_command
 from stunet_plugin.importing.choose_plan import PlanOptions
-from stunet_plugin.importing.import_command import ImportOptions, import_checkpoint
+from stunet_plugin.importing.import_command import import_checkpoint
+from stunet_plugin.importing.import_options import ImportOptions
 
 
 class LocalHub:

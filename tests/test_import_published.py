@@ -24,11 +24,9 @@ from import_helpers import (
     write_v1,
 )
 
-from stunet_plugin.checkpoints.found_network import read_stunet
+from stunet_plugin.checkpoints.found_stunet import read_stunet
 from stunet_plugin.checkpoints.safe_loading import load_plans_pickle
-from stunet_plugin.checkpoints.stem import STEM_WEIGHTS
 from stunet_plugin.importing.choose_plan import PlanOptions, choose_labels, choose_plan
-from stunet_plugin.importing.import_command import trainer_name
 from stunet_plugin.importing.published import published_facts
 from stunet_plugin.importing.sources import Source
 from stunet_plugin.plan_architecture import resolve_stunet
@@ -128,7 +126,7 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
     checkpoint = v1_checkpoint({name: torch.empty(value.shape) for name, value in published_weights(network).items()})
     file = Path(f"{size}_ep4k.model")
     weights = read_stunet(checkpoint, file)
-    assert (weights.parameters, trainer_name(weights)) == (get_preset(size).parameters, f"STUNetTrainer_{size}")
+    assert (weights.parameters, weights.trainer) == (get_preset(size).parameters, f"STUNetTrainer_{size}")
     plans = []
     for pickled in (shared / "fixtures" / "official" / f"{file}.pkl", None):
         source = Source(str(file), file, pickled)
@@ -145,7 +143,8 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
 
 IMPORT_AND_MEASURE = """
 import resource, sys
-from stunet_plugin.importing.import_command import ImportOptions, import_checkpoint
+from stunet_plugin.importing.import_command import import_checkpoint
+from stunet_plugin.importing.import_options import ImportOptions
 tiny, small, out = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 import_checkpoint(ImportOptions(tiny, out=out + "/tiny"))
@@ -188,8 +187,8 @@ def test_stem_for_other_channels(old: int, new: int, tmp_path: Path) -> None:
         inflated = make_network(channels=new).eval()
         inflated.load_state_dict(checkpoint_in(tmp_path / stem)["network_weights"])
         with torch.inference_mode():
-            for name in STEM_WEIGHTS:
-                layer, original = (module.get_submodule(name.removesuffix(".weight")) for module in (inflated, network))
+            for name in network.keys_to_in_proj:
+                layer, original = (module.get_submodule(name) for module in (inflated, network))
                 response, before = layer(images[new]), original(images[old])
                 bias = original.bias[:, None, None, None]
                 torch.testing.assert_close(response - bias, factor * (before - bias), rtol=1e-4, atol=1e-5)

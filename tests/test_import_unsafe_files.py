@@ -212,15 +212,6 @@ def test_missing_files_and_folders_are_named(tmp_path: Path, capsys: pytest.Capt
     assert "is a folder" in refuse(capsys, tmp_path, tmp_path / "out" / "model")
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize(("file", "network"), [("pctnet_tiny.pt", "PCT-Net"), ("fmunet_mode1_tiny.pt", "FMUNet")])
-def test_other_networks_are_named(
-    file: str, network: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = refuse(capsys, shared / "fixtures" / file, tmp_path / "out" / "model")
-    assert f"is a PyMIC checkpoint of {network}" in message
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plans_with_numpy_come_as_plain_numbers(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "plans.pkl"

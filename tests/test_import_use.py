@@ -90,11 +90,6 @@ def test_inspect_shows_the_provenance_of_a_folder(tmp_path: Path, capsys: pytest
     assert "is no model folder" in capsys.readouterr().err
 
 
-@pytest.mark.shared
-def test_inspect_names_other_networks(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect(capsys, shared / "fixtures" / "pctnet_tiny.pt")["format"] == "PyMIC checkpoint of PCT-Net"
-
-
 # --- plan-like --------------------------------------------------------------------------------------------------------------
 
 

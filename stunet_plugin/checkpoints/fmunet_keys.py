@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stunet_plugin.anisotropy import MODES, NUM_LEVELS, AnisotropyMode
+from stunet_plugin.anisotropy import NUM_LEVELS
 from stunet_plugin.checkpoints.published_modules import numbered, translate
-from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.fmunet import DEPTH
 
 NETWORK = "FMUNet"
@@ -47,23 +46,3 @@ def translate_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         PluginError: a name is not one of the published FMUNet's.
     """
     return dict(pair for key, value in published.items() for pair in translate(key, value, _MODULES, NETWORK))
-
-
-def mode_of(published: Mapping[str, Tensor]) -> AnisotropyMode:
-    """Return the anisotropy mode that a published FMUNet was built for, told by the kernels of its first two levels.
-
-    Raises:
-        PluginError: the kernels are those of no mode, or are not there.
-    """
-    names = [f"encoder.en_conv{level}.conv_list.0.3.weight" for level in range(2)]
-    missing = [name for name in names if name not in published]
-    if missing:
-        raise PluginError(f"The checkpoint lacks {', '.join(missing)}, so it is not a whole published FMUNet. Download it again.")
-    kernels = tuple(tuple(published[name].shape[2:]) for name in names)
-    for mode in MODES:
-        if mode.kernel_sizes[:2] == kernels:
-            return mode
-    raise PluginError(
-        f"The first two levels of the checkpoint have kernels {[list(kernel) for kernel in kernels]}, which is no mode of the "
-        f"published FMUNet ({[[list(kernel) for kernel in mode.kernel_sizes[:2]] for mode in MODES]}). Is this another network?"
-    )

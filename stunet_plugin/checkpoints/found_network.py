@@ -1,30 +1,28 @@
 """Which network a checkpoint holds, read off its keys and shapes alone.
 
 Sizes, channels and outputs come from the weights, so a file's name and its metadata cannot disagree with them. The tensors
-are checked against the network that they claim to be before anything is made of them.
+are checked against the network that they claim to be before anything is made of them. What is particular to a network stands
+in ``found_stunet.py`` and ``found_misfm.py``.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.checkpoints.safe_loading import plain_dict
-from stunet_plugin.checkpoints.stunet_keys import translate_state_dict
 from stunet_plugin.errors import PluginError
-from stunet_plugin.plan_architecture import STUNET_CLASS
-from stunet_plugin.presets import STUNetPreset, find_preset
+from stunet_plugin.topology import Strides
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 DIMENSIONS = 3
-"""All published weights are of networks in 3D with kernel size 3; so are those that are read here."""
-KERNEL_SIZE = 3
+"""All published weights are of networks in 3D; so are those that are read here."""
 
 
 class Origin(Enum):
@@ -35,9 +33,10 @@ class Origin(Enum):
     OWN = "nnU-Net v2 checkpoint of this plugin's STU-Net"
     PCTNET = "PyMIC checkpoint of PCT-Net"
     FMUNET = "PyMIC checkpoint of FMUNet"
+    OWN_PCTNET = "nnU-Net v2 checkpoint of this plugin's PCT-Net"
+    OWN_FMUNET = "nnU-Net v2 checkpoint of this plugin's FMUNet"
 
 
-_STUNET_ORIGINS = (Origin.V1, Origin.V2_PORT, Origin.OWN)
 # Where each kind keeps its weights, and names that only this network has.
 _SIGNATURES: tuple[tuple[Origin, str, tuple[str, ...]], ...] = (
     (Origin.V1, "state_dict", ("conv_blocks_context.0.0.conv1.weight",)),
@@ -45,63 +44,75 @@ _SIGNATURES: tuple[tuple[Origin, str, tuple[str, ...]], ...] = (
     (Origin.OWN, "network_weights", ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.shortcut.weight")),
     (Origin.PCTNET, "model_state_dict", ("embeddings.0.proj.weight",)),
     (Origin.FMUNET, "model_state_dict", ("project.weight", "encoder.en_conv0.conv_list.0.0.weight")),
+    (Origin.OWN_PCTNET, "network_weights", ("encoder.stages.2.2.transformer.blocks.0.attention.qkv.weight",)),
+    (Origin.OWN_FMUNET, "network_weights", ("encoder.stages.0.1.units.0.conv.weight", "decoder.bottom.units.0.conv.weight")),
 )
 _WEIGHT_TYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
-_HEAD = re.compile(r"decoder\.seg_layers\.(\d+)\.weight")
-_BLOCK = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.(\d+)\.conv1\.weight")
+COUNTER = ".num_batches_tracked"
+"""How the names of the batches that a batch norm has seen end; whole numbers, unlike all other tensors."""
 
 
 @dataclass(frozen=True)
-class STUNetWeights:
-    """The weights of an STU-Net under this plugin's names.
+class FoundWeights(ABC):
+    """The weights of a network under this plugin's names.
 
     Attributes:
         origin: who wrote them.
         tensors: name to tensor; those of a zip-format file are still mapped to it.
-        features: channels per stage, full resolution first.
-        blocks: residual blocks per encoder stage.
-        decoder_blocks: per decoder stage, deepest first.
         input_channels, outputs: of the first convolution and of the segmentation heads.
     """
 
     origin: Origin
     tensors: dict[str, Tensor]
-    features: tuple[int, ...]
-    blocks: tuple[int, ...]
-    decoder_blocks: tuple[int, ...]
     input_channels: int
     outputs: int
-
-    @property
-    def preset(self) -> STUNetPreset | None:
-        """The size that these widths and depths are, None if they are none."""
-        preset = find_preset(self.features, self.blocks)
-        return preset if preset and self.decoder_blocks == preset.blocks_per_stage[:-1] else None
 
     @property
     def bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @property
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
+    @abstractmethod
+    def trainer(self) -> str:
+        """The trainer that builds this network."""
 
-    def architecture(self, strides: Iterable[Iterable[int]]) -> dict[str, Any]:
+    @property
+    @abstractmethod
+    def published_size(self) -> bool:
+        """The trainer builds these widths and depths from any plan."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Network, size, channels and outputs, for people."""
+
+    @property
+    @abstractmethod
+    def stem_weights(self) -> tuple[str, ...]:
+        """The tensors whose shape depends on the image channels: (width, channels, *kernel)."""
+
+    @property
+    @abstractmethod
+    def default_stem(self) -> str:
+        """How the stem is fitted to other image channels if the user does not say."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> int:
+        """Resolution stages."""
+
+    @property
+    def poolings(self) -> Strides | None:
+        """The strides after the first stage where the network dictates them; None where the plan does."""
+        return None
+
+    @abstractmethod
+    def architecture(self, strides: Strides) -> dict[str, Any]:
         """Return the ``architecture`` entry of a plans file for this network with the strides of a plan."""
-        stages = len(self.features)
-        return {
-            "network_class_name": STUNET_CLASS,
-            "arch_kwargs": {
-                "n_stages": stages,
-                "features_per_stage": list(self.features),
-                "conv_op": f"torch.nn.modules.conv.Conv{DIMENSIONS}d",
-                "kernel_sizes": [[KERNEL_SIZE] * DIMENSIONS for _ in range(stages)],
-                "strides": [list(stage) for stage in strides],
-                "n_blocks_per_stage": list(self.blocks),
-                "n_blocks_per_stage_decoder": list(self.decoder_blocks),
-            },
-            "_kw_requires_import": ["conv_op"],
-        }
+
+    @abstractmethod
+    def check_plan(self, configuration: Mapping[str, Any]) -> None:
+        """Raise a PluginError unless the trainer takes this configuration of a plan."""
 
 
 def find_origin(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[str, Any]]:
@@ -119,27 +130,6 @@ def find_origin(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict
     raise PluginError(f"{path} is a torch file, but holds no network that is known here: {_describe_unknown(checkpoint)}.")
 
 
-def read_stunet(checkpoint: Mapping[str, Any], path: Path) -> STUNetWeights:
-    """Read the STU-Net out of a checkpoint.
-
-    Raises:
-        PluginError: another network; missing, unknown or misshapen tensors.
-    """
-    origin, weights = find_origin(checkpoint, path)
-    if origin not in _STUNET_ORIGINS:
-        raise PluginError(
-            f"{path} is a {origin.value} ({len(weights)} tensors). This command takes STU-Net: checkpoints of nnU-Net v1 (.model), "
-            f"of the published v2 port and of this plugin (.pth)."
-        )
-    try:
-        translated = weights if origin is Origin.OWN else translate_state_dict(weights)
-        found = _measure(origin, {str(name): _plain_tensor(str(name), value) for name, value in translated.items()})
-        _check_shapes(found)
-    except PluginError as error:
-        raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
-    return found
-
-
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise unless every weight is a finite number; takes no memory beside the tensors."""
     import torch
@@ -152,14 +142,15 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _plain_tensor(name: str, value: Any) -> Tensor:
+def plain_tensor(name: str, value: Any) -> Tensor:
     """Return the bare tensor, without what a file may have attached to it."""
     import torch
 
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         raise PluginError(f"{name} is a {type(value).__name__}, not a tensor.")
     tensor = torch.Tensor.detach(value)
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or str(tensor.dtype) not in _WEIGHT_TYPES:
+    allowed = ("torch.int64",) if name.endswith(COUNTER) else _WEIGHT_TYPES
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or str(tensor.dtype) not in allowed:
         raise PluginError(
             f"{name} is no plain tensor of floating-point numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})."
         )
@@ -169,58 +160,31 @@ def _plain_tensor(name: str, value: Any) -> Tensor:
     return tensor
 
 
-def _measure(origin: Origin, tensors: dict[str, Tensor]) -> STUNetWeights:
-    """Read sizes off names and shapes."""
-    blocks: dict[tuple[str, int], set[int]] = {}
-    for part, stage, block in (match.groups() for match in map(_BLOCK.fullmatch, tensors) if match):
-        blocks.setdefault((part, int(stage)), set()).add(int(block))
-    stages = sum(part == "encoder" for part, _ in blocks)
-    expected = [("encoder", stage) for stage in range(stages)] + [("decoder", stage) for stage in range(stages - 1)]
-    if stages < 2 or sorted(blocks) != sorted(expected) or any(found != set(range(len(found))) for found in blocks.values()):
-        raise PluginError(
-            f"its stages are not those of an STU-Net ({stages} in the encoder, {len(blocks) - stages} in the decoder)."
-        )
-    heads = {int(match.group(1)) for match in map(_HEAD.fullmatch, tensors) if match}
-    if heads != set(range(stages - 1)):
-        raise PluginError(f"it has {len(heads)} segmentation heads; an STU-Net of {stages} stages has {stages - 1}.")
-    firsts = [f"{part}.stages.{stage}.0.conv1.weight" for part, stage in expected]
-    for name in (*firsts, f"decoder.seg_layers.{stages - 2}.weight"):
-        if tensors[name].ndim != DIMENSIONS + 2:
-            raise PluginError(f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with {DIMENSIONS} axes.")
-    return STUNetWeights(
-        origin,
-        tensors,
-        features=tuple(int(tensors[name].shape[0]) for name in firsts[:stages]),
-        blocks=tuple(len(blocks["encoder", stage]) for stage in range(stages)),
-        decoder_blocks=tuple(len(blocks["decoder", stage]) for stage in range(stages - 1)),
-        input_channels=int(tensors[firsts[0]].shape[1]),
-        outputs=int(tensors[f"decoder.seg_layers.{stages - 2}.weight"].shape[0]),
-    )
+def check_tensors(tensors: Mapping[str, Tensor], network: nn.Module, who: str, size: str) -> None:
+    """Hold names and shapes against a network, which may be on the meta device.
 
+    Args:
+        tensors: under its names.
+        network: of the sizes that were read off them.
+        who: with its article, for messages.
+        size: those sizes, for messages.
 
-def _check_shapes(found: STUNetWeights) -> None:
-    """Hold names and shapes against the network of these sizes, built without memory."""
-    import torch
-
-    from stunet_plugin.networks.stunet import STUNet
-
-    no_strides = [[1] * DIMENSIONS for _ in found.features]
-    arguments = found.architecture(no_strides)["arch_kwargs"] | {"conv_op": torch.nn.Conv3d}
-    with torch.device("meta"):
-        network = STUNet(found.input_channels, found.outputs, **arguments)
+    Raises:
+        PluginError: missing, unknown or misshapen tensors.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    missing = [name for name in expected if name not in found.tensors]
-    extra = [name for name in found.tensors if name not in expected]
-    wrong = [name for name in expected if name in found.tensors and tuple(found.tensors[name].shape) != expected[name]]
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    wrong = [name for name in expected if name in tensors and tuple(tensors[name].shape) != expected[name]]
     if missing:
         raise PluginError(f"{len(missing)} of {len(expected)} tensors are missing (for example {missing[0]}).")
     if extra:
-        raise PluginError(f"{len(extra)} tensors are no part of an STU-Net (for example {extra[0]}).")
+        raise PluginError(f"{len(extra)} tensors are no part of {who} (for example {extra[0]}).")
     if wrong:
         name = wrong[0]
         raise PluginError(
-            f"{len(wrong)} of {len(expected)} tensors have the wrong shape for widths {list(found.features)} (for example {name}: "
-            f"{tuple(found.tensors[name].shape)}, expected {expected[name]})."
+            f"{len(wrong)} of {len(expected)} tensors have the wrong shape for {size} (for example {name}: "
+            f"{tuple(tensors[name].shape)}, expected {expected[name]})."
         )
 
 

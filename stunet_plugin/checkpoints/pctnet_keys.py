@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from stunet_plugin.anisotropy import MODES, get_mode
-from stunet_plugin.checkpoints.published_modules import numbered, translate
+from stunet_plugin.checkpoints.published_modules import numbered, translate, unknown_key
 from stunet_plugin.checkpoints.relative_positions import translate_table
 from stunet_plugin.networks.pctnet import DEPTH
 from stunet_plugin.networks.window_attention import WINDOW_SIZE
+
+Value = TypeVar("Value")
 
 NETWORK = "PCT-Net"
 
@@ -79,30 +82,39 @@ def _modules(mode: int) -> dict[str, str]:
 
 
 _MODULES = tuple(_modules(mode.number) for mode in MODES)
+_ALL_MODULES = {name: ours for modules in _MODULES for name, ours in modules.items()}
 
 # A norm in every PCT block that the published forward never uses, and buffers that ours computes.
 _UNUSED = re.compile(r"pyramid_ct\.convtrans_\w\d\.(norm_layer\.(weight|bias)|trans\.blocks\.\d\.attn\.relative_position_index)")
+
+
+def used_in(published: Mapping[str, Value], mode: int) -> dict[str, Value]:
+    """Return what one mode uses of a published state dict, under the published names.
+
+    Raises:
+        PluginError: no such mode, or a name is not one of the published PCT-Net's.
+    """
+    chosen = _MODULES[get_mode(mode).number]
+    modules = {key: key.rpartition(".")[0] for key in published if not _UNUSED.fullmatch(key)}
+    for key, module in modules.items():
+        if module not in _ALL_MODULES:
+            raise unknown_key(key, _ALL_MODULES, NETWORK)
+    return {key: published[key] for key, module in modules.items() if module in chosen}
 
 
 def translate_state_dict(published: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
     """Return the tensors that one mode uses, under our names. Only the relative position tables change.
 
     Args:
-        published: the state dict of a published PCT-Net with all its modes.
+        published: the state dict of a published PCT-Net.
         mode: 0, 1 or 2.
 
     Raises:
         PluginError: no such mode, or a name is not one of the published PCT-Net's.
     """
-    chosen = get_mode(mode).number
-    everything = {name: ours for modules in _MODULES for name, ours in modules.items()}
-    translated: dict[str, Tensor] = {}
-    for key, value in published.items():
-        if _UNUSED.fullmatch(key):
-            continue
-        pairs = dict(translate(key, value, everything, NETWORK))
-        if key.rpartition(".")[0] in _MODULES[chosen]:
-            translated |= pairs
+    modules = _MODULES[get_mode(mode).number]
+    used = used_in(published, mode)
+    translated = dict(pair for key, value in used.items() for pair in translate(key, value, modules, NETWORK))
     return {
         key: translate_table(value, WINDOW_SIZE) if key.endswith(".relative_position_bias_table") else value
         for key, value in translated.items()

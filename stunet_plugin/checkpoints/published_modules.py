@@ -31,11 +31,7 @@ def translate(key: str, value: Tensor, modules: Mapping[str, str], network: str)
     """
     module, _, name = key.rpartition(".")
     if module not in modules:
-        parts = sorted({published.partition(".")[0] for published in modules})
-        raise PluginError(
-            f"{key!r} is not a parameter of the published {network} (its parts: {', '.join(parts)}). "
-            f"Is this the checkpoint of another network?"
-        )
+        raise unknown_key(key, modules, network)
     ours = modules[module]
     if not (ours.startswith("decoder.merges.") and ours.endswith(".norms.0")):
         yield f"{ours}.{name}", value
@@ -43,3 +39,12 @@ def translate(key: str, value: Tensor, modules: Mapping[str, str], network: str)
     halves = value.chunk(2) if value.ndim else (value, value)
     for half, part in enumerate(halves):
         yield f"{ours.removesuffix('0')}{half}.{name}", part
+
+
+def unknown_key(key: str, modules: Mapping[str, str], network: str) -> PluginError:
+    """Return the error for a name that the published network does not have."""
+    parts = sorted({published.partition(".")[0] for published in modules})
+    return PluginError(
+        f"{key!r} is not a parameter of the published {network} (its parts: {', '.join(parts)}). "
+        f"Is this the checkpoint of another network?"
+    )

@@ -32,7 +32,7 @@ def window_of_table(rows: int) -> int:
         PluginError: no window has as many rows.
     """
     window = (round(rows ** (1 / 3)) + 1) // 2
-    if (2 * window - 1) ** 3 != rows:
+    if rows < 1 or (2 * window - 1) ** 3 != rows:
         raise PluginError(f"A relative position table has (2 * window - 1)^3 rows; {rows} is none of 1, 27, 125, 343, 729, 1331.")
     return window
 
@@ -61,7 +61,10 @@ def translate_table(table: Tensor, window: int) -> Tensor:
     """Return a published table as ours for full windows of ``window``.
 
     Raises:
-        PluginError: the number of rows belongs to no window.
+        PluginError: the number of rows belongs to no window, or to a larger one.
     """
-    by_offset = table[published_rows(window_of_table(table.shape[0])).to(table.device)]
+    known = window_of_table(table.shape[0])
+    if known > window:
+        raise PluginError(f"Its attention windows are {known} voxels long; this PCT-Net has windows of {window} at most.")
+    by_offset = table[published_rows(known).to(table.device)]
     return resample_table(by_offset, window)

@@ -59,6 +59,12 @@ def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor],
             f"{found}. The weights take {given[name][1]} input channel(s), this data has {own[name][1]}: `stunet import "
             f"--in-channels {own[name][1]}` makes weights that fit"
         )
+    mode = getattr(network, "mode", None)
+    if mode is not None:
+        return (
+            f"{found}. This network is in anisotropy mode {mode.number}: import weights for it (`stunet import --mode "
+            f"{mode.number}`; a FMUNet file holds one mode), or plan for theirs"
+        )
     return f"{found}. Use the trainer of the same size (its _ft variant), or weights of this size"
 
 

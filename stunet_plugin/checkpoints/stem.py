@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from stunet_plugin.errors import PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-STEM_WEIGHTS = ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.shortcut.weight")
-"""The two tensors whose shape depends on the image channels: (width, channels, *kernel)."""
 
 REPEAT, MEAN = "repeat", "mean"
 STEMS = {
@@ -20,7 +17,7 @@ STEMS = {
 }
 
 
-def inflate_stem(tensors: Mapping[str, Tensor], channels: int, stem: str) -> dict[str, Tensor]:
+def inflate_stem(tensors: Mapping[str, Tensor], names: Iterable[str], channels: int, stem: str) -> dict[str, Tensor]:
     """Return the weights with the stem fitted to ``channels`` image channels.
 
     With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M:
@@ -41,7 +38,7 @@ def inflate_stem(tensors: Mapping[str, Tensor], channels: int, stem: str) -> dic
     if stem not in STEMS:
         raise PluginError(f"--stem must be one of {', '.join(STEMS)}, not {stem!r}.")
     inflated = dict(tensors)
-    for name in STEM_WEIGHTS:
+    for name in names:
         weight = inflated[name]
         old = weight.shape[1]
         if old != channels:

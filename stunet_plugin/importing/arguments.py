@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from stunet_plugin.checkpoints.stem import REPEAT, STEMS
-from stunet_plugin.importing.names import DEFAULT_DATASET_ID, DEFAULT_FOLD, READERS
+from stunet_plugin.checkpoints.stem import MEAN, REPEAT, STEMS
+from stunet_plugin.importing.names import DEFAULT_DATASET_ID, DEFAULT_FOLD, READERS, TO_RAS
+from stunet_plugin.misfm_presets import MODE_PURPOSES
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,16 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--labels", nargs="+", default=None, metavar="NAME", help="of the outputs in their order, background first; or a JSON file"
     )
-    plan.add_argument("--reader", choices=READERS, default=None, help=f"image reader; {READERS[0]} turns images to RAS and back")
+    plan.add_argument("--reader", choices=READERS, default=None, help=f"image reader; {TO_RAS} turns images to RAS and back")
+
+    pymic = parser.add_argument_group(
+        "PCT-Net and FMUNet",
+        "Checkpoints of PyMIC, such as the published pctnet_ct10k_volf.pt. Without --spacing, --patch-size, --plans or --labels, "
+        "five outputs are taken for those of pretraining.",
+    )
+    pymic.add_argument("--mode", type=int, default=None, metavar="N", help=f"of the three in a PCT-Net file: {MODE_PURPOSES}")
+    pymic.add_argument("--pretext", action="store_true", help="leave the heads out and write a checkpoint for -pretrained_weights")
 
     stem = parser.add_argument_group("other image channels", "; ".join(f"{name}: {meaning}" for name, meaning in STEMS.items()))
     stem.add_argument("--in-channels", type=int, default=None, metavar="N", help="fit the first convolutions to N channels")
-    stem.add_argument("--stem", choices=list(STEMS), default=REPEAT, help="how")
+    stem.add_argument("--stem", choices=list(STEMS), default=None, help=f"how; {REPEAT} for STU-Net, {MEAN} for others")

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stunet_plugin.checkpoints.found_network import DIMENSIONS, Origin, STUNetWeights
+from stunet_plugin.checkpoints.found_misfm import PYMIC_ORIGINS
+from stunet_plugin.checkpoints.found_network import DIMENSIONS, FoundWeights, Origin
 from stunet_plugin.checkpoints.safe_loading import load_plans_pickle, plain_copy, plain_dict
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.fields import Fields
 from stunet_plugin.importing.labels import Labels
-from stunet_plugin.importing.names import CONFIGURATION, NIFTI_ENDINGS
+from stunet_plugin.importing.names import AS_IN_FILE, CONFIGURATION, NIFTI_ENDINGS, TO_RAS
 from stunet_plugin.importing.plan_readers import plan_from_v1, plan_from_v2, read_plans_file, with_dataset
 from stunet_plugin.importing.published import published_checkpoint, published_labels, published_plan
 from stunet_plugin.importing.source_plan import ZSCORE, SourcePlan
@@ -40,6 +41,10 @@ class PlanOptions:
     mask_for_norm: bool = False
     reader: str | None = None
 
+    @property
+    def says_how_images_were_prepared(self) -> bool:
+        return bool(self.plans_file or self.spacing or self.patch_size)
+
     def apply(self, plan: SourcePlan) -> SourcePlan:
         """Return the plan with the options in place of its own values."""
         fields = Fields({"--spacing": self.spacing, "--patch-size": self.patch_size}, "the command line")
@@ -61,29 +66,27 @@ class PlanOptions:
         return replace(plan, **changes)
 
 
-def choose_plan(source: Source, checkpoint: Mapping[str, Any], weights: STUNetWeights, options: PlanOptions) -> SourcePlan:
+def choose_plan(source: Source, checkpoint: Mapping[str, Any], weights: FoundWeights, options: PlanOptions) -> SourcePlan:
     """Return the plan: ``--plans``, the ``.pkl`` beside the file, the checkpoint's own, the published one, or the options.
 
     Raises:
         PluginError: none of them, with what to give.
     """
-    found = find_plan(source, checkpoint, weights, options.plans_file)
-    if found is not None:
-        return options.apply(found)
-    if options.spacing and options.patch_size and options.strides:
-        channels = weights.input_channels
-        names = tuple(f"channel_{channel}" for channel in range(channels))
-        blank = SourcePlan(
-            origin="",
-            spacing=(1.0,) * DIMENSIONS,
-            patch_size=(1,) * DIMENSIONS,
-            poolings=(),
-            normalization=(ZSCORE,) * channels,
-            mask_for_norm=(False,) * channels,
-            channel_names=names,
-            intensities=({},) * channels,
+    dictated = weights.poolings
+    if dictated and options.strides:
+        network = weights.description.partition(" (")[0]
+        raise PluginError(f"{network} has the strides {[list(step) for step in dictated]}. Leave --strides out.")
+    plan = find_plan(source, checkpoint, weights, options.plans_file)
+    if plan is None and options.spacing and options.patch_size and (options.strides or dictated):
+        plan = _blank(weights)
+    if plan is not None:
+        plan = options.apply(plan)
+        return replace(plan, poolings=dictated) if dictated else plan
+    if dictated:
+        raise PluginError(
+            f"{source.checkpoint} does not say how its images were prepared. Give the spacing and the patch size of that training: "
+            f"--spacing Z Y X --patch-size Z Y X (or --plans FILE, a plans.json of nnU-Net v2)."
         )
-        return options.apply(blank)
     raise PluginError(
         f"{source.checkpoint} does not say how its images were prepared: there is no {source.checkpoint.name}{PLANS_SUFFIX} beside "
         f"it, no plan in it, and it is none of the four published TotalSegmentator weights (small, base, large, huge; 1 channel, "
@@ -92,8 +95,25 @@ def choose_plan(source: Source, checkpoint: Mapping[str, Any], weights: STUNetWe
     )
 
 
+def _blank(weights: FoundWeights) -> SourcePlan:
+    """Return a plan whose spacing, patch and strides are still to be set. Published trainings all take a z-score per image."""
+    channels = weights.input_channels
+    return SourcePlan(
+        origin="",
+        spacing=(1.0,) * DIMENSIONS,
+        patch_size=(1,) * DIMENSIONS,
+        poolings=(),
+        normalization=(ZSCORE,) * channels,
+        mask_for_norm=(False,) * channels,
+        channel_names=tuple(f"channel_{channel}" for channel in range(channels)),
+        intensities=({},) * channels,
+        # PyMIC reads images as they lie in the file; TotalSegmentator's, which STU-Net was trained on, are all RAS.
+        reader=AS_IN_FILE if weights.origin in PYMIC_ORIGINS else TO_RAS,
+    )
+
+
 def find_plan(
-    source: Source, checkpoint: Mapping[str, Any], weights: STUNetWeights, plans_file: str | None = None
+    source: Source, checkpoint: Mapping[str, Any], weights: FoundWeights, plans_file: str | None = None
 ) -> SourcePlan | None:
     """Return the plan that the user names, that lies beside or in the checkpoint, or the published one; None if there is none."""
     configuration = _configuration(checkpoint)
@@ -117,7 +137,7 @@ def find_plan(
 
 
 def choose_labels(
-    source: Source, checkpoint: Mapping[str, Any], weights: STUNetWeights, plan: SourcePlan | None, given: Sequence[str] | None
+    source: Source, checkpoint: Mapping[str, Any], weights: FoundWeights, plan: SourcePlan | None, given: Sequence[str] | None
 ) -> Labels:
     """Return the labels: ``--labels``, the checkpoint's own, the published ones, or numbers."""
     if given:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.checkpoints.file_formats import FileFormat, recognise
-from stunet_plugin.checkpoints.found_network import Origin, find_origin, read_stunet
+from stunet_plugin.checkpoints.found_network import Origin, find_origin
+from stunet_plugin.checkpoints.found_weights import read_weights
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint, load_plans_pickle
 from stunet_plugin.importing.choose_plan import choose_labels, find_plan
-from stunet_plugin.importing.import_command import describe_size
 from stunet_plugin.importing.labels import Labels
 from stunet_plugin.importing.model_folder import PROVENANCE
 from stunet_plugin.importing.model_source import find_model
 from stunet_plugin.importing.plan_readers import plan_from_v1, read_json
+from stunet_plugin.misfm_presets import MODE_PURPOSES
 
 SHOWN_LABELS = 12
 
@@ -31,7 +32,7 @@ def inspect(given: str) -> int:
 
 
 def facts(given: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of every fact. The tensors of zip-format files are only mapped; not one of them is read."""
+    """Yield (name, text) of every fact. The tensors of zip-format files are only mapped; what is not asked for is not read."""
     source = find_model(given)
     path = source.checkpoint
     yield "file", str(path)
@@ -42,18 +43,19 @@ def facts(given: str) -> Iterator[tuple[str, str]]:
         yield "plan", plan_from_v1(load_plans_pickle(path), path.name).summary()
         return
     checkpoint = load_checkpoint(path)
-    origin, tensors = find_origin(checkpoint, path)
+    origin, _ = find_origin(checkpoint, path)
     yield "format", origin.value
-    if origin in (Origin.PCTNET, Origin.FMUNET):
-        yield "network", f"{len(tensors)} tensors; `stunet import` takes STU-Net alone"
-        return
-    weights = read_stunet(checkpoint, path)
-    yield "network", describe_size(weights)
+    # A PyMIC file of PCT-Net has all modes, any of which tells its sizes.
+    weights = read_weights(checkpoint, path, 0 if origin is Origin.PCTNET else None)
+    yield "network", weights.description
+    if origin is Origin.PCTNET:
+        yield "modes", f"it holds all: choose one with `stunet import --mode N`. {MODE_PURPOSES}"
     yield from _training(checkpoint)
     plan = find_plan(source, checkpoint, weights)
     yield "plan", f"{plan.summary()} ({plan.origin})" if plan else "unknown: `stunet import` will ask for --plans or plan options"
-    labels = choose_labels(source, checkpoint, weights, plan, None)
-    yield "labels", f"{_list_labels(labels)} ({labels.origin})"
+    if weights.outputs:
+        labels = choose_labels(source, checkpoint, weights, plan, None)
+        yield "labels", f"{_list_labels(labels)} ({labels.origin})"
     yield from _provenance(path)
 
 
@@ -64,6 +66,8 @@ def _training(checkpoint: dict[str, Any]) -> Iterator[tuple[str, str]]:
     # An import writes epoch 0: it does not know better.
     if isinstance(epoch, int) and epoch > 0:
         yield "epochs", str(epoch)
+    if isinstance(checkpoint.get("iteration"), int):
+        yield "iterations", str(checkpoint["iteration"])
 
 
 def _list_labels(labels: Labels) -> str:

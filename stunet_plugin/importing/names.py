@@ -6,8 +6,10 @@ CONFIGURATION = "3d_fullres"
 PLANS_NAME = "nnUNetPlans"
 """nnU-Net's default, so that nnUNetv2_predict finds an imported model without ``-p``."""
 
-READERS = ("NibabelIOWithReorient", "NibabelIO", "SimpleITKIO", "Tiff3DIO")
-"""Readers and writers of nnU-Net that an imported model may use; the first turns every image to RAS and back."""
+TO_RAS, AS_IN_FILE = "NibabelIOWithReorient", "SimpleITKIO"
+"""The reader that turns every image to RAS and back, and the one that takes it as it lies."""
+READERS = (TO_RAS, "NibabelIO", AS_IN_FILE, "Tiff3DIO")
+"""Readers and writers of nnU-Net that an imported model may use."""
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 CHECKPOINT = "checkpoint_final.pth"

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stunet_plugin.checkpoints.found_network import DIMENSIONS, STUNetWeights, read_stunet
+from stunet_plugin.checkpoints.found_network import DIMENSIONS
+from stunet_plugin.checkpoints.found_stunet import STUNetWeights, read_stunet
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.choose_plan import find_plan
 from stunet_plugin.importing.fields import Fields
-from stunet_plugin.importing.import_command import trainer_name
 from stunet_plugin.importing.model_source import find_model
 from stunet_plugin.importing.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, PREPROCESSED
 from stunet_plugin.importing.plan_readers import read_json
 from stunet_plugin.importing.source_plan import CT, SourcePlan
-from stunet_plugin.plan_architecture import resolve_stunet
 from stunet_plugin.registration import write_atomically
 
 _PLANS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -52,7 +51,7 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
     name = name or f"STUNetPlans_like_{weights.preset.name if weights.preset else 'model'}"
     target = _check_name(folder, name, force)
     plans = make_plans(model, weights, base, dataset, name)
-    resolve_stunet(plans["configurations"][CONFIGURATION], weights.preset, trainer_name(weights))
+    weights.check_plan(plans["configurations"][CONFIGURATION])
     data = folder / plans["configurations"][CONFIGURATION]["data_identifier"]
     if data.is_dir():
         print(f"{data} holds data of an earlier plan of this name: preprocess again.")
@@ -63,7 +62,7 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
     if channels != weights.input_channels:
         advice = f"import the weights with --in-channels {channels} first"
         print(f"Channels:     {weights.input_channels} in the model, {channels} in the dataset: {advice}")
-    train = f"nnUNetv2_train {dataset_id} {CONFIGURATION} 0 -p {name} -tr {trainer_name(weights)}_ft"
+    train = f"nnUNetv2_train {dataset_id} {CONFIGURATION} 0 -p {name} -tr {weights.trainer}_ft"
     print(f"Fine-tune:    {train} -pretrained_weights {source.checkpoint}")
     return 0
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
-from stunet_plugin.checkpoints.found_network import STUNetWeights
+from stunet_plugin.checkpoints.found_network import FoundWeights
+from stunet_plugin.checkpoints.found_stunet import STUNetWeights
 from stunet_plugin.importing.labels import Labels
 from stunet_plugin.importing.plan_readers import plan_from_v1
 from stunet_plugin.importing.source_plan import SourcePlan
@@ -25,10 +26,12 @@ def published_facts() -> dict[str, Any]:
     return content
 
 
-def published_checkpoint(weights: STUNetWeights) -> str | None:
+def published_checkpoint(weights: FoundWeights) -> str | None:
     """Return the name of the published file that weights of these sizes, channels and outputs are, or None."""
     facts = published_facts()
-    if weights.preset is None or (weights.input_channels, weights.outputs) != (1, len(facts["labels"])):
+    if not isinstance(weights, STUNetWeights) or weights.preset is None:
+        return None
+    if (weights.input_channels, weights.outputs) != (1, len(facts["labels"])):
         return None
     names = {size: name for name, size in facts["checkpoints"].items()}
     return names.get(weights.preset.name)

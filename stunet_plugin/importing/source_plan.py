@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stunet_plugin.checkpoints.found_network import DIMENSIONS, STUNetWeights
+from stunet_plugin.checkpoints.found_network import DIMENSIONS, FoundWeights
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, READERS
 from stunet_plugin.presets import NUM_STAGES
@@ -90,7 +90,7 @@ class SourcePlan:
             )
         return full
 
-    def check_network(self, weights: STUNetWeights) -> None:
+    def check_network(self, weights: FoundWeights) -> None:
         """Raise unless the plan is one for these weights: as many channels, and a patch that the strides divide."""
         if self.channels != weights.input_channels:
             raise PluginError(
@@ -98,7 +98,7 @@ class SourcePlan:
                 f"Give the plan that they were trained with: --plans FILE."
             )
         advice = "Give the plan that the weights were trained with (--plans), or --patch-size and --strides."
-        strides = self.strides(len(weights.features))
+        strides = self.strides(weights.stages)
         check_patch_size(self.patch_size, strides, f"The network with the strides of the plan ({self.origin})", advice)
 
     def with_channels(self, channels: int) -> SourcePlan:
@@ -114,7 +114,7 @@ class SourcePlan:
             intensities=tuple(self.intensities[channel] for channel in order),
         )
 
-    def to_plans(self, weights: STUNetWeights, dataset_name: str) -> dict[str, Any]:
+    def to_plans(self, weights: FoundWeights, dataset_name: str) -> dict[str, Any]:
         """Return the content of ``plans.json``.
 
         Args:
@@ -143,7 +143,7 @@ class SourcePlan:
                     "normalization_schemes": list(self.normalization),
                     "use_mask_for_norm": list(self.mask_for_norm),
                     **self.resampling,
-                    "architecture": weights.architecture(self.strides(len(weights.features))),
+                    "architecture": weights.architecture(self.strides(weights.stages)),
                     "batch_dice": self.batch_dice,
                 }
             },

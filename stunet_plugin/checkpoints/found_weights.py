@@ -1,0 +1,30 @@
+"""The one way into a checkpoint for commands that take any network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stunet_plugin.checkpoints.found_misfm import NETWORKS, MISFMWeights, read_misfm
+from stunet_plugin.checkpoints.found_network import find_origin
+from stunet_plugin.checkpoints.found_stunet import STUNetWeights, read_stunet
+from stunet_plugin.errors import PluginError
+
+
+def read_weights(checkpoint: Mapping[str, Any], path: Path, mode: int | None = None) -> STUNetWeights | MISFMWeights:
+    """Read the network out of a checkpoint, whichever it is.
+
+    Args:
+        checkpoint, path: as loaded, and its file.
+        mode: the anisotropy mode, see :func:`stunet_plugin.checkpoints.found_misfm.read_misfm`.
+
+    Raises:
+        PluginError: no network that is known; missing, unknown or misshapen tensors; a mode for a network that has none.
+    """
+    origin, _ = find_origin(checkpoint, path)
+    if origin in NETWORKS:
+        return read_misfm(checkpoint, path, mode)
+    if mode is not None:
+        raise PluginError(f"{path} is a {origin.value}, which has no anisotropy modes. Leave --mode out.")
+    return read_stunet(checkpoint, path)
