@@ -1,4 +1,4 @@
-"""One measurement of ``stunet_step.py``, in a process of its own: prints its result as one line of JSON.
+"""One measurement of ``stunet_step.py`` or ``misfm_step.py``, in a process of its own: prints its result as one line of JSON.
 
 What is measured is what nnU-Net runs (``nnUNetTrainer.train_step``, ``nnUNetPredictor``): autocast, gradient scaler and
 ``cudnn.benchmark`` on CUDA, float32 on the CPU. Data lie on the device already; loading and augmentation are no part of it.
@@ -6,7 +6,7 @@ What is measured is what nnU-Net runs (``nnUNetTrainer.train_step``, ``nnUNetPre
 Memory, all in bytes:
 
 * ``peak_bytes``: the peak of tensor memory during a step after warm-up. On CUDA ``torch.cuda.max_memory_allocated``. On
-  the CPU the weights, momentum and data that stay, plus the peak of what one further step, run under torch's profiler,
+  the CPU the weights, the optimizer's state and data that stay, plus the peak of what one further step, run under torch's profiler,
   allocates through torch's allocator and has not freed yet, buffers inside of convolutions included. (Which code a CPU
   convolution runs, and so its buffers, depends on the number of threads, which the report names.)
 * ``reserved_bytes``: ``torch.cuda.max_memory_reserved``, what the caching allocator has taken from the driver since the
@@ -35,15 +35,9 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from plain_stunet import PlainSTUNet
+from subjects import INPUT_CHANNELS, find_subject
 from torch import Tensor, nn
 
-from stunet_plugin.checkpoints.stunet_keys import translate_state_dict
-from stunet_plugin.cost import PUBLISHED_STRIDES
-from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.plan_architecture import stunet_architecture
-from stunet_plugin.presets import REFERENCE_INPUT_CHANNELS, get_preset
 from stunet_plugin.topology import stage_shapes
 
 OURS, PLAIN = "ours", "plain"
@@ -62,7 +56,7 @@ class Case:
 
     Attributes:
         network: ``ours`` or ``plain``; of no meaning for ``agreement``.
-        size: name of a preset.
+        size: name of a subject, see ``subjects.py``.
         mode: ``train``, ``inference`` or ``agreement``.
         compiled: with ``torch.compile``, as nnU-Net compiles (the network, and in training the Dice loss).
         device: ``cpu`` or ``cuda``.
@@ -83,35 +77,29 @@ class Case:
     steps: int
 
 
-def build_network(name: str, size: str, classes: int, deep_supervision: bool) -> nn.Module:
-    """Build one of the two networks, ours in the way a trainer does, both with the same initialisation."""
-    preset = get_preset(size)
-    if name == PLAIN:
-        plain = PlainSTUNet(preset, PUBLISHED_STRIDES, REFERENCE_INPUT_CHANNELS, classes, deep_supervision)
-        return plain.apply(STUNet.initialize)
-    architecture = stunet_architecture(preset, PUBLISHED_STRIDES)
-    network: nn.Module = get_network_from_plans(
-        architecture["network_class_name"],
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
-        REFERENCE_INPUT_CHANNELS,
-        classes,
-        deep_supervision=deep_supervision,
-    )
-    return network
+def build_network(case: Case, deep_supervision: bool) -> nn.Module:
+    """Build one of the two networks, ours in the way a trainer does, both with the same kind of initialisation."""
+    subject = find_subject(case.size)
+    if case.network == PLAIN:
+        return subject.plain(case.classes, deep_supervision, tuple(case.patch))
+    return subject.ours(case.classes, deep_supervision)
 
 
-def build_pair(size: str, classes: int) -> tuple[nn.Module, nn.Module]:
+def build_pair(size: str, classes: int, patch: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     """Build ours and plain with deep supervision and the same weights."""
     torch.manual_seed(SEED)
-    plain = build_network(PLAIN, size, classes, deep_supervision=True)
+    subject = find_subject(size)
+    plain = subject.plain(classes, True, tuple(patch))
     with torch.no_grad():
         for parameter in plain.parameters():
             # Biases start as zeros and norms as ones and zeros: if two were mixed up, nothing would show.
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    ours = build_network(OURS, size, classes, deep_supervision=True)
-    ours.load_state_dict(translate_state_dict(plain.state_dict()))
+        for statistics in plain.buffers():
+            if statistics.is_floating_point():
+                statistics.uniform_(0.5, 1.5)
+    ours = subject.ours(classes, True)
+    ours.load_state_dict(subject.translate(plain.state_dict()))
     return ours, plain
 
 
@@ -131,13 +119,14 @@ class TrainingStep:
 
     def __init__(self, case: Case) -> None:
         self.device = case.device
-        self.parameters = build_network(case.network, case.size, case.classes, deep_supervision=True).to(case.device)
+        self.parameters = build_network(case, deep_supervision=True).to(case.device)
         self.network = torch.compile(self.parameters) if case.compiled else self.parameters
-        shapes = stage_shapes(case.patch, PUBLISHED_STRIDES)[:-1]
+        subject = find_subject(case.size)
+        shapes = stage_shapes(case.patch, subject.strides)[:-1]
         self.loss = build_loss(len(shapes), case.compiled)
-        self.optimizer = torch.optim.SGD(self.parameters.parameters(), 1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True)
+        self.optimizer = subject.optimizer(self.parameters.parameters())
         self.scaler = torch.amp.GradScaler("cuda") if case.device == "cuda" else None
-        self.data = torch.randn(case.batch, REFERENCE_INPUT_CHANNELS, *case.patch, device=case.device)
+        self.data = torch.randn(case.batch, INPUT_CHANNELS, *case.patch, device=case.device)
         self.targets = [
             torch.randint(case.classes, (case.batch, 1, *shape), dtype=torch.int16, device=case.device) for shape in shapes
         ]
@@ -164,8 +153,8 @@ class TrainingStep:
     def resident(self) -> list[Tensor]:
         """Drop the gradients, which a step allocates anew, and return the tensors that stay between steps."""
         self.optimizer.zero_grad(set_to_none=True)
-        momentum = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return [*self.parameters.parameters(), *momentum, self.data, *self.targets]
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return [*self.parameters.parameters(), *self.parameters.buffers(), *moments, self.data, *self.targets]
 
 
 class InferenceStep:
@@ -173,9 +162,9 @@ class InferenceStep:
 
     def __init__(self, case: Case) -> None:
         self.device = case.device
-        self.parameters = build_network(case.network, case.size, case.classes, deep_supervision=False).to(case.device).eval()
+        self.parameters = build_network(case, deep_supervision=False).to(case.device).eval()
         self.network = torch.compile(self.parameters) if case.compiled else self.parameters
-        self.data = torch.randn(1, REFERENCE_INPUT_CHANNELS, *case.patch, device=case.device)
+        self.data = torch.randn(1, INPUT_CHANNELS, *case.patch, device=case.device)
 
     def __call__(self) -> None:
         with torch.no_grad(), autocast(self.device):
@@ -186,7 +175,7 @@ class InferenceStep:
 
     def resident(self) -> list[Tensor]:
         """Return the tensors that stay between steps."""
-        return [*self.parameters.parameters(), self.data]
+        return [*self.parameters.parameters(), *self.parameters.buffers(), self.data]
 
 
 def autocast(device: str) -> AbstractContextManager[Any]:
@@ -261,8 +250,8 @@ def agreement(case: Case) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     with torch.device(case.device), torch.no_grad():
-        ours, plain = build_pair(case.size, case.classes)
-        data = torch.randn(1, REFERENCE_INPUT_CHANNELS, *case.patch)
+        ours, plain = (network.eval() for network in build_pair(case.size, case.classes, case.patch))
+        data = torch.randn(1, INPUT_CHANNELS, *case.patch)
         pairs = list(zip(ours(data), plain(data), strict=True))
     return {
         "largest_difference": max((a - b).abs().max().item() for a, b in pairs),

@@ -1,4 +1,4 @@
-"""The report of ``stunet_step.py``: medians and ratios over its rounds, and the Markdown table made from its JSON file."""
+"""The report of the step benchmarks: medians and ratios over its rounds, and the Markdown table made from its JSON file."""
 
 from __future__ import annotations
 
@@ -44,12 +44,16 @@ def read_report(path: Path) -> dict[str, Any]:
 def markdown_table(report: dict[str, Any]) -> str:
     """Return the results as a Markdown table, with a line on how they came about."""
     settings, machine, versions = report["settings"], report["machine"], report["versions"]
+    # Reports from before there were several patches have it in the settings.
+    patches = [" x ".join(map(str, result.get("patch", settings.get("patch")))) for result in report["results"]]
+    one_patch = len(set(patches)) == 1
     lines = [
         "| size | step | time ours | time plain | ours / plain | memory ours | memory plain | ours / plain |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for result in report["results"]:
-        cells = [result["size"], result["mode"] + (", compiled" if result["compiled"] else "")]
+    for result, patch in zip(report["results"], patches, strict=True):
+        size = result["size"] if one_patch else f"{result['size']}, {patch}"
+        cells = [size, result["mode"] + (", compiled" if result["compiled"] else "")]
         for key, ratio, text in (("seconds", "time", seconds_text), ("peak_bytes", "memory", bytes_text)):
             for network in (result["networks"]["ours"], result["networks"]["plain"]):
                 cells.append("failed" if "error" in network else text(network[key]["median"]))
@@ -59,7 +63,7 @@ def markdown_table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"{where}; torch {versions['torch']}, nnunetv2 {versions['nnunetv2']}, stunet-plugin {versions['stunet-plugin']}; "
-        f"{report['date'][:10]}. Patch {' x '.join(map(str, settings['patch']))}, batch {settings['batch']} in training and 1 in "
+        f"{report['date'][:10]}. {f'Patch {patches[0]}, batch' if one_patch else 'Batch'} {settings['batch']} in training and 1 in "
         f"inference, {settings['classes']} outputs, {settings['precision']}. Medians of {settings['repeats']} round(s) of "
         f"{settings['steps']} step(s), each in a process of its own; in brackets the lowest and highest ratio of a round.",
     ]

@@ -1,48 +1,21 @@
 """What a training step and a prediction cost per size of STU-Net: ours beside a plain transcription of the formula.
 
-Both networks compute the same function (checked first, with the same weights); the plain one follows the published order of
-operations (``plain_stunet.py``). Each measurement runs in a process of its own, so that its peak of memory is its own, and
-the two networks alternate for several rounds, so that a drift of the machine's speed meets both. What a step is and which
-memory is meant stands in ``measure_step.py``; what the numbers of a report are in ``step_report.py``. Writes a JSON file and a
-Markdown table beside it. Linux or macOS.
-
-Exit codes: 0 done, 1 the networks disagree or a measurement failed (the others are written), 2 wrong input, 130 interrupted.
+The plain network follows the published order of operations (``plain_stunet.py``). How the two are compared stands in
+``side_by_side.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import itertools
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from step_report import bytes_text, markdown_table, read_report, round_ratios, seconds_text, spreads
+import side_by_side
 
-from stunet_plugin import __version__
 from stunet_plugin.cost import PUBLISHED_STRIDES
-from stunet_plugin.errors import PluginError
 from stunet_plugin.presets import PRESETS, REFERENCE_OUTPUT_CHANNELS
-from stunet_plugin.registration import write_atomically
-from stunet_plugin.topology import check_patch_size, total_stride
-
-if TYPE_CHECKING:
-    from measure_step import Case
-
-HERE = Path(__file__).resolve().parent
-WORKER = HERE / "measure_step.py"
-
-AGREEMENT_LIMIT = 1e-4
-"""Largest difference of an output, relative to the largest output, that float32 rounding in another order may explain."""
 
 
 @dataclass(frozen=True)
@@ -58,209 +31,34 @@ DEFAULTS = {
     "cpu": Defaults(("tiny", "small"), (64,) * 3, 3),
     "cuda": Defaults(("small", "base", "large", "huge"), (128,) * 3, 10),
 }
-
-
-class MeasurementError(Exception):
-    """A measuring process failed; the message is its last line."""
+STEPS = {device: defaults.steps for device, defaults in DEFAULTS.items()}
 
 
 def build_parser() -> argparse.ArgumentParser:
     cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
     parser = argparse.ArgumentParser(
+        prog=Path(__file__).name,
         description="Time and peak memory of training and inference per size of STU-Net, ours beside a plain transcription.",
         epilog="Example: python benchmarks/stunet_step.py --sizes small base --patch 96 96 96 --classes 14 --out comparison.json",
     )
     add = parser.add_argument
     add("--sizes", nargs="+", choices=list(PRESETS), help=f"default: {', '.join(cpu.sizes)} (CPU); {', '.join(cuda.sizes)} (CUDA)")
     add("--patch", type=int, nargs=3, metavar="N", help=f"voxels per axis (default: {cpu.patch[0]} (CPU), {cuda.patch[0]} (CUDA))")
-    add("--batch", type=int, default=2, help="samples of a training step (default: %(default)s); inference takes one")
-    add("--classes", type=int, default=REFERENCE_OUTPUT_CHANNELS, help="outputs, background included (default: %(default)s)")
-    add("--compile", action="store_true", help="measure with torch.compile besides")
-    add("--repeats", type=int, default=5, help="rounds in which the networks alternate (default: %(default)s)")
-    add("--steps", type=int, help=f"timed steps per round (default: {cpu.steps} (CPU), {cuda.steps} (CUDA))")
-    add("--device", choices=["auto", *DEFAULTS], default="auto", help="auto takes a GPU where there is one")
-    add("--out", type=Path, metavar="FILE", help="JSON file (default: a new one in benchmarks/results); the table goes to .md")
-    add("--table", type=Path, metavar="FILE", help="print the table of this JSON file and measure nothing")
+    side_by_side.add_options(parser, REFERENCE_OUTPUT_CHANNELS, STEPS)
     return parser
+
+
+def choose(options: argparse.Namespace, device: str) -> side_by_side.Subjects:
+    """Return the sizes to measure and their patch."""
+    defaults = DEFAULTS[device]
+    patch = tuple(options.patch or defaults.patch)
+    side_by_side.check_patch(patch, PUBLISHED_STRIDES, "STU-Net with its five poolings by two")
+    return [(size, patch) for size in dict.fromkeys(options.sizes or defaults.sizes)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark, or print the table of a file; return the exit code."""
-    options = build_parser().parse_args(arguments)
-    try:
-        if options.table is not None:
-            print(markdown_table(read_report(options.table)))
-            return 0
-        return run(options)
-    except PluginError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-
-
-def run(options: argparse.Namespace) -> int:
-    """Check, measure, write; return the exit code."""
-    settings = complete_settings(options)
-    out = output_file(options.out, settings["device"])
-    report: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": settings.pop("threads"), "gpu": None},
-        "versions": {
-            "python": platform.python_version(),
-            "stunet-plugin": __version__,
-            **{package: importlib.metadata.version(package) for package in ("torch", "nnunetv2")},
-        },
-        "settings": settings,
-        "agreement": {},
-        "results": [],
-    }
-    failed = False
-    for size in settings["sizes"]:
-        try:
-            if not agree(report, size):
-                print(f"{size}: the networks do not compute the same, so a comparison means nothing.", file=sys.stderr)
-                return 1
-        except MeasurementError as error:
-            print(f"{size}: could not compare the outputs ({error}).", file=sys.stderr)
-            failed = True
-            continue
-        for mode, compiled in itertools.product(("train", "inference"), (False, True) if settings["compile"] else (False,)):
-            result = measure_pair(settings, size, mode, compiled)
-            failed = failed or result["ratios"] is None
-            report["results"].append(result)
-            # After every pair, so that a run that is stopped leaves what it has.
-            write_atomically(out, json.dumps(report, indent=2) + "\n")
-            write_atomically(out.with_suffix(".md"), markdown_table(report) + "\n")
-    if report["results"]:
-        print(f"\n{markdown_table(report)}\n\nWritten: {out} and {out.with_suffix('.md')}")
-    return 1 if failed else 0
-
-
-def complete_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Fill in what depends on the device, and check what a user can get wrong."""
-    for name in ("batch", "repeats", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise PluginError(f"--{name} must be at least 1, not {value}.")
-    if options.classes < 2:
-        raise PluginError(f"--classes must be at least 2 (the background and one more), not {options.classes}.")
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise PluginError("--device cuda: torch finds no GPU. Use --device cpu, or install a torch that fits the GPU's driver.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    defaults = DEFAULTS[device]
-    patch = tuple(options.patch or defaults.patch)
-    check_patch_size(patch, PUBLISHED_STRIDES, "STU-Net with its five poolings by two")
-    if patch == total_stride(PUBLISHED_STRIDES):
-        raise PluginError(f"--patch {list(patch)} leaves a single voxel to normalise at the deepest stage. Double an axis.")
-    return {
-        "device": device,
-        "sizes": list(dict.fromkeys(options.sizes or defaults.sizes)),
-        "patch": list(patch),
-        "batch": options.batch,
-        "classes": options.classes,
-        "compile": options.compile,
-        "repeats": options.repeats,
-        "steps": options.steps or defaults.steps,
-        "precision": "float16 autocast" if device == "cuda" else "float32",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def output_file(out: Path | None, device: str) -> Path:
-    """Return the file to write.
-
-    Raises:
-        PluginError: it would replace a file, does not end in .json, or its folder is not there.
-    """
-    if out is None:
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        out = HERE / "results" / f"stunet_step_{device}_{stamp}.json"
-        out.parent.mkdir(exist_ok=True)
-    if out.suffix != ".json":
-        raise PluginError(f"--out {out} must end in .json (the table goes into a file with .md instead).")
-    for path in (out, out.with_suffix(".md")):
-        if path.exists():
-            raise PluginError(f"--out {out}: {path} is there already. Choose another name, or delete it.")
-    if not os.access(out.parent, os.W_OK):
-        raise PluginError(f"--out {out}: the folder {out.parent} is not there or not writable.")
-    return out
-
-
-def make_case(settings: dict[str, Any], network: str, size: str, mode: str, compiled: bool) -> Case:
-    from measure_step import Case
-
-    shared = {name: settings[name] for name in ("device", "patch", "batch", "classes", "steps")}
-    return Case(network=network, size=size, mode=mode, compiled=compiled, **shared)
-
-
-def run_worker(case: Case) -> dict[str, Any]:
-    """Run a case in a fresh process and return what it measured.
-
-    Raises:
-        MeasurementError: it ended with an error, out of memory for example.
-    """
-    command = [sys.executable, str(WORKER), json.dumps(asdict(case))]
-    process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if process.returncode < 0:
-        raise MeasurementError(f"ended by signal {-process.returncode}; 9 is often the system running out of memory")
-    if process.returncode > 0:
-        lines = process.stderr.strip().splitlines() or ["no message"]
-        raise MeasurementError(lines[-1])
-    reply: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return reply
-
-
-def agree(report: dict[str, Any], size: str) -> bool:
-    """Compare the two networks' outputs, note it in the report, and return whether they are the same function."""
-    found = run_worker(make_case(report["settings"], "ours", size, "agreement", compiled=False))
-    report["machine"]["gpu"] = found.pop("gpu")
-    report["agreement"][size] = found
-    print(
-        f"{size}: same weights, {found['outputs']} outputs: largest difference {found['largest_difference']:.1e}, "
-        f"largest output {found['largest_output']:.1f}",
-        flush=True,
-    )
-    return bool(found["largest_difference"] <= AGREEMENT_LIMIT * found["largest_output"])
-
-
-def measure_pair(settings: dict[str, Any], size: str, mode: str, compiled: bool) -> dict[str, Any]:
-    """Measure ours and plain in turn, as many rounds as asked for; one that fails is not tried again."""
-    rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
-    errors: dict[str, str] = {}
-    title = f"{size} {mode}{' compiled' if compiled else ''}"
-    for number, network in itertools.product(range(1, settings["repeats"] + 1), rounds):
-        if network in errors:
-            continue
-        try:
-            measured = run_worker(make_case(settings, network, size, mode, compiled))
-        except MeasurementError as error:
-            errors[network] = str(error)
-            print(f"{title}, round {number}, {network}: failed ({error})", file=sys.stderr, flush=True)
-            continue
-        measured["seconds"] = statistics.median(measured["seconds"])
-        rounds[network].append(measured)
-        print(
-            f"{title}, round {number} of {settings['repeats']}, {network}: "
-            f"{seconds_text(measured['seconds'])}, {bytes_text(measured['peak_bytes'])}",
-            flush=True,
-        )
-    networks = {name: {"error": errors[name]} if name in errors else spreads(rounds[name]) for name in rounds}
-    ratios = None if errors else {name: round_ratios(rounds, key) for name, key in (("time", "seconds"), ("memory", "peak_bytes"))}
-    return {"size": size, "mode": mode, "compiled": compiled, "networks": networks, "ratios": ratios}
-
-
-def cpu_model() -> str:
-    """Name of the processor, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return side_by_side.main(build_parser(), choose, STEPS, arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from stunet_step import cpu_model
+from side_by_side import cpu_model
 
 from stunet_plugin import __version__
 from stunet_plugin.registration import write_atomically

@@ -32,8 +32,8 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from plain_volume_fusion import fused_sample
 from scipy.ndimage import gaussian_filter
+from side_by_side import cpu_model
 from step_report import ratio_text, seconds_text, spread
-from stunet_step import cpu_model
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError

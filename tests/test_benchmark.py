@@ -39,12 +39,21 @@ def test_both_networks_are_the_same_function(measure_step: ModuleType) -> None:
     assert found["largest_difference"] <= 1e-5 * found["largest_output"]
 
 
+@pytest.mark.parametrize("name", ["PCTNet-mode1", "FMUNet-mode2"])
+def test_networks_of_misfm_are_the_same_function_at_full_width(measure_step: ModuleType, name: str) -> None:
+    """At a size from which predictions on the CPU go slab by slab."""
+    found = measure_step.agreement(measure_step.Case("ours", name, "agreement", False, "cpu", (16, 64, 112), 1, CLASSES, 1))
+    assert found["outputs"] == 4
+    # The instance norms of FMUNet magnify rounding: of either network, to 1e-5 off a float64 run.
+    assert found["largest_difference"] <= 3e-5 * found["largest_output"]
+
+
 def test_both_networks_have_the_same_gradients(measure_step: ModuleType) -> None:
-    ours, plain = (network.double() for network in measure_step.build_pair("tiny", CLASSES))
+    ours, plain = (network.double() for network in measure_step.build_pair("tiny", CLASSES, PATCH))
     data = torch.randn(1, 1, *PATCH, dtype=torch.float64)
     for network in (ours, plain):
         sum(output.square().mean() for output in network(data)).backward()
-    translated = measure_step.translate_state_dict({name: value.grad for name, value in plain.named_parameters()})
+    translated = measure_step.find_subject("tiny").translate({name: value.grad for name, value in plain.named_parameters()})
     own = {name: value.grad for name, value in ours.named_parameters()}
     assert own.keys() == translated.keys()
     largest = max(gradient.abs().max() for gradient in own.values())
@@ -81,7 +90,7 @@ def test_script_writes_a_report_and_its_table(repository: Path, tmp_path: Path) 
     assert {"date", "machine", "versions", "settings", "agreement", "results"} <= report.keys()
     assert {"cpu", "cores", "threads", "gpu"} == report["machine"].keys()
     assert {"torch", "nnunetv2", "stunet-plugin"} <= report["versions"].keys()
-    assert report["settings"]["patch"] == list(PATCH)
+    assert all(result["patch"] == list(PATCH) for result in report["results"])
     assert report["agreement"].keys() == {"tiny"}
     assert [(result["size"], result["mode"]) for result in report["results"]] == [("tiny", "train"), ("tiny", "inference")]
     for result in report["results"]:
@@ -106,3 +115,24 @@ def test_wrong_input_is_told_before_anything_is_measured(
     assert benchmarks("stunet_step").main(["--device", "cpu", *arguments, str(present)]) == 2
     assert arguments[0] in capsys.readouterr().err
     assert present.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "1"), "--patch and --mode go together"),
+        (("--mode", "0", "--patch", "24", "32", "32"), "must be divisible by [16, 16, 16]"),
+        (("--mode", "2", "--patch", "4", "16", "16"), "leaves a single voxel"),
+    ],
+)
+def test_wrong_patches_for_misfm_are_told_before_anything_is_measured(
+    benchmarks: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    out = tmp_path / "new.json"
+    assert benchmarks("misfm_step").main(["--device", "cpu", *arguments, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
