@@ -92,7 +92,7 @@ class MISFMWeights(FoundWeights):
 
     @property
     def default_stem(self) -> str:
-        return MEAN  # the norms behind the stem know its response by heart
+        return MEAN  # PCT-Net's batch norms have learned the stem's response, FMUNet's residuals pass it on
 
     @property
     def stages(self) -> int:
