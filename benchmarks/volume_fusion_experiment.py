@@ -52,6 +52,7 @@ class Settings:
         cases: numbers of labelled cases.
         seeds: of the choice of labelled cases and of the initial weights.
         device: cpu or cuda.
+        mirroring: in augmentation and prediction of the trainings on labels.
     """
 
     size: str
@@ -63,6 +64,7 @@ class Settings:
     cases: tuple[int, ...]
     seeds: tuple[int, ...]
     device: str
+    mirroring: bool
 
 
 class CommandError(Exception):
@@ -179,6 +181,8 @@ class Experiment:
         number = list(self.folds()).index((seed, count))
         fold = results / LABELLED_NAME / f"{trainer}__{network.plans}__{CONFIGURATION}" / f"fold_{number}"
         options = {**self.budget(self.settings.fine_tune_iterations), "STUNET_VAL_ITERATIONS": "1", "STUNET_SEED": str(seed)}
+        if not self.settings.mirroring:
+            options["STUNET_MIRRORING"] = "0"
         if arm.warmup:
             options["STUNET_WARMUP_EPOCHS"] = str(max(round(arm.warmup * int(options["STUNET_EPOCHS"])), 1))
         arguments: list[object] = [LABELLED, CONFIGURATION, number, "-tr", trainer, "-p", network.plans]
@@ -267,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--groups", nargs="+", choices=list(GROUPS), default=["stunet"], help="what to compare")
     add("--size", default="small", help="of STU-Net")
     add("--cases", type=int, nargs="+", default=[4, 8, 16], help="numbers of labelled cases")
+    add("--only-cases", type=int, nargs="+", metavar="N", help="of --cases, run these now (default: all)")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the labelled cases and the initial weights")
     add("--test-cases", type=int, default=60, help="held out")
     add("--batch", type=int, default=2, help="samples of a step")
@@ -274,6 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fine-tune-iterations", type=int, default=300, help="of each training on labels")
     add("--iterations-per-epoch", type=int, default=50, help="between two validations")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="of all trainings")
+    add("--no-mirroring", dest="mirroring", action="store_false", help="predict eight times faster; no mirrored training samples")
     add("--dry-run", action="store_true", help="print the commands and run none")
     add("--json", type=Path, metavar="FILE", help="where the numbers of all finished runs go; the table goes to .md beside it")
     add("--figures", type=Path, metavar="FOLDER", help="where the plots go")
@@ -292,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not (options.data / "labelsTr").is_dir():
             raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
+        wanted = options.only_cases or settings.cases
+        if not set(wanted) <= set(settings.cases):
+            raise PluginError(f"--only-cases {wanted} must be among --cases {list(settings.cases)}.")
         if not options.dry_run:
             keep_settings(work, settings)
         experiment = Experiment(settings, options.data.resolve(), work, options.dry_run)
@@ -299,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in dict.fromkeys(arm.network for arm in arms):
             experiment.prepare_plans(experiment.networks[name])
         for seed, count in experiment.folds():
-            for arm in arms:
+            for arm in arms if count in wanted else ():
                 experiment.fine_tune(arm, seed, count)
                 if options.json is not None and not options.dry_run:
                     write_report(work, asdict(settings), options.json, options.figures)

@@ -128,7 +128,8 @@ def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -
         "",
         f"Mean over {settings['test_cases']} test cases and both structures; ± is the standard deviation over seeds. Batch "
         f"{settings['batch']}, {settings['pretrain_iterations']} iterations of pretraining, {settings['fine_tune_iterations']} of "
-        f"training on labels, STU-Net {settings['size']}, {settings['device']}.",
+        f"training on labels, STU-Net {settings['size']}, {settings['device']}"
+        f"{'' if settings['mirroring'] else ', no mirroring'}.",
     ]
     return "\n".join(lines)
 

@@ -145,6 +145,17 @@ def test_options_are_applied_and_checked(make: Callable[..., Any], monkeypatch: 
         make()
 
 
+def test_mirroring_is_left_out_of_augmentation_and_prediction(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def axes() -> tuple[Any, Any]:
+        trainer = make("STUNetTrainer_tiny")
+        *_, augmented = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return augmented, trainer.inference_allowed_mirroring_axes
+
+    assert axes() == ((0, 1, 2), (0, 1, 2))
+    monkeypatch.setenv("STUNET_MIRRORING", "0")
+    assert axes() == (None, None)
+
+
 def test_frozen_encoder_stays_until_its_epochs_are_over(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUNET_FROZEN_ENCODER_EPOCHS", "1")
     monkeypatch.setenv("STUNET_ENCODER_RATE", "0.5")

@@ -30,6 +30,7 @@ from stunet_plugin.options import (
     EPOCHS,
     FROZEN_ENCODER_EPOCHS,
     ITERATIONS,
+    MIRRORING,
     SEED,
     VAL_ITERATIONS,
     WARMUP_EPOCHS,
@@ -84,6 +85,7 @@ class PluginTrainer(nnUNetTrainer):
         self.fine_tuning_options = FineTuning(
             options.whole(WARMUP_EPOCHS, 0), options.whole(FROZEN_ENCODER_EPOCHS, 0), options.fraction(ENCODER_RATE, 1.0)
         )
+        self.mirroring = bool(options.whole(MIRRORING, 1))
         seed = options.whole(SEED, -1)
         if seed >= 0:
             torch.manual_seed(seed)
@@ -155,6 +157,13 @@ class PluginTrainer(nnUNetTrainer):
     def _network_strides(self) -> Strides:
         architecture = self.resolve_architecture(self.configuration_manager.configuration)
         return as_strides(architecture["arch_kwargs"]["strides"])
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
+        *rest, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if not self.mirroring:
+            # nnU-Net keeps the second in the checkpoint, where prediction reads it.
+            axes = self.inference_allowed_mirroring_axes = None
+        return (*rest, axes)
 
     # --- optimizer and schedule: nnU-Net's own, with the fine-tuning options ------------------------------------------------
 
