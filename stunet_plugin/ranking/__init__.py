@@ -1,0 +1,1 @@
+"""``stunet rank``: which pretrained weights suit a dataset, before any training."""
