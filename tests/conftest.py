@@ -25,6 +25,8 @@ PHANTOM_ID = "901"
 
 # The test processes share the cores; threads of theirs would only wait for each other. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# nnU-Net takes a thread per core whatever that says; passive, they do not spin while another test process has the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell starts background jobs with SIGINT ignored, and they hand that on: the commands under test would not hear Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -74,7 +76,6 @@ class Workspace:
             "STUNET_EPOCHS": "1",
             "STUNET_ITERATIONS": "2",
             "STUNET_VAL_ITERATIONS": "1",
-            "OMP_NUM_THREADS": "1",
         }
 
     def run(
