@@ -115,7 +115,7 @@ def save_fusion_example(
     if images.ndim == 4:
         middle = images.shape[1] // 2
         images, targets, predictions = (array[:, middle] for array in (images, targets, predictions))
-    with _plain_style():
+    with plain_style():
         figure = Figure(figsize=(9, 3 * len(images) + 0.5), layout="constrained")
         FigureCanvasAgg(figure)
         colours = _colour_map(len(class_names))
@@ -128,7 +128,7 @@ def save_fusion_example(
                 axis.set_axis_off()
         patches = [Patch(color=colours(index), label=f"alpha {name}") for index, name in enumerate(class_names)]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(9, len(patches)), fontsize=8, frameon=False)
-        _save_atomically(figure, path)
+        save_atomically(figure, path)
 
 
 def save_pretext_progress(log: Mapping[str, Sequence[Any]], class_names: Sequence[str], path: Path) -> None:
@@ -142,7 +142,7 @@ def save_pretext_progress(log: Mapping[str, Sequence[Any]], class_names: Sequenc
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with _plain_style():
+    with plain_style():
         figure = Figure(figsize=(12, 8), layout="constrained")
         FigureCanvasAgg(figure)
         (losses, dice), (rate, seconds) = figure.subplots(2, 2)
@@ -161,7 +161,7 @@ def save_pretext_progress(log: Mapping[str, Sequence[Any]], class_names: Sequenc
         dice.set_ylim(0, 1)
         losses.legend(fontsize=8)
         dice.legend(fontsize=8, ncols=2)
-        _save_atomically(figure, path)
+        save_atomically(figure, path)
 
 
 def _colour_map(count: int) -> Colormap:
@@ -171,7 +171,7 @@ def _colour_map(count: int) -> Colormap:
     return colormaps["viridis"].resampled(count)
 
 
-def _plain_style() -> AbstractContextManager[Any]:
+def plain_style() -> AbstractContextManager[Any]:
     """matplotlib's own style: nnU-Net's progress plot leaves letters of a poster's size behind."""
     from matplotlib import style
 
@@ -179,7 +179,7 @@ def _plain_style() -> AbstractContextManager[Any]:
     return context
 
 
-def _save_atomically(figure: Figure, path: Path) -> None:
+def save_atomically(figure: Figure, path: Path) -> None:
     """Write a figure so that whoever looks at it while a training runs never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=110, format="png")

@@ -19,16 +19,16 @@ from itertools import combinations
 
 import numpy as np
 
+from stunet_plugin.ranking.arguments import VARIETIES
+
 ENERGY_EPSILON = 1e-3
 """Added to squared distances in the variety, as published."""
 MINIMUM_SAMPLES = 2
 """Voxels of a class in a case from which on its covariance is defined."""
 
-ENERGY, SPREAD = "energy", "spread"
-VARIETIES = {
-    ENERGY: "log(F / W) with F as in the published code, an energy: high where the cases' mean features are alike",
-    SPREAD: "log(1 / (F W)), the inverse of that energy: high where they differ, and the same whatever the features' scale",
-}
+ENERGY, SPREAD = VARIETIES
+"""log(F / W) with F as in the published code, an energy, which is high where the cases' mean features are alike; or with its
+inverse, log(1 / (F W)), which is high where they differ, and the same whatever the scale of the features."""
 
 
 @dataclass(frozen=True)

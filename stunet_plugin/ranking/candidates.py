@@ -1,0 +1,226 @@
+"""The weights to rank: model folders of nnU-Net, their checkpoints, pretext checkpoints, and random weights to compare with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from stunet_plugin import trainers
+from stunet_plugin.checkpoints.safe_loading import load_checkpoint
+from stunet_plugin.checkpoints.starting_weights import describe_misfits
+from stunet_plugin.errors import PluginError
+from stunet_plugin.importing.model_source import find_model
+from stunet_plugin.importing.plan_readers import read_json
+from stunet_plugin.ranking.features import head_modules
+
+RANDOM = "random"
+HEADS = ".seg_layers."
+"""Names that fine-tuning does not take over, nor do we."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How images are prepared and the network is built: plans of nnU-Net and one of their configurations."""
+
+    plans: dict[str, Any] = field(repr=False)
+    configuration: str
+
+    @property
+    def manager(self) -> PlansManager:
+        return PlansManager(self.plans)
+
+    @property
+    def chosen(self) -> ConfigurationManager:
+        return self.manager.get_configuration(self.configuration)
+
+    @property
+    def name(self) -> str:
+        return f"{self.plans.get('plans_name', 'plans')}, {self.configuration}"
+
+    def check(self, where: str) -> None:
+        """Raise a PluginError unless the configuration is there and its network takes images alone."""
+        available = self.plans.get("configurations", {})
+        if self.configuration not in available:
+            raise PluginError(f"{where} has no configuration {self.configuration!r}. Available: {', '.join(available)}. Set it: -c")
+        if self.chosen.previous_stage_name is not None:
+            raise PluginError(
+                f"{self.configuration} of {where} is the second stage of a cascade, which also takes the first stage's "
+                f"segmentation. Rank {self.chosen.previous_stage_name} instead: -c {self.chosen.previous_stage_name}"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights in a file, or random ones (``file`` is None), of the network that a trainer builds for a plan."""
+
+    name: str
+    file: Path | None
+    trainer: str
+    plan: Plan
+
+    def with_random_weights(self, name: str) -> Candidate:
+        return replace(self, name=name, file=None)
+
+    def build(self, channels: int, seed: int) -> nn.Module:
+        """Return the network, with heads at random and everything else as in the file, in evaluation mode.
+
+        Raises:
+            PluginError: the weights do not fit the network.
+        """
+        network = self.architecture(channels, seed)
+        if self.file is not None:
+            weights = _read_weights(self.file)[1]
+            misfits = describe_misfits(network, weights, heads_too=False)
+            if misfits:
+                raise PluginError(
+                    f"{self.name}: the weights in {self.file} do not fit the network of {self.plan.name}: {misfits}. Give the "
+                    f"plans that you would fine-tune them with (-p), or leave -p out to take their own."
+                )
+            own = {name for name in network.state_dict() if HEADS not in name}
+            network.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
+        return network.eval()
+
+    def architecture(self, channels: int, seed: int) -> nn.Module:
+        """Return the network with its initial weights, drawn with the seed."""
+        trainer = find_trainer(self.trainer)
+        chosen = self.plan.chosen
+        # Outputs do not matter, as heads are not looked at: one takes the least memory.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if "plans_manager" in inspect.signature(trainer.build_network_architecture).parameters:
+                try:
+                    return trainer.build_network_architecture(self.plan.manager, chosen, channels, 1, True)
+                except PluginError as error:
+                    raise PluginError(f"{self.name}: {error}") from error
+            # As nnU-Net 2.8 still calls trainers that were written for older releases.
+            names = (chosen.network_arch_class_name, chosen.network_arch_init_kwargs, chosen.network_arch_init_kwargs_req_import)
+            return trainer.build_network_architecture(*names, channels, 1, True)
+
+
+def find_trainer(name: str) -> Any:
+    """Return a trainer class by name, whether or not the plugin is registered.
+
+    Raises:
+        PluginError: nobody knows it.
+    """
+    if name in trainers.__all__:
+        return getattr(trainers, name)
+    if name == nnUNetTrainer.__name__:
+        return nnUNetTrainer
+    # Imports all of nnU-Net's trainers.
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, ImportError) as error:
+        raise PluginError(
+            f"The trainer {name} is known neither to this plugin nor to nnU-Net. If it is your own, set nnUNet_extTrainer to its "
+            f"folder."
+        ) from error
+
+
+def find_candidates(given: list[str], target: Plan | None) -> list[Candidate]:
+    """Return the candidates that a user names.
+
+    Args:
+        given: each ``[NAME=]PATH``, ``random`` (random weights for every network among the others) or ``random:TRAINER``.
+        target: the plan that all are to be fine-tuned with; None takes each model's own.
+
+    Raises:
+        PluginError: a file is no checkpoint, has no plan, or two candidates have one name.
+    """
+    found = [_candidate(text, target) for text in given if text != RANDOM]
+    if RANDOM in given:
+        if not found:
+            raise PluginError(f"'{RANDOM}' is to compare other weights with. Name some, or a network: {RANDOM}:TRAINER -p PLANS")
+        found += _random_ones(found)
+    names = [candidate.name for candidate in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PluginError(f"Two candidates are called {twice[0]}. Give them names of their own: NAME=PATH")
+    if len(found) < 2:
+        raise PluginError(f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'.")
+    return found
+
+
+def _candidate(text: str, target: Plan | None) -> Candidate:
+    name, separator, path = text.partition("=")
+    if not separator:
+        name, path = "", text
+    if path.startswith(f"{RANDOM}:"):
+        if target is None:
+            raise PluginError(f"{path} has no plan of its own. Give one: -p PLANS (those of the dataset)")
+        return Candidate(name or path, None, path.partition(":")[2], target)
+    file = find_model(path).checkpoint
+    checkpoint, _ = _read_weights(file)
+    plan = target or own_plan(checkpoint, file)
+    return Candidate(name or path.rstrip("/"), file, str(checkpoint.get("trainer_name", "")), plan)
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint of nnU-Net v2, mapped into memory, and its weights."""
+    if not file.is_file():
+        raise PluginError(f"{file}: there is no such file. Name a model folder of nnU-Net, or a checkpoint.")
+    checkpoint = load_checkpoint(file)
+    weights = checkpoint.get("network_weights")
+    if not isinstance(weights, Mapping) or not checkpoint.get("trainer_name"):
+        raise PluginError(
+            f"{file} is no checkpoint of nnU-Net v2. Published STU-Net, PCT-Net and FMUNet weights become one with "
+            f"`stunet import`; `stunet inspect` says what a file is."
+        )
+    return checkpoint, dict(weights)
+
+
+def own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
+    """Return the plan that a model was trained with: ``plans.json`` of its folder, or what its checkpoint keeps.
+
+    Raises:
+        PluginError: it has none.
+    """
+    arguments = checkpoint.get("init_args") or {}
+    beside = file.parent.parent / "plans.json"
+    plans = read_json(beside) if beside.is_file() else arguments.get("plans")
+    if not isinstance(plans, dict) or not plans.get("configurations"):
+        raise PluginError(f"{file} has no plan of its own (weights of a pretext task, perhaps). Give the dataset's plans: -p PLANS")
+    plan = Plan(plans, str(arguments.get("configuration", "")))
+    plan.check(str(file))
+    return plan
+
+
+def _random_ones(found: list[Candidate]) -> list[Candidate]:
+    """One candidate with random weights for each network among the others."""
+    different: dict[Any, Candidate] = {}
+    for candidate in found:
+        if candidate.file is None:
+            continue
+        with torch.device("meta"):
+            network = candidate.architecture(1, 0)
+        key = (str(candidate.plan.chosen), *((name, tuple(value.shape)) for name, value in network.state_dict().items()))
+        different.setdefault(key, candidate)
+    if len(different) == 1:
+        return [candidate.with_random_weights(RANDOM) for candidate in different.values()]
+    return [candidate.with_random_weights(f"{RANDOM}, like {candidate.name}") for candidate in different.values()]
+
+
+def count_levels(candidates: list[Candidate], wanted: int | None, default: int) -> int:
+    """Return how many levels to compare: as many as asked for, or the default where all networks have them.
+
+    Raises:
+        PluginError: a network has fewer heads than asked for.
+    """
+    heads = {}
+    for candidate in candidates:
+        with torch.device("meta"):
+            heads[candidate.name] = len(head_modules(candidate.architecture(1, 0)))
+    fewest = min(heads, key=lambda name: heads[name])
+    if wanted is not None and not 1 <= wanted <= heads[fewest]:
+        raise PluginError(f"--levels must be from 1 to {heads[fewest]}, the segmentation heads that {fewest} has, not {wanted}.")
+    return wanted or min(default, heads[fewest])

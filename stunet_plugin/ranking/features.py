@@ -1,0 +1,163 @@
+"""Features of a network at voxels of a case: what its segmentation heads take in, read at sampled voxels alone.
+
+The voxels are chosen first, from the labels; a sliding window then goes only where there are some, each voxel being read
+where a window has it nearest to its middle. Nothing of a window is kept but the features of its voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stunet_plugin.errors import PluginError
+
+FINEST_SAMPLES, FEWEST_SAMPLES = 400, 100
+"""Voxels per class and case at full resolution, and how few it becomes when halved from level to level (as published)."""
+
+
+def samples_of_levels(levels: int) -> list[int]:
+    """Return the number of sampled voxels per class and case of each level, the coarsest first: 100, 200, 400."""
+    return [max(FINEST_SAMPLES >> step, FEWEST_SAMPLES) for step in range(levels)][::-1]
+
+
+def sample_voxels(segmentation: np.ndarray, labels: Sequence[int], case: str, seed: int) -> dict[int, np.ndarray]:
+    """Draw voxels of each label, without replacement; labels that the case lacks are left out.
+
+    The draw depends on seed, case and label alone, so that every network is asked about the same voxels.
+
+    Args:
+        segmentation: (z, y, x).
+        labels: values to draw from.
+        case: its name.
+        seed: of all draws.
+
+    Returns:
+        Label to indices (voxel, 3), at most ``FINEST_SAMPLES``, in random order: the first ones serve the coarser levels.
+    """
+    found = {}
+    for label in labels:
+        indices = np.flatnonzero(segmentation == label)
+        if len(indices):
+            rng = np.random.default_rng([seed, crc32(case.encode()), label])
+            drawn = rng.choice(indices, min(len(indices), FINEST_SAMPLES), replace=False)
+            found[label] = np.stack(np.unravel_index(drawn, segmentation.shape), axis=1)
+    return found
+
+
+def read_features(
+    network: nn.Module, image: Tensor, voxels: Mapping[int, np.ndarray], patch_size: Sequence[int], step: float, levels: int
+) -> list[dict[int, np.ndarray]]:
+    """Return the features of sampled voxels at the finest levels of the decoder.
+
+    At coarser levels a voxel's features are interpolated linearly between those of the level.
+
+    Args:
+        network: in evaluation mode, with deep supervision, on the device to compute on.
+        image: preprocessed, (channel, z, y, x).
+        voxels: label to indices (voxel, 3), see :func:`sample_voxels`.
+        patch_size: three or two axes; a 2D network sees slices of the first axis.
+        step: of the sliding window, as a fraction of the patch.
+        levels: how many.
+
+    Returns:
+        One entry per level, the coarsest first: label to features (voxel, channel), float32.
+    """
+    patch = (*(1,) * (3 - len(patch_size)), *patch_size)
+    padded, inside = pad_nd_image(image, patch, "constant", {"value": 0}, return_slicer=True)
+    offset = [part.start or 0 for part in inside[1:]]
+    counts = samples_of_levels(levels)
+    points = np.concatenate(list(voxels.values())) + offset
+    rank = np.concatenate([np.arange(len(indices)) for indices in voxels.values()])
+    label = np.repeat(list(voxels), [len(indices) for indices in voxels.values()])
+
+    starts = _window_starts(points, padded.shape[1:], patch, step)
+    device = next(network.parameters()).device
+    features: list[np.ndarray | None] = [None] * levels
+    with torch.inference_mode(), HeadInputs(network, levels) as heads:
+        for start in np.unique(starts, axis=0):
+            here = np.flatnonzero((starts == start).all(axis=1))
+            window = padded[(slice(None), *(slice(first, first + size) for first, size in zip(start, patch, strict=True)))]
+            if len(patch_size) == 2:
+                window = window[:, 0]
+            places = torch.from_numpy((points[here] - start + 0.5) / patch).to(device, torch.float32)
+            chosen = [here[rank[here] < count] for count in counts]
+            heads.places = [places[torch.from_numpy(rank[here] < count)][:, -len(patch_size) :] for count in counts]
+            network(window[None].to(device))
+            for level, (found, indices) in enumerate(zip(heads.found, chosen, strict=True)):
+                all_of_them = features[level]
+                if all_of_them is None:
+                    all_of_them = features[level] = np.zeros((len(points), found.shape[1]), np.float32)
+                all_of_them[indices] = found
+    return [
+        {value: of_level[(label == value) & (rank < count)] for value in voxels}
+        for of_level, count in zip(features, counts, strict=True)
+        if of_level is not None
+    ]
+
+
+def _window_starts(points: np.ndarray, size: Sequence[int], patch: Sequence[int], step: float) -> np.ndarray:
+    """For each point (point, 3) the first corner of the window that has it nearest to its middle."""
+    # Along an axis with windows of one voxel (the slices of 2D networks) every voxel has its own.
+    grid = compute_steps_for_sliding_window(tuple(size), tuple(patch), step)
+    nearest = []
+    for axis, first in enumerate(grid):
+        firsts = np.arange(size[axis]) if patch[axis] == 1 else np.array(first)
+        middles = firsts + (patch[axis] - 1) / 2
+        nearest.append(firsts[np.abs(points[:, axis, None] - middles).argmin(axis=1)])
+    return np.stack(nearest, axis=1)
+
+
+class HeadInputs:
+    """Reads, at given places, what the finest segmentation heads of a network take in while it runs.
+
+    Attributes:
+        places: per level, coarsest first, (place, axis): fractions of the window, from 0 to 1; to be set before each run.
+        found: per level (place, channel), after the run.
+    """
+
+    def __init__(self, network: nn.Module, levels: int) -> None:
+        self.heads = head_modules(network)[-levels:]
+        self.places: list[Tensor] = []
+        self.found: list[np.ndarray] = [np.empty((0, 0))] * levels
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> HeadInputs:
+        for level, head in enumerate(self.heads):
+            self._hooks.append(head.register_forward_pre_hook(lambda _, inputs, level=level: self._read(level, inputs[0])))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _read(self, level: int, features: Tensor) -> None:
+        """Interpolate features (1, channel, *spatial) at the places of a level."""
+        # grid_sample counts from -1 to 1 and from the last axis to the first; this is the rule of torch's interpolate.
+        grid = (2 * self.places[level] - 1).flip(1)
+        grid = grid.view(1, *(1,) * (grid.shape[1] - 1), *grid.shape)
+        values = functional.grid_sample(features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        self.found[level] = values[0].flatten(1).T.cpu().numpy()
+
+
+def head_modules(network: nn.Module) -> list[nn.Module]:
+    """Return the segmentation heads of a network, the coarsest first.
+
+    Raises:
+        PluginError: it has none where nnU-Net's networks have them.
+    """
+    heads = getattr(getattr(network, "decoder", None), "seg_layers", None)
+    if not isinstance(heads, nn.ModuleList) or not len(heads):
+        raise PluginError(
+            f"{type(network).__name__} has no segmentation heads in decoder.seg_layers, so there are no levels to compare. Rank "
+            f"networks of this plugin, or nnU-Net's own U-Nets."
+        )
+    return list(heads)

@@ -1,0 +1,328 @@
+"""`stunet rank`: features read where they should be, every kind of candidate, the same numbers for the same seed, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from import_helpers import make_network, published_weights, v1_plans, write_v1
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from torch import nn
+from torch.nn import functional
+
+from stunet_plugin.cli import main
+from stunet_plugin.networks.pctnet import PCTNet
+from stunet_plugin.ranking.candidates import Plan
+from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
+from stunet_plugin.ranking.target import Target
+
+SHAPE = (20, 24, 36)
+
+
+# --- features -----------------------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """Heads that take in the image itself, at a quarter, half and full resolution; remembers how often it ran."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        convolution, self.pool = ((nn.Conv2d, functional.avg_pool2d), (nn.Conv3d, functional.avg_pool3d))[dimensions - 2]
+        self.decoder = nn.Module()
+        self.decoder.seg_layers = nn.ModuleList(convolution(2, 1, 1) for _ in range(4))
+        self.runs = 0
+
+    def forward(self, x: torch.Tensor) -> None:
+        self.runs += 1
+        for factor, head in zip((8, 4, 2, 1), self.decoder.seg_layers, strict=True):
+            head(self.pool(x, factor))
+
+
+def coordinates(shape: tuple[int, int, int]) -> torch.Tensor:
+    """An image whose two channels say where a voxel is."""
+    z, y, x = np.indices(shape).astype(np.float32)
+    return torch.from_numpy(np.stack([100 * z + y, x]))
+
+
+def test_voxels_are_drawn_per_label_and_do_not_depend_on_other_cases() -> None:
+    segmentation = np.zeros((6, 30, 30), np.int8)
+    segmentation[2, 3, 4:7] = 2
+    segmentation[3:, 5:25, 5:25] = 1
+    voxels = sample_voxels(segmentation, [0, 1, 2, 3], "case", 7)
+    assert {label: len(indices) for label, indices in voxels.items()} == {0: 400, 1: 400, 2: 3}
+    for label, indices in voxels.items():
+        assert (segmentation[tuple(indices.T)] == label).all()
+        assert len(np.unique(indices, axis=0)) == len(indices)
+    again, other = (sample_voxels(segmentation, [1], name, 7)[1] for name in ("case", "other"))
+    assert np.array_equal(voxels[1], again)
+    assert not np.array_equal(again, other)
+    assert samples_of_levels(3) == [100, 200, 400]
+    assert samples_of_levels(5) == [100, 100, 100, 200, 400]
+
+
+@pytest.mark.parametrize(("patch", "shape"), [((16, 16, 16), SHAPE), ((16, 16), SHAPE), ((24, 32, 40), SHAPE)])
+def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(patch: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+    image = coordinates(shape)
+    segmentation = (np.indices(shape).sum(0) > 40).astype(np.int8)
+    voxels = sample_voxels(segmentation, [0, 1], "case", 0)
+    coarse, half, full = read_features(Pyramid(len(patch)), image, voxels, patch, 0.5, 3)
+    for label, indices in voxels.items():
+        expected = image.numpy()[(slice(None), *indices.T)].T
+        assert np.allclose(full[label], expected, rtol=1e-4, atol=1e-3)
+        assert len(half[label]) == min(len(indices), 200)
+        assert len(coarse[label]) == min(len(indices), 100)
+        # Linear in between: the coordinates are linear, so only the window's borders differ.
+        assert np.median(np.abs(half[label] - expected[:200])) < 1e-2
+
+
+def test_features_between_voxels_are_those_of_torchs_interpolation() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(2, 16, 16, 16)
+    voxels = {1: np.argwhere(np.ones((16, 16, 16)))[np.random.default_rng(0).permutation(16**3)[:400]]}
+    coarse, half, _ = read_features(Pyramid(3), image, voxels, (16, 16, 16), 1.0, 3)
+    for found, factor, count in ((coarse, 4, 100), (half, 2, 200)):
+        upsampled = functional.interpolate(functional.avg_pool3d(image[None], factor), size=(16, 16, 16), mode="trilinear")[0]
+        expected = upsampled.numpy()[(slice(None), *voxels[1][:count].T)].T
+        assert np.allclose(found[1], expected, atol=1e-5)
+
+
+def test_windows_without_sampled_voxels_are_not_computed() -> None:
+    network = Pyramid(3)
+    voxels = {1: np.array([[3, 3, 3], [4, 2, 5]]), 2: np.array([[60, 60, 60]])}
+    read_features(network, coordinates((64, 64, 64)), voxels, (16, 16, 16), 0.5, 2)
+    assert network.runs == 2
+    assert not any(head._forward_pre_hooks for head in network.decoder.seg_layers)
+
+
+def networks() -> dict[str, nn.Module]:
+    convolution = {"conv_op": nn.Conv3d, "kernel_sizes": 3, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    plain = PlainConvUNet(1, 3, [4, 8, 8], strides=[1, 2, 2], n_conv_per_stage=1, num_classes=2, n_conv_per_stage_decoder=1,
+                          deep_supervision=True, **convolution)  # fmt: skip
+    stunet = make_network("tiny")
+    stunet.decoder.deep_supervision = True
+    pctnet = PCTNet(1, 2, mode=0, features_per_stage=(4, 8, 8, 8, 8), num_heads=(2, 2, 2), deep_supervision=True)
+    return {"nnU-Net": plain, "STU-Net": stunet, "PCT-Net": pctnet}
+
+
+@pytest.mark.parametrize("name", ["nnU-Net", "STU-Net", "PCT-Net"])
+def test_heads_of_every_network(name: str) -> None:
+    network = networks()[name].eval()
+    heads = list(network.decoder.seg_layers)[-2:]  # type: ignore[union-attr, arg-type]
+    image = torch.rand(1, 32, 32, 64)
+    expected: list[torch.Tensor] = []
+    hooks = [head.register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0].clone())) for head in heads]
+    with torch.no_grad():
+        network(image[None])
+    for hook in hooks:
+        hook.remove()
+    voxels = {1: np.argwhere(np.ones((32, 32, 64)))[:: 32 * 5][:400]}
+    features = read_features(network, image, voxels, (32, 32, 64), 0.5, 2)
+    assert [level[1].shape[1] for level in features] == [level.shape[1] for level in expected]
+    at_voxels = expected[-1][0].numpy()[(slice(None), *voxels[1].T)].T
+    assert np.allclose(features[-1][1], at_voxels, atol=1e-3)
+
+
+# --- the command --------------------------------------------------------------------------------------------------------------
+
+
+def write_target(folder: Path, cases: int = 4, labels: dict[str, Any] | None = None) -> None:
+    """A labelled dataset: a dim and a bright box in noise."""
+    rng = np.random.default_rng(5)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for number in range(cases):
+        segmentation = np.zeros(SHAPE, np.uint8)
+        low = rng.integers(2, 6, 3)
+        segmentation[tuple(slice(first, first + 8) for first in low)] = 1
+        segmentation[tuple(slice(first + 9, first + 13) for first in low)] = 2
+        image = (100 * segmentation + rng.normal(0, 20, SHAPE)).astype(np.float32)
+        for array, file in ((image, f"imagesTr/case{number}_0000.nii.gz"), (segmentation, f"labelsTr/case{number}.nii.gz")):
+            scan = sitk.GetImageFromArray(array)
+            scan.SetSpacing((1.5, 1.5, 1.5))
+            sitk.WriteImage(scan, str(folder / file))
+    content = {"channel_names": {"0": "MRI"}, "labels": labels or {"background": 0, "dim": 1, "bright": 2},
+               "numTraining": cases, "file_ending": ".nii.gz"}  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's folders, a labelled dataset, and two models that were imported."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    write_target(tmp_path / "nnUNet_raw" / "Dataset004_Boxes")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        weights = published_weights(make_network(outputs=3))
+        source = write_v1(tmp_path / f"{name}.model", weights, v1_plans(classes=2))
+        assert main(["import", str(source), "--out", str(tmp_path / name)]) == 0
+    return tmp_path
+
+
+def rank(folder: Path, *arguments: object) -> dict[str, Any]:
+    out = folder / "ranking.json"
+    assert main(["rank", *map(str, arguments), "-d", "4", "--device", "cpu", "--step-size", "1", "--json", str(out)]) == 0
+    content: dict[str, Any] = json.loads(out.read_text())
+    return content
+
+
+def write_plans(folder: Path, name: str = "Mine") -> Plan:
+    """Plans of the dataset, as of the imported model."""
+    plans = json.loads((folder / "one" / "plans.json").read_text())
+    target = folder / "nnUNet_preprocessed" / "Dataset004_Boxes"
+    target.mkdir(exist_ok=True)
+    plan = Plan({**plans, "dataset_name": target.name, "plans_name": name}, "3d_fullres")
+    (target / f"{name}.json").write_text(json.dumps(plan.plans))
+    return plan
+
+
+def test_ranking_of_models_with_their_own_plans(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = folders / "ranking.png"
+    found = rank(folders, f"first={folders / 'one'}", folders / "two", "random", "--cases", 3, "--figure", figure)
+    table = capsys.readouterr().out
+    assert [entry["rank"] for entry in found["candidates"]] == [1, 2, 3]
+    assert {entry["name"] for entry in found["candidates"]} == {"first", str(folders / "two"), "random"}
+    assert len(found["cases"]) == 3
+    scores = [entry["score"] for entry in found["candidates"]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == 3
+    for entry in found["candidates"]:
+        assert entry["score"] == pytest.approx(sum(level["score"] for level in entry["levels"]))
+        for level in entry["levels"]:
+            assert set(level["class_distances"]) == {"dim", "bright"}
+            assert level["score"] == pytest.approx(np.log(level["energy"] / np.mean(list(level["class_distances"].values()))))
+        assert f"{entry['score']:.3f}" in table
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    for again in (found, rank(folders, f"first={folders / 'one'}", folders / "two", "random", "--cases", 3)):
+        for entry in again["candidates"]:
+            entry.pop("seconds")
+    assert again["candidates"] == found["candidates"]
+
+
+def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path) -> None:
+    plan = write_plans(folders)
+    # Weights of a pretext task: a trainer, no plan.
+    checkpoint = torch.load(folders / "two" / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    pretext = {**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny", "init_args": {}}
+    torch.save(pretext, folders / "pretext.pth")
+    given = (f"model={folders / 'one'}", f"pretext={folders / 'pretext.pth'}", "random:STUNetTrainer_tiny", "-p", "Mine")
+    from_raw = rank(folders, *given)
+    preprocessed = folders / "nnUNet_preprocessed" / "Dataset004_Boxes" / plan.chosen.data_identifier
+    preprocessed.mkdir()
+    preprocessor = plan.chosen.preprocessor_class(verbose=False)
+    raw = folders / "nnUNet_raw" / "Dataset004_Boxes"
+    for number in range(4):
+        images, label = [str(raw / "imagesTr" / f"case{number}_0000.nii.gz")], str(raw / "labelsTr" / f"case{number}.nii.gz")
+        description = json.loads((raw / "dataset.json").read_text())
+        preprocessor.run_case_save(str(preprocessed / f"case{number}"), images, label, plan.manager, plan.chosen, description)
+    assert len(nnUNetDatasetBlosc2.get_identifiers(str(preprocessed))) == 4
+    shutil.rmtree(raw / "labelsTr")
+    (raw / "labelsTr").mkdir()
+    for number in range(4):
+        (raw / "labelsTr" / f"case{number}.nii.gz").touch()
+    from_preprocessed = rank(folders, *given)
+    for entry, other in zip(from_raw["candidates"], from_preprocessed["candidates"], strict=True):
+        assert entry["name"] == other["name"]
+        assert entry["score"] == pytest.approx(other["score"])
+
+
+def test_weights_decide_not_their_heads(folders: Path) -> None:
+    file = folders / "one" / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=True)
+    heads = {name: torch.rand(7, 2) for name in checkpoint["network_weights"] if ".seg_layers." in name}
+    torch.save({**checkpoint, "network_weights": {**checkpoint["network_weights"], **heads}}, folders / "other.pth")
+    write_plans(folders)
+    first, second = rank(folders, file, folders / "other.pth", "-p", "Mine", "--levels", 2)["candidates"]
+    assert first["score"] == second["score"]
+    assert len(first["levels"]) == 2
+
+
+def test_the_published_sums_and_the_other_variety(folders: Path) -> None:
+    given = (folders / "one", folders / "two")
+    plain, sums, spread = (rank(folders, *given, *more) for more in ((), ("--published-sums",), ("--variety", "spread")))
+    by_name = [{entry["name"]: entry["levels"][0] for entry in found["candidates"]} for found in (plain, sums, spread)]
+    for name in by_name[0]:
+        averaged, summed, spread_out = (levels[name] for levels in by_name)
+        one, two = (averaged["class_distances"][label] * 6 for label in ("dim", "bright"))
+        factor = 1 + 1 / (16 / 2) / 2
+        assert summed["consistency"] == pytest.approx((one * factor + two) * factor)
+        assert spread_out["score"] == pytest.approx(-np.log(averaged["energy"] * averaged["consistency"]))
+
+
+def test_classes_that_only_some_cases_have(folders: Path) -> None:
+    """A class of one voxel in one case, missing in another: left out of those cases, not of the score."""
+    labels = folders / "nnUNet_raw" / "Dataset004_Boxes" / "labelsTr"
+    for number, voxels in ((0, 0), (1, 1)):
+        scan = sitk.ReadImage(str(labels / f"case{number}.nii.gz"))
+        array = sitk.GetArrayFromImage(scan)
+        places = np.argwhere(array == 2)
+        array[array == 2] = 0
+        array[tuple(places[:voxels].T)] = 2
+        changed = sitk.GetImageFromArray(array)
+        changed.CopyInformation(scan)
+        sitk.WriteImage(changed, str(labels / f"case{number}.nii.gz"))
+    found = rank(folders, folders / "one", folders / "two")
+    assert set(found["candidates"][0]["levels"][0]["class_distances"]) == {"dim", "bright"}
+
+
+def test_broken_weights_are_ranked_last(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(folders / "two" / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    for value in checkpoint["network_weights"].values():
+        value.fill_(float("nan"))
+    torch.save(checkpoint, folders / "broken.pth")
+    write_plans(folders)
+    found = rank(folders, f"broken={folders / 'broken.pth'}", f"good={folders / 'one'}", "-p", "Mine")
+    assert [(entry["name"], entry["rank"]) for entry in found["candidates"]] == [("good", 1), ("broken", None)]
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_regions_and_the_ignore_label() -> None:
+    description = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    assert Target(_with_description(description), ()).labels == {0: "background", 1: "label 1", 2: "core"}
+
+
+def _with_description(description: dict[str, Any]) -> Any:
+    from stunet_plugin.datasets.raw_dataset import RawDataset
+
+    return RawDataset(Path("Dataset001_X"), description, ())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["rank", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = folders / "one", folders / "two"
+    assert "at least two candidates" in refused(capsys, one, "-d", 4)
+    assert "Two candidates are called x" in refused(capsys, f"x={one}", f"x={two}", "-d", 4)
+    assert "no folder" in refused(capsys, one, two, "-d", 4, "--json", folders / "not" / "there.json")
+    assert "no such file" in refused(capsys, one, folders / "none.pth", "-d", 4)
+    assert "Expected one Dataset005_*" in refused(capsys, one, two, "-d", 5)
+    assert "--cases must be at least 2" in refused(capsys, one, two, "-d", 4, "--cases", 1)
+    assert "--levels must be from 1 to 5" in refused(capsys, one, two, "-d", 4, "--levels", 6)
+    assert "--step-size" in refused(capsys, one, two, "-d", 4, "--step-size", 0)
+    assert "no such plans" in refused(capsys, one, two, "-d", 4, "-p", "Nothing")
+    assert "no plan of its own" in refused(capsys, one, "random:STUNetTrainer_tiny", "-d", 4)
+    assert "stunet import" in refused(capsys, one, folders / "one.model", "-d", 4)
+    write_plans(folders)
+    assert "no configuration '2d'" in refused(capsys, one, two, "-d", 4, "-p", "Mine", "-c", "2d")
+    checkpoint = torch.load(one / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    torch.save({**checkpoint, "trainer_name": "STUNetTrainer_small"}, folders / "small.pth")
+    message = refused(capsys, one, f"x={folders / 'small.pth'}", "-d", 4, "-p", "Mine")
+    assert "x: STUNetTrainer_small trains STU-Net small" in message
+    weights = {name: value for name, value in checkpoint["network_weights"].items() if "encoder.stages.0" not in name}
+    torch.save({**checkpoint, "network_weights": weights}, folders / "less.pth")
+    assert "tensors are missing" in refused(capsys, one, folders / "less.pth", "-d", 4, "-p", "Mine")
+    raw = folders / "nnUNet_raw" / "Dataset004_Boxes"
+    (raw / "labelsTr" / "case0.nii.gz").unlink()
+    assert "have no labels" in refused(capsys, one, two, "-d", 4)
