@@ -27,7 +27,7 @@ BACKGROUND, IGNORE = "background", "ignore"
 """Names that nnU-Net's ``dataset.json`` reserves."""
 MAX_VALUE = 2**16 - 1
 """nnU-Net writes segmentations with 16 bits at most."""
-_SIDES = ("left", "right")
+SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def map_labels(labels: np.ndarray, source: LabelSystem, target: LabelSystem, unm
 def canonical_name(name: str) -> str:
     """Return the name that a class is known by: lower case, underscores, the side at the end, no synonyms."""
     words = [word for word in re.split(r"[^0-9a-z]+", name.casefold()) if word]
-    if len(words) > 1 and words[0] in _SIDES:
+    if len(words) > 1 and words[0] in SIDES:
         words = [*words[1:], words[0]]
     plain = "_".join(words)
     return _synonyms().get(plain, plain)
