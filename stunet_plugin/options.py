@@ -63,6 +63,7 @@ WARMUP_EPOCHS = Option("STUNET_WARMUP_EPOCHS", "epochs over which the learning r
 FROZEN_ENCODER_EPOCHS = Option("STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in which the encoder's weights stay as they are", 0)
 ENCODER_RATE = Option("STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's", 0.0, 1.0, whole=False)
 MIRRORING = Option("STUNET_MIRRORING", "0: mirror neither in augmentation nor in prediction, for classes told apart by side", 0, 1)
+SHARD = Option("STUNET_SHARD", "1: share weights, gradients and momentum of an STU-Net out over the processes (FSDP2)", 0, 1)
 
 # Of the VolumeFusionTrainers.
 VF_CLASSES = Option("STUNET_VF_CLASSES", "fusion classes K beside the background (published: 4)", 1, 255)
@@ -72,7 +73,7 @@ VF_LARGEST = Option("STUNET_VF_LARGEST", "largest block, as a fraction of each a
 VF_STANDARDISE = Option("STUNET_VF_STANDARDISE", "1: fused images of mean 0 and deviation 1; 0: from 0 to 1, as published", 0, 1)
 
 OPTIONS = (
-    *(EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE, MIRRORING),
+    *(EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE, MIRRORING, SHARD),
     *(VF_CLASSES, VF_SCHEME, VF_SMALLEST, VF_LARGEST, VF_STANDARDISE),
 )
 

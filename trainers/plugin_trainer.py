@@ -37,6 +37,7 @@ from stunet_plugin.options import (
     Options,
 )
 from stunet_plugin.topology import Strides, as_strides, deep_supervision_scales, num_poolings
+from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
 from stunet_plugin.trainers.fine_tuning import (
     FineTuning,
     FineTuningScheduler,
@@ -49,7 +50,7 @@ UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of outputs that nnU-Net gives none: their heads would get no gradient, and DDP would stop."""
 
 
-class PluginTrainer(nnUNetTrainer):
+class PluginTrainer(DistributedTrainer):
     """Base of the trainers of this project.
 
     A subclass says which network it builds (:meth:`resolve_architecture`); strides, deep-supervision scales, checks and
@@ -67,6 +68,7 @@ class PluginTrainer(nnUNetTrainer):
     val_iterations: ClassVar[int | None] = None
     fine_tuning: ClassVar[bool] = False
 
+    inference_allowed_mirroring_axes: tuple[int, ...] | None
     num_iterations_per_epoch: int
     num_val_iterations_per_epoch: int
 
@@ -88,7 +90,8 @@ class PluginTrainer(nnUNetTrainer):
         self.mirroring = bool(options.whole(MIRRORING, 1))
         seed = options.whole(SEED, -1)
         if seed >= 0:
-            torch.manual_seed(seed)
+            # Processes of one training augment differently; they start from the first one's weights.
+            torch.manual_seed(seed + self.local_rank)
         for line in options.lines():
             self.print_to_log_file(line)
         self._weights_were_loaded = False
@@ -193,8 +196,10 @@ class PluginTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Network: {type(network).__name__}, {count:,} parameters, strides {strides}")
         weights_file = pretrained_weights_on_command_line(sys.argv)
         if self._weights_were_loaded and weights_file is not None:
-            checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
-            self.print_to_log_file(f"{describe_loaded(network, checkpoint)} ({weights_file})")
+            weights = self.whole_weights()
+            if self.local_rank == 0:
+                checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
+                self.print_to_log_file(f"{describe_loaded(weights, checkpoint)} ({weights_file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_to_log_file(
                 f"\n{'!' * 100}\n"
@@ -251,6 +256,7 @@ class PluginTrainer(nnUNetTrainer):
                 f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}: {error} Mend its architecture "
                 f"in the plans file, or plan again with nnUNetv2_plan_experiment."
             ) from error
+        check_distribution(chosen, network)
         weights_file = pretrained_weights_on_command_line(sys.argv)
         if weights_file is not None:
             cls._check_pretrained_weights(weights_file, network)
@@ -292,12 +298,6 @@ class PluginTrainer(nnUNetTrainer):
             )
 
     # --- small things -------------------------------------------------------------------------------------------------------
-
-    def _bare_network(self) -> torch.nn.Module:
-        """The network without the wrappers of DDP and torch.compile."""
-        network: Any = self.network
-        network = network.module if self.is_ddp else network
-        return getattr(network, "_orig_mod", network)
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True

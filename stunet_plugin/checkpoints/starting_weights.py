@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,16 +68,16 @@ def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor],
     return f"{found}. Use the trainer of the same size (its _ft variant), or weights of this size"
 
 
-def describe_loaded(network: torch.nn.Module, checkpoint: dict[str, Any]) -> str:
+def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any]) -> str:
     """Say in one line what a network has taken over from a checkpoint; nnU-Net prints a page of names instead.
 
     A tensor counts as taken over if it equals the checkpoint's, so this says what is, not what was meant.
 
     Args:
-        network: after loading, before the first step.
+        own: weights of the network after loading, before the first step.
         checkpoint: of nnU-Net v2.
     """
-    own, given = network.state_dict(), checkpoint["network_weights"]
+    given = checkpoint["network_weights"]
     taken = [
         name
         for name, value in own.items()

@@ -1,0 +1,268 @@
+"""What a training with several processes needs on top of nnU-Net's: any device, any number of machines, one writer, sharding.
+
+nnU-Net takes the rank of a process for the number of its GPU, which holds on one machine alone, and knows CUDA alone. The rest
+of its distributed training (how batch and oversampling are split, what is gathered, who writes checkpoints) is used as it is.
+``stunet_plugin.launch`` starts such processes, and so does nnU-Net's own ``-num_gpus``. With one process nothing here acts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stunet_plugin.checkpoints.starting_weights import read_checkpoint
+from stunet_plugin.errors import PluginError
+from stunet_plugin.options import SHARD, Options
+from stunet_plugin.trainers.sharding import Gathered, accept_whole_state, check_shardable, gather, shard
+
+
+class DistributedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer in one or several processes.
+
+    Attributes:
+        is_ddp: nnU-Net's name for "this is one of several processes".
+        local_rank: nnU-Net's name for the rank among all processes of all machines; 0 writes.
+        sharded: weights, gradients and momentum are shared out over the processes.
+    """
+
+    sharded = False
+    network: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+    ) -> None:
+        if world_size() > 1 and distributed.get_rank() != 0:
+            # Each process would start a run of its own there, and remove the others' folder.
+            os.environ["nnUNet_wandb_enabled"] = "0"
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.sharded = bool(Options().whole(SHARD, 0))
+        self._several_processes = self.is_ddp
+        if self.is_ddp:
+            # nnU-Net's own -num_gpus and our launcher both choose the process's GPU before they make a trainer.
+            self.device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+            if self.device.type != "cuda":
+                self.grad_scaler = None
+
+    # --- the network ----------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        # nnU-Net would wrap the network for the GPU whose number is the rank.
+        with self._temporarily(is_ddp=False):
+            super().initialize()
+        if self.sharded:
+            # The optimizer first: it would keep the whole parameters alive.
+            self.optimizer = self.lr_scheduler = None
+            shard(self.network, self.device)
+            self.optimizer, self.lr_scheduler = self.configure_optimizers()
+            accept_whole_state(self.optimizer)
+            self.print_to_log_file(f"Weights, gradients and momentum are shared out over {world_size()} process(es).")
+        elif self.is_ddp:
+            self.network = self._replicate(self.network)
+
+    def _set_batch_size_and_oversample(self) -> None:
+        with self._temporarily(is_ddp=self._several_processes):
+            super()._set_batch_size_and_oversample()
+
+    def _build_loss(self) -> nn.Module:
+        with self._temporarily(is_ddp=self._several_processes):
+            loss: nn.Module = super()._build_loss()
+        return loss
+
+    def _do_i_compile(self) -> bool:
+        # Compiled as a whole, the blocks could no longer be gathered one by one.
+        return not self.sharded and bool(super()._do_i_compile())
+
+    def _replicate(self, network: nn.Module) -> nn.Module:
+        """Wrap the network so that gradients are averaged over the processes; all start from the first one's weights."""
+        devices = None
+        if self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            devices = [self.device.index]
+        elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+            self.print_to_log_file("Batch norm is not synchronised on the CPU: each process normalises by its part of the batch.")
+        # Buffers are not sent at every pass: in the final validation each process makes as many passes as its cases need.
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        self._bare_network().decoder.deep_supervision = enabled
+
+    def _bare_network(self) -> Any:
+        """The network without the wrappers of DDP and torch.compile."""
+        network: Any = self.network
+        network = network.module if isinstance(network, DistributedDataParallel) else network
+        return getattr(network, "_orig_mod", network)
+
+    def load_pretrained_weights(self, file: str) -> None:
+        """Take over all weights of a checkpoint but the segmentation heads', as nnU-Net's ``-pretrained_weights`` does.
+
+        nnU-Net's own loader takes the rank for the number of a GPU.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        network = self._bare_network()
+        given = read_checkpoint(file, "-pretrained_weights")["network_weights"]
+        taken = [name for name in network.state_dict() if ".seg_layers." not in name]
+        network.load_state_dict({name: given[name] for name in taken}, strict=False)
+
+    # --- one writer -------------------------------------------------------------------------------------------------------
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        if self.local_rank == 0:
+            super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+
+    def plot_network_architecture(self) -> None:
+        # One process alone would wait for the others in its forward pass.
+        if not self.is_ddp:
+            super().plot_network_architecture()
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if not self.is_ddp:
+            super().on_train_start()
+            return
+        # What every process would write otherwise, at the same time: the splits, and the plan beside the model.
+        splits = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.local_rank == 0 and self.fold != "all" and not splits.is_file():
+            self.do_split()
+        distributed.barrier()
+        if self.local_rank == 0:
+            super().on_train_start()
+            return
+        with tempfile.TemporaryDirectory() as folder, self._temporarily(output_folder=folder, output_folder_base=folder):
+            super().on_train_start()
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        if self.is_ddp and self.device.type != "cuda":
+            # On CUDA synchronised batch norms have the same statistics everywhere.
+            for buffer in self._bare_network().buffers():
+                distributed.broadcast(buffer, src=0)
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether any process says so. Every process has to ask."""
+        if not self.is_ddp:
+            return flag
+        raised = torch.tensor(int(flag), device=self.device)
+        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
+        return bool(raised.item())
+
+    # --- checkpoints: plain files of nnU-Net, written by one process ------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a checkpoint on the first process, while the others wait: they may read it next."""
+        if not self.is_ddp:
+            super().save_checkpoint(filename)
+            return
+        stand_ins: dict[str, Any] = {}
+        if self.sharded:
+            first = self.local_rank == 0
+            stand_ins = {
+                "is_ddp": False,
+                "network": Gathered(gather(self.network.state_dict(), first)),
+                "optimizer": Gathered(gather(self.optimizer.state_dict(), first)),
+            }
+        if self.local_rank == 0:
+            with self._temporarily(**stand_ins):
+                super().save_checkpoint(filename)
+        del stand_ins
+        distributed.barrier()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.sharded:
+            super().load_checkpoint(filename_or_checkpoint)
+            return
+        from torch.utils.serialization import config  # in the releases of torch that can shard
+
+        # Neither the device nor the host has to hold the whole state: it is read where the process's part lies.
+        mapped: Any = config
+        with self._temporarily(is_ddp=False, device=torch.device("cpu")), mapped.patch("load.mmap", True):
+            super().load_checkpoint(filename_or_checkpoint)
+
+    def whole_weights(self) -> dict[str, Any]:
+        """Return the network's weights; of a sharded network on the first process alone (every process has to ask)."""
+        weights = self._bare_network().state_dict()
+        return gather(weights, self.local_rank == 0) if self.sharded else weights
+
+    # --- validation -------------------------------------------------------------------------------------------------------
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        if not self.sharded:
+            super().perform_actual_validation(save_probabilities)
+            return
+        # Each process predicts other cases, so each needs the whole network; gradients and momentum have had their time.
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._temporarily(network=self._whole_network()):
+            super().perform_actual_validation(save_probabilities)
+
+    def _whole_network(self) -> nn.Module:
+        with torch.device("meta"):
+            network = self.build_network_architecture(
+                self.plans_manager,
+                self.configuration_manager,
+                self.num_input_channels,
+                self.label_manager.num_segmentation_heads,
+                self.enable_deep_supervision,
+            )
+        network.load_state_dict({name: value.full_tensor() for name, value in self.network.state_dict().items()}, assign=True)
+        return network.to(self.device)
+
+    @contextmanager
+    def _temporarily(self, **attributes: Any) -> Iterator[None]:
+        """Give attributes other values for a while."""
+        before = {name: getattr(self, name) for name in attributes}
+        self.__dict__.update(attributes)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+
+def world_size() -> int:
+    """Return the number of processes of this training."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def check_distribution(configuration: ConfigurationManager, network: nn.Module) -> None:
+    """Raise if a plan's batch cannot be split over the processes, or if there is nothing to shard or to shard over.
+
+    Args:
+        configuration: of the plan.
+        network: of the training; may be on the meta device.
+
+    Raises:
+        PluginError: with what to change.
+    """
+    sharded = bool(Options().whole(SHARD, 0))
+    if sharded:
+        check_shardable(network)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if sharded:
+            raise PluginError(
+                f"{SHARD.variable}=1 shares the network out over several processes, but this is one alone. Start the training with "
+                f"torchrun ... -m stunet_plugin.launch (docs/scaling.md), or unset {SHARD.variable}."
+            )
+        return
+    processes, batch = world_size(), configuration.batch_size
+    if batch < processes:
+        raise PluginError(
+            f"The plan's batch of {batch} cannot be split over {processes} processes: each needs a sample at least. Start at most "
+            f"{batch}, or plan a larger batch (batch_size in the plans file)."
+        )
+    if configuration.batch_dice and batch % processes:
+        raise PluginError(
+            f"The plan's batch of {batch} does not split evenly over {processes} processes, which nnU-Net's Dice over the whole "
+            f"batch (batch_dice in the plans file) needs. Start a number of processes that divides {batch}."
+        )
