@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from misfm_helpers import SMALL, check_interface, check_outputs_and_gradients, largest_differences, randomise
 from torch import nn
@@ -218,3 +220,47 @@ def test_input_that_does_not_fit_is_refused() -> None:
 def test_keys_of_other_networks_are_refused() -> None:
     with pytest.raises(PluginError, match=r"block1\.weight.*published PCT-Net"):
         translate_state_dict({"block1.weight": torch.zeros(1)}, 0)
+
+
+@pytest.mark.shared
+def test_batch_norm_trained_at_batch_2_predicts_as_it_trained(shared: Path) -> None:
+    """On real images: with running statistics the loss is that of training, whatever the batch, once they have settled."""
+    images, targets = zip(*(hippocampus(shared, index) for index in range(4)), strict=True)
+    x, y = torch.stack(images), torch.stack(targets)
+    network = tiny(0, **NO_DROPOUT)
+    network.decoder.deep_supervision = False
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    network.train()
+    for step in range(30):
+        pair = slice(2 * (step % 2), 2 * (step % 2) + 2)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x[pair]), y[pair]).backward()
+        optimizer.step()
+
+    def loss(batch: int) -> float:
+        with torch.no_grad():
+            parts = zip(x.split(batch), y.split(batch), strict=True)
+            return float(torch.stack([nn.functional.cross_entropy(network(part), wanted) for part, wanted in parts]).mean())
+
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0  # What is measured shall not change the running statistics.
+    in_training = loss(2)
+    network.eval()
+    predicting = (loss(2), loss(1))
+    assert in_training < math.log(3)
+    assert predicting == pytest.approx([in_training] * 2, rel=0.1)
+    assert predicting[0] == pytest.approx(predicting[1], rel=1e-5)
+
+
+def hippocampus(shared: Path, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the middle [32, 32, 32] of a real case, normalised, and its labels."""
+    folder = shared / "data" / "Dataset004_Hippocampus"
+    label = sorted((folder / "labelsTr").glob("*.nii.gz"))[index]
+    files = (folder / "imagesTr" / label.name.replace(".nii.gz", "_0000.nii.gz"), label)
+    image, wanted = (sitk.GetArrayFromImage(sitk.ReadImage(str(file))).astype(np.float32) for file in files)
+    image = (image - image.mean()) / image.std()
+    middle = tuple(slice(max((extent - 32) // 2, 0), max((extent - 32) // 2, 0) + 32) for extent in image.shape)
+    padding = [(0, 32 - min(extent, 32)) for extent in image.shape]
+    image, wanted = (np.pad(array[middle], padding) for array in (image, wanted))
+    return torch.from_numpy(image)[None], torch.from_numpy(wanted).long()
