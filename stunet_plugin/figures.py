@@ -40,7 +40,7 @@ def save_overlays(cases: Sequence[OverlayCase], class_names: dict[int, str], pat
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = _colours(len(class_names))
+    colours = distinct_colours(len(class_names))
     values = sorted(class_names)
     figure = Figure(figsize=(9, 2.7 * len(cases) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -89,7 +89,7 @@ def _gray_window(case: OverlayCase) -> tuple[float, float]:
     return float(low - (high - low)), float(high)
 
 
-def _colours(count: int) -> list[tuple[float, float, float]]:
+def distinct_colours(count: int) -> list[tuple[float, float, float]]:
     """Well separated colours that stand out from gray."""
     from matplotlib.colors import hsv_to_rgb
 
