@@ -154,6 +154,13 @@ def test_own_checkpoints_are_read_too(published: Callable[..., Path], tmp_path: 
     assert "mode 1, not 2. Leave --mode out" in refuse(capsys, file, tmp_path / "out" / "model", "--mode", "2")
 
 
+def test_a_pretext_checkpoint_of_ours_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "checkpoint_final.pth"
+    arguments = {"dataset_json": {"volume_fusion": {"classes": 4}}}
+    torch.save({"network_weights": {}, "trainer_name": "VolumeFusionTrainer_FMUNet", "init_args": arguments}, file)
+    assert f"fine-tune with -pretrained_weights {file}" in refuse(capsys, file, tmp_path / "model")
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_inspect(published: Callable[..., Path], network: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(published(network, 2))]) == 0

@@ -29,7 +29,7 @@ from stunet_plugin.checkpoints.starting_weights import read_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.figures import save_fusion_example, save_pretext_progress
 from stunet_plugin.options import VF_CLASSES, VF_LARGEST, VF_SCHEME, VF_SMALLEST, VF_STANDARDISE, Options
-from stunet_plugin.pretext_score import confusion_matrix, overlap_counts, pretext_score
+from stunet_plugin.pretext_score import RECORD, confusion_matrix, overlap_counts, pretext_score
 from stunet_plugin.registration import write_atomically
 from stunet_plugin.trainers.plugin_trainer import PluginTrainer
 from stunet_plugin.transforms.subvolumes import SubVolumeLoader
@@ -39,8 +39,6 @@ SCORE_EPOCHS = 10
 """The score at the end is over this many epochs' worth of validation batches."""
 EXAMPLE_SAMPLES = 4
 SCORE_FILE = "pretext_score.json"
-RECORD = "volume_fusion"
-"""Where dataset.json, and with it every checkpoint, says how blocks were drawn."""
 
 
 class VolumeFusionMixin(PluginTrainer):
@@ -184,13 +182,16 @@ class VolumeFusionMixin(PluginTrainer):
     @torch.no_grad()
     def _save_example(self) -> None:
         """Show what the network makes of the same few samples throughout a training."""
-        if self._example is None or self.local_rank != 0:
+        # A sharded network is gathered for a forward pass, in which all processes take part.
+        if self._example is None or (self.local_rank != 0 and not self.sharded):
             return
         self.network.eval()
         images = self._example["data"][:EXAMPLE_SAMPLES]
         with self._autocast():
             # The bare network: another process of the training would wait for this one in DDP's.
             predictions = _full_resolution(self._bare_network()(images)).argmax(1)
+        if self.local_rank != 0:
+            return
         targets = _full_resolution(self._example["target"])[:EXAMPLE_SAMPLES, 0]
         path = Path(self.output_folder, f"volume_fusion_epoch_{self.current_epoch:04d}.png")
         save_fusion_example(

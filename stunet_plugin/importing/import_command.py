@@ -28,7 +28,7 @@ from stunet_plugin.importing.model_folder import (
     write_model_folder,
 )
 from stunet_plugin.importing.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
-from stunet_plugin.importing.pretext import import_pretext, is_pretext
+from stunet_plugin.importing.pretext import import_pretext, is_pretext, refuse_own_pretext
 from stunet_plugin.importing.published import published_facts
 from stunet_plugin.importing.source_plan import SourcePlan
 from stunet_plugin.importing.sources import Hub, Source, find_source
@@ -62,6 +62,7 @@ def import_checkpoint(options: ImportOptions, hub: Hub | None = None) -> Importe
     """
     source = find_source(options.source, hub)
     checkpoint = load_checkpoint(source.checkpoint)
+    refuse_own_pretext(checkpoint, source.checkpoint)
     weights = read_weights(checkpoint, source.checkpoint, options.mode)
     if isinstance(weights, MISFMWeights) and is_pretext(options, weights, source):
         return ImportedModel(*import_pretext(options, source, weights))

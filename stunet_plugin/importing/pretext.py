@@ -6,7 +6,10 @@ Volume Fusion, whose outputs mean nothing to anyone else: their heads are left o
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stunet_plugin.checkpoints.found_misfm import PYMIC_ORIGINS, MISFMWeights
 from stunet_plugin.errors import PluginError
@@ -16,8 +19,20 @@ from stunet_plugin.importing.model_folder import check_target, dataset_folder_na
 from stunet_plugin.importing.names import CHECKPOINT, CONFIGURATION
 from stunet_plugin.importing.sources import Source
 from stunet_plugin.misfm_presets import PRETEXT_OUTPUTS
+from stunet_plugin.pretext_score import RECORD
 
 PRETEXT = "pretext"
+
+
+def refuse_own_pretext(checkpoint: Mapping[str, Any], file: Path) -> None:
+    """Raise if a checkpoint is of a VolumeFusionTrainer, which fine-tuning takes as it is."""
+    arguments = checkpoint.get("init_args")
+    dataset = arguments.get("dataset_json") if isinstance(arguments, Mapping) else None
+    if isinstance(dataset, Mapping) and RECORD in dataset:
+        raise PluginError(
+            f"{file} is from pretraining with Volume Fusion (trainer {reprlib.repr(checkpoint.get('trainer_name'))}) and segments "
+            f"nothing. There is nothing to import: fine-tune with -pretrained_weights {file}"
+        )
 
 
 def is_pretext(options: ImportOptions, weights: MISFMWeights, source: Source) -> bool:
