@@ -73,7 +73,7 @@ def train_and_predict(workspace: Workspace, dataset: str, configuration: str) ->
     images, output = workspace.dataset_folder(workspace.raw, dataset) / "imagesTr", workspace.root / f"{dataset}_{configuration}"
     workspace.run(
         "nnUNetv2_predict", "-i", images, "-o", output, "-d", dataset, "-c", configuration, "-f", 0, "-tr", TRAINER,
-        "-device", "cpu", "--disable_tta",
+        "-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0,
     )  # fmt: skip
     return [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(output.glob("*.nii.gz"))]
 

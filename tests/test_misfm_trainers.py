@@ -183,7 +183,7 @@ def test_stock_commands_train_and_predict(trained: Workspace) -> None:
     source = sorted(trained.dataset_folder(trained.raw).glob("imagesTr/*"))[0]
     shutil.copyfile(source, images / source.name)
     arguments = ("-d", PHANTOM_ID, "-c", "3d_fullres", "-f", 0, "-tr", "PCTNetTrainer", "-p", "PCTNetPlans", "-device", "cpu")
-    trained.run("nnUNetv2_predict", *arguments, "-i", images, "-o", predicted, "--disable_tta", "-npp", 1, "-nps", 1)
+    trained.run("nnUNetv2_predict", *arguments, "-i", images, "-o", predicted, "--disable_tta", "-npp", 0, "-nps", 0)
     assert len(list(predicted.glob("*.nii.gz"))) == 1
 
 

@@ -63,7 +63,7 @@ def test_training_leaves_what_stock_training_leaves(trained: Workspace) -> None:
 
 def test_prediction_equals_validation(trained: Workspace, images: Path) -> None:
     trained.run("nnUNetv2_predict", "-i", images, "-o", trained.root / "p1", "-d", PHANTOM_ID, "-c", "3d_fullres", "-f", 0,
-                "-tr", TRAINER, "-device", "cpu")  # fmt: skip
+                "-tr", TRAINER, "-device", "cpu", "-npp", 1, "-nps", 1)  # fmt: skip
     assert_same(trained.root / "p1", trained.model(TRAINER) / "fold_0" / "validation")
 
 
@@ -73,7 +73,8 @@ def test_export_install_and_predict_from_the_folder(trained: Workspace, images: 
     other = new_workspace("installed")  # type: ignore[operator]
     other.run("nnUNetv2_install_pretrained_model_from_zip", archive)
     model = other.model(TRAINER)
-    other.run("nnUNetv2_predict_from_modelfolder", "-i", images, "-o", other.root / "p", "-m", model, "-f", 0, "-device", "cpu")
+    arguments = ("-i", images, "-o", other.root / "p", "-m", model, "-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0)
+    other.run("nnUNetv2_predict_from_modelfolder", *arguments)
     assert_same(other.root / "p", trained.model(TRAINER) / "fold_0" / "validation")
 
 

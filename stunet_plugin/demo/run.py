@@ -37,6 +37,8 @@ OVERLAY_ROWS = 3
 MINIMUM_CASES = 5
 """For nnU-Net's five folds."""
 STATE_FILE = "demo.json"
+MOST_PROCESSES = 8
+"""nnU-Net's own number."""
 
 
 class StockCommandError(PluginError):
@@ -231,7 +233,7 @@ class Demo:
         print(f"  {self.source}")
 
     def _preprocess(self) -> None:
-        processes = str(os.cpu_count() or 1)
+        processes = str(_processes())
         self._stock(
             "nnUNetv2_plan_and_preprocess", "-d", str(self.dataset_id), "-c", CONFIGURATION, "-npfp", processes, "-np", processes
         )
@@ -262,9 +264,12 @@ class Demo:
         print(f"  fold {FOLD} holds out {len(cases)}: {', '.join(sorted(cases)[:6])}{' ...' if len(cases) > 6 else ''}")
 
     def _predict(self) -> None:
+        # Each starts Python and torch anew, which takes longer than a small image.
+        workers = str(min(max(_processes() // 2, 1), 3))
         self._stock(
             "nnUNetv2_predict", "-i", str(self.held_out / "images"), "-o", str(self.predictions), "-d", str(self.dataset_id),
             "-c", CONFIGURATION, "-f", str(FOLD), "-tr", self.settings.trainer, "-device", self.settings.device,
+            "-npp", workers, "-nps", workers,
         )  # fmt: skip
 
     def _evaluate(self) -> None:
@@ -328,7 +333,7 @@ class Demo:
         folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         for path in folders.values():
             Path(path).mkdir(parents=True, exist_ok=True)
-        processes = str(os.cpu_count() or 1)
+        processes = str(_processes())
         workers = os.environ.get("nnUNet_n_proc_DA", processes)
         caches = self.folder / "cache"
         return {
@@ -392,3 +397,7 @@ class Demo:
         if code != 0:
             tail = "".join(f"    {line}" for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:])
             raise StockCommandError(f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}")
+
+
+def _processes() -> int:
+    return min(os.cpu_count() or 1, MOST_PROCESSES)
