@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
+from stunet_plugin.package_commands import COMMANDS as PACKAGE_COMMANDS
 from stunet_plugin.presets import PRESETS
 
 INTERRUPTED = 130
@@ -75,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_plan_like(commands)
     _add_unlabeled(commands)
-    _add_rank(commands)
+    for command in PACKAGE_COMMANDS:
+        command.add_arguments(_add_command(commands, command.name, command, command.summary, command.example))
     _add_demo(commands)
     return parser
 
@@ -274,25 +276,6 @@ def _unlabeled(options: argparse.Namespace) -> int:
     from stunet_plugin.unlabeled.command import UnlabeledOptions, run_unlabeled
 
     return run_unlabeled(UnlabeledOptions.from_arguments(options))
-
-
-def _add_rank(commands: argparse._SubParsersAction) -> None:
-    parser = _add_command(
-        commands,
-        "rank",
-        _rank,
-        "Rank pretrained weights for a labelled dataset without training (CCFV).",
-        "stunet rank ct=MODEL_FOLDER mr=checkpoint_final.pth random -d 4 -p nnUNetPlans --json ranking.json",
-    )
-    from stunet_plugin.ranking.arguments import add_rank_arguments
-
-    add_rank_arguments(parser)
-
-
-def _rank(options: argparse.Namespace) -> int:
-    from stunet_plugin.ranking.command import RankOptions, run_rank
-
-    return run_rank(RankOptions.from_arguments(options))
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

@@ -59,15 +59,19 @@ def find_raw(given: str) -> Path:
     Raises:
         PluginError: there is none, or there are several.
     """
-    if Path(given).is_dir() and (os.sep in given or not given.isdigit()):
+    if Path(given).is_dir() and not given.isdigit():
         return Path(given).absolute()
+    if os.sep in given:
+        raise PluginError(f"{given} is not a folder.")
     root = os.environ.get(RAW)
     if not root:
         raise PluginError(f"{RAW} is not set, so {given} cannot be found. Set it (export {RAW}=/path/to/{RAW}), or give a path.")
-    pattern = f"Dataset{int(given):03d}_*" if given.isdigit() else given
-    found = sorted(path for path in Path(root).absolute().glob(pattern) if path.is_dir())
+    prefix = f"Dataset{int(given):03d}_" if given.isdigit() else given
+    folders = sorted(path for path in Path(root).absolute().iterdir() if path.is_dir()) if Path(root).is_dir() else []
+    found = [path for path in folders if path.name == given or (given.isdigit() and path.name.startswith(prefix))]
     if len(found) != 1:
-        raise PluginError(f"Expected one {pattern} in {RAW} ({root}), found {len(found)}. Give its ID, its full name or a path.")
+        wanted = f"{prefix}*" if given.isdigit() else given
+        raise PluginError(f"Expected one {wanted} in {RAW} ({root}), found {len(found)}. Give its ID, its full name or a path.")
     return found[0]
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from stunet_plugin import trainers
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint
 from stunet_plugin.checkpoints.starting_weights import describe_misfits
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.model_source import find_model
 from stunet_plugin.importing.plan_readers import read_json
+from stunet_plugin.networks_of_trainers import build_network
 from stunet_plugin.ranking.features import head_modules
 
 RANDOM = "random"
@@ -90,41 +88,13 @@ class Candidate:
 
     def architecture(self, channels: int, seed: int) -> nn.Module:
         """Return the network with its initial weights, drawn with the seed."""
-        trainer = find_trainer(self.trainer)
-        chosen = self.plan.chosen
-        # Outputs do not matter, as heads are not looked at: one takes the least memory.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if "plans_manager" in inspect.signature(trainer.build_network_architecture).parameters:
-                try:
-                    return trainer.build_network_architecture(self.plan.manager, chosen, channels, 1, True)
-                except PluginError as error:
-                    raise PluginError(f"{self.name}: {error}") from error
-            # As nnU-Net 2.8 still calls trainers that were written for older releases.
-            names = (chosen.network_arch_class_name, chosen.network_arch_init_kwargs, chosen.network_arch_init_kwargs_req_import)
-            return trainer.build_network_architecture(*names, channels, 1, True)
-
-
-def find_trainer(name: str) -> Any:
-    """Return a trainer class by name, whether or not the plugin is registered.
-
-    Raises:
-        PluginError: nobody knows it.
-    """
-    if name in trainers.__all__:
-        return getattr(trainers, name)
-    if name == nnUNetTrainer.__name__:
-        return nnUNetTrainer
-    # Imports all of nnU-Net's trainers.
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        return recursive_find_trainer_class_by_name(name)
-    except (RuntimeError, ImportError) as error:
-        raise PluginError(
-            f"The trainer {name} is known neither to this plugin nor to nnU-Net. If it is your own, set nnUNet_extTrainer to its "
-            f"folder."
-        ) from error
+            try:
+                # Outputs do not matter, as heads are not looked at: one takes the least memory.
+                return build_network(self.trainer, self.plan.manager, self.plan.chosen, channels, 1, deep_supervision=True)
+            except PluginError as error:
+                raise PluginError(f"{self.name}: {error}") from error
 
 
 def find_candidates(given: list[str], target: Plan | None) -> list[Candidate]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
+from stunet_plugin.devices import choose_device
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import PREPROCESSED
 from stunet_plugin.importing.plan_readers import read_json
@@ -101,7 +102,7 @@ def run_rank(options: RankOptions) -> int:
     Raises:
         PluginError: wrong input; nothing was written.
     """
-    device = _device(options.device)
+    device = torch.device(choose_device(options.device))
     if not 0 < options.step_size <= 1:
         raise PluginError(f"--step-size must be above 0 and at most 1 patch, not {options.step_size:g}.")
     if options.seed < 0:
@@ -130,12 +131,6 @@ def run_rank(options: RankOptions) -> int:
     if options.figure is not None:
         save_ranking([(result.candidate.name, result.score) for result in results], raw.name, Path(options.figure))
     return 0
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise PluginError("--device cuda: torch finds no GPU here. Use --device cpu, or see `stunet doctor`.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _preprocessed(name: str) -> Path | None:
