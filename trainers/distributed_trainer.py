@@ -7,6 +7,7 @@ of its distributed training (how batch and oversampling are split, what is gathe
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -93,7 +94,11 @@ class DistributedTrainer(nnUNetTrainer):
         elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             self.print_to_log_file("Batch norm is not synchronised on the CPU: each process normalises by its part of the batch.")
         # Buffers are not sent at every pass: in the final validation each process makes as many passes as its cases need.
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The second name is the one before torch 2.15.
+        names = "forward_sync_buffers", "broadcast_buffers"
+        known = inspect.signature(DistributedDataParallel).parameters
+        send_buffers = {next(name for name in names if name in known): False}
+        return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **send_buffers)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self._bare_network().decoder.deep_supervision = enabled

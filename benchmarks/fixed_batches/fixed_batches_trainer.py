@@ -1,0 +1,86 @@
+"""FixedBatchesTrainer: the same global batches whatever the number of processes, to compare trainings with each other.
+
+nnU-Net draws its batches at random, so two trainings never see the same. For ``nnUNet_extTrainer``, in tests/test_launch.py and
+benchmarks/two_processes.py. Environment:
+
+* FIXED_BATCHES_KILL=RANK:EPOCH: that process kills itself (SIGKILL) when that epoch begins.
+* FIXED_BATCHES_VALIDATE=1: do the final validation too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from torch import distributed
+
+from stunet_plugin.trainers.stunet_trainers import TRAINERS
+
+LOSS_FACTOR = 100.0
+"""Makes gradients so large that nnU-Net's clipping acts on them."""
+VALIDATION = 10_000
+"""Added to the seed of a batch that is for validation."""
+
+
+class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,name-defined]
+    """STU-Net tiny on random images whose labels are where they are bright; a checkpoint after every epoch."""
+
+    learning_rate = 1e-3
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.save_every = 1
+
+    def _build_loss(self) -> torch.nn.Module:
+        loss = super()._build_loss()
+        loss.weight_factors = tuple(LOSS_FACTOR * weight for weight in loss.weight_factors)
+        return loss
+
+    def get_dataloaders(self) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
+        self.inference_allowed_mirroring_axes = None
+        return self._batches(0), self._batches(VALIDATION)
+
+    def _batches(self, offset: int) -> Iterator[dict[str, Any]]:
+        epoch, number = -1, 0
+        while True:
+            number = number + 1 if epoch == self.current_epoch else 0
+            epoch = self.current_epoch
+            yield self._batch(offset + 100 * epoch + number)
+
+    def _batch(self, seed: int) -> dict[str, Any]:
+        """This process's part of a global batch."""
+        whole = self.configuration_manager.batch_size
+        first = self.local_rank * whole // (distributed.get_world_size() if self.is_ddp else 1)
+        patch = self.configuration_manager.patch_size
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(whole, self.num_input_channels, *patch, generator=generator)
+        images = images[first : first + self.batch_size]
+        # Samples stand where that transform has channels, which it treats alike.
+        labels = (images[:, 0] > 0.5).to(torch.int16) + (images[:, 0] > 1.5).to(torch.int16)
+        targets = DownsampleSegForDSTransform(self._get_deep_supervision_scales())(segmentation=labels)["segmentation"]
+        return {"data": images, "target": [target[:, None] for target in targets]}
+
+    def on_epoch_start(self) -> None:
+        if os.environ.get("FIXED_BATCHES_KILL") == f"{self.local_rank}:{self.current_epoch}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().on_epoch_start()
+
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        if not self.sharded:
+            weights = self._bare_network().state_dict().values()
+            digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()
+            with Path(self.output_folder, f"weights_of_rank_{self.local_rank}.txt").open("a") as file:
+                file.write(f"{self.current_epoch} {digest}\n")
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        if os.environ.get("FIXED_BATCHES_VALIDATE") == "1":
+            super().perform_actual_validation(save_probabilities)
