@@ -11,8 +11,8 @@ from typing import Any
 from stunet_plugin.errors import PluginError
 
 DATA_FILE, STUNET_FILE = "label_systems.json", "published_stunet.json"
-MAX_BYTES = 1 << 20
-"""Tables that people write take a few kB."""
+MAX_BYTES = 16 << 20
+"""Tables that people write take a few kB; a dataset.json that lists its cases more."""
 YAML_ENDINGS = (".yaml", ".yml")
 
 
@@ -36,7 +36,7 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise PluginError(f"{path} is refused: such files take a few kB, this one {path.stat().st_size} bytes.")
+            raise PluginError(f"{path} is refused: it is too large for such a table, {path.stat().st_size} bytes.")
         text = path.read_text(encoding="utf-8")
         content = _parse_yaml(text) if path.suffix.lower() in YAML_ENDINGS else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:

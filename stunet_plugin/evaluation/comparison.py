@@ -1,0 +1,180 @@
+"""What is scored: the classes that a model and a dataset share, and what has no counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.evaluation.label_systems import LabelSystem, canonical_name, shared_classes
+from stunet_plugin.evaluation.measures import DEFAULT_TOLERANCE, TUBULAR, tolerance_of
+from stunet_plugin.evaluation.subjects import Dataset, Model
+from stunet_plugin.importing.fields import is_list, is_number
+
+SHARED, PAIR = "shared", "pair"
+
+
+@dataclass(frozen=True)
+class ScoredClass:
+    """A class as it stands in references and in predictions.
+
+    Attributes:
+        name: canonical.
+        in_reference, in_prediction: its label values.
+        tolerance: of the NSD, in mm.
+        sliced: scored between the first and the last slice of the reference alone.
+    """
+
+    name: str
+    in_reference: tuple[int, ...]
+    in_prediction: tuple[int, ...]
+    tolerance: float
+    sliced: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A model and a dataset.
+
+    Attributes:
+        classes: what is scored.
+        only_in_dataset, only_in_model: classes with labels that take no part.
+    """
+
+    model: Model
+    dataset: Dataset
+    classes: tuple[ScoredClass, ...]
+    only_in_dataset: tuple[str, ...]
+    only_in_model: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How pairs are scored.
+
+    Attributes:
+        classes: :data:`SHARED` (by all models and datasets), :data:`PAIR` (by each pair), or canonical names.
+        tolerances: of the NSD in mm by class or organ, where they differ from FLARE22's protocol.
+        default_tolerance: of classes that neither knows.
+        sliced: score tubular organs between the first and the last slice of the reference alone.
+        resample: put predictions on the grid of their reference where they differ.
+    """
+
+    classes: str | tuple[str, ...] = SHARED
+    tolerances: Mapping[str, float] | None = None
+    default_tolerance: float = DEFAULT_TOLERANCE
+    sliced: bool = False
+    resample: bool = False
+
+    @classmethod
+    def from_table(cls, content: Mapping[str, Any]) -> Rules:
+        """Check the entries of a file (or what options put in their place).
+
+        Raises:
+            PluginError: values out of range.
+        """
+        classes = content.get("classes", SHARED)
+        if classes not in (SHARED, PAIR):
+            if not is_list(classes) or not classes or not all(isinstance(name, str) for name in classes):
+                raise PluginError(f"classes must be {SHARED!r}, {PAIR!r} or a list of names, not {classes!r}.")
+            classes = tuple(dict.fromkeys(map(canonical_name, classes)))
+        tolerances = content.get("tolerances", {})
+        default = content.get("default_tolerance", DEFAULT_TOLERANCE)
+        checked = tolerances if isinstance(tolerances, Mapping) else {"tolerances": None}
+        for name, value in {**checked, "default_tolerance": default}.items():
+            if not is_number(value) or value < 0:
+                raise PluginError(f"Tolerances must be a table of classes and millimetres; {name} is {value!r}.")
+        for key in ("sliced", "resample"):
+            if not isinstance(content.get(key, False), bool):
+                raise PluginError(f"{key} must be true or false, not {content[key]!r}.")
+        own = {canonical_name(name): float(value) for name, value in tolerances.items()}
+        return cls(classes, own, float(default), bool(content.get("sliced", False)), bool(content.get("resample", False)))
+
+
+def pair_up(models: Sequence[Model], datasets: Sequence[Dataset], rules: Rules) -> list[Pair]:
+    """Return every model with every dataset and the classes that are scored, the datasets of a model together.
+
+    Raises:
+        PluginError: classes that were asked for are missing, or none are shared.
+    """
+    subjects = _kinds(models, datasets)
+    systems = [subject.labels for subject, _ in subjects]
+    names: tuple[str, ...] | None = None
+    if isinstance(rules.classes, tuple):
+        names = rules.classes
+        _check_asked_for(names, models, datasets)
+    elif rules.classes == SHARED:
+        names = tuple(shared_classes(systems))
+        if not names:
+            raise PluginError(
+                f"There is no class that all models and datasets have. {_what_each_has(models, datasets)} Leave one "
+                "out, or compare each pair on what those two share: --classes pair."
+            )
+    pairs = [_pair(model, dataset, names, rules) for model in models for dataset in datasets]
+    for subject, kind in subjects:
+        if not any(pair.classes for pair in pairs if subject in (pair.model, pair.dataset)):
+            raise PluginError(f"{kind.capitalize()} {subject.name} shares no class with any other. {_what_each_has(models, datasets)}")
+    return pairs
+
+
+def _pair(model: Model, dataset: Dataset, names: tuple[str, ...] | None, rules: Rules) -> Pair:
+    if names is None:
+        names = tuple(shared_classes([dataset.labels, model.labels]))
+    classes = tuple(
+        ScoredClass(
+            name,
+            dataset.labels.values_of(name),
+            model.labels.values_of(name),
+            tolerance_of(name, rules.tolerances or {}, rules.default_tolerance),
+            rules.sliced and name in TUBULAR,
+        )
+        for name in names
+    )
+    return Pair(
+        model, dataset, classes, tuple(dataset.labels.without_counterpart(names)), tuple(model.labels.without_counterpart(names))
+    )
+
+
+def _check_asked_for(names: Sequence[str], models: Sequence[Model], datasets: Sequence[Dataset]) -> None:
+    for subject, kind in _kinds(models, datasets):
+        missing = [name for name in names if subject.labels.find(name) is None]
+        if missing:
+            raise PluginError(
+                f"The {kind} {subject.name} has no class {', '.join(missing)}; it has {_few(list(subject.labels.classes))}. "
+                f"Take it off the list of classes, or use --classes {PAIR}."
+            )
+
+
+def _what_each_has(models: Sequence[Model], datasets: Sequence[Dataset]) -> str:
+    return " ".join(f"{subject.name} has: {_few(list(subject.labels.classes))}." for subject, _ in _kinds(models, datasets))
+
+
+def _kinds(models: Sequence[Model], datasets: Sequence[Dataset]) -> list[tuple[Model | Dataset, str]]:
+    """All subjects with what each of them is; datasets first, since their order of classes is kept."""
+    return [*((dataset, "dataset") for dataset in datasets), *((model, "model") for model in models)]
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def describe(pairs: Sequence[Pair]) -> list[str]:
+    """Return lines that say what is scored and what is not."""
+    lines = []
+    scored = dict.fromkeys(scored.name for pair in pairs for scored in pair.classes)
+    lines.append(f"Classes ({len(scored)}): {', '.join(scored)}.")
+    for kind, subjects in (
+        ("dataset", {pair.dataset.name: pair.dataset.labels for pair in pairs}),
+        ("model", {pair.model.name: pair.model.labels for pair in pairs}),
+    ):
+        for name, labels in subjects.items():
+            left = _never_scored(labels, [pair for pair in pairs if name == getattr(pair, kind).name])
+            if left:
+                lines.append(f"Not scored, as it has no counterpart: {kind} {name}: {_few(left)}.")
+    lines += [f"Nothing to score: {pair.model.name} on {pair.dataset.name} share no class." for pair in pairs if not pair.classes]
+    return lines
+
+
+def _never_scored(labels: LabelSystem, pairs: Sequence[Pair]) -> list[str]:
+    return labels.without_counterpart(scored.name for pair in pairs for scored in pair.classes)

@@ -1,0 +1,199 @@
+"""Predictions: every model on every case through nnU-Net's predictor, once; what is there and still right is not made again.
+
+Beside each prediction lies a record with the hashes of the checkpoints, the plans, the image and the prediction itself, and the
+settings. A prediction counts only with a record that agrees in all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stunet_plugin.checkpoints.safe_loading import sha256_of
+from stunet_plugin.errors import PluginError
+from stunet_plugin.evaluation.comparison import Pair
+from stunet_plugin.evaluation.subjects import Case, Dataset, Model
+from stunet_plugin.registration import write_atomically
+from stunet_plugin.unlabeled.progress import in_words
+
+PREDICTIONS = "predictions"
+PARTIAL = ".partial"
+RECORD_ENDING = ".json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the predictions of a model on a dataset go."""
+
+    folder: Path
+    ending: str
+
+    @classmethod
+    def of(cls, out: Path, pair: Pair) -> Place:
+        return cls(out / PREDICTIONS / folder_name(pair.model.name) / folder_name(pair.dataset.name), pair.dataset.ending)
+
+    def file(self, case: Case) -> Path:
+        return self.folder / f"{case.name}{self.ending}"
+
+    def record(self, case: Case) -> Path:
+        return self.folder / f"{case.name}{RECORD_ENDING}"
+
+
+def folder_name(name: str) -> str:
+    """Return a subject's name as the name of a folder."""
+    return name.replace(" ", "_")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a record, or nothing where there is none or half of one."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def model_identity(model: Model) -> dict[str, Any]:
+    """Return what a prediction depends on beside the image; reads the checkpoints through."""
+    files = (*model.checkpoints, model.folder / "plans.json", model.folder / "dataset.json")
+    return {
+        "model": [sha256_of(file) for file in files],
+        "folds": list(model.folds),
+        "mirroring": model.mirroring,
+        "step_size": model.step_size,
+    }
+
+
+def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: int) -> None:
+    """Make the predictions that are missing or no longer right, one model after the other, each loaded once.
+
+    Args:
+        pairs: those of one model one after the other.
+        out: output folder of the run.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        processes: for the preprocessing; with 1, in this process.
+    """
+    wanted: list[tuple[Pair, Case, dict[str, Any]]] = []
+    identities: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        if pair.classes:
+            identity = identities.setdefault(pair.model.name, model_identity(pair.model))
+            for case in pair.dataset.cases:
+                key = {**identity, "images": [sha256_of(image) for image in case.images]}
+                if not _is_done(Place.of(out, pair), case, key):
+                    wanted.append((pair, case, key))
+    total = sum(len(pair.dataset.cases) for pair in pairs if pair.classes)
+    print(f"Predictions: {total - len(wanted)} of {total} are there.", flush=True)
+    started, done = time.monotonic(), 0
+    for model in dict.fromkeys(pair.model for pair, _, _ in wanted):
+        predictor = load_predictor(model, device)
+        for dataset in dict.fromkeys(pair.dataset for pair, _, _ in wanted if pair.model is model):
+            tasks = [entry for entry in wanted if entry[0].model is model and entry[0].dataset is dataset]
+            place = Place.of(out, tasks[0][0])
+            for case, key in _predict(predictor, dataset, [(case, key) for _, case, key in tasks], place, processes):
+                _record(place, case, key)
+                done += 1
+                left = (time.monotonic() - started) / done * (len(wanted) - done)
+                estimate = f", about {in_words(left)} left" if done < len(wanted) else ""
+                print(f"  [{done}/{len(wanted)}] {model.name} on {dataset.name}: {case.name}{estimate}", flush=True)
+
+
+def load_predictor(model: Model, device: str) -> Any:
+    """Return nnU-Net's predictor with a model's weights.
+
+    Raises:
+        PluginError: the model cannot be used.
+    """
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    with _quiet():
+        predictor = nnUNetPredictor(
+            tile_step_size=model.step_size, use_mirroring=model.mirroring, device=torch.device(device), allow_tqdm=False
+        )
+        folds = [int(fold) if fold.isdigit() else fold for fold in model.folds]
+        try:
+            predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise PluginError(
+                f"Model {model.name}: nnU-Net cannot load {model.folder} ({type(error).__name__}: {error}). Does "
+                "nnUNetv2_predict_from_modelfolder run it here? Trainers of this plugin are found after `stunet register`, or with "
+                "nnUNet_extTrainer."
+            ) from error
+    if predictor.configuration_manager.previous_stage_name is not None:
+        raise PluginError(f"Model {model.name} is the second stage of a cascade and needs the first one's output. Leave it out.")
+    return predictor
+
+
+def _predict(
+    predictor: Any, dataset: Dataset, tasks: Sequence[tuple[Case, dict[str, Any]]], place: Place, processes: int
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Predict cases and yield each when its file is complete and in place."""
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+    place.folder.mkdir(parents=True, exist_ok=True)
+    partial = place.folder / PARTIAL
+    partial.mkdir(exist_ok=True)
+    description = {**predictor.dataset_json, "file_ending": place.ending}
+    prepared = _preprocessed(predictor, [case for case, _ in tasks], processes)
+    try:
+        for case, key in tasks:
+            with _quiet():
+                item = next(prepared)
+                logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu()
+                managers = (predictor.configuration_manager, predictor.plans_manager)
+                export_prediction_from_logits(logits, item["data_properties"], *managers, description, str(partial / case.name))
+            os.replace(partial / f"{case.name}{place.ending}", place.file(case))
+            yield case, key
+    finally:
+        for left in partial.iterdir():
+            left.unlink()
+        partial.rmdir()
+
+
+def _preprocessed(predictor: Any, cases: Sequence[Case], processes: int) -> Iterator[dict[str, Any]]:
+    """Preprocess as nnU-Net does before prediction, in worker processes if there is more than one."""
+    import torch
+
+    managers = (predictor.plans_manager, predictor.dataset_json, predictor.configuration_manager)
+    files = [[str(image) for image in case.images] for case in cases]
+    if processes > 1:
+        from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
+
+        yield from preprocessing_iterator_fromfiles(files, None, None, *managers, processes, predictor.device.type == "cuda")
+        return
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    plans, dataset, configuration = managers
+    for images in files:
+        data, _, properties = preprocessor.run_case(images, None, plans, configuration, dataset)
+        yield {"data": torch.from_numpy(data), "data_properties": properties}
+
+
+def _is_done(place: Place, case: Case, key: dict[str, Any]) -> bool:
+    record = read_record(place.record(case))
+    file = place.file(case)
+    return record.get("made_from") == key and file.is_file() and record.get("prediction") == sha256_of(file)
+
+
+def _record(place: Place, case: Case, key: dict[str, Any]) -> None:
+    write_atomically(place.record(case), json.dumps({"made_from": key, "prediction": sha256_of(place.file(case))}, indent=1))
+
+
+def fingerprint(content: Any) -> str:
+    """Return a hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """nnU-Net prints several lines per case; ours says how far the run is."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
