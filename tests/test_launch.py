@@ -1,0 +1,189 @@
+"""Several processes through torchrun and the launcher: the same training as one process's, one killed, and on in four, sharded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training_entry
+from torch import distributed
+
+from stunet_plugin import launch
+from stunet_plugin.errors import PluginError
+from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
+
+from conftest import PHANTOM_ID, Workspace
+
+EPOCHS = 4
+KILLED_IN = 2
+
+
+@pytest.fixture
+def launched(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module("launched")
+
+
+@pytest.fixture
+def fixed_batches(launched: ModuleType, nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The phantoms, with the plan and the trainer of the fixed batches."""
+    workspace = nnunet_environment
+    launched.write_plans(workspace.dataset_folder(workspace.preprocessed))
+    monkeypatch.setenv("nnUNet_extTrainer", str(launched.FIXED_BATCHES))
+    monkeypatch.syspath_prepend(str(launched.FIXED_BATCHES))
+    monkeypatch.setenv("STUNET_EPOCHS", str(EPOCHS))
+    monkeypatch.setenv("STUNET_SEED", "1")
+    return workspace
+
+
+def single_process_training(workspace: Workspace, launched: ModuleType) -> dict[str, Any]:
+    """What one process makes of the fixed batches."""
+    plans = {**workspace.plans(launched.PLANS), "continue_training": False}
+    dataset_json = json.loads((workspace.dataset_folder(workspace.preprocessed) / "dataset.json").read_text())
+    trainer = importlib.import_module("fixed_batches_trainer").FixedBatchesTrainer(
+        plans, "3d_fullres", 1, dataset_json, torch.device("cpu")
+    )
+    trainer.run_training()
+    checkpoint: dict[str, Any] = launched.read(Path(trainer.output_folder, "checkpoint_final.pth"))
+    return checkpoint
+
+
+def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
+    fixed_batches: Workspace, launched: ModuleType, tmp_path: Path
+) -> None:
+    """Two pretended machines with a process each, of which one is killed; then four processes that share the network out.
+
+    One training throughout, so its losses, weights and momentum must be those of a single process.
+    """
+    workspace = fixed_batches
+    environment = {
+        **workspace.environment,
+        "nnUNet_extTrainer": str(launched.FIXED_BATCHES),
+        "nnUNet_n_proc_DA": "0",
+        "STUNET_EPOCHS": str(EPOCHS),
+        "STUNET_SEED": "1",
+    }
+    arguments = [PHANTOM_ID, "3d_fullres", "0", "-tr", "FixedBatchesTrainer", "-p", launched.PLANS, "-device", "cpu"]
+    kill = {"FIXED_BATCHES_KILL": f"1:{KILLED_IN}"}
+    killed = launched.torchrun(
+        [*arguments, "--timeout", "2"], {**environment, **kill}, tmp_path, machines=2, processes=1, limit=300
+    )
+    assert [code not in (None, 0) for code in killed.codes] == [True, True], killed.output
+    assert "Signal 9 (SIGKILL)" in killed.output
+    assert re.search(r"Process 0 of 2 on .* stops: .*\nAll processes of this training end.*--c", killed.output)
+    model = workspace.model("FixedBatchesTrainer", plans=launched.PLANS) / "fold_0"
+    assert launched.same_weights_everywhere(model, 2)
+    assert len((model / "weights_of_rank_1.txt").read_text().splitlines()) == KILLED_IN
+    # One writer: what every process of nnU-Net prints and writes comes from the first alone.
+    assert killed.output.count("Please cite") == 1
+    assert len(list(model.glob("training_log_*.txt"))) == 1
+
+    resumed = launched.torchrun([*arguments, "--c"], {**environment, "STUNET_SHARD": "1"}, tmp_path, processes=4, limit=300)
+    assert resumed.codes == [0], resumed.output
+    assert "shared out over 4 process(es)" in resumed.output
+    checkpoint = launched.read(model / "checkpoint_final.pth")
+    alone = single_process_training(workspace, launched)
+    assert checkpoint["logging"]["lrs"] == alone["logging"]["lrs"]
+    found = launched.differences(alone, checkpoint)
+    assert max(found["train_losses"], found["val_losses"]) < 1e-3
+    assert found["weights"] < 1e-3
+
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model.parent), (0,), "checkpoint_final.pth")
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    logits = predictor.predict_sliding_window_return_logits(torch.randn(1, *launched.PATCH))
+    assert logits.shape[1:] == launched.PATCH
+
+
+def test_wrong_arguments_and_places_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*arguments: str) -> str:
+        assert launch.main(["4", "3d_fullres", *arguments]) == 2
+        return capsys.readouterr().err
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "has to be started by torchrun" in refused("0")
+    assert "torchrun's --nproc-per-node says how many" in refused("0", "-num_gpus", "2")
+    assert "--c and -pretrained_weights cannot be used together" in refused("0", "--c", "-pretrained_weights", "a.pth")
+    assert "fold must be a whole number or all, not 'first'" in refused("first")
+    assert "--timeout must be a number of minutes above 0" in refused("0", "--timeout", "0")
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert re.search("Process 9 of 16 on .* finds no GPU.*-device cpu", refused("0"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "has 1 and was asked for 8 processes. Start torchrun with --nproc-per-node 1" in refused("0")
+
+
+def test_nnunets_own_trainers_are_refused_beyond_the_gpus_of_one_machine(nnunet_environment: Workspace) -> None:
+    options = launch.build_parser().parse_args([PHANTOM_ID, "3d_fullres", "0"])
+    with pytest.raises(PluginError, match="nnUNetTrainer is not a trainer of stunet-plugin.*GPUs of one machine alone"):
+        launch.train(options, launch.Place(1, 2, 0, 1), torch.device("cpu"))
+    assert not list(nnunet_environment.results.rglob("nnUNetTrainer__*"))
+
+
+def test_the_launcher_knows_nnunets_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "--help"])
+    with pytest.raises(SystemExit):
+        run_training_entry()
+    theirs = set(re.findall(r"^  (--?\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert {"-tr", "--c", "-device"} < theirs
+    assert theirs - {name for action in launch.build_parser()._actions for name in action.option_strings} == set()
+
+
+@pytest.fixture
+def make_in_group_of_one(nnunet_environment: Workspace) -> Any:
+    """Make a trainer in a process group of one."""
+
+    def build(name: str, **changes: Any) -> Any:
+        plans = {**nnunet_environment.plans(), "continue_training": False}
+        plans["configurations"]["3d_fullres"].update(changes)
+        description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz"}
+        return MISFM[name](plans, "3d_fullres", 0, description, torch.device("cpu"))
+
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield build
+    distributed.destroy_process_group()
+
+
+def test_batch_norm_under_ddp(make_in_group_of_one: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synchronised on CUDA, where the running statistics are then the same everywhere and need not be sent."""
+    trainer = make_in_group_of_one("PCTNetTrainer", patch_size=[32, 32, 32], batch_size=2)
+    trainer.initialize()
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in trainer.network.modules())
+    assert not trainer.network._check_sync_bufs_pre_fwd()
+    network = trainer._bare_network()
+    parameters = dict(network.named_parameters())
+    trainer.device = torch.device("cuda", 0)
+
+    def without_gpu(network: torch.nn.Module, device_ids: list[int], gradient_as_bucket_view: bool, broadcast_buffers: bool) -> Any:
+        return network
+
+    monkeypatch.setattr("stunet_plugin.trainers.distributed_trainer.DistributedDataParallel", without_gpu)
+    converted = trainer._replicate(network)
+    norms = [module for module in converted.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
+    assert all(parameter is parameters[name] for name, parameter in converted.named_parameters())
+
+
+def test_only_the_first_process_prints_and_writes(
+    make_in_group_of_one: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_in_group_of_one("FMUNetTrainer", patch_size=[32, 32, 32], batch_size=2)
+    trainer.initialize()
+    trainer.local_rank = 1
+    capsys.readouterr()
+    trainer.print_to_log_file("once is enough")
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "checkpoint.pth").exists()
