@@ -240,7 +240,9 @@ def test_weights_decide_not_their_heads(folders: Path) -> None:
     heads = {name: torch.rand(7, 2) for name in checkpoint["network_weights"] if ".seg_layers." in name}
     torch.save({**checkpoint, "network_weights": {**checkpoint["network_weights"], **heads}}, folders / "other.pth")
     write_plans(folders)
-    first, second = rank(folders, file, folders / "other.pth", "-p", "Mine", "--levels", 2)["candidates"]
+    found = rank(folders, file, folders / "other.pth", "-p", "Mine", "--levels", 2, "--names", "case3", "case0")
+    assert found["cases"] == ["case0", "case3"]
+    first, second = found["candidates"]
     assert first["score"] == second["score"]
     assert len(first["levels"]) == 2
 
@@ -309,6 +311,8 @@ def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such file" in refused(capsys, one, folders / "none.pth", "-d", 4)
     assert "Expected one Dataset005_*" in refused(capsys, one, two, "-d", 5)
     assert "--cases must be at least 2" in refused(capsys, one, two, "-d", 4, "--cases", 1)
+    assert "has no case x" in refused(capsys, one, two, "-d", 4, "--names", "case0", "x")
+    assert "make no pair" in refused(capsys, one, two, "-d", 4, "--names", "case0")
     assert "--levels must be from 1 to 5" in refused(capsys, one, two, "-d", 4, "--levels", 6)
     assert "--step-size" in refused(capsys, one, two, "-d", 4, "--step-size", 0)
     assert "no such plans" in refused(capsys, one, two, "-d", 4, "-p", "Nothing")

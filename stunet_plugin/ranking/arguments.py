@@ -23,6 +23,9 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", dest="configuration", default="3d_fullres", help="of the plans given with -p")
     parser.add_argument("--cases", type=int, default=DEFAULT_CASES, metavar="N", help="how many to look at, drawn with the seed")
     parser.add_argument(
+        "--names", nargs="+", default=None, metavar="CASE", help="look at these cases instead, those of a training fold perhaps"
+    )
+    parser.add_argument(
         "--levels", type=int, default=None, metavar="N", help=f"finest levels of the decoder; {DEFAULT_LEVELS} if not given"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the drawn cases, voxels and random weights")

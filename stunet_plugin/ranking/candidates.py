@@ -22,6 +22,8 @@ from stunet_plugin.ranking.features import head_modules
 RANDOM = "random"
 HEADS = ".seg_layers."
 """Names that fine-tuning does not take over, nor do we."""
+DECISIVE = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
+"""Entries of a configuration that decide what a network of given weights makes of an image."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def _random_ones(found: list[Candidate]) -> list[Candidate]:
             continue
         with torch.device("meta"):
             network = candidate.architecture(1, 0)
-        key = (str(candidate.plan.chosen), *((name, tuple(value.shape)) for name, value in network.state_dict().items()))
+        entries = [str(candidate.plan.chosen.configuration.get(name)) for name in DECISIVE]
+        key = (*entries, *((name, tuple(value.shape)) for name, value in network.state_dict().items()))
         different.setdefault(key, candidate)
     if len(different) == 1:
         return [candidate.with_random_weights(RANDOM) for candidate in different.values()]

@@ -40,6 +40,7 @@ class RankOptions:
     plans: str | None = None
     configuration: str = "3d_fullres"
     cases: int = 10
+    names: Sequence[str] | None = None
     levels: int | None = None
     seed: int = 0
     step_size: float = 0.5
@@ -116,7 +117,10 @@ def run_rank(options: RankOptions) -> int:
     candidates = find_candidates(list(options.weights), plan)
     check_channels(raw, [candidate.plan for candidate in candidates])
     levels = count_levels(candidates, options.levels, DEFAULT_LEVELS)
-    target = Target.draw(raw, options.cases, options.seed, preprocessed)
+    if options.names is None:
+        target = Target.draw(raw, options.cases, options.seed, preprocessed)
+    else:
+        target = Target.of_names(raw, options.names, preprocessed)
     print(f"{raw.name}: {len(target.chosen)} of {len(raw.cases)} cases, {len(candidates)} candidates, {levels} levels", flush=True)
     results = []
     for candidate in candidates:
@@ -205,7 +209,7 @@ def _report(options: RankOptions, target: Target, results: Sequence[Result]) -> 
         "dataset": target.raw.name,
         "cases": list(target.chosen),
         "samples": samples_of_levels(len(results[0].levels)),
-        "options": {key: value for key, value in asdict(options).items() if key not in ("json", "figure", "weights")},
+        "options": {key: value for key, value in asdict(options).items() if key not in ("json", "figure", "weights", "names")},
         "candidates": [
             {
                 "rank": None if result.score is None else rank,

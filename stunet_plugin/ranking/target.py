@@ -50,6 +50,19 @@ class Target:
         drawn = np.random.default_rng(seed).permutation(len(names))[:cases]
         return cls(raw, tuple(names[index] for index in sorted(drawn)), preprocessed)
 
+    @classmethod
+    def of_names(cls, raw: RawDataset, names: Sequence[str], preprocessed: Path | None) -> Target:
+        """Take cases by name.
+
+        Raises:
+            PluginError: the dataset lacks one, or they are fewer than two.
+        """
+        unknown = sorted(set(names) - {case.name for case in raw.cases})
+        if unknown or len(set(names)) < FEWEST_CASES:
+            wrong = f"{raw.name} has no case {unknown[0]}" if unknown else f"{len(set(names))} case(s) make no pair"
+            raise PluginError(f"--names: {wrong}. Name at least {FEWEST_CASES} of its {len(raw.cases)} cases.")
+        return cls(raw, tuple(sorted(set(names))), preprocessed)
+
     @property
     def labels(self) -> dict[int, str]:
         """Label values to names, background included and the ignore label left out; regions count by their labels."""
