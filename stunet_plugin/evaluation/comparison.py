@@ -114,7 +114,8 @@ def pair_up(models: Sequence[Model], datasets: Sequence[Dataset], rules: Rules) 
     pairs = [_pair(model, dataset, names, rules) for model in models for dataset in datasets]
     for subject, kind in subjects:
         if not any(pair.classes for pair in pairs if subject in (pair.model, pair.dataset)):
-            raise PluginError(f"{kind.capitalize()} {subject.name} shares no class with any other. {_what_each_has(models, datasets)}")
+            what = _what_each_has(models, datasets)
+            raise PluginError(f"{kind.capitalize()} {subject.name} shares no class with any other. {what}")
     return pairs
 
 

@@ -36,7 +36,12 @@ img { max-width: 100%; height: auto; border: 1px solid var(--line); border-radiu
 details { border: 1px solid var(--line); border-radius: 4px; margin: 0.5rem 0; padding: 0.25rem 0.75rem; }
 summary { cursor: pointer; font-weight: 600; padding: 0.25rem 0; }
 ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5rem 1rem 0.5rem 2rem; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { body { font-size: 15px; } main { padding: 0.6rem; } th, td { padding: 0.3rem 0.4rem; } }
+@media (max-width: 40rem) {
+  body { font-size: 15px; }
+  main { padding: 0.6rem; }
+  th, td { padding: 0.3rem 0.4rem; }
+  .wide > img { max-width: none; width: 44rem; }
+}
 @media print {
   @page { margin: 15mm; }
   body { font-size: 10pt; }
@@ -46,7 +51,7 @@ ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5r
   th, td { white-space: normal; padding: 0.15rem 0.3rem; }
   h2, h3 { break-after: avoid; }
   figure, tr, details { break-inside: avoid; }
-  details > * { display: block; }
+  details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
 
@@ -66,7 +71,8 @@ def write_report(results: Results, about: Sequence[str], pictures: Sequence[tupl
         *_warnings(results),
         "<h2>Scores</h2>",
         '<p class="note">Mean over classes of the mean over cases, below it the 95 % bootstrap interval over cases. '
-        "In bold the best model of each dataset.</p>",
+        "In bold the best model of each dataset. A distance is undefined where reference or prediction has nothing of a class; "
+        "those take no part in the mean, so a model that misses a class is not better for a shorter distance.</p>",
         *(part for measure in LARGER_IS_BETTER for part in (f"<h3>{_title(measure)}</h3>", _matrix(results, measure))),
         *(_figure(picture, caption) for picture, caption in pictures),
         "<h2>Differences between models</h2>",
@@ -95,7 +101,9 @@ def _title(measure: str) -> str:
 
 def _matrix(results: Results, measure: str) -> str:
     matrix = results.matrix(measure)
-    compared = matrix if LARGER_IS_BETTER[measure] else -matrix
+    undefined = results.undefined(measure)
+    # Means over other cases cannot be compared.
+    compared = np.where(undefined.any(axis=0), np.nan, matrix if LARGER_IS_BETTER[measure] else -matrix)
     rows = []
     for row, model in enumerate(results.models):
         cells = [f"<td>{escape(model)}</td>"]
@@ -103,8 +111,9 @@ def _matrix(results: Results, measure: str) -> str:
             cell = results.cell(model, dataset, measure)
             others = compared[:, column][np.isfinite(compared[:, column])]
             best = ' class="best"' if len(others) > 1 and np.isfinite(cell.mean) and compared[row, column] == others.max() else ""
-            interval = f"<small>{cell.low:.3f} to {cell.high:.3f}</small>" if np.isfinite(cell.mean) else ""
-            cells.append(f"<td{best}>{shown(cell).partition(' ')[0]}{interval}</td>")
+            below = f"<small>{cell.low:.3f} to {cell.high:.3f}</small>" if np.isfinite(cell.mean) else ""
+            below += f"<small>{undefined[row, column]} undefined</small>" if undefined[row, column] else ""
+            cells.append(f"<td{best}>{shown(cell).partition(' ')[0]}{below}</td>")
         rows.append("".join(cells))
     return _table(["model", *results.datasets], rows)
 
@@ -154,7 +163,7 @@ def _warnings(results: Results) -> Iterable[str]:
 def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f'<figure><div class="wide">{image}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _table(header: Sequence[str], rows: Sequence[str]) -> str:

@@ -108,6 +108,11 @@ class Results:
         """Return the means with axes (model, dataset)."""
         return np.array([[self.cell(model, dataset, measure).mean for dataset in self.datasets] for model in self.models])
 
+    def undefined(self, measure: str) -> np.ndarray:
+        """Return how many values of cases and classes are not defined, with axes (model, dataset)."""
+        counts = [[np.isnan(self.find(model, dataset).values[measure]).sum() for dataset in self.datasets] for model in self.models]
+        return np.array(counts)
+
     def worst(self, number: int = WORST) -> list[tuple[PairScores, int]]:
         """Return pairs and rows of the cases with the lowest mean DSC, at most one per model and case, the lowest first."""
         found = [

@@ -185,8 +185,9 @@ def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSyst
         raise PluginError(f"Dataset {name}: there is no folder {folder}.")
     if "labels" not in entry and not (folder / "dataset.json").is_file():
         raise PluginError(f"Dataset {name}: {folder} has no dataset.json that says what its labels mean. Give labels.")
-    named = {"images": entry.get("images", folder / f"images{part}"), "references": entry.get("references", folder / f"labels{part}")}
-    return Path(str(named["images"])), Path(str(named["references"])), load_label_system(entry.get("labels", folder))
+    images = Path(str(entry.get("images", folder / f"images{part}"))).expanduser()
+    references = Path(str(entry.get("references", folder / f"labels{part}"))).expanduser()
+    return images, references, load_label_system(entry.get("labels", folder))
 
 
 def _files_by_case(folder: Path) -> dict[str, Path]:
