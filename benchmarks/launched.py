@@ -87,12 +87,12 @@ def torchrun(
     return Launch(codes, [log.read_text(errors="replace") for log in logs], time.monotonic() - start)
 
 
-def write_plans(dataset: Path, configuration: str = "3d_fullres") -> None:
+def write_plans(dataset: Path, name: str = PLANS, patch: Sequence[int] = PATCH) -> None:
     """Put plans with a small patch and a batch that four processes can split beside those of a preprocessed dataset."""
     plans = json.loads((dataset / "nnUNetPlans.json").read_text())
-    plans["plans_name"] = PLANS
-    plans["configurations"][configuration].update({"patch_size": list(PATCH), "batch_size": BATCH})
-    write_atomically(dataset / f"{PLANS}.json", json.dumps(plans, indent=2))
+    plans["plans_name"] = name
+    plans["configurations"]["3d_fullres"].update({"patch_size": list(patch), "batch_size": BATCH})
+    write_atomically(dataset / f"{name}.json", json.dumps(plans, indent=2))
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
