@@ -25,6 +25,8 @@ SPLITS = "splits_final.json"
 """In the raw dataset nnU-Net's planners find it and copy it to where training reads it."""
 PROVENANCE = "merged_from.json"
 READER = "overwrite_image_reader_writer"
+CT = "ct"
+"""The channel, in small letters, that nnU-Net normalises by the foreground's intensities."""
 INTERRUPTED = 130
 
 
@@ -88,6 +90,13 @@ class Merge:
         systems = [part.system for part in self.parts]
         self.joint = joint_system(systems, options.classes, [part.not_shown for part in self.parts])
         self.joined = [join_labels(part.system, self.joint, part.not_shown, systems) for part in self.parts]
+        if all(joined.background_ignored for joined in self.joined):
+            lacking = "; ".join(f"{part.name}: {', '.join(one.missing)}" for part, one in zip(self.parts, self.joined, strict=True))
+            raise PluginError(
+                f"Each dataset lacks a class ({lacking}), so the background of all would become ignore, and a network that is "
+                f"never shown background finds classes everywhere. Learn only what one of them has as a whole (--classes), or say "
+                f"which classes its images do not show (--not-shown)."
+            )
         for part in self.parts:
             unknown = [name for name in part.not_shown if name not in self.joint.classes]
             if unknown:
@@ -110,6 +119,11 @@ class Merge:
                 yield "  becomes ignore, as they may be anywhere in it: the background, and every class that is left out"
             if joined.left_out:
                 yield f"  left out: {', '.join(joined.left_out)}"
+        if any(joined.background_ignored for joined in self.joined) and any(name.casefold() == CT for name in self.channels):
+            yield (
+                "Note: nnU-Net counts ignored voxels as foreground when it plans how to normalise CT, air included. "
+                "See docs/datasets.md for a way round."
+            )
 
     def write(self) -> None:
         """Make the dataset, or complete one that an interrupted run began."""

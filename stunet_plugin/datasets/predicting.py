@@ -47,6 +47,7 @@ class Model:
         dataset: its ``dataset.json``.
         reader: nnU-Net's reader and writer of its images.
         trainer, plans_name, configuration: what trained it.
+        predictor: nnU-Net's, with the weights loaded.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Model:
             raise PluginError(f"{lacking[0]}: there is no such file. Folds with a {checkpoint}: {trained} (-f).")
         # On the CPU it says that it will not do what it was not asked to do.
         with contextlib.redirect_stdout(None):
-            self._predictor = nnUNetPredictor(step_size, True, mirroring, device == "cuda", torch.device(device), allow_tqdm=False)
+            self.predictor = nnUNetPredictor(step_size, True, mirroring, device == "cuda", torch.device(device), allow_tqdm=False)
         self._initialise(read_json(folder / "plans.json"))
 
     def _initialise(self, plans: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ class Model:
         except RuntimeError as error:
             raise PluginError(f"The weights in {self.files[0]} do not fit the plan of {self.folder}: {error}") from error
         axes = first.get("inference_allowed_mirroring_axes")
-        self._predictor.manual_initialization(network, manager, chosen, weights, self.dataset, self.trainer, axes)
+        self.predictor.manual_initialization(network, manager, chosen, weights, self.dataset, self.trainer, axes)
         self.reader = manager.image_reader_writer_class()
 
     @property
@@ -110,8 +111,8 @@ class Model:
     def predict(self, images: Sequence[Path]) -> Prediction:
         """Predict a case of one image per channel."""
         array, properties = self.reader.read_images([os.fspath(image) for image in images])
-        labels, probabilities = self._predictor.predict_single_npy_array(array, properties, None, None, True)
-        if self._predictor.label_manager.has_regions:
+        labels, probabilities = self.predictor.predict_single_npy_array(array, properties, None, None, True)
+        if self.predictor.label_manager.has_regions:
             confidence = np.maximum(probabilities, 1 - probabilities).min(axis=0)
         else:
             confidence = probabilities.max(axis=0)
