@@ -105,6 +105,15 @@ def test_class_0_counts_in_the_dice_loss(make: Callable[..., Any]) -> None:
     assert trainer.dataset_json["labels"] == {"background": 0, "alpha 1/4": 1, "alpha 2/4": 2, "alpha 3/4": 3, "alpha 1": 4}
 
 
+@pytest.mark.parametrize("name", ["VolumeFusionTrainer", "VolumeFusionTrainer_STUNet_small", "VolumeFusionTrainer_FMUNet"])
+def test_optimizer_is_the_published_one_for_every_network(name: str) -> None:
+    trainer = TRAINERS[name].__new__(TRAINERS[name])
+    trainer.initial_lr = trainer.learning_rate
+    optimizer = trainer.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"], trainer.epochs) == (1e-3, 1e-5, 1000)
+
+
 def test_seed_makes_the_draws_the_same(make: Callable[..., Any]) -> None:
     first, second = (make(STUNET_SEED="5") for _ in range(2))
     assert torch.equal(*(torch.rand(3, generator=trainer._fusion_draws) for trainer in (first, second)))

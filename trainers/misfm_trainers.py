@@ -1,8 +1,8 @@
 """PCTNetTrainer and FMUNetTrainer, each with ``_ft``: the networks of MIS-FM in nnU-Net's training loop.
 
-Paper: arXiv:2306.16925, section IV; optimizer as published (Adam, learning rate 1e-3, weight decay 1e-5, poly), on nnU-Net's
-epochs. The anisotropy mode follows from the plan's spacing and patch (``stunet_plugin.anisotropy``), is printed with its reason,
-and is recorded with the model: its plans.json and its checkpoint name the network that was trained, mode included.
+Paper: arXiv:2306.16925, section IV; optimizer as published, on nnU-Net's epochs and schedule. The anisotropy mode follows from
+the plan's spacing and patch (``stunet_plugin.anisotropy``), is printed with its reason, and is recorded with the model: its
+plans.json and its checkpoint name the network that was trained, mode included.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet_plugin.misfm_architecture import NETWORKS, MISFMNetwork, resolve_misfm
-from stunet_plugin.trainers.plugin_trainer import PluginTrainer
-
-LEARNING_RATE = 1e-3
-WEIGHT_DECAY = 1e-5
+from stunet_plugin.trainers.misfm_optimizer import MISFMOptimizer
 
 
-class MISFMTrainer(PluginTrainer):
+class MISFMTrainer(MISFMOptimizer):
     """Base of the trainers of one of the two networks."""
 
     network_record: ClassVar[MISFMNetwork]
-    learning_rate = LEARNING_RATE
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +39,6 @@ class MISFMTrainer(PluginTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.weight_decay = WEIGHT_DECAY
         chosen = PlansManager(plans).get_configuration(configuration).configuration
         name, (_, reason) = self.network_record.name, resolve_misfm(chosen, self.network_record, type(self).__name__)
         self.print_to_log_file(f"{name}: {reason}")
@@ -52,9 +47,6 @@ class MISFMTrainer(PluginTrainer):
                 f"{name} has batch norm: with a batch of {self.configuration_manager.batch_size} its statistics come from one "
                 f"patch at a time, and prediction, which uses their running mean, can be off. A batch of 2 or more is safer."
             )
-
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(groups, self.initial_lr, weight_decay=self.weight_decay)
 
 
 def make_trainer(network: MISFMNetwork, fine_tuning: bool) -> type[MISFMTrainer]:

@@ -1,7 +1,8 @@
 """Pretraining with Volume Fusion in nnU-Net's training loop, for the network of any trainer of this project.
 
-Papers and formula: ``stunet_plugin.transforms.volume_fusion``. Optimizer, schedule and batch size are those of the network's
-own segmentation trainer and plan (docs/decisions.md says why, and what was published).
+Papers and formula: ``stunet_plugin.transforms.volume_fusion``. The optimizer is the published one for every network: with SGD as
+STU-Net is trained on labels, the features of the decoder collapse (docs/decisions.md). Epochs, schedule and batch size are those
+of the network's own trainer and plan.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from stunet_plugin.figures import save_fusion_example, save_pretext_progress
 from stunet_plugin.options import VF_CLASSES, VF_LARGEST, VF_SCHEME, VF_SMALLEST, VF_STANDARDISE, Options
 from stunet_plugin.pretext_score import RECORD, confusion_matrix, overlap_counts, pretext_score
 from stunet_plugin.registration import write_atomically
-from stunet_plugin.trainers.plugin_trainer import PluginTrainer
+from stunet_plugin.trainers.misfm_optimizer import MISFMOptimizer
 from stunet_plugin.transforms.subvolumes import SubVolumeLoader
 from stunet_plugin.transforms.volume_fusion import DEFAULT_SCHEME, PUBLISHED_CLASSES, SCHEMES, VolumeFusion
 
@@ -41,7 +42,7 @@ EXAMPLE_SAMPLES = 4
 SCORE_FILE = "pretext_score.json"
 
 
-class VolumeFusionMixin(PluginTrainer):
+class VolumeFusionMixin(MISFMOptimizer):
     """Trains a network to tell fusion classes instead of labels; stands before the network's trainer among the bases.
 
     Attributes:
