@@ -58,7 +58,7 @@ def save_curves(runs: dict[str, dict[str, Any]], path: Path) -> None:
         loss_axis.plot(epochs, run["train_loss"], style, marker="o", markersize=3, label=name)
         dice_axis.plot(epochs, [np.nanmean(values) for values in run["pseudo_dice"]], style, marker="o", markersize=3, label=name)
     for axis, title in ((loss_axis, "training loss"), (dice_axis, "mean pseudo Dice (validation patches)")):
-        axis.set_xlabel("epoch (100 iterations)")
+        axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     dice_axis.legend(fontsize=8)
@@ -98,6 +98,7 @@ def main() -> int:
     )
     parser.add_argument("--raw", type=Path, required=True, help="the raw dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for the PNGs")
+    parser.add_argument("--stem", default="hippocampus", help="what the PNGs' names begin with")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
     parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a run that the --json file holds; repeat")
     parser.add_argument("--machine", required=True, help="what it ran on, in words")
@@ -113,9 +114,10 @@ def main() -> int:
     except PluginError as error:
         print(error, file=sys.stderr)
         return 2
-    save_curves(runs, options.out / "hippocampus_curves.png")
+    save_curves(runs, options.out / f"{options.stem}_curves.png")
     first = next(iter(folds.values()))
-    save_overlays(overlay_cases(first, options.raw), {1: "anterior", 2: "posterior"}, options.out / "hippocampus_overlay.png")
+    overlay = options.out / f"{options.stem}_overlay.png"
+    save_overlays(overlay_cases(first, options.raw), {1: "anterior", 2: "posterior"}, overlay)
     report = {"date": datetime.now(timezone.utc).isoformat(), "machine": options.machine, "torch": torch.__version__, "runs": runs}
     write_atomically(options.json, json.dumps(report, indent=2))
     for name, run in runs.items():

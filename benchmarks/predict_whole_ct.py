@@ -1,7 +1,7 @@
-"""Time and memory of ``nnUNetv2_predict`` on a whole CT with an imported model: the published architecture, random weights.
+"""Time and memory of ``nnUNetv2_predict`` on a whole CT: with a model folder, or with an imported model of published architecture.
 
-The weights are random because published ones are not part of this repository; time and memory do not depend on them. Writes a
-JSON with the seconds and the peak memory of the command and all of its worker processes together.
+The latter's weights are random because published ones are not part of this repository; time and memory do not depend on them.
+Writes a JSON with the seconds and the peak memory of the command and all of its worker processes together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import SimpleITK as sitk
 import torch
@@ -55,6 +56,30 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int
     return time.monotonic() - start, peak
 
 
+def import_random_weights(size: str, outputs: int, pickle: Path, work: Path, environment: dict[str, str]) -> Path:
+    """Import a checkpoint of published format with random weights; return the model folder."""
+    source = work / f"{size}_ep4k.model"
+    torch.save(v1_checkpoint(published_weights(make_network(size, outputs=outputs))), source)
+    shutil.copyfile(pickle, source.with_name(source.name + ".pkl"))
+    (work / "results").mkdir()
+    subprocess.run([find_command("stunet"), "import", str(source), "--out", str(work / "model")], env=environment, check=True)
+    return work / "model"
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """Return the network, outputs and configurations (patch size, spacing in mm) of a model folder."""
+    plans = json.loads((folder / "plans.json").read_text())
+    labels = json.loads((folder / "dataset.json").read_text())["labels"]
+    full = plans["configurations"]["3d_fullres"]
+    return {
+        "network": full["architecture"]["network_class_name"].rpartition(".")[2],
+        "trainer": folder.name.partition("__")[0],
+        "outputs": len(labels),
+        "patch_size": full["patch_size"],
+        "spacing_mm": full["spacing"],
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -63,34 +88,36 @@ def main() -> int:
         '--machine "2 CPU cores" --json benchmarks/results/predict_whole_ct.json',
     )
     parser.add_argument("--image", type=Path, required=True, help="a CT")
-    parser.add_argument("--pickle", type=Path, required=True, help="published .model.pkl of the size")
-    parser.add_argument("--size", default="small", help="size of STU-Net")
-    parser.add_argument("--outputs", type=int, default=105, help="of the network, background included")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="model folder of nnU-Net, with a 3d_fullres configuration")
+    source.add_argument("--pickle", type=Path, help="published .model.pkl of --size, to import random weights with")
+    parser.add_argument("--fold", default="0", help="of --model")
+    parser.add_argument("--size", default="small", help="of STU-Net, with --pickle")
+    parser.add_argument("--outputs", type=int, default=105, help="of the network, background included, with --pickle")
     parser.add_argument("--machine", required=True, help="what it runs on, in words")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        source = work / f"{options.size}_ep4k.model"
-        torch.save(v1_checkpoint(published_weights(make_network(options.size, outputs=options.outputs))), source)
-        shutil.copyfile(options.pickle, source.with_name(source.name + ".pkl"))
         environment = {**os.environ, "nnUNet_results": str(work / "results"), "nnUNet_extTrainer": str(trainers_folder())}
-        (work / "results").mkdir()
-        subprocess.run([find_command("stunet"), "import", str(source), "--out", str(work / "model")], env=environment, check=True)
+        if options.model is None:
+            model = import_random_weights(options.size, options.outputs, options.pickle, work, environment)
+        else:
+            model = options.model
         (work / "images").mkdir()
         shutil.copyfile(options.image, work / "images" / "ct_0000.nii.gz")
-        arguments = ["-i", work / "images", "-o", work / "out", "-m", work / "model", "-f", "0", "-device", "cpu", "--disable_tta"]
+        arguments = ["-i", work / "images", "-o", work / "out", "-m", model, "-f", options.fold, "-device", "cpu", "--disable_tta"]
         command = [find_command("nnUNetv2_predict_from_modelfolder"), *map(str, arguments), "-npp", "1", "-nps", "1"]
         seconds, peak = measure(command, environment)
         image, predicted = sitk.ReadImage(str(options.image)), sitk.ReadImage(str(work / "out" / "ct.nii.gz"))
+        description = describe_model(model)
     if predicted.GetSize() != image.GetSize():
         sys.exit(f"The prediction has the shape {predicted.GetSize()}, the image {image.GetSize()}")
     report = {
         "date": datetime.now(timezone.utc).isoformat(),
         "machine": options.machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2": host_version()},
-        "size": options.size,
-        "outputs": options.outputs,
+        "model": description,
         "image": {"voxels": image.GetSize(), "spacing_mm": image.GetSpacing()},
         "command": "nnUNetv2_predict_from_modelfolder -device cpu --disable_tta -npp 1 -nps 1",
         "seconds": round(seconds, 1),
