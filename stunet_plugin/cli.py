@@ -23,7 +23,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        nothing = any(action.default is value for value in (None, False, True)) or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

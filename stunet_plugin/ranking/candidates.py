@@ -125,7 +125,8 @@ def find_candidates(given: list[str], target: Plan | None) -> list[Candidate]:
 
 def _candidate(text: str, target: Plan | None) -> Candidate:
     name, separator, path = text.partition("=")
-    if not separator:
+    # A path may hold that sign itself.
+    if not separator or Path(text).exists():
         name, path = "", text
     if path.startswith(f"{RANDOM}:"):
         if target is None:
