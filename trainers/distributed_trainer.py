@@ -97,7 +97,7 @@ class DistributedTrainer(nnUNetTrainer):
         # The second name is the one before torch 2.15.
         names = "forward_sync_buffers", "broadcast_buffers"
         known = inspect.signature(DistributedDataParallel).parameters
-        send_buffers = {next(name for name in names if name in known): False}
+        send_buffers: dict[str, Any] = {next(name for name in names if name in known): False}
         return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **send_buffers)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
