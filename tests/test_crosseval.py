@@ -17,7 +17,6 @@ from import_helpers import make_network, published_weights, v1_plans, write_v1
 
 from stunet_plugin.cli import main
 from stunet_plugin.evaluation import predicting
-from stunet_plugin.registration import trainers_folder
 
 SHAPE = (10, 14, 12)
 KIDNEYS = {"background": 0, "kidney": 1, "spleen": 2, "bone": 3}
@@ -59,11 +58,6 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "raw" / "dataset.json").write_text(json.dumps(description))
     write_cases(folder / "flare" / "images", folder / "flare" / "references", (2, 3, 13), seed=4, channel="")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
 
 
 def setup_file(subjects: Path, tmp_path: Path, **changes: Any) -> Path:

@@ -112,25 +112,13 @@ def load_predictor(model: Model, device: str) -> Any:
     Raises:
         PluginError: the model cannot be used.
     """
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    # Heavy, and not needed where all predictions are there.
+    from stunet_plugin.datasets.predicting import Model as LoadedModel
 
-    with _quiet():
-        predictor = nnUNetPredictor(
-            tile_step_size=model.step_size, use_mirroring=model.mirroring, device=torch.device(device), allow_tqdm=False
-        )
-        folds = [int(fold) if fold.isdigit() else fold for fold in model.folds]
-        try:
-            predictor.initialize_from_trained_model_folder(str(model.folder), folds, model.checkpoint)
-        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise PluginError(
-                f"Model {model.name}: nnU-Net cannot load {model.folder} ({type(error).__name__}: {error}). Does "
-                "nnUNetv2_predict_from_modelfolder run it here? Trainers of this plugin are found after `stunet register`, or with "
-                "nnUNet_extTrainer."
-            ) from error
-    if predictor.configuration_manager.previous_stage_name is not None:
-        raise PluginError(f"Model {model.name} is the second stage of a cascade and needs the first one's output. Leave it out.")
-    return predictor
+    try:
+        return LoadedModel(model.folder, model.folds, model.checkpoint, model.step_size, model.mirroring, device).predictor
+    except PluginError as error:
+        raise PluginError(f"Model {model.name}: {error}") from error
 
 
 def _predict(
