@@ -213,8 +213,13 @@ def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path) -> None:
     checkpoint = torch.load(folders / "two" / "fold_0" / "checkpoint_final.pth", weights_only=True)
     pretext = {**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny", "init_args": {}}
     torch.save(pretext, folders / "pretext.pth")
-    given = (f"model={folders / 'one'}", f"pretext={folders / 'pretext.pth'}", "random:STUNetTrainer_tiny", "-p", "Mine")
+    # nnU-Net's own trainer builds what the plan names: the same network.
+    random = ("random:STUNetTrainer_tiny", "random:nnUNetTrainer")
+    given = (f"model={folders / 'one'}", f"pretext={folders / 'pretext.pth'}", *random, "-p", "Mine")
     from_raw = rank(folders, *given)
+    scores = {entry["name"]: entry["score"] for entry in from_raw["candidates"]}
+    assert scores["random:nnUNetTrainer"] == scores["random:STUNetTrainer_tiny"]
+    assert len(set(scores.values())) == 3
     preprocessed = folders / "nnUNet_preprocessed" / "Dataset004_Boxes" / plan.chosen.data_identifier
     preprocessed.mkdir()
     preprocessor = plan.chosen.preprocessor_class(verbose=False)

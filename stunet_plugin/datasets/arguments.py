@@ -59,7 +59,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--channel-names", nargs="+", default=None, metavar="NAME", help="of the new dataset, where those of the datasets differ"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the folds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the folds")
 
 
 def _add_new(parser: argparse.ArgumentParser, name: str) -> None:

@@ -28,7 +28,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--levels", type=int, default=None, metavar="N", help=f"finest levels of the decoder; {DEFAULT_LEVELS} if not given"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn cases, voxels and random weights")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn cases, voxels and random weights")
     parser.add_argument("--step-size", type=float, default=DEFAULT_STEP, metavar="X", help="of the sliding window, in patches")
     parser.add_argument("--published-sums", action="store_true", help="add distances up as the published script does, not average")
     parser.add_argument(
