@@ -85,7 +85,10 @@ def test_continuing_goes_on_where_it_was_and_validation_alone_repeats(trained: W
     shutil.copytree(trained.results, other)
     copy = other / fold.relative_to(trained.results)
     arguments = (PHANTOM_ID, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
+    cut_short = copy / "checkpoint_latest.pth.unfinished"
+    cut_short.write_bytes(b"killed in the middle of a write")
     trained.run("nnUNetv2_train", *arguments, "--c", STUNET_EPOCHS="3", nnUNet_results=str(other))
+    assert not cut_short.exists()
     after = torch.load(copy / "checkpoint_final.pth", map_location="cpu", weights_only=False)
     assert after["current_epoch"] == 3
     assert after["logging"]["train_losses"][:2] == before["logging"]["train_losses"]

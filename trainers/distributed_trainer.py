@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from stunet_plugin.checkpoints.starting_weights import read_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.options import SHARD, Options
+from stunet_plugin.trainers.safe_training import SafeTrainer
 from stunet_plugin.trainers.sharding import Gathered, accept_whole_state, check_shardable, gather, shard
 
 
-class DistributedTrainer(nnUNetTrainer):
+class DistributedTrainer(SafeTrainer):
     """nnU-Net's trainer in one or several processes.
 
     Attributes:

@@ -173,6 +173,7 @@ class PluginTrainer(DistributedTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         options = self.fine_tuning_options
         optimizer = self.make_optimizer(parameter_groups(self.network, options.encoder_rate))
+        self.guard_steps(optimizer)
         if options.frozen_encoder_epochs:
             optimizer.register_step_pre_hook(self._keep_frozen_encoder)
         return optimizer, FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, options.warmup_epochs)
