@@ -146,7 +146,8 @@ class SafeTrainer(nnUNetTrainer):
     def _give_up(self) -> None:
         """End the training; its last good checkpoint stays."""
         folder = Path(self.output_folder)
-        if not any((folder / name).is_file() for name in TO_CONTINUE_FROM):
+        # One answer of all processes, as saving is up to all of them.
+        if not self.agree(any((folder / name).is_file() for name in TO_CONTINUE_FROM)):
             # The weights are those of the last good step.
             self.save_checkpoint(str(folder / TO_CONTINUE_FROM[0]))
         kept = next((name for name in TO_CONTINUE_FROM if (folder / name).is_file()), None)
