@@ -40,7 +40,7 @@ ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5r
   body { font-size: 15px; }
   main { padding: 0.6rem; }
   th, td { padding: 0.3rem 0.4rem; }
-  .wide > img { max-width: none; width: 44rem; }
+  .wide > img { max-width: 44rem; }
 }
 @media print {
   @page { margin: 15mm; }
@@ -51,6 +51,7 @@ ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5r
   th, td { white-space: normal; padding: 0.15rem 0.3rem; }
   h2, h3 { break-after: avoid; }
   figure, tr, details { break-inside: avoid; }
+  img { max-height: 230mm; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
