@@ -66,13 +66,15 @@ def torchrun(
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}", "--rdzv-id", group]
     command += ["-m", "stunet_plugin.launch", *arguments]
     logs = [folder / f"{group}_{machine}.txt" for machine in range(machines)]
+    # What a killed process had in its buffers would be lost.
+    variables = {**environment, "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     started = []
     for log in logs:
         with log.open("w") as output:
             started.append(
                 subprocess.Popen(
-                    command, env=dict(environment), cwd=folder, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                    command, env=variables, cwd=folder, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
                 )
             )
     codes: list[int | None] = []
