@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from unlabeled_helpers import snapshot
 
 from stunet_plugin.cli import main
@@ -265,6 +266,30 @@ def test_a_label_that_is_not_declared_stops_the_merge(raw: Path, capsys: pytest.
     assert main(["merge-datasets", "1", "2", "-d", "20"]) == 2
     assert "case0.nii.gz holds the label 2" in capsys.readouterr().err
     assert not (raw / "Dataset020_Merged").exists()
+
+
+def test_a_damaged_or_full_disk_leaves_what_is_finished(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["merge-datasets", "1", "2", "-d", "20", "--classes", "liver", "spleen"]
+    label = raw / "Dataset002_B" / "labelsTr" / "case1.nii.gz"
+    content = label.read_bytes()
+    label.write_bytes(content[:50])
+    assert main(given) == 2
+    assert "case1.nii.gz cannot be read" in capsys.readouterr().err
+    label.write_bytes(content)
+
+    def cut(self: Any, labels: np.ndarray, file: str, properties: Any) -> None:
+        # As ITK does on a full disk: without a word.
+        Path(file).write_bytes(content[: len(content) // 2])
+
+    with monkeypatch.context() as full:
+        full.setattr(SimpleITKIO, "write_seg", cut)
+        assert main(given) == 2
+        assert "could not be written as a whole" in capsys.readouterr().err
+    unfinished = raw / ".unfinished_Dataset020_Merged"
+    assert [path.name for path in (unfinished / "labelsTr").glob("*002_B*")] == ["002_B_case0.nii.gz"]
+    assert main(given) == 0
 
 
 def test_refusals(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,12 @@ def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no images CASE_0000.nii.gz, which the model reads (it has files that end in .nrrd)" in refused(images="none")
     (folders / "images" / "a_0001.nii.gz").touch()
     assert "case a has 2 image(s), expected a_0000.nii.gz" in refused()
+    (folders / "images" / "z_0000.nii.gz").touch()
     (folders / "images" / "a_0001.nii.gz").unlink()
+    assert label(folders, "--size", "liver=0:1e9") == 2
+    assert "z_0000.nii.gz cannot be read" in capsys.readouterr().err
+    shutil.rmtree(folders / "nnUNet_raw" / ".unfinished_Dataset910_P")
+    (folders / "images" / "z_0000.nii.gz").unlink()
     checkpoint = torch.load(folders / "model" / "fold_0" / "checkpoint_final.pth", weights_only=True)
     pretext = {**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny"}
     torch.save(pretext, folders / "model" / "fold_0" / "checkpoint_final.pth")

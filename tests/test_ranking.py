@@ -333,5 +333,7 @@ def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({**checkpoint, "network_weights": weights}, folders / "less.pth")
     assert "tensors are missing" in refused(capsys, one, folders / "less.pth", "-d", 4, "-p", "Mine")
     raw = folders / "nnUNet_raw" / "Dataset004_Boxes"
+    (raw / "labelsTr" / "case0.nii.gz").write_bytes(b"nothing")
+    assert "Case case0 of Dataset004_Boxes cannot be prepared" in refused(capsys, one, two, "-d", 4)
     (raw / "labelsTr" / "case0.nii.gz").unlink()
     assert "have no labels" in refused(capsys, one, two, "-d", 4)

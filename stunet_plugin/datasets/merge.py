@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from stunet_plugin.datasets.folds import FOLDS, balanced_folds
 from stunet_plugin.datasets.joining import Joined, describe_table, join_labels, joint_system
-from stunet_plugin.datasets.new_dataset import NewDataset, place_file, write_labels
+from stunet_plugin.datasets.new_dataset import NewDataset, place_file, read_labels, write_labels
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.label_systems import LabelSystem, canonical_name, load_label_system
@@ -164,9 +162,8 @@ class Merge:
             place_file(case.label, label, self.options.copy)
             return
         reader = self._reader
-        labels, properties = reader.read_seg(str(case.label))
-        whole = np.rint(labels[0]).astype(np.int64)
-        write_labels(reader, joined.translate(whole, part.system, str(case.label)), properties, label)
+        labels, properties = read_labels(reader, case.label)
+        write_labels(reader, joined.translate(labels, part.system, str(case.label)), properties, label)
 
     @cached_property
     def _reader(self) -> Any:

@@ -20,7 +20,8 @@ import numpy as np
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.registration import write_atomically
-from stunet_plugin.unlabeled.placing import link_or_copy
+from stunet_plugin.unlabeled.placing import OutputError, link_or_copy
+from stunet_plugin.unlabeled.reading import last_line
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"
 SETTINGS = "settings.json"
@@ -64,7 +65,7 @@ class NewDataset:
         """Make the unfinished folder, or go on with one that was left with the same settings; no second run may write to it.
 
         Raises:
-            PluginError: it was left by a run with other settings, or another run is writing to it.
+            PluginError: it was left by a run with other settings, another run is writing to it, or it cannot be written to.
         """
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         for part in (IMAGES, LABELS, RECORDS):
@@ -84,7 +85,14 @@ class NewDataset:
                     f"command again to complete it, or delete the folder to begin anew."
                 )
             write_atomically(file, text)
-            yield
+            try:
+                yield
+            except (OSError, OutputError) as error:
+                reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+                raise PluginError(
+                    f"Cannot go on with {self.unfinished}: {reason}. What is finished stays. Once mended, the same command "
+                    f"continues."
+                ) from error
 
     @property
     def is_begun(self) -> bool:
@@ -131,6 +139,19 @@ def place_file(source: Path, target: Path, copy: bool) -> None:
     else:
         link_or_copy(str(source.absolute()), partial)
     os.replace(partial, target)
+
+
+def read_labels(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a label map with one of nnU-Net's readers; return whole numbers (z, y, x) and the geometry.
+
+    Raises:
+        PluginError: it cannot be read.
+    """
+    try:
+        labels, properties = reader.read_seg(str(file))
+    except Exception as error:  # each reader has its own
+        raise PluginError(f"{file} cannot be read: {last_line(error)}. Mend or remove the case.") from error
+    return np.rint(labels[0]).astype(np.int64), properties
 
 
 def write_labels(reader: Any, labels: np.ndarray, properties: dict[str, Any], target: Path) -> None:

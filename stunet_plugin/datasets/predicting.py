@@ -18,6 +18,7 @@ from stunet_plugin.checkpoints.safe_loading import load_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.plan_readers import read_json
 from stunet_plugin.networks_of_trainers import build_network
+from stunet_plugin.unlabeled.reading import last_line
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,15 @@ class Model:
         return len(self.dataset.get("channel_names", self.dataset.get("modality", {})))
 
     def predict(self, images: Sequence[Path]) -> Prediction:
-        """Predict a case of one image per channel."""
-        array, properties = self.reader.read_images([os.fspath(image) for image in images])
+        """Predict a case of one image per channel.
+
+        Raises:
+            PluginError: an image cannot be read.
+        """
+        try:
+            array, properties = self.reader.read_images([os.fspath(image) for image in images])
+        except Exception as error:  # each reader has its own
+            raise PluginError(f"{images[0]} cannot be read: {last_line(error)}. Mend or remove the case.") from error
         labels, probabilities = self.predictor.predict_single_npy_array(array, properties, None, None, True)
         if self.predictor.label_manager.has_regions:
             confidence = np.maximum(probabilities, 1 - probabilities).min(axis=0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from stunet_plugin.datasets.raw_dataset import RawDataset
 from stunet_plugin.errors import PluginError
 from stunet_plugin.ranking.candidates import Plan
+from stunet_plugin.unlabeled.reading import last_line
 
 FEWEST_CASES = 2
 """Pairs of cases are compared."""
@@ -86,9 +87,13 @@ class Target:
         by_name = {case.name: case for case in self.raw.cases}
         for name in self.chosen:
             images = [str(image) for image in by_name[name].images]
-            data, segmentation, _ = preprocessor.run_case(
-                images, str(by_name[name].label), plan.manager, plan.chosen, self.raw.description
-            )
+            label = str(by_name[name].label)
+            try:
+                data, segmentation, _ = preprocessor.run_case(images, label, plan.manager, plan.chosen, self.raw.description)
+            except Exception as error:  # each reader has its own
+                raise PluginError(
+                    f"Case {name} of {self.raw.name} cannot be prepared ({last_line(error)}). Mend it, or take others: --names"
+                ) from error
             yield name, torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), segmentation[0]
 
     def _preprocessed_cases(self, plan: Plan) -> Any:
