@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -19,7 +20,7 @@ from stunet_plugin.evaluation.measures import ASSD, DSC, MEASURES, NSD
 from stunet_plugin.evaluation.results import PairScores, Results
 from stunet_plugin.evaluation.scoring import CaseScores, CaseTask, score_case
 from stunet_plugin.evaluation.statistics import estimate, holm, mean_by_case, wilcoxon
-from stunet_plugin.evaluation.subjects import Case, Dataset, Model
+from stunet_plugin.evaluation.subjects import Case, Dataset, Model, read_dataset
 
 # --- which classes ------------------------------------------------------------------------------------------------------
 
@@ -54,6 +55,22 @@ def test_classes_that_are_named() -> None:
     assert pair.classes == (kidney, cava)
     with pytest.raises(PluginError, match=r"The dataset W has no class inferior_vena_cava; it has liver"):
         pair_up([model("T", "TotalSegmentator-v1")], [dataset("W", "WORD")], rules)
+
+
+def test_datasets_by_name_and_with_files_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    folder = tmp_path / "Dataset007_Listed"
+    folder.mkdir()
+    for name in ("image.nii.gz", "label.nii.gz"):
+        (folder / name).touch()
+    files = {"one": {"images": ["image.nii.gz"], "label": "label.nii.gz"}}
+    description = {"channel_names": {"0": "CT"}, "labels": {"liver": 1}, "file_ending": ".nii.gz", "dataset": files}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    for given in (7, folder.name, str(folder)):
+        found = read_dataset({"name": "D", "folder": given})
+        assert found.cases == (Case("one", (folder / "image.nii.gz",), folder / "label.nii.gz"),)
+    with pytest.raises(PluginError, match=r"Expected one Dataset008_\* in nnUNet_raw"):
+        read_dataset({"name": "D", "folder": 8})
 
 
 # --- scoring files ------------------------------------------------------------------------------------------------------

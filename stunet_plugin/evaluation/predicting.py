@@ -82,14 +82,14 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
         processes: for the preprocessing; with 1, in this process.
     """
     wanted: list[tuple[Pair, Case, dict[str, Any]]] = []
-    identities: dict[str, dict[str, Any]] = {}
+    # Each file is read through once, however many pairs it belongs to.
+    identities = {model: model_identity(model) for model in dict.fromkeys(pair.model for pair in pairs if pair.classes)}
+    images = {case: [sha256_of(image) for image in case.images] for case in _cases(pairs)}
     for pair in pairs:
-        if pair.classes:
-            identity = identities.setdefault(pair.model.name, model_identity(pair.model))
-            for case in pair.dataset.cases:
-                key = {**identity, "images": [sha256_of(image) for image in case.images]}
-                if not _is_done(Place.of(out, pair), case, key):
-                    wanted.append((pair, case, key))
+        for case in pair.dataset.cases if pair.classes else ():
+            key = {**identities[pair.model], "images": images[case]}
+            if not _is_done(Place.of(out, pair), case, key):
+                wanted.append((pair, case, key))
     total = sum(len(pair.dataset.cases) for pair in pairs if pair.classes)
     print(f"Predictions: {total - len(wanted)} of {total} are there.", flush=True)
     started, done = time.monotonic(), 0
@@ -104,6 +104,11 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
                 left = (time.monotonic() - started) / done * (len(wanted) - done)
                 estimate = f", about {in_words(left)} left" if done < len(wanted) else ""
                 print(f"  [{done}/{len(wanted)}] {model.name} on {dataset.name}: {case.name}{estimate}", flush=True)
+
+
+def _cases(pairs: Sequence[Pair]) -> dict[Case, None]:
+    """All cases that something is scored on, once each."""
+    return {case: None for pair in pairs if pair.classes for case in pair.dataset.cases}
 
 
 def load_predictor(model: Model, device: str) -> Any:

@@ -114,7 +114,7 @@ class Results:
         return np.array(counts)
 
     def worst(self, number: int = WORST) -> list[tuple[PairScores, int]]:
-        """Return pairs and rows of the cases with the lowest mean DSC, at most one per model and case, the lowest first."""
+        """Return the pairs and rows of the cases with the lowest mean DSC, the lowest first."""
         found = [
             (float(value), one, row)
             for one in self.scores

@@ -5,12 +5,14 @@ A model is any model folder of nnU-Net v2. A dataset is a raw dataset of nnU-Net
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.label_files import read_table
 from stunet_plugin.evaluation.label_systems import LabelSystem, load_label_system
@@ -133,14 +135,38 @@ def _checkpoints_in(folder: Path) -> str:
 def read_dataset(entry: Mapping[str, Any]) -> Dataset:
     """Check a dataset's entry (of a file or of ``--dataset``) and list its cases.
 
-    A raw dataset of nnU-Net is given by ``folder`` (and ``part``: Tr or Ts), anything else by ``images`` and ``references``.
-    Images are named ``CASE_0000.nii.gz``, one per channel, or, with one channel, ``CASE.nii.gz``; references ``CASE.nii.gz``.
+    A raw dataset of nnU-Net is given by ``folder`` (a path, or an ID or name in nnUNet_raw; ``part``: Tr or Ts), anything else by
+    ``images`` and ``references``. Images are named ``CASE_0000.nii.gz``, one per channel, or, with one channel, ``CASE.nii.gz``;
+    references ``CASE.nii.gz``.
 
     Raises:
         PluginError: unknown entries, no such folders, no references, or images without one.
     """
     name = _name(entry, "dataset", _DATASET_ENTRIES)
     images, references, labels = _folders(entry, name)
+    cases = _listed_cases(entry) or _cases_in(images, references, name)
+    uneven = next((case for case in cases if len(case.images) != len(cases[0].images)), None)
+    if uneven is not None:
+        counts = f"{uneven.name} has {len(uneven.images)} channels, {cases[0].name} has {len(cases[0].images)}"
+        raise PluginError(f"Dataset {name}: {counts}.")
+    ending = next((ending for ending in ENDINGS if cases[0].reference.name.endswith(ending)), None)
+    if ending is None:
+        raise PluginError(f"Dataset {name}: {cases[0].reference} ends in none of {', '.join(ENDINGS)}.")
+    return Dataset(name, labels, ending, cases)
+
+
+def _listed_cases(entry: Mapping[str, Any]) -> tuple[Case, ...]:
+    """The cases of a raw dataset whose ``dataset.json`` lists their files, as nnU-Net allows; none if it does not."""
+    if "folder" not in entry or {"part", "images", "references"} & set(entry):
+        return ()
+    folder = find_raw(os.path.expanduser(str(entry["folder"])))
+    if not (folder / "dataset.json").is_file() or "dataset" not in read_table(folder / "dataset.json"):
+        return ()
+    return tuple(Case(case.name, case.images, case.label) for case in read_raw(folder).cases if case.label is not None)
+
+
+def _cases_in(images: Path, references: Path, name: str) -> tuple[Case, ...]:
+    """The cases of two folders."""
     for folder, kind in ((images, "images"), (references, "references")):
         if not folder.is_dir():
             raise PluginError(f"Dataset {name}: there is no folder of {kind} {folder}. Without references nothing can be scored.")
@@ -161,13 +187,7 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
         )
     if not by_case:
         raise PluginError(f"Dataset {name}: no images in {images} whose names go with the references in {references}.")
-    cases = tuple(Case(case, tuple(files), known[case]) for case, files in sorted(by_case.items()))
-    uneven = next((case for case in cases if len(case.images) != len(cases[0].images)), None)
-    if uneven is not None:
-        counts = f"{uneven.name} has {len(uneven.images)} channels, {cases[0].name} has {len(cases[0].images)}"
-        raise PluginError(f"Dataset {name}: {counts}.")
-    ending = next(ending for ending in ENDINGS if cases[0].reference.name.endswith(ending))
-    return Dataset(name, labels, ending, cases)
+    return tuple(Case(case, tuple(files), known[case]) for case, files in sorted(by_case.items()))
 
 
 def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSystem]:
@@ -177,12 +197,10 @@ def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSyst
             raise PluginError(f"Dataset {name}: give folder (a raw dataset of nnU-Net), or images, references and labels.")
         images, references = (Path(str(entry[key])).expanduser() for key in ("images", "references"))
         return images, references, load_label_system(entry["labels"])
-    folder = Path(str(entry["folder"])).expanduser()
+    folder = find_raw(os.path.expanduser(str(entry["folder"])))
     part = str(entry.get("part", "Tr"))
     if part not in ("Tr", "Ts"):
         raise PluginError(f"Dataset {name}: part must be Tr (imagesTr, labelsTr) or Ts (imagesTs, labelsTs), not {part!r}.")
-    if not folder.is_dir():
-        raise PluginError(f"Dataset {name}: there is no folder {folder}.")
     if "labels" not in entry and not (folder / "dataset.json").is_file():
         raise PluginError(f"Dataset {name}: {folder} has no dataset.json that says what its labels mean. Give labels.")
     images = Path(str(entry.get("images", folder / f"images{part}"))).expanduser()
