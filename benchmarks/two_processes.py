@@ -155,7 +155,7 @@ def compared(runs: Runs, scenario: Scenario) -> dict[str, Any]:
 def killed_and_resumed(runs: Runs, first: Scenario, second: Scenario) -> dict[str, Any]:
     """One process kills itself halfway; the training is resumed in other processes."""
     name = f"{first.name} killed, on in {second.name}"
-    launch = runs.launch(first, name, [*runs.arguments(), "--timeout", "2"], FIXED_BATCHES_KILL=f"1:{runs.epochs // 2}")
+    launch = runs.launch(first, name, [*runs.arguments(), "--timeout", "10"], FIXED_BATCHES_KILL=f"1:{runs.epochs // 2}")
     stopped = {
         "exit_codes_after_the_kill": launch.codes,
         "seconds_from_start_to_end": round(launch.seconds, 1),

@@ -75,7 +75,7 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     arguments = [PHANTOM_ID, "3d_fullres", "0", "-tr", "FixedBatchesTrainer", "-p", launched.PLANS, "-device", "cpu"]
     kill = {"FIXED_BATCHES_KILL": f"1:{KILLED_IN}"}
     killed = launched.torchrun(
-        [*arguments, "--timeout", "2"], {**environment, **kill}, tmp_path, machines=2, processes=1, limit=300
+        [*arguments, "--timeout", "10"], {**environment, **kill}, tmp_path, machines=2, processes=1, limit=420
     )
     assert [code not in (None, 0) for code in killed.codes] == [True, True], killed.output
     assert "Signal 9 (SIGKILL)" in killed.output
@@ -87,7 +87,7 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     assert killed.output.count("Please cite") == 1
     assert len(list(model.glob("training_log_*.txt"))) == 1
 
-    resumed = launched.torchrun([*arguments, "--c"], {**environment, "STUNET_SHARD": "1"}, tmp_path, processes=4, limit=300)
+    resumed = launched.torchrun([*arguments, "--c"], {**environment, "STUNET_SHARD": "1"}, tmp_path, processes=4, limit=420)
     assert resumed.codes == [0], resumed.output
     assert "shared out over 4 process(es)" in resumed.output
     checkpoint = launched.read(model / "checkpoint_final.pth")
