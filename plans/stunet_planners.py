@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from stunet_plugin.checkpointing import AUTO, OFF
 from stunet_plugin.cost import STUNetShape
+from stunet_plugin.options import CHECKPOINTING, Options
 from stunet_plugin.plan_architecture import stunet_architecture
 from stunet_plugin.plans.plugin_planner import PluginPlanner
 from stunet_plugin.presets import PRESETS, STUNetPreset
@@ -27,7 +29,9 @@ class STUNetPlanner(PluginPlanner):
     ) -> float:
         strides = as_strides(architecture["arch_kwargs"]["strides"])
         shape = STUNetShape.of_preset(self.preset, strides, input_channels, output_channels)
-        return shape.training_memory(patch_size, batch_size).total
+        # What the trainer would choose by the free memory is no wish of the user's: without one, plans fit with everything kept.
+        wish = Options().word(CHECKPOINTING)
+        return shape.training_memory(patch_size, batch_size, checkpointing=OFF if wish in (None, AUTO) else wish).total
 
     def advice_for_small_memory(self) -> str:
         smaller = [name for name, preset in PRESETS.items() if preset.parameters < self.preset.parameters and name != "tiny"]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from stunet_plugin.checkpointing import OFF, STAGE
 from stunet_plugin.presets import REFERENCE_INPUT_CHANNELS, REFERENCE_OUTPUT_CHANNELS, STUNetPreset
 from stunet_plugin.topology import Strides, stage_shapes
 
@@ -25,6 +26,9 @@ AUTOCAST_BYTES_PER_PARAMETER = 2
 # Per class and voxel, for nnU-Net's Dice and cross-entropy: float32 softmax, its input, log-softmax, its input, and the
 # one-hot target.
 LOSS_BYTES_PER_LOGIT = 4 * 4 + 1
+# Activations that a residual block keeps, each as large as its output: the inputs of its two norms and of its second
+# convolution, and its output.
+MAPS_OF_A_BLOCK = 4
 # CUDA context and library handles that a process holds, and the workspace that cuDNN picks its algorithms within.
 CUDA_CONTEXT_BYTES = 1.0 * GIGABYTE
 
@@ -49,17 +53,28 @@ class Convolution:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Estimated peak of a training step in bytes, by what takes it."""
+    """Estimated peak of a training step in bytes, by what takes it.
+
+    Attributes:
+        parameters: weights, gradients, optimizer.
+        activations: kept from the forward to the backward pass.
+        loss: while it is computed.
+        backward: gradients of activations.
+        context: of CUDA.
+        recomputed: activations that exist a second time at once, and the logits, which by then are what the loss has left.
+    """
 
     parameters: float
     activations: float
     loss: float
     backward: float
     context: float
+    recomputed: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.parameters + self.activations + self.loss + self.backward + self.context
+        # All of the loss is differentiated before anything of the network is.
+        return self.parameters + self.activations + max(self.loss, self.recomputed) + self.backward + self.context
 
 
 @dataclass(frozen=True)
@@ -127,38 +142,63 @@ class STUNetShape:
         """Return the voxels of each stage for one patch."""
         return [prod(shape) for shape in stage_shapes(patch_size, self.strides)]
 
-    def kept_activations(self, patch_size: Sequence[int]) -> int:
+    def kept_activations(self, patch_size: Sequence[int], checkpointing: str = OFF) -> int:
         """Return the elements per sample that the forward pass keeps for the backward pass, logits and loss aside.
 
-        A block keeps the inputs of its two norms and of its second convolution, and its output (4 maps); a decoder step
-        keeps the concatenation besides; the network its input.
+        A block keeps its maps (MAPS_OF_A_BLOCK), a decoder step the concatenation besides, the network its input. With
+        checkpointing there are the network's input and the output of each block or stage.
         """
         voxels = self.voxels(patch_size)
         total = self.input_channels * voxels[0]
-        total += sum(4 * width * voxels[stage] for stage, _, width in self._block_inputs())
-        total += sum(2 * width * size for width, size in zip(self.features[:-1], voxels, strict=False))
-        return total
+        if checkpointing == STAGE:
+            encoder = sum(width * size for width, size in zip(self.features, voxels, strict=True))
+            return total + 2 * encoder - self.features[-1] * voxels[-1]
+        blocks = sum(width * voxels[stage] for stage, _, width in self._block_inputs())
+        if checkpointing != OFF:
+            return total + blocks
+        concatenations = sum(2 * width * size for width, size in zip(self.features[:-1], voxels, strict=False))
+        return total + MAPS_OF_A_BLOCK * blocks + concatenations
 
-    def training_memory(self, patch_size: Sequence[int], batch_size: int, mixed_precision: bool = True) -> TrainingMemory:
+    def recomputed_activations(self, patch_size: Sequence[int], checkpointing: str) -> int:
+        """Return the most elements per sample that the backward pass computes again at once: a decoder's block or stage."""
+        if checkpointing == OFF:
+            return 0
+        blocks = self.blocks if checkpointing == STAGE else (1,) * len(self.blocks)
+        stages = zip(self.features[:-1], blocks, self.voxels(patch_size), strict=False)
+        # The concatenation is twice as wide as the stage.
+        return max((MAPS_OF_A_BLOCK * count + 2) * width * size for width, count, size in stages)
+
+    def training_memory(
+        self,
+        patch_size: Sequence[int],
+        batch_size: int,
+        mixed_precision: bool = True,
+        checkpointing: str = OFF,
+        processes: int = 1,
+    ) -> TrainingMemory:
         """Estimate the peak of one of nnU-Net's training steps (SGD with momentum, deep supervision, Dice + cross-entropy).
 
         Args:
             patch_size: voxels per axis.
             batch_size: samples on this device.
             mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU, without a CUDA context.
+            checkpointing: a setting of ``stunet_plugin.checkpointing``.
+            processes: that share weights, gradients and momentum out; the blocks that are gathered are not counted.
         """
         voxels = self.voxels(patch_size)
         element = 2 if mixed_precision else 4
         parameters = self.parameters()
-        per_parameter = TRAINING_BYTES_PER_PARAMETER + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
+        per_parameter = TRAINING_BYTES_PER_PARAMETER / processes + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
         logits = batch_size * self.output_channels * sum(voxels[:-1])
         # While the widest layer is differentiated, its output's and its inputs' gradients exist together (decoder, full
         # resolution: the concatenation has twice the width), beside what the convolution needs as workspace.
         backward = batch_size * 5 * self.features[0] * voxels[0] * element
+        recomputed = batch_size * self.recomputed_activations(patch_size, checkpointing)
         return TrainingMemory(
             parameters=float(parameters * per_parameter),
-            activations=float(batch_size * self.kept_activations(patch_size) * element),
+            activations=float(batch_size * self.kept_activations(patch_size, checkpointing) * element),
             loss=float(logits * (element + LOSS_BYTES_PER_LOGIT)),
             backward=float(backward),
             context=CUDA_CONTEXT_BYTES if mixed_precision else 0.0,
+            recomputed=float((recomputed + 2 * logits) * element) if recomputed else 0.0,
         )

@@ -12,12 +12,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stunet_plugin.checkpointing import AUTO, SETTINGS
 from stunet_plugin.errors import PluginError
 
 
 @dataclass(frozen=True)
 class Option:
-    """An environment variable that takes a number.
+    """An environment variable that takes a number, or one of a few words.
 
     Attributes:
         variable: its name.
@@ -25,32 +26,38 @@ class Option:
         minimum, maximum: smallest and largest allowed value.
         whole: whole numbers only.
         choices: the allowed values, where only some are.
+        words: the allowed words, where it takes no number; its value is the place among them.
     """
 
     variable: str
     meaning: str
-    minimum: float
+    minimum: float = 0
     maximum: float = math.inf
     whole: bool = True
     choices: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
 
     def parse(self, text: str) -> float:
         """Return the value.
 
         Raises:
-            PluginError: it is not a number, or out of range.
+            PluginError: it is not a number, or out of range, or not one of the words.
         """
         try:
-            value = int(text) if self.whole else float(text)
+            value = self.words.index(text) if self.words else int(text) if self.whole else float(text)
         except (ValueError, OverflowError):
             value = math.nan
         if not self.minimum <= value <= self.maximum or (self.choices and value not in self.choices):
             raise PluginError(f"{self.variable}={text!r} must be {self._allowed()} ({self.meaning}). Set it to one, or unset it.")
         return value
 
+    def show(self, value: float) -> str:
+        """Return a value as a user writes it."""
+        return self.words[int(value)] if self.words else f"{value:g}"
+
     def _allowed(self) -> str:
-        if self.choices:
-            return f"one of {', '.join(map(str, self.choices))}"
+        if self.choices or self.words:
+            return f"one of {', '.join(map(str, self.choices or self.words))}"
         reach = f"of at least {self.minimum:g}" if self.maximum == math.inf else f"from {self.minimum:g} to {self.maximum:g}"
         return f"{'a whole number' if self.whole else 'a number'} {reach}"
 
@@ -64,6 +71,9 @@ FROZEN_ENCODER_EPOCHS = Option("STUNET_FROZEN_ENCODER_EPOCHS", "first epochs in 
 ENCODER_RATE = Option("STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's", 0.0, 1.0, whole=False)
 MIRRORING = Option("STUNET_MIRRORING", "0: mirror neither in augmentation nor in prediction, for classes told apart by side", 0, 1)
 SHARD = Option("STUNET_SHARD", "1: share weights, gradients and momentum of an STU-Net out over the processes (FSDP2)", 0, 1)
+CHECKPOINTING = Option(
+    "STUNET_CHECKPOINTING", "what of an STU-Net's activations is computed again to save memory", words=(*SETTINGS, AUTO)
+)
 
 # Of the VolumeFusionTrainers.
 VF_CLASSES = Option("STUNET_VF_CLASSES", "fusion classes K beside the background (published: 4)", 1, 255)
@@ -73,7 +83,8 @@ VF_LARGEST = Option("STUNET_VF_LARGEST", "largest block, as a fraction of each a
 VF_STANDARDISE = Option("STUNET_VF_STANDARDISE", "1: fused images of mean 0 and deviation 1; 0: from 0 to 1, as published", 0, 1)
 
 OPTIONS = (
-    *(EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE, MIRRORING, SHARD),
+    *(EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE, MIRRORING),
+    *(SHARD, CHECKPOINTING),
     *(VF_CLASSES, VF_SCHEME, VF_SMALLEST, VF_LARGEST, VF_STANDARDISE),
 )
 
@@ -103,6 +114,10 @@ class Options:
         """Return the value of an option, or the default."""
         return self._values.get(option, default)
 
+    def word(self, option: Option) -> str | None:
+        """Return the word that an option is set to, or None."""
+        return option.show(self._values[option]) if option in self._values else None
+
     def lines(self) -> list[str]:
         """Return a line for each option that is set."""
-        return [f"{option.variable}={value:g}: {option.meaning}" for option, value in self._values.items()]
+        return [f"{option.variable}={option.show(value)}: {option.meaning}" for option, value in self._values.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stunet_plugin.checkpointing import SETTINGS
 from stunet_plugin.cost import GIGABYTE, STUNetShape
 from stunet_plugin.errors import PluginError
 from stunet_plugin.presets import PRESETS
@@ -26,22 +27,23 @@ def size_table(patch_size: Sequence[int], batch_size: int, input_channels: int, 
     strides = strides_for_patch(patch_size)
     patch = "x".join(map(str, patch_size))
     lines = [
-        f"{'size':<7}{'width':>6}{'blocks':>8}{'parameters':>15}{'TFLOPs':>9}{'memory':>10}  planner default",
+        f"{'size':<7}{'width':>6}{'blocks':>8}{'parameters':>15}{'TFLOPs':>9}{'memory':>10}{'least':>10}  planner default",
     ]
     for preset in PRESETS.values():
         shape = STUNetShape.of_preset(preset, strides, input_channels, output_channels)
-        memory = shape.training_memory(patch_size, batch_size).total / GIGABYTE
+        peaks = [shape.training_memory(patch_size, batch_size, checkpointing=setting).total / GIGABYTE for setting in SETTINGS]
         tera = shape.multiply_adds(patch_size) / 1e12
         lines.append(
-            f"{preset.name:<7}{preset.width:>6}{preset.blocks:>8}{shape.parameters():>15,}{tera:>9.2f}{memory:>7.1f} GB"
-            f"{preset.gpu_memory_gb:>8g} GB"
+            f"{preset.name:<7}{preset.width:>6}{preset.blocks:>8}{shape.parameters():>15,}{tera:>9.2f}"
+            f"{peaks[0]:>7.1f} GB{min(peaks):>7.1f} GB{preset.gpu_memory_gb:>8g} GB"
         )
     reduced = "x".join(map(str, total_stride(strides)))
     lines += [
         "",
         f"At patch {patch} (reduced by {reduced}), batch {batch_size}, {input_channels} channel(s), {output_channels} outputs.",
         "FLOPs: forward pass of one patch, a multiply-add counted once, as in the paper. Memory: estimated peak of a training",
-        "step on CUDA with AMP; with many outputs most of it is the loss. Sources: arXiv:2304.06716 and the published",
-        "checkpoints; tiny is for tests. The planner's default is what STUNetPlanner_<size> fits patch and batch to.",
+        "step on CUDA with AMP; with many outputs most of it is the loss. Least: with activation checkpointing, which large and",
+        "huge switch on where it is needed (STUNET_CHECKPOINTING). The planner's default is what STUNetPlanner_<size> fits patch",
+        "and batch to. Sources: arXiv:2304.06716 and the published checkpoints; tiny is for tests.",
     ]
     return "\n".join(lines)

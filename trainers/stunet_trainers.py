@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from stunet_plugin.plan_architecture import resolve_stunet
 from stunet_plugin.presets import PRESETS, STUNetPreset, get_preset
-from stunet_plugin.trainers.plugin_trainer import PluginTrainer
+from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ SCHEDULES = (
 )
 
 
-class STUNetTrainer(PluginTrainer):
+class STUNetTrainer(CheckpointingTrainer):
     """Trains the STU-Net of the plan where the plan carries one, else the published default size (base)."""
 
     preset: ClassVar[STUNetPreset | None] = None

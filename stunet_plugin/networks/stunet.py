@@ -7,13 +7,16 @@ facts, not copied. Same function as published; what differs is how it is compute
   and the memory of one full-resolution tensor with twice the channels.
 * Any number of stages, strides and odd kernels, in 3D and 2D; the published code knows six stages in 3D.
 * Activations that no gradient needs are overwritten in place.
+* Activation checkpointing by stage or by block (``STUNet.checkpointing``).
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from stunet_plugin.checkpointing import OFF, SETTINGS, STAGE
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.computing_again import compute_again_in_backward
 from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
 
@@ -97,6 +102,23 @@ def residual_stage(
     )
 
 
+def _compute_again(stage: Any, checkpointing: str, enter: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return ``stage(enter(*inputs))``, of which ``inputs`` alone are kept, or with BLOCK each block's output too.
+
+    Args:
+        stage: a :func:`residual_stage`.
+    """
+    first, *others = [stage] if checkpointing == STAGE else stage
+    x = compute_again_in_backward(first, lambda *given: first(enter(*given)), *inputs, random=False)
+    for block in others:
+        x = compute_again_in_backward(block, block, x, random=False)
+    return x
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class STUNetEncoder(nn.Module):
     """Residual stages, the first at full resolution. Returns the output of every stage, full resolution first."""
 
@@ -121,10 +143,10 @@ class STUNetEncoder(nn.Module):
             for arguments in zip(inputs, features_per_stage, n_blocks_per_stage, kernel_sizes, strides, strict=True)
         )
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, checkpointing: str = OFF) -> list[Tensor]:
         skips = []
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x) if checkpointing == OFF else _compute_again(stage, checkpointing, _unchanged, x)
             skips.append(x)
         return skips
 
@@ -159,22 +181,28 @@ class STUNetDecoder(nn.Module):
         )
         self.seg_layers = nn.ModuleList(conv_op(channels, num_classes, 1) for channels in skip)
 
-    def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, skips: list[Tensor], checkpointing: str = OFF) -> Tensor | list[Tensor]:
         """Decode the encoder's outputs; the list is emptied on the way, so that at inference nothing lives longer than needed."""
         x = skips.pop()
         outputs = []
         for step, stage in enumerate(self.stages):
-            skip = skips.pop()
-            # Convolve first, then repeat voxels: the same function as the other way round, for less.
-            x = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
-            x = torch.cat((x, skip), dim=1)
-            del skip
-            x = stage(x)
+            if checkpointing == OFF:
+                x = self._join(step, x, skips.pop())
+                x = stage(x)
+            else:
+                # With the concatenation, which repeats what is kept anyway.
+                x = _compute_again(stage, checkpointing, functools.partial(self._join, step), x, skips.pop())
             if self.deep_supervision:
                 outputs.append(self.seg_layers[step](x))
         if self.deep_supervision:
             return outputs[::-1]
         return self.seg_layers[-1](x)
+
+    def _join(self, step: int, x: Tensor, skip: Tensor) -> Tensor:
+        """Upsample the output of the stage below and put the encoder's output behind it."""
+        # Convolve first, then repeat voxels: the same function as the other way round, for less.
+        x = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
+        return torch.cat((x, skip), dim=1)
 
 
 class STUNet(AbstractDynamicNetworkArchitectures):
@@ -191,6 +219,11 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         n_blocks_per_stage: residual blocks of each encoder stage; one number stands for all.
         n_blocks_per_stage_decoder: of each decoder stage, deepest first (one fewer); one number stands for all.
         deep_supervision: see :class:`STUNetDecoder`.
+
+    Attributes:
+        checkpointing: a setting of ``stunet_plugin.checkpointing``: which activations the backward pass computes again instead
+            of having them kept. The same outputs and gradients for less memory and one more forward pass; no part of a
+            checkpoint, and of no effect where no gradient is computed.
 
     Input (batch, input_channels, *spatial), each spatial size divisible by the product of the strides. Output
     (batch, num_classes, *spatial), or a list of them, one per decoder stage, full resolution first.
@@ -213,6 +246,7 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        self._checkpointing = OFF
         # Where nnssl and other loaders of pretrained weights find the encoder, its stem, and what depends on the channels.
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
@@ -244,7 +278,17 @@ class STUNet(AbstractDynamicNetworkArchitectures):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_patch_size(x.shape[2:], self.strides, "This STU-Net")
-        return self.decoder(self.encoder(x))
+        return self.decoder(self.encoder(x, self._checkpointing), self._checkpointing)
+
+    @property
+    def checkpointing(self) -> str:
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, setting: str) -> None:
+        if setting not in SETTINGS:
+            raise ValueError(f"checkpointing must be one of {', '.join(SETTINGS)}, not {setting!r}.")
+        self._checkpointing = setting
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Return the number of elements that all convolutions put out for one sample of ``input_size`` voxels.
