@@ -8,7 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.plan_architecture import stunet_architecture
 from stunet_plugin.presets import get_preset
 from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
-from stunet_plugin.trainers.safe_training import FINAL, TO_CONTINUE_FROM, UNFINISHED
+from stunet_plugin.trainers.safe_training import BEST, FINAL, MOST_SKIPPED_IN_A_ROW, TO_CONTINUE_FROM, UNFINISHED
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 
 from conftest import Workspace
@@ -89,7 +89,7 @@ def test_full_disk_leaves_the_earlier_checkpoint_and_training_goes_on(make: Call
     assert latest.read_bytes() == before
     assert list(latest.parent.glob("*.pth*")) == [latest]
     text = capsys.readouterr().out
-    assert "checkpoint_latest.pth could not be written" in text
+    assert f"checkpoint_latest.pth could not be written to {latest.parent} (File too large; " in text
     assert "The earlier checkpoint_latest.pth is as it was. Training goes on" in text
     trainer.save_checkpoint(str(latest))
     assert torch.load(latest, weights_only=False)["current_epoch"] == 8
@@ -112,8 +112,8 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_earlier_checkpoint(
     trainer.save_checkpoint(str(latest))
     before = latest.read_bytes()
 
-    def interrupted(_: Any, file: str) -> None:
-        Path(file).write_bytes(before[:1000])
+    def interrupted(_: Any, file: BinaryIO) -> None:
+        file.write(before[:1000])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)
@@ -121,6 +121,44 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_earlier_checkpoint(
         trainer.save_checkpoint(str(latest))
     assert latest.read_bytes() == before
     assert list(latest.parent.glob("*.pth*")) == [latest]
+
+
+def end_epoch(trainer: Any, epoch: int, dice: float) -> None:
+    """What nnU-Net does at the end of an epoch, but for its picture."""
+    trainer.current_epoch = epoch
+    trainer.on_epoch_start()
+    for name, value in (("lrs", 1.0), ("train_losses", 1.0), ("val_losses", 1.0), ("mean_fg_dice", dice)):
+        trainer.logger.log(name, value, epoch)
+    trainer.logger.log("dice_per_class_or_region", [dice, dice], epoch)
+    trainer.logger.plot_progress_png = lambda folder: None
+    trainer.on_epoch_end()
+
+
+def epochs_of_best(trainer: Any) -> int:
+    return int(torch.load(Path(trainer.output_folder, BEST), weights_only=False)["current_epoch"])
+
+
+def test_a_best_checkpoint_gives_way_to_a_better_one_alone(make: Callable[..., Any]) -> None:
+    """nnU-Net writes the latest checkpoint before it knows that this epoch is the best."""
+    trainer = make()
+    trainer.save_every = 1
+    end_epoch(trainer, 0, 0.5)
+    end_epoch(trainer, 1, 0.9)
+    resumed = make()
+    resumed.load_checkpoint(str(Path(trainer.output_folder, TO_CONTINUE_FROM[0])))
+    assert (resumed.current_epoch, resumed._best_ema) == (2, trainer._best_ema)
+    end_epoch(resumed, 2, 0.48)  # Better than epoch 0, worse than epoch 1.
+    assert epochs_of_best(resumed) == 2
+
+
+def test_a_best_checkpoint_that_did_not_fit_is_made_up_for(make: Callable[..., Any]) -> None:
+    trainer = make()
+    end_epoch(trainer, 0, 0.5)
+    with files_of_at_most(100_000):
+        end_epoch(trainer, 1, 0.9)
+    assert epochs_of_best(trainer) == 1
+    end_epoch(trainer, 2, 0.48)  # Below epoch 1, above what the file holds.
+    assert epochs_of_best(trainer) == 3
 
 
 @pytest.mark.parametrize(("name", "changes"), [("STUNetTrainer_tiny", {}), ("PCTNetTrainer", {"patch_size": [16, 32, 32]})])
@@ -147,6 +185,34 @@ def test_what_is_not_finite_never_reaches_the_weights(make: Callable[..., Any], 
     trainer.train_step(batch_for(trainer, 3))
     assert not equal(state(trainer), before)
     assert all(value.isfinite().all() for value in state(trainer).values() if value.is_floating_point())
+
+
+def test_a_loss_that_is_not_finite_is_enough(make: Callable[..., Any]) -> None:
+    """Its gradients may be finite all the same."""
+    trainer = make()
+    before = state(trainer)
+    trainer.loss.register_forward_hook(lambda _, __, loss: loss + float("inf"), prepend=True)
+    assert trainer.train_step(batch_for(trainer, 1))["loss"] == float("inf")
+    assert equal(state(trainer), before)
+
+
+def test_steps_that_the_gradient_scaler_leaves_out_are_counted(make: Callable[..., Any], capsys: Any) -> None:
+    """It halves its scale and goes on for ever, and the loss of such steps is finite."""
+    trainer = make()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    hook = next(trainer.network.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    start = state(trainer)
+    outputs = [trainer.train_step(batch_for(trainer, 1)) for _ in range(3)]
+    assert equal(state(trainer), start)
+    trainer.on_train_epoch_end(outputs)
+    assert "3 of 3 steps had a loss or gradient that is not finite" in capsys.readouterr().out
+    trainer._skipped_in_a_row += MOST_SKIPPED_IN_A_ROW - 4
+    outputs = [trainer.train_step(batch_for(trainer, 1))]
+    with pytest.raises(PluginError, match=f"The last {MOST_SKIPPED_IN_A_ROW} steps"):
+        trainer.on_train_epoch_end(outputs)
+    hook.remove()
+    trainer.train_step(batch_for(trainer, 1))
+    assert trainer._skipped_in_a_row == 0
 
 
 def test_training_ends_when_no_step_is_finite(make: Callable[..., Any], capsys: Any) -> None:
