@@ -240,9 +240,9 @@ def test_wrong_input_is_refused(subjects: Path, tmp_path: Path, capsys: pytest.C
         ((*model, "--dataset", f"D={flare}"), "has no dataset.json that says what its labels mean"),
         ((*model, "--dataset", f"D={own},part=Ts"), "Without references nothing can be scored"),
         ((*model, "--dataset", f"D={own},labels=NOTHING"), "neither a published label system"),
-        ((*model, *dataset, "--classes", "liver"), "The model M has no class liver; it has spleen, kidney_left, kidney_right"),
+        ((*model, *dataset, "--classes", "liver"), "The dataset D has no class liver; it has kidney, spleen, bone"),
         ((*model, "--dataset", f"D={own},labels=MSD-Lung"), "no class that all models and datasets have. D has: lung_tumour"),
-        ((*model, "--dataset", f"D={own},labels=MSD-Lung", "--classes", "pair"), "Model M shares no class with any other"),
+        ((*model, "--dataset", f"D={own},labels=MSD-Lung", "--classes", "pair"), "Dataset D shares no class with any other"),
         ((*model, *dataset, "--tolerance", "-1"), "Tolerances must be"),
         ((tmp_path / "none.json",), "cannot be read"),
     ):
