@@ -19,8 +19,11 @@ PUBLISHED_STRIDES: Strides = ((1, 1, 1), *(((2, 2, 2),) * 5))
 
 GIGABYTE = 1024**3
 
-# Bytes per parameter that stay for the whole training: float32 weight, gradient and SGD momentum.
-TRAINING_BYTES_PER_PARAMETER = 3 * 4
+# Bytes per parameter that stay for the whole training: float32 weight and gradient, and each value that the optimizer keeps.
+WEIGHT_AND_GRADIENT_BYTES = 2 * 4
+OPTIMIZER_VALUE_BYTES = 4
+# Momentum; running means of the gradient and its square.
+SGD_VALUES, ADAM_VALUES = 1, 2
 # Autocast keeps a half-precision copy of every convolution weight from the forward to the end of the backward.
 AUTOCAST_BYTES_PER_PARAMETER = 2
 # Per class and voxel, for nnU-Net's Dice and cross-entropy: float32 softmax, its input, log-softmax, its input, and the
@@ -175,8 +178,9 @@ class STUNetShape:
         mixed_precision: bool = True,
         checkpointing: str = OFF,
         processes: int = 1,
+        optimizer_values: int = SGD_VALUES,
     ) -> TrainingMemory:
-        """Estimate the peak of one of nnU-Net's training steps (SGD with momentum, deep supervision, Dice + cross-entropy).
+        """Estimate the peak of one of nnU-Net's training steps (deep supervision, Dice + cross-entropy).
 
         Args:
             patch_size: voxels per axis.
@@ -184,11 +188,13 @@ class STUNetShape:
             mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU, without a CUDA context.
             checkpointing: a setting of ``stunet_plugin.checkpointing``.
             processes: that share weights, gradients and momentum out; the blocks that are gathered are not counted.
+            optimizer_values: that the optimizer keeps per parameter.
         """
         voxels = self.voxels(patch_size)
         element = 2 if mixed_precision else 4
         parameters = self.parameters()
-        per_parameter = TRAINING_BYTES_PER_PARAMETER / processes + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
+        kept = WEIGHT_AND_GRADIENT_BYTES + optimizer_values * OPTIMIZER_VALUE_BYTES
+        per_parameter = kept / processes + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
         logits = batch_size * self.output_channels * sum(voxels[:-1])
         # While the widest layer is differentiated, its output's and its inputs' gradients exist together (decoder, full
         # resolution: the concatenation has twice the width), beside what the convolution needs as workspace.

@@ -11,10 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from stunet_plugin.cost import AUTOCAST_BYTES_PER_PARAMETER, CUDA_CONTEXT_BYTES, LOSS_BYTES_PER_LOGIT, TrainingMemory
-
-ADAM_BYTES_PER_PARAMETER = 4 * 4
-"""Float32 weight, gradient and the two moments."""
+from stunet_plugin.cost import (
+    ADAM_VALUES,
+    AUTOCAST_BYTES_PER_PARAMETER,
+    CUDA_CONTEXT_BYTES,
+    LOSS_BYTES_PER_LOGIT,
+    OPTIMIZER_VALUE_BYTES,
+    WEIGHT_AND_GRADIENT_BYTES,
+    TrainingMemory,
+)
 
 BACKWARD_MAPS = 4
 """While the widest layer is differentiated: the gradients of its output and its inputs, and a convolution's workspace, as
@@ -54,7 +59,8 @@ def traced_training_memory(
     largest = max(map(size, kept.values())) / 2
     logits = batch_size * sum(output[0].numel() for output in outputs)
     count = sum(parameter.numel() for parameter in network.parameters())
-    per_parameter = ADAM_BYTES_PER_PARAMETER + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
+    optimizer = ADAM_VALUES * OPTIMIZER_VALUE_BYTES
+    per_parameter = WEIGHT_AND_GRADIENT_BYTES + optimizer + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
     return TrainingMemory(
         parameters=float(count * per_parameter),
         activations=float(batch_size * activations),

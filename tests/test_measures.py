@@ -95,7 +95,8 @@ def test_empty_masks() -> None:
     for reference, prediction, expected in ((empty, empty, 1.0), (empty, full, 0.0), (full, empty, 0.0)):
         found = score(reference, prediction, (1, 1, 1), 2)
         assert (found[DSC], found[NSD]) == (expected, expected)
-        assert math.isnan(found[HD95]) and math.isnan(found[ASSD])
+        assert math.isnan(found[HD95])
+        assert math.isnan(found[ASSD])
 
 
 def test_tolerances_go_by_the_name_of_the_organ() -> None:

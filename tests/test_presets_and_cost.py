@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stunet_plugin.cost import PUBLISHED_STRIDES, REFERENCE_PATCH, STUNetShape
+from stunet_plugin.cost import ADAM_VALUES, PUBLISHED_STRIDES, REFERENCE_PATCH, SGD_VALUES, STUNetShape
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.presets import PRESETS, STUNetPreset, find_preset, get_preset
@@ -104,3 +104,9 @@ def test_size_table_shows_every_size_and_refuses_what_does_not_fit() -> None:
         size_table((33, 35, 7), 2, 1, 105)
     with pytest.raises(PluginError, match="--batch-size must be at least 1, not 0"):
         size_table((128, 128, 128), 0, 1, 105)
+
+
+def test_adam_keeps_one_value_more_per_parameter_than_sgd() -> None:
+    shape = STUNetShape.of_preset(get_preset("huge"))
+    sgd, adam = (shape.training_memory((128,) * 3, 1, optimizer_values=values).total for values in (SGD_VALUES, ADAM_VALUES))
+    assert adam - sgd == 4 * shape.parameters()

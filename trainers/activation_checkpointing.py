@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stunet_plugin.checkpointing import AUTO, OFF, SETTINGS
-from stunet_plugin.cost import GIGABYTE, STUNetShape
+from stunet_plugin.cost import ADAM_VALUES, GIGABYTE, SGD_VALUES, STUNetShape
 from stunet_plugin.options import CHECKPOINTING, SHARD, Options
 from stunet_plugin.presets import find_preset
 from stunet_plugin.trainers.distributed_trainer import world_size
@@ -65,9 +65,11 @@ class CheckpointingTrainer(PluginTrainer):
         """Return the estimated peak of a training step of this process, in bytes, for each setting."""
         shape = self._shape()
         processes = world_size() if self.sharded else 1
+        # Volume Fusion pretrains with Adam.
+        values = ADAM_VALUES if isinstance(self.optimizer, torch.optim.Adam) else SGD_VALUES
         return {
             setting: shape.training_memory(
-                self.configuration_manager.patch_size, self.batch_size, self.device.type == "cuda", setting, processes
+                self.configuration_manager.patch_size, self.batch_size, self.device.type == "cuda", setting, processes, values
             ).total
             for setting in SETTINGS
         }
@@ -107,7 +109,7 @@ class CheckpointingTrainer(PluginTrainer):
         self._optimizer_has_begun = False
         try:
             result: dict[str, Any] = super().train_step(batch)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:  # its name in every torch that nnU-Net takes
             setting, advice = self._next_setting()
             if setting is None:
                 now = self._bare_network().checkpointing
