@@ -73,7 +73,7 @@ def test_export_install_and_predict_from_the_folder(trained: Workspace, images: 
     other = new_workspace("installed")  # type: ignore[operator]
     other.run("nnUNetv2_install_pretrained_model_from_zip", archive)
     model = other.model(TRAINER)
-    arguments = ("-i", images, "-o", other.root / "p", "-m", model, "-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0)
+    arguments = ("-i", images, "-o", other.root / "p", "-m", model, "-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1)
     other.run("nnUNetv2_predict_from_modelfolder", *arguments)
     assert_same(other.root / "p", trained.model(TRAINER) / "fold_0" / "validation")
 
