@@ -154,6 +154,15 @@ def test_own_checkpoints_are_read_too(published: Callable[..., Path], tmp_path: 
     assert "mode 1, not 2. Leave --mode out" in refuse(capsys, file, tmp_path / "out" / "model", "--mode", "2")
 
 
+def test_other_widths_than_the_plans_are_named(published: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    assert stunet_import(published("FMUNet", 0), "--out", tmp_path / "model", "--mode", 0) == 0
+    assert "Then write:   \"features_per_stage\": [4, 8, 16, 32, 64] into the arch_kwargs" in capsys.readouterr().out
+    weights = torch.load(tmp_path / "model" / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    with torch.device("meta"):
+        network = FMUNet(1, 3, mode=0, features_per_stage=(8, 16, 32, 64, 128), deep_supervision=True)
+    assert "The weights have other widths than the plan's network" in describe_misfits(network, weights, heads_too=False)
+
+
 def test_a_pretext_checkpoint_of_ours_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "checkpoint_final.pth"
     arguments = {"dataset_json": {"volume_fusion": {"classes": 4}}}

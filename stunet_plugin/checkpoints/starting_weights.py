@@ -60,6 +60,11 @@ def describe_misfits(network: torch.nn.Module, weights: dict[str, torch.Tensor],
             f"--in-channels {own[name][1]}` makes weights that fit"
         )
     mode = getattr(network, "mode", None)
+    if mode is not None and any(given[name][:2] != own[name][:2] for name in different):
+        return (
+            f"{found}. The weights have other widths than the plan's network. `stunet inspect` prints theirs; write them into the "
+            f'plans file, as "features_per_stage" in the arch_kwargs of the configuration\'s architecture'
+        )
     if mode is not None:
         return (
             f"{found}. This network is in anisotropy mode {mode.number}: import weights for it (`stunet import --mode "

@@ -84,7 +84,10 @@ def import_pretext(options: ImportOptions, source: Source, weights: MISFMWeights
     writer = checkpoint_writer(tensors, weights.trainer, {"configuration": CONFIGURATION, "mode": mode}, mirroring=None)
     write_model_folder(target, {file: writer}, provenance, options.force)
     train = f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {network.plans} -tr {weights.trainer}_ft"
+    plan = f"nnUNetv2_plan_and_preprocess -d DATASET -c {CONFIGURATION} -pl {network.planner}    # must come to mode {mode}"
+    widths = f'"features_per_stage": {list(weights.features)} into the arch_kwargs of {CONFIGURATION} in {network.plans}.json'
     return target, (
-        ("Plan", f"nnUNetv2_plan_and_preprocess -d DATASET -c {CONFIGURATION} -pl {network.planner}    # must come to mode {mode}"),
+        ("Plan", plan),
+        *(() if weights.published_size else (("Then write", f"{widths}, since the planner takes the published widths"),)),
         ("Fine-tune", f"{train} -pretrained_weights {target / file}"),
     )
