@@ -26,10 +26,10 @@ from volume_fusion_arms import Network
 from volume_fusion_experiment import (
     BASE_CONFIGURATION,
     CONFIGURATION,
-    CommandError,
     Experiment,
     Settings,
     draw_labelled,
+    exit_code_of,
     hold_out,
     keep_settings,
     link_all,
@@ -280,18 +280,7 @@ def carry_out(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    try:
-        carry_out(options)
-    except PluginError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; the same line goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: carry_out(options), __file__)
 
 
 if __name__ == "__main__":

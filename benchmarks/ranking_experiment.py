@@ -31,9 +31,9 @@ from volume_fusion_experiment import (
     LABELLED_NAME,
     UNLABELLED,
     UNLABELLED_NAME,
-    CommandError,
     Experiment,
     Settings,
+    exit_code_of,
     keep_settings,
     link_all,
 )
@@ -270,18 +270,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    try:
-        run(options)
-    except PluginError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; the same line goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: run(options), __file__)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -286,8 +286,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+def carry_out(options: argparse.Namespace) -> None:
+    """Run what is missing of the groups that are asked for.
+
+    Raises:
+        PluginError: wrong input, or a work folder of other settings.
+        CommandError: a command failed.
+    """
     settings = Settings(
         **{name: getattr(options, name) for name in Settings.__dataclass_fields__ if name not in ("cases", "seeds")},
         cases=tuple(sorted(set(options.cases))),
@@ -295,25 +300,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     arms = [arm for group in options.groups for arm in GROUPS[group]]
     work = options.work.resolve()
+    if not (options.data / "labelsTr").is_dir():
+        raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
+    wanted = options.only_cases or settings.cases
+    if not set(wanted) <= set(settings.cases):
+        raise PluginError(f"--only-cases {wanted} must be among --cases {list(settings.cases)}.")
+    if not options.dry_run:
+        keep_settings(work, settings)
+    experiment = Experiment(settings, options.data.resolve(), work, options.dry_run)
+    experiment.prepare_data()
+    for name in dict.fromkeys(arm.network for arm in arms):
+        experiment.prepare_plans(experiment.networks[name])
+    for seed, count in experiment.folds():
+        for arm in arms if count in wanted else ():
+            experiment.fine_tune(arm, seed, count)
+            if options.json is not None and not options.dry_run:
+                write_report(work, asdict(settings), options.json, options.figures)
+
+
+def exit_code_of(work: Callable[[], None], script: str) -> int:
+    """Run the work of an experiment's script and return its exit code, with a line about what went wrong."""
     try:
-        if not (options.data / "labelsTr").is_dir():
-            raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
-        wanted = options.only_cases or settings.cases
-        if not set(wanted) <= set(settings.cases):
-            raise PluginError(f"--only-cases {wanted} must be among --cases {list(settings.cases)}.")
-        if not options.dry_run:
-            keep_settings(work, settings)
-        experiment = Experiment(settings, options.data.resolve(), work, options.dry_run)
-        experiment.prepare_data()
-        for name in dict.fromkeys(arm.network for arm in arms):
-            experiment.prepare_plans(experiment.networks[name])
-        for seed, count in experiment.folds():
-            for arm in arms if count in wanted else ():
-                experiment.fine_tune(arm, seed, count)
-                if options.json is not None and not options.dry_run:
-                    write_report(work, asdict(settings), options.json, options.figures)
+        work()
     except PluginError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        print(f"{Path(script).name}: {error}", file=sys.stderr)
         return 2
     except CommandError as error:
         print(error, file=sys.stderr)
@@ -322,6 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted; the same line goes on from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: carry_out(options), __file__)
 
 
 if __name__ == "__main__":

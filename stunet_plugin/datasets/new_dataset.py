@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ import numpy as np
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.registration import write_atomically
+from stunet_plugin.unlabeled.dataset import new_raw_folder
 from stunet_plugin.unlabeled.placing import OutputError, link_or_copy
 from stunet_plugin.unlabeled.reading import last_line
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"
 SETTINGS = "settings.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _UNFINISHED = ".unfinished_"
 
 
@@ -43,15 +42,8 @@ class NewDataset:
         Raises:
             PluginError: bad ID or name, nnUNet_raw is not set, or the ID is taken.
         """
-        raw = os.environ.get(RAW)
-        if not raw:
-            raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
-        if not 1 <= dataset_id <= 999:
-            raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
-        if not _NAME.fullmatch(name):
-            raise PluginError(f"-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not {name!r}.")
         self.dataset_id = dataset_id
-        self.folder = Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
+        self.folder = new_raw_folder(dataset_id, name)
         self.unfinished = self.folder.with_name(f"{_UNFINISHED}{self.folder.name}")
         for variable in (RAW, PREPROCESSED, RESULTS):
             base = os.environ.get(variable)

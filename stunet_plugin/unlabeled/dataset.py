@@ -47,15 +47,8 @@ class Dataset:
         Raises:
             PluginError: bad ID or name, nnUNet_raw not set, or another data set has the ID.
         """
-        raw = os.environ.get(RAW)
-        if not raw:
-            raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
-        if not 1 <= dataset_id <= 999:
-            raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
-        if not _NAME.fullmatch(name):
-            raise PluginError(f"-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not {name!r}.")
         self.dataset_id = dataset_id
-        self.folder = Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
+        self.folder = new_raw_folder(dataset_id, name)
         self.images, self.labels = self.folder / "imagesTr", self.folder / "labelsTr"
         self.records = self.folder / "unlabeled"
         self.temporary = self.records / "unfinished"
@@ -225,3 +218,19 @@ def write_if_new(path: Path, text: str) -> None:
     """Write a text file, unless it says the same already."""
     if not (path.is_file() and path.read_text() == text):
         write_atomically(path, text)
+
+
+def new_raw_folder(dataset_id: int, name: str) -> Path:
+    """Return the folder in nnUNet_raw of a dataset that is to be made.
+
+    Raises:
+        PluginError: bad ID or name, or nnUNet_raw is not set.
+    """
+    raw = os.environ.get(RAW)
+    if not raw:
+        raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
+    if not 1 <= dataset_id <= 999:
+        raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
+    if not _NAME.fullmatch(name):
+        raise PluginError(f"-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not {name!r}.")
+    return Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
