@@ -86,7 +86,7 @@ def build_network(case: Case, deep_supervision: bool) -> nn.Module:
 
 
 def build_pair(size: str, classes: int, patch: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
-    """Build ours and plain with deep supervision and the same weights."""
+    """Build ours and plain with deep supervision and the same weights, which they share."""
     torch.manual_seed(SEED)
     subject = find_subject(size)
     plain = subject.plain(classes, True, tuple(patch))
@@ -98,8 +98,10 @@ def build_pair(size: str, classes: int, patch: tuple[int, ...]) -> tuple[nn.Modu
         for statistics in plain.buffers():
             if statistics.is_floating_point():
                 statistics.uniform_(0.5, 1.5)
-    ours = subject.ours(classes, True)
-    ours.load_state_dict(subject.translate(plain.state_dict()))
+    # Two times the weights of a large size would be more memory than measuring it takes.
+    with torch.device("meta"):
+        ours = subject.ours(classes, True)
+    ours.load_state_dict(subject.translate(plain.state_dict()), assign=True)
     return ours, plain
 
 

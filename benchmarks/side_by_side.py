@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 WORKER = HERE / "measure_step.py"
 
 DEVICES = ("cpu", "cuda")
+MODES = ("train", "inference")
 
 AGREEMENT_LIMIT = 1e-4
 """Largest difference of an output, relative to the largest output, that float32 rounding in another order may explain."""
@@ -62,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser, classes: int, steps: dict[str, 
     add = parser.add_argument
     add("--batch", type=int, default=2, help="samples of a training step (default: %(default)s); inference takes one")
     add("--classes", type=int, default=classes, help="outputs, background included (default: %(default)s)")
+    add("--modes", nargs="+", choices=MODES, default=MODES, help="what to measure (default: both)")
     add("--compile", action="store_true", help="measure with torch.compile besides")
     add("--repeats", type=int, default=5, help="rounds in which the networks alternate (default: %(default)s)")
     add("--steps", type=int, help=f"timed steps per round (default: {', '.join(f'{n} ({name})' for name, n in steps.items())})")
@@ -124,7 +126,7 @@ def run(settings: dict[str, Any], subjects: Subjects, out: Path) -> int:
             print(f"{name}: could not compare the outputs ({error}).", file=sys.stderr)
             failed = True
             continue
-        for mode, compiled in itertools.product(("train", "inference"), (False, True) if settings["compile"] else (False,)):
+        for mode, compiled in itertools.product(settings["modes"], (False, True) if settings["compile"] else (False,)):
             result = measure_pair(settings, name, patch, mode, compiled)
             failed = failed or result["ratios"] is None
             report["results"].append(result)
@@ -153,6 +155,7 @@ def complete_settings(options: argparse.Namespace, steps: dict[str, int]) -> dic
         "device": device,
         "batch": options.batch,
         "classes": options.classes,
+        "modes": [mode for mode in MODES if mode in options.modes],
         "compile": options.compile,
         "repeats": options.repeats,
         "steps": options.steps or steps[device],

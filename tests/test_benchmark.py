@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,27 @@ def test_wrong_input_is_told_before_anything_is_measured(
     assert benchmarks("stunet_step").main(["--device", "cpu", *arguments, str(present)]) == 2
     assert arguments[0] in capsys.readouterr().err
     assert present.read_text() == "{}"
+
+
+def test_one_mode_can_be_measured_alone(
+    benchmarks: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inference of huge fits a memory that its training does not."""
+    measured = []
+
+    def run_worker(case: Any) -> dict[str, Any]:
+        if case.mode == "agreement":
+            return {"gpu": None, "outputs": 5, "largest_difference": 0.0, "largest_output": 1.0}
+        measured.append((case.size, case.mode))
+        return {"seconds": [1.0], "peak_bytes": 1, "reserved_bytes": None, "max_rss_bytes": 1}
+
+    monkeypatch.setattr(benchmarks("side_by_side"), "run_worker", run_worker)
+    out = tmp_path / "report.json"
+    assert benchmarks("stunet_step").main([
+        *("--sizes", "large", "huge", "--modes", "inference", "--device", "cpu", "--repeats", "1", "--out", str(out))
+    ]) == 0  # fmt: skip
+    assert set(measured) == {("large", "inference"), ("huge", "inference")}
+    assert json.loads(out.read_text())["settings"]["modes"] == ["inference"]
 
 
 @pytest.mark.parametrize(
