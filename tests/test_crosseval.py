@@ -145,6 +145,7 @@ def test_two_models_on_two_datasets(subjects: Path, tmp_path: Path, capsys: pyte
     page.feed((out / "report.html").read_text())
     assert page.open == []
     assert len(page.sources) == 3
+    check_what_was_compared(summary, (out / "report.html").read_text(), subjects)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
 
     # Again: nothing is predicted or scored, and the same comes out.
@@ -154,6 +155,22 @@ def test_two_models_on_two_datasets(subjects: Path, tmp_path: Path, capsys: pyte
     assert "Predictions: 12 of 12 are there." in said
     assert "Scores: 12 of 12 are there." in said
     assert rows_of(out) == rows
+
+
+def check_what_was_compared(summary: dict[str, Any], page: str, subjects: Path) -> None:
+    """Of the summary and of the report alone: which models and datasets these were, and how the models predicted."""
+    model, flare, own = summary["models"]["apart"], summary["datasets"]["FLARE"], summary["datasets"]["Own"]
+    known = {key: model[key] for key in ("trainer", "configuration", "folds", "checkpoint", "mirroring", "step_size")}
+    assert known == {
+        "trainer": "STUNetTrainer_tiny", "configuration": "3d_fullres", "folds": ["0"], "checkpoint": "checkpoint_final.pth",
+        "mirroring": False, "step_size": 1.0,
+    }  # fmt: skip
+    assert (flare["cases"], flare["labels_from"], flare["images"]) == (3, "FLARE22", str(subjects / "flare" / "images"))
+    assert (own["folder"], own["part"], own["labels_from"]) == (str(subjects / "raw"), "Tr", "dataset.json")
+    places = str(subjects / "apart"), str(subjects / "flare" / "references")
+    settings = "STUNetTrainer_tiny", model["plans"], "mirroring off", "step size 1"
+    for text in (*places, *settings, "dataset.json: kidney", "FLARE22: liver"):
+        assert text in page, text
 
 
 def test_only_what_changed_is_done_again(subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from stunet_plugin import __version__
 from stunet_plugin.checkpoints.safe_loading import sha256_of
 from stunet_plugin.errors import PluginError
+from stunet_plugin.evaluation.compared import describe_dataset, describe_model
 from stunet_plugin.evaluation.comparison import Pair, Rules, describe, pair_up
 from stunet_plugin.evaluation.geometry import can_be_turned, grid_of
 from stunet_plugin.evaluation.predicting import Place, fingerprint, folder_name, predict_missing, read_record
@@ -172,18 +173,14 @@ def _write(results: Results, run: Run, lines: Sequence[str]) -> None:
 
     out = run.out
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    about = {
+    about: dict[str, Any] = {
         "date": date,
         "stunet_plugin": __version__,
-        "models": {
-            model.name: {"folder": str(model.folder), "folds": model.folds, "checkpoint": model.checkpoint,
-                         "mirroring": model.mirroring, "step_size": model.step_size, "labels": model.labels.name}
-            for model in run.models
-        },
-        "datasets": {dataset.name: {"cases": len(dataset.cases), "labels": dataset.labels.name} for dataset in run.datasets},
+        "models": {model.name: describe_model(model) for model in run.models},
+        "datasets": {dataset.name: describe_dataset(dataset) for dataset in run.datasets},
         "tolerances_mm": {scored.name: scored.tolerance for one in results.scores for scored in one.pair.classes},
         "sliced": sorted({scored.name for one in results.scores for scored in one.pair.classes if scored.sliced}),
-    }  # fmt: skip
+    }
     write_csv(results, out / CSV)
     write_summary(results, about, out / SUMMARY)
     write_matrix(results, out / MATRIX)
@@ -197,6 +194,7 @@ def _write(results: Results, run: Run, lines: Sequence[str]) -> None:
     )
     cases = sum(len(dataset.cases) for dataset in run.datasets)
     heading = f"{len(run.models)} models on {len(run.datasets)} datasets with {cases} cases. {date}, stunet-plugin {__version__}."
-    write_report(results, [heading, *lines], [(out / name, caption) for name, caption in pictures], out / REPORT)
+    captions = [(out / name, caption) for name, caption in pictures]
+    write_report(results, [heading, *lines], about["models"], about["datasets"], captions, out / REPORT)
     print((out / MATRIX).read_text())
     print(f"Report: {out / REPORT}")

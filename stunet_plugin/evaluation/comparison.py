@@ -142,13 +142,13 @@ def _check_asked_for(names: Sequence[str], models: Sequence[Model], datasets: Se
         missing = [name for name in names if subject.labels.find(name) is None]
         if missing:
             raise PluginError(
-                f"The {kind} {subject.name} has no class {', '.join(missing)}; it has {_few(list(subject.labels.classes))}. "
+                f"The {kind} {subject.name} has no class {', '.join(missing)}; it has {few(list(subject.labels.classes))}. "
                 f"Take it off the list of classes, or use --classes {PAIR}."
             )
 
 
 def _what_each_has(models: Sequence[Model], datasets: Sequence[Dataset]) -> str:
-    return " ".join(f"{subject.name} has: {_few(list(subject.labels.classes))}." for subject, _ in _kinds(models, datasets))
+    return " ".join(f"{subject.name} has: {few(list(subject.labels.classes))}." for subject, _ in _kinds(models, datasets))
 
 
 def _kinds(models: Sequence[Model], datasets: Sequence[Dataset]) -> list[tuple[Model | Dataset, str]]:
@@ -156,7 +156,8 @@ def _kinds(models: Sequence[Model], datasets: Sequence[Dataset]) -> list[tuple[M
     return [*((dataset, "dataset") for dataset in datasets), *((model, "model") for model in models)]
 
 
-def _few(names: Sequence[str], most: int = 8) -> str:
+def few(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many there are beside them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -172,7 +173,7 @@ def describe(pairs: Sequence[Pair]) -> list[str]:
         for name, labels in subjects.items():
             left = _never_scored(labels, [pair for pair in pairs if name == getattr(pair, kind).name])
             if left:
-                lines.append(f"Not scored, as it has no counterpart: {kind} {name}: {_few(left)}.")
+                lines.append(f"Not scored, as it has no counterpart: {kind} {name}: {few(left)}.")
     lines += [f"Nothing to score: {pair.model.name} on {pair.dataset.name} share no class." for pair in pairs if not pair.classes]
     return lines
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from stunet_plugin.evaluation.comparison import few
 from stunet_plugin.evaluation.measures import HD95, LARGER_IS_BETTER, MEASURES, UNITS
 from stunet_plugin.evaluation.results import PairScores, Results, shown
 from stunet_plugin.registration import write_atomically
@@ -29,6 +31,7 @@ table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabu
 th, td { padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 thead th { background: var(--tint); }
+td.long { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 td.best { font-weight: 700; color: var(--accent); }
 td small { display: block; color: var(--soft); font-weight: 400; }
 figure { margin: 1rem 0; }
@@ -49,6 +52,7 @@ ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5r
   .wide { overflow: visible; }
   table { font-size: 8pt; min-width: 0; }
   th, td { white-space: normal; padding: 0.15rem 0.3rem; }
+  td.long { min-width: 0; }
   h2, h3 { break-after: avoid; }
   figure, tr, details { break-inside: avoid; }
   img { max-height: 230mm; }
@@ -57,12 +61,20 @@ ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5r
 """
 
 
-def write_report(results: Results, about: Sequence[str], pictures: Sequence[tuple[Path, str]], path: Path) -> None:
+def write_report(
+    results: Results,
+    about: Sequence[str],
+    models: Mapping[str, Mapping[str, Any]],
+    datasets: Mapping[str, Mapping[str, Any]],
+    pictures: Sequence[tuple[Path, str]],
+    path: Path,
+) -> None:
     """Write the report.
 
     Args:
         results: scores and tests.
         about: lines on what was compared and how.
+        models, datasets: by name, as :mod:`stunet_plugin.evaluation.compared` describes them.
         pictures: PNG files with their captions; they are put into the page.
         path: of the HTML file.
     """
@@ -70,6 +82,9 @@ def write_report(results: Results, about: Sequence[str], pictures: Sequence[tupl
         "<h1>Models across datasets</h1>",
         *(f'<p class="about">{escape(line)}</p>' for line in about),
         *_warnings(results),
+        "<h2>What was compared</h2>",
+        _models(models),
+        _datasets(datasets),
         "<h2>Scores</h2>",
         '<p class="note">Mean over classes of the mean over cases, below it the 95 % bootstrap interval over cases. '
         "In bold the best model of each dataset. A distance is undefined where reference or prediction has nothing of a class; "
@@ -93,6 +108,37 @@ def write_report(results: Results, about: Sequence[str], pictures: Sequence[tupl
         f"<title>Models across datasets</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n",
     )
+
+
+def _models(models: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, model in models.items():
+        axes = ", ".join(map(str, model["mirroring_axes"]))
+        mirroring = f"on axes {axes}" if axes else "on, of no axis" if model["mirroring"] else "off"
+        trained = (model["trainer"], model["plans"], model["configuration"])
+        folds = f"fold{'s' if len(model['folds']) > 1 else ''} {', '.join(model['folds'])}"
+        predicts = (f"{folds}, {model['checkpoint']}", f"mirroring {mirroring}", f"step size {model['step_size']:g}")
+        rows.append(_text_row([name], trained, predicts, [model["folder"]], [_labels(model)]))
+    return _table(["model", "trainer, plans, configuration", "predicts with", "folder", "labels"], rows, kind="text")
+
+
+def _datasets(datasets: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, dataset in datasets.items():
+        places = [str(dataset[key]) for key in ("folder", "images", "references") if key in dataset]
+        rows.append(_text_row([name], [dataset.get("part", "")], [str(dataset["cases"])], places, [_labels(dataset)]))
+    return _table(["dataset", "part", "cases", "folder", "labels"], rows, kind="text")
+
+
+def _labels(subject: Mapping[str, Any]) -> str:
+    return f"{subject['labels_from']}: {few(subject['classes'])}"
+
+
+def _text_row(*cells: Sequence[str]) -> str:
+    """Cells of one or more lines of words; the last two, folders and labels, are long and wrap."""
+    shown = ["".join(f"<div>{escape(line)}</div>" for line in lines) for lines in cells]
+    last = len(shown) - 2
+    return "".join(f'<td class="long">{cell}</td>' if index >= last else f"<td>{cell}</td>" for index, cell in enumerate(shown))
 
 
 def _title(measure: str) -> str:
@@ -167,10 +213,10 @@ def _figure(path: Path, caption: str) -> str:
     return f'<figure><div class="wide">{image}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _table(header: Sequence[str], rows: Sequence[str]) -> str:
+def _table(header: Sequence[str], rows: Sequence[str], kind: str = "numbers") -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in header)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide {kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _mean(values: np.ndarray) -> str:

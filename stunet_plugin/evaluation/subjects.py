@@ -22,11 +22,17 @@ from stunet_plugin.importing.plan_readers import read_json
 
 ALL_FOLDS = "all"
 DEFAULT_STEP_SIZE = 0.5
+TRAINING, TEST = PARTS = ("Tr", "Ts")
+"""Of a raw dataset: imagesTr with labelsTr, imagesTs with labelsTs."""
+LISTED = "listed in dataset.json"
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 """Of images and references; SimpleITK reads them."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.+-]*")
 _MODEL_ENTRIES = ("name", "folder", "fold", "checkpoint", "mirroring", "step_size", "labels")
-_DATASET_ENTRIES = ("name", "folder", "part", "images", "references", "labels")
+_ORIGIN = ("folder", "part", "images", "references")
+_DATASET_ENTRIES = ("name", *_ORIGIN, "labels")
+OWN_LABELS = "dataset.json"
+"""Where labels come from that nobody names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,7 @@ class Model:
         step_size: of the sliding window, in patches.
         labels: what its outputs mean.
         channels: names of its inputs.
+        labels_from: the label system's name or file as the user gave it, or :data:`OWN_LABELS`.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Model:
     step_size: float
     labels: LabelSystem
     channels: tuple[str, ...]
+    labels_from: str = OWN_LABELS
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -69,12 +77,19 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Cases with references in one label system."""
+    """Cases with references in one label system.
+
+    Attributes:
+        origin: folder, part, images, references: where the cases come from, as the user gave it.
+        labels_from: as in :class:`Model`.
+    """
 
     name: str
     labels: LabelSystem
     ending: str
     cases: tuple[Case, ...] = field(repr=False)
+    origin: Mapping[str, str] = field(default_factory=dict, repr=False)
+    labels_from: str = OWN_LABELS
 
 
 # --- models -------------------------------------------------------------------------------------------------------------
@@ -104,7 +119,7 @@ def read_model(entry: Mapping[str, Any]) -> Model:
     channels = dataset.get("channel_names", dataset.get("modality", {}))
     model = Model(
         name, folder, _folds(entry.get("fold"), folder, checkpoint, name), checkpoint, bool(entry.get("mirroring", True)),
-        float(step_size), labels, tuple(str(channel) for channel in channels.values()),
+        float(step_size), labels, tuple(str(channel) for channel in channels.values()), str(entry.get("labels", OWN_LABELS)),
     )  # fmt: skip
     missing = [str(file) for file in model.checkpoints if not file.is_file()]
     if missing:
@@ -144,7 +159,8 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
     """
     name = _name(entry, "dataset", _DATASET_ENTRIES)
     images, references, labels = _folders(entry, name)
-    cases = _listed_cases(entry) or _cases_in(images, references, name)
+    listed = _listed_cases(entry)
+    cases = listed or _cases_in(images, references, name)
     uneven = next((case for case in cases if len(case.images) != len(cases[0].images)), None)
     if uneven is not None:
         counts = f"{uneven.name} has {len(uneven.images)} channels, {cases[0].name} has {len(cases[0].images)}"
@@ -152,7 +168,10 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
     ending = next((ending for ending in ENDINGS if cases[0].reference.name.endswith(ending)), None)
     if ending is None:
         raise PluginError(f"Dataset {name}: {cases[0].reference} ends in none of {', '.join(ENDINGS)}.")
-    return Dataset(name, labels, ending, cases)
+    origin = {key: str(entry[key]) for key in _ORIGIN if key in entry}
+    if not {"images", "references"} <= set(entry):
+        origin.setdefault("part", LISTED if listed else TRAINING)
+    return Dataset(name, labels, ending, cases, origin, str(entry.get("labels", OWN_LABELS)))
 
 
 def _listed_cases(entry: Mapping[str, Any]) -> tuple[Case, ...]:
@@ -198,8 +217,8 @@ def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSyst
         images, references = (Path(str(entry[key])).expanduser() for key in ("images", "references"))
         return images, references, load_label_system(entry["labels"])
     folder = find_raw(os.path.expanduser(str(entry["folder"])))
-    part = str(entry.get("part", "Tr"))
-    if part not in ("Tr", "Ts"):
+    part = str(entry.get("part", TRAINING))
+    if part not in PARTS:
         raise PluginError(f"Dataset {name}: part must be Tr (imagesTr, labelsTr) or Ts (imagesTs, labelsTs), not {part!r}.")
     if "labels" not in entry and not (folder / "dataset.json").is_file():
         raise PluginError(f"Dataset {name}: {folder} has no dataset.json that says what its labels mean. Give labels.")
