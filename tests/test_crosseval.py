@@ -115,6 +115,8 @@ def test_two_models_on_two_datasets(subjects: Path, tmp_path: Path, capsys: pyte
     assert "Not scored, as it has no counterpart: dataset Own: bone." in said
     assert "model joint: gallbladder" in said
     assert "[12/12]" in said
+    assert said.splitlines()[-2].startswith("Dropped, without a counterpart: Own: bone; FLARE: liver, ")
+    assert said.splitlines()[-1] == f"Report: {out / 'report.html'}"
     assert not list(out.rglob("*partial*"))
 
     rows = rows_of(out)
@@ -245,6 +247,9 @@ def test_wrong_input_is_refused(subjects: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "out"
     apart, own, flare = subjects / "apart", subjects / "raw", subjects / "flare"
     model, dataset = ("--model", f"M={apart}"), ("--dataset", f"D={own}")
+    (tmp_path / "modles.json").write_text(json.dumps({"modles": []}))
+    wrong = tmp_path / "lables.yaml"
+    wrong.write_text("name: Own\nlables: {kidney: 1}\n")
     for arguments, message in (
         (dataset, "No models are given"),
         ((*model, *model, *dataset), "Two models are called 'M'"),
@@ -252,13 +257,23 @@ def test_wrong_input_is_refused(subjects: Path, tmp_path: Path, capsys: pytest.C
         (("--model", f"M={own}", *dataset), "is no model folder of nnU-Net v2"),
         (("--model", f"M={apart},fold=3", *dataset), "fold_3/checkpoint_final.pth is not there. In"),
         (("--model", f"M={apart},checkpoint=best.pth", *dataset), "no fold in"),
-        (("--model", f"M={apart},step=1", *dataset), "unknown entry 'step'"),
+        (("--model", f"M={apart},step=1", *dataset), "unknown entry 'step'; there are name, folder"),
+        (("--model", f"M={apart},step-size=1", *dataset), "Did you mean 'step_size'?"),
+        ((tmp_path / "modles.json", *dataset), "modles.json: unknown entry 'modles'; there are models, datasets, classes"),
+        ((tmp_path / "modles.json", *dataset), "Did you mean 'models'?"),
+        ((*model, "--dataset", f"D={own},labels={wrong}"), f"{wrong}: unknown entry 'lables'; there are name, labels, groups"),
+        ((*model, "--dataset", f"D={own},labels={wrong}"), "Did you mean 'labels'?"),
         (("--model", f"M={apart},step_size=1.5", *dataset), "step_size must be a number above 0"),
         ((*model, "--dataset", f"D={flare}"), "has no dataset.json that says what its labels mean"),
-        ((*model, "--dataset", f"D={own},part=Ts"), "Without references nothing can be scored"),
+        ((*model, "--dataset", f"D={own},part=Ts"), f"no folder of images {own / 'imagesTs'} (a part has images and references; "),
+        ((*model, "--dataset", f"D={own},part=Ts"), "parts there are: part=Tr). Without references nothing can be scored"),
         ((*model, "--dataset", f"D={own},labels=NOTHING"), "neither a published label system"),
         ((*model, *dataset, "--classes", "liver"), "The dataset D has no class liver; it has kidney, spleen, bone"),
-        ((*model, "--dataset", f"D={own},labels=MSD-Lung"), "no class that all models and datasets have. D has: lung_tumour"),
+        ((*model, *dataset, "--classes", "spleeen"), "Did you mean 'spleen'? Take it off the list of classes, or leave"),
+        ((*model, "--dataset", f"D={own},labels=MSD-Lung"), "Model M and dataset D share no class. D has: lung_tumour"),
+        ((*model, "--dataset", f"D={own},labels=MSD-Lung"), "If they mean the same classes under other names, give one of them"),
+        ((*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"), "no class that all models and datasets have. D has: kidney,"),
+        ((*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"), "--classes pair."),
         ((*model, "--dataset", f"D={own},labels=MSD-Lung", "--classes", "pair"), "Dataset D shares no class with any other"),
         ((*model, *dataset, "--tolerance", "-1"), "Tolerances must be"),
         ((tmp_path / "none.json",), "cannot be read"),

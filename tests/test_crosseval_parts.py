@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from scipy import stats
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.evaluation.comparison import PAIR, SHARED, Rules, ScoredClass, describe, pair_up
+from stunet_plugin.evaluation.comparison import PAIR, SHARED, Rules, ScoredClass, describe, dropped, pair_up
 from stunet_plugin.evaluation.label_systems import LabelSystem, load_label_system, map_labels
 from stunet_plugin.evaluation.measures import ASSD, DSC, MEASURES, NSD
 from stunet_plugin.evaluation.results import PairScores, Results
@@ -30,9 +30,10 @@ def model(name: str, labels: str | LabelSystem) -> Model:
     return Model(name, Path(name), ("0",), "checkpoint_final.pth", True, 0.5, system, ("CT",))
 
 
-def dataset(name: str, labels: str, cases: int = 1) -> Dataset:
+def dataset(name: str, labels: str | LabelSystem, cases: int = 1) -> Dataset:
     files = tuple(Case(f"case{number}", (Path("i"),), Path("r")) for number in range(cases))
-    return Dataset(name, load_label_system(labels), ".nii.gz", files)
+    system = load_label_system(labels) if isinstance(labels, str) else labels
+    return Dataset(name, system, ".nii.gz", files)
 
 
 def test_shared_classes_and_those_of_each_pair() -> None:
@@ -46,6 +47,20 @@ def test_shared_classes_and_those_of_each_pair() -> None:
     by_pair = pair_up(models, datasets, Rules(PAIR))
     assert [len(pair.classes) for pair in by_pair] == [13, 4]
     assert any(line.startswith("Not scored, as it has no counterpart: model T: ") for line in describe(by_pair))
+
+
+def test_misspelt_classes_are_told_from_classes_of_their_own() -> None:
+    """Near a class of another subject: a slip. A side or a number that differs, or a name that is published: none."""
+    own = LabelSystem.numbered("own", ["livr", "kidney_left", "lesion 2", "Spleen", "hepatic veins"])
+    other = LabelSystem.numbered("other", ["liver", "kidney_right", "lesion 1", "spleen", "pancreas"])
+    pairs = pair_up([model("M", other)], [dataset("D", own)], Rules())
+    left = "livr (did you mean liver?), kidney_left, lesion_2, hepatic_veins"
+    assert describe(pairs)[1] == f"Not scored, as it has no counterpart: dataset D: {left}."
+    assert dropped(pairs) == f"Dropped, without a counterpart: D: {left}."
+    alone = [LabelSystem.numbered(name, [name]) for name in ("pancraes", "pancreas")]
+    with pytest.raises(PluginError, match=r"share no class. D has: pancraes \(did you mean pancreas\?\). M has: pancreas"):
+        pair_up([model("M", alone[1])], [dataset("D", alone[0])], Rules())
+    assert dropped(pair_up([model("M", other)], [dataset("D", other)], Rules())) == ""
 
 
 def test_classes_that_are_named() -> None:

@@ -164,6 +164,27 @@ def test_bad_label_systems_are_refused(content: dict[str, Any], message: str) ->
         LabelSystem.from_table(content, "mine")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lables: {liver: 1}", r"unknown entry 'lables'; there are name, labels, groups, .*Did you mean 'labels'\?"),
+        ("lables: [liver, spleen]", r"unknown entry 'lables'.*Did you mean 'labels'\?"),
+        ("labels: {liver: 1}\ngruops: {both: [liver]}", r"unknown entry 'gruops'.*Did you mean 'groups'\?"),
+        ("liver: 1\ngroups: {both: [liver]}", r"there is 'groups', but no entry 'labels'"),
+    ],
+)
+def test_wrong_entries_of_a_users_file_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(PluginError, match=message):
+        load_label_system(tmp_path / "mine.yaml")
+
+
+def test_tables_without_the_entry_labels(tmp_path: Path) -> None:
+    for text in ("liver: 1\nkidneys: [2, 3]", "1: liver\n2: spleen"):
+        (tmp_path / "mine.yaml").write_text(text)
+        assert load_label_system(tmp_path / "mine.yaml").find("liver") == (1,)
+
+
 def test_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: Ours\nlabels:\n  liver: 1\n  kidneys: [2, 3]\n")
     found = load_label_system(tmp_path / "mine.yaml")

@@ -18,7 +18,7 @@ from stunet_plugin import __version__
 from stunet_plugin.checkpoints.safe_loading import sha256_of
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.compared import describe_dataset, describe_model
-from stunet_plugin.evaluation.comparison import Pair, Rules, describe, pair_up
+from stunet_plugin.evaluation.comparison import Pair, Rules, describe, dropped, pair_up
 from stunet_plugin.evaluation.geometry import can_be_turned, grid_of
 from stunet_plugin.evaluation.predicting import Place, fingerprint, folder_name, predict_missing, read_record
 from stunet_plugin.evaluation.report import write_report
@@ -58,10 +58,6 @@ class Run:
         given: dict[str, Any] = {"output": options.out, "classes": options.classes, "default_tolerance": options.tolerance}
         given |= {name: True for name in ("sliced", "resample") if getattr(options, name)}
         setup |= {name: value for name, value in given.items() if value is not None}
-        known = {"models", "datasets", "classes", "tolerances", "default_tolerance", "sliced", "resample", "output"}
-        unknown = sorted(set(setup) - known)
-        if unknown:
-            raise PluginError(f"{options.file}: unknown entry {unknown[0]!r}; there are {', '.join(sorted(known))}.")
         if not setup.get("output"):
             raise PluginError("Say where the results go: -o FOLDER (or output in the file).")
         rules = Rules.from_table(setup)
@@ -83,6 +79,7 @@ def run_crosseval(run: Run) -> int:
     predict_missing(pairs, run.out, device, run.processes)
     results = Results.of(_score(pairs, run))
     _write(results, run, lines)
+    print("\n".join(filter(None, (dropped(pairs), f"Report: {run.out / REPORT}"))))
     return 0
 
 
@@ -197,4 +194,3 @@ def _write(results: Results, run: Run, lines: Sequence[str]) -> None:
     captions = [(out / name, caption) for name, caption in pictures]
     write_report(results, [heading, *lines], about["models"], about["datasets"], captions, out / REPORT)
     print((out / MATRIX).read_text())
-    print(f"Report: {out / REPORT}")

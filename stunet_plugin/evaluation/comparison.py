@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.evaluation.label_systems import LabelSystem, canonical_name, shared_classes
+from stunet_plugin.evaluation.label_systems import SIDES, LabelSystem, canonical_name, published_classes, shared_classes
 from stunet_plugin.evaluation.measures import DEFAULT_TOLERANCE, TUBULAR, tolerance_of
 from stunet_plugin.evaluation.subjects import Dataset, Model
 from stunet_plugin.importing.fields import is_list, is_number
+from stunet_plugin.spelling import did_you_mean, nearest
 
 SHARED, PAIR = "shared", "pair"
+NEAR = 0.8
+"""How much alike two names are (1: the same) before one is taken for the other misspelt."""
+MEND_LABELS = (
+    "If they mean the same classes under other names, give one of them a labels file with the other's names (labels=FILE, or "
+    "labels of its entry in the file): docs/evaluation.md, Label systems."
+)
 
 
 @dataclass(frozen=True)
@@ -107,16 +115,24 @@ def pair_up(models: Sequence[Model], datasets: Sequence[Dataset], rules: Rules) 
     elif rules.classes == SHARED:
         names = tuple(shared_classes(systems))
         if not names:
-            raise PluginError(
-                f"There is no class that all models and datasets have. {_what_each_has(models, datasets)} Leave one "
-                "out, or compare each pair on what those two share: --classes pair."
-            )
+            raise PluginError(_nothing_shared(models, datasets))
     pairs = [_pair(model, dataset, names, rules) for model in models for dataset in datasets]
     for subject, kind in subjects:
         if not any(pair.classes for pair in pairs if subject in (pair.model, pair.dataset)):
             what = _what_each_has(models, datasets)
-            raise PluginError(f"{kind.capitalize()} {subject.name} shares no class with any other. {what}")
+            raise PluginError(f"{kind.capitalize()} {subject.name} shares no class with any other. {what} {MEND_LABELS}")
     return pairs
+
+
+def _nothing_shared(models: Sequence[Model], datasets: Sequence[Dataset]) -> str:
+    """The message for models and datasets without a class that all have; of a single pair nothing can be left out."""
+    what = _what_each_has(models, datasets)
+    if len(models) == len(datasets) == 1:
+        return f"Model {models[0].name} and dataset {datasets[0].name} share no class. {what} {MEND_LABELS}"
+    return (
+        f"There is no class that all models and datasets have. {what} Leave one out, or compare each pair on what those two "
+        f"share: --classes {PAIR}."
+    )
 
 
 def _pair(model: Model, dataset: Dataset, names: tuple[str, ...] | None, rules: Rules) -> Pair:
@@ -141,14 +157,47 @@ def _check_asked_for(names: Sequence[str], models: Sequence[Model], datasets: Se
     for subject, kind in _kinds(models, datasets):
         missing = [name for name in names if subject.labels.find(name) is None]
         if missing:
+            alone = len(models) == len(datasets) == 1
             raise PluginError(
-                f"The {kind} {subject.name} has no class {', '.join(missing)}; it has {few(list(subject.labels.classes))}. "
-                f"Take it off the list of classes, or use --classes {PAIR}."
+                f"The {kind} {subject.name} has no class {', '.join(missing)}; it has {few(list(subject.labels.classes))}."
+                f"{did_you_mean(missing[0], subject.labels.classes, NEAR)} Take it off the list of classes"
+                f"{', or leave the list out to compare what both have.' if alone else f', or use --classes {PAIR}.'}"
             )
 
 
 def _what_each_has(models: Sequence[Model], datasets: Sequence[Dataset]) -> str:
-    return " ".join(f"{subject.name} has: {few(list(subject.labels.classes))}." for subject, _ in _kinds(models, datasets))
+    """What classes there are, and which of them look like another's misspelt."""
+    subjects = _kinds(models, datasets)
+    meant = _misspelt([subject.labels for subject, _ in subjects])
+    return " ".join(f"{subject.name} has: {_marked(subject.labels.classes, meant)}." for subject, _ in subjects)
+
+
+def _misspelt(systems: Sequence[LabelSystem]) -> dict[str, str]:
+    """Return classes of one system that no other has, and no published one either, with the near one of another that is meant.
+
+    Left and right, or numbers that differ, are not slips of the pen.
+    """
+    known = published_classes()
+    meant: dict[str, str] = {}
+    for system in systems:
+        others = {name for other in systems if other is not system for name in other.classes if system.find(name) is None}
+        for name in system.classes:
+            if name not in known and all(other is system or other.find(name) is None for other in systems):
+                alike = [other for other in sorted(others) if _sides_and_numbers(other) == _sides_and_numbers(name)]
+                found = nearest(name, alike, NEAR)
+                if found:
+                    meant[name] = found
+    return meant
+
+
+def _sides_and_numbers(name: str) -> list[str]:
+    return [word for word in re.split(r"_|(\d+)", name) if word and (word in SIDES or word.isdigit())]
+
+
+def _marked(names: Iterable[str], meant: Mapping[str, str]) -> str:
+    """Names as a list; those that seem misspelt stand first, so that they are seen, with what is meant."""
+    ordered = sorted(names, key=lambda name: name not in meant)
+    return few([f"{name} (did you mean {meant[name]}?)" if name in meant else name for name in ordered])
 
 
 def _kinds(models: Sequence[Model], datasets: Sequence[Dataset]) -> list[tuple[Model | Dataset, str]]:
@@ -164,6 +213,8 @@ def few(names: Sequence[str], most: int = 8) -> str:
 def describe(pairs: Sequence[Pair]) -> list[str]:
     """Return lines that say what is scored and what is not."""
     lines = []
+    systems = {subject: subject.labels for pair in pairs for subject in (pair.dataset, pair.model)}
+    meant = _misspelt(list(systems.values()))
     scored = dict.fromkeys(scored.name for pair in pairs for scored in pair.classes)
     lines.append(f"Classes ({len(scored)}): {', '.join(scored)}.")
     for kind, subjects in (
@@ -173,9 +224,18 @@ def describe(pairs: Sequence[Pair]) -> list[str]:
         for name, labels in subjects.items():
             left = _never_scored(labels, [pair for pair in pairs if name == getattr(pair, kind).name])
             if left:
-                lines.append(f"Not scored, as it has no counterpart: {kind} {name}: {few(left)}.")
+                lines.append(f"Not scored, as it has no counterpart: {kind} {name}: {_marked(left, meant)}.")
     lines += [f"Nothing to score: {pair.model.name} on {pair.dataset.name} share no class." for pair in pairs if not pair.classes]
     return lines
+
+
+def dropped(pairs: Sequence[Pair]) -> str:
+    """Return one line with the classes of the datasets that were never scored, for the end of a run; empty if all were."""
+    datasets = {pair.dataset.name: pair.dataset.labels for pair in pairs}
+    meant = _misspelt([pair.model.labels for pair in pairs] + list(datasets.values()))
+    left = {name: _never_scored(labels, [one for one in pairs if one.dataset.name == name]) for name, labels in datasets.items()}
+    shown = "; ".join(f"{name}: {_marked(classes, meant)}" for name, classes in left.items() if classes)
+    return f"Dropped, without a counterpart: {shown}." if shown else ""
 
 
 def _never_scored(labels: LabelSystem, pairs: Sequence[Pair]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.evaluation.label_files import published_facts, read_table
+from stunet_plugin.evaluation.label_files import check_labels_file, published_facts, read_table
 from stunet_plugin.importing.fields import is_list, is_whole
 
 BACKGROUND, IGNORE = "background", "ignore"
@@ -203,6 +204,14 @@ def published_systems() -> list[str]:
     return list(published_facts()["systems"])
 
 
+@lru_cache(maxsize=1)
+def published_classes() -> frozenset[str]:
+    """Return the canonical names of all classes that the published systems know, with those made up of smaller ones."""
+    facts = published_facts()
+    systems = [LabelSystem.from_table(table, name) for name, table in facts["systems"].items()]
+    return frozenset({name for system in systems for name in system.classes} | set(facts["compositions"]))
+
+
 def load_label_system(source: str | Path) -> LabelSystem:
     """Return a label system by its published name, or from a file.
 
@@ -225,7 +234,9 @@ def load_label_system(source: str | Path) -> LabelSystem:
             f"{source} is neither a published label system nor a file, nor a folder with a dataset.json. Published ones are: "
             f"{', '.join(systems)}."
         )
-    return LabelSystem.from_table(read_table(file), path.name if path.is_dir() else file.stem)
+    table = read_table(file)
+    check_labels_file(table, str(file))
+    return LabelSystem.from_table(table, path.name if path.is_dir() else file.stem)
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
 from stunet_plugin.errors import PluginError
-from stunet_plugin.evaluation.label_files import read_table
+from stunet_plugin.evaluation.label_files import check_entries, read_table
 from stunet_plugin.evaluation.label_systems import LabelSystem, load_label_system
 from stunet_plugin.importing.fields import is_list, is_number
 from stunet_plugin.importing.names import CHECKPOINT
@@ -24,10 +24,13 @@ ALL_FOLDS = "all"
 DEFAULT_STEP_SIZE = 0.5
 TRAINING, TEST = PARTS = ("Tr", "Ts")
 """Of a raw dataset: imagesTr with labelsTr, imagesTs with labelsTs."""
+KINDS = ("images", "labels")
+"""A raw dataset's folders are named by kind and part."""
 LISTED = "listed in dataset.json"
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 """Of images and references; SimpleITK reads them."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.+-]*")
+SETUP_ENTRIES = ("models", "datasets", "classes", "tolerances", "default_tolerance", "sliced", "resample", "output")
 _MODEL_ENTRIES = ("name", "folder", "fold", "checkpoint", "mirroring", "step_size", "labels")
 _ORIGIN = ("folder", "part", "images", "references")
 _DATASET_ENTRIES = ("name", *_ORIGIN, "labels")
@@ -188,7 +191,10 @@ def _cases_in(images: Path, references: Path, name: str) -> tuple[Case, ...]:
     """The cases of two folders."""
     for folder, kind in ((images, "images"), (references, "references")):
         if not folder.is_dir():
-            raise PluginError(f"Dataset {name}: there is no folder of {kind} {folder}. Without references nothing can be scored.")
+            raise PluginError(
+                f"Dataset {name}: there is no folder of {kind} {folder}{_parts_beside(folder)}. Without references nothing can be "
+                "scored."
+            )
     known = _files_by_case(references)
     if not known:
         raise PluginError(f"Dataset {name}: no references in {references}; looked for files ending in {', '.join(ENDINGS)}.")
@@ -207,6 +213,15 @@ def _cases_in(images: Path, references: Path, name: str) -> tuple[Case, ...]:
     if not by_case:
         raise PluginError(f"Dataset {name}: no images in {images} whose names go with the references in {references}.")
     return tuple(Case(case, tuple(files), known[case]) for case, files in sorted(by_case.items()))
+
+
+def _parts_beside(folder: Path) -> str:
+    """What parts of a raw dataset there are instead of one that lacks a folder; nothing if it is no such folder."""
+    if folder.name not in [f"{kind}{part}" for kind in KINDS for part in PARTS] or not folder.parent.is_dir():
+        return ""
+    whole = [part for part in PARTS if all((folder.parent / f"{kind}{part}").is_dir() for kind in KINDS)]
+    there = f"whole parts there are: {', '.join(f'part={part}' for part in whole)}" if whole else "no part there has both"
+    return f" (a part has images and references; {there})"
 
 
 def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSystem]:
@@ -244,9 +259,10 @@ def read_setup(file: Path | None, models: Sequence[str], datasets: Sequence[str]
     """Return the table of a file, with what ``--model`` and ``--dataset`` add to it.
 
     Raises:
-        PluginError: no such file, or an option that cannot be read.
+        PluginError: no such file, unknown entries, or an option that cannot be read.
     """
     setup = read_table(file) if file is not None else {}
+    check_entries(setup, SETUP_ENTRIES, str(file))
     for key, options in (("models", models), ("datasets", datasets)):
         listed = setup.get(key, [])
         if not is_list(listed) or not all(isinstance(entry, Mapping) for entry in listed):
@@ -291,7 +307,5 @@ def _name(entry: Mapping[str, Any], kind: str, allowed: Sequence[str]) -> str:
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise PluginError(f"A {kind} has the name {name!r}; use letters, digits, spaces and _.+-, a letter or digit first.")
-    unknown = sorted(set(entry) - set(allowed))
-    if unknown:
-        raise PluginError(f"{kind.capitalize()} {name}: unknown entry {unknown[0]!r}; there are {', '.join(allowed)}.")
+    check_entries(entry, allowed, f"{kind.capitalize()} {name}")
     return name
