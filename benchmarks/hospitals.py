@@ -125,7 +125,7 @@ class Hospitals(Experiment):
         if not self.dry_run:
             file = folder / f"{network.plans}.json"
             plans = json.loads(file.read_text())
-            plans["configurations"][CONFIGURATION] = {"inherits_from": BASE_CONFIGURATION, "batch_size": self.settings.batch}
+            plans["configurations"][CONFIGURATION] = self.configuration()
             write_atomically(file, json.dumps(plans, indent=2))
         self.run(["nnUNetv2_preprocess", "-d", number, "-plans_name", network.plans, "-c", BASE_CONFIGURATION, "-np", 2], self.log)
         if not self.dry_run:
@@ -238,6 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what each is trained on")
     add("--size", default="small", help="of STU-Net")
     add("--batch", type=int, default=2, help="samples of a step")
+    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what each planner chooses)")
     add("--iterations", type=int, default=300, help="of each training")
     add("--iterations-per-epoch", type=int, default=50, help="between two validations")
     add("--train-cases", type=int, default=30, help="of each hospital")
@@ -254,6 +255,7 @@ def carry_out(options: argparse.Namespace) -> None:
     settings = Settings(
         size=options.size,
         batch=options.batch,
+        patch=tuple(options.patch) if options.patch else None,
         pretrain_iterations=0,
         fine_tune_iterations=options.iterations,
         iterations_per_epoch=options.iterations_per_epoch,

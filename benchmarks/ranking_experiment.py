@@ -219,6 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[1, 2], help="of the labelled cases and the initial weights")
     add("--test-cases", type=int, default=40, help="held out")
     add("--batch", type=int, default=2, help="samples of a step")
+    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what the planner chooses)")
     add("--pretrain-iterations", type=int, default=1000, help="of each pretraining at share 1")
     add("--fine-tune-iterations", type=int, default=100, help="of each fine-tuning")
     add("--iterations-per-epoch", type=int, default=50, help="between two validations")
@@ -235,6 +236,7 @@ def run(options: argparse.Namespace) -> None:
     settings = RankingSettings(
         size=options.sizes[0],
         batch=options.batch,
+        patch=tuple(options.patch) if options.patch else None,
         pretrain_iterations=options.pretrain_iterations,
         fine_tune_iterations=options.fine_tune_iterations,
         iterations_per_epoch=options.iterations_per_epoch,

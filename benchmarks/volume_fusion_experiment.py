@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from volume_fusion_arms import GROUPS, PRETRAININGS, Arm, Network, Pretraining, networks
@@ -46,6 +47,7 @@ class Settings:
     Attributes:
         size: of STU-Net.
         batch: samples of a step, in pretraining and fine-tuning.
+        patch: voxels per axis, for all networks; None is what each planner chooses.
         pretrain_iterations, fine_tune_iterations: steps.
         iterations_per_epoch: how often nnU-Net validates and saves.
         test_cases: held out.
@@ -57,6 +59,7 @@ class Settings:
 
     size: str
     batch: int
+    patch: tuple[int, ...] | None
     pretrain_iterations: int
     fine_tune_iterations: int
     iterations_per_epoch: int
@@ -145,7 +148,7 @@ class Experiment:
         if not self.dry_run:
             file = self.preprocessed / UNLABELLED_NAME / f"{network.plans}.json"
             plans = json.loads(file.read_text())
-            plans["configurations"][CONFIGURATION] = {"inherits_from": BASE_CONFIGURATION, "batch_size": self.settings.batch}
+            plans["configurations"][CONFIGURATION] = self.configuration()
             write_atomically(file, json.dumps(plans, indent=2))
         self.run(["nnUNetv2_move_plans_between_datasets", "-s", UNLABELLED, "-t", LABELLED, "-sp", network.plans], log)
         if not self.dry_run:
@@ -157,6 +160,11 @@ class Experiment:
             splits = [{"train": labelled, "val": self.cases()[0]} for labelled in self.folds().values()]
             write_atomically(self.preprocessed / LABELLED_NAME / "splits_final.json", json.dumps(splits))
             done.touch()
+
+    def configuration(self) -> dict[str, Any]:
+        """What all networks are trained with; in the plans file it stands beside the planner's own."""
+        patch = {"patch_size": list(self.settings.patch)} if self.settings.patch else {}
+        return {"inherits_from": BASE_CONFIGURATION, "batch_size": self.settings.batch, **patch}
 
     # --- trainings ------------------------------------------------------------------------------------------------------
 
@@ -275,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the labelled cases and the initial weights")
     add("--test-cases", type=int, default=60, help="held out")
     add("--batch", type=int, default=2, help="samples of a step")
+    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what each planner chooses)")
     add("--pretrain-iterations", type=int, default=3000, help="of each pretraining")
     add("--fine-tune-iterations", type=int, default=300, help="of each training on labels")
     add("--iterations-per-epoch", type=int, default=50, help="between two validations")
@@ -294,7 +303,8 @@ def carry_out(options: argparse.Namespace) -> None:
         CommandError: a command failed.
     """
     settings = Settings(
-        **{name: getattr(options, name) for name in Settings.__dataclass_fields__ if name not in ("cases", "seeds")},
+        **{name: getattr(options, name) for name in Settings.__dataclass_fields__ if name not in ("cases", "seeds", "patch")},
+        patch=tuple(options.patch) if options.patch else None,
         cases=tuple(sorted(set(options.cases))),
         seeds=tuple(options.seeds),
     )
