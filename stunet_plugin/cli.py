@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is left in the buffer cannot be written either; Python would complain about it at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         return 1
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # The last line, on one of its own: a counter or a worker may have left something on the one before.
+        print(f"\nInterrupted. {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
 
 

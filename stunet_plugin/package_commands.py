@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from stunet_plugin.stock_commands import interruptible
+
 
 @dataclass(frozen=True)
 class PackageCommand:
@@ -20,6 +22,7 @@ class PackageCommand:
         arguments: ``module:function`` that adds its arguments to a parser; light.
         options: ``module:class`` of its options, with a classmethod ``from_arguments``.
         run: ``module:function`` that takes the options and returns an exit code.
+        interrupted: what a user reads last after Ctrl-C: how it goes on.
     """
 
     name: str
@@ -28,13 +31,15 @@ class PackageCommand:
     arguments: str
     options: str
     run: str
+    interrupted: str = "The same command goes on where it stopped."
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _imported(self.arguments)(parser)
 
     def __call__(self, given: argparse.Namespace) -> int:
-        code: int = _imported(self.run)(_imported(self.options).from_arguments(given))
-        return code
+        with interruptible(self.interrupted):
+            code: int = _imported(self.run)(_imported(self.options).from_arguments(given))
+            return code
 
 
 def _imported(place: str) -> Any:
@@ -58,6 +63,7 @@ COMMANDS = (
         "ranking.arguments:add_rank_arguments",
         "ranking.command:RankOptions",
         "ranking.command:run_rank",
+        "Nothing was written; the same command begins anew.",
     ),
     PackageCommand(
         "pseudo-label",

@@ -224,6 +224,8 @@ def test_an_interrupted_run_goes_on(subjects: Path, tmp_path: Path, capsys: pyte
     with monkeypatch.context() as patch:
         patch.setattr(predicting, "_preprocessed", two_then_interrupt)
         assert crosseval(setup, "-o", out) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"Interrupted. What is finished is in {out}. The same command goes on where it stopped."
     assert sorted(path.name for path in out.rglob("*.nii.gz")) == ["case0.nii.gz", "case1.nii.gz"]
     assert not list(out.rglob(".partial*"))
     assert not (out / "report.html").exists()

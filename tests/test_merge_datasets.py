@@ -245,7 +245,9 @@ def test_interrupted_and_continued(raw: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(merge, "write_labels", interrupted)
     given = ["merge-datasets", "1", "2", "-d", "20", "--classes", "liver", "spleen"]
     assert main(given) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    unfinished = raw / ".unfinished_Dataset020_Merged"
+    assert last == f"Interrupted. What is finished is in {unfinished}. The same command goes on where it stopped."
     assert not (raw / "Dataset020_Merged").exists()
     assert main([*given, "--copy"]) == 2
     assert "other input or options (copy)" in capsys.readouterr().err

@@ -197,7 +197,9 @@ def test_interrupted_and_continued(folders: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(predicting.Model, "predict", interrupted)
     raw = folders / "nnUNet_raw"
     assert label(folders) == 130
-    assert "same command goes on" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    unfinished = raw / ".unfinished_Dataset910_P"
+    assert last == f"Interrupted. What is finished is in {unfinished}. The same command goes on where it stopped."
     assert [path.name for path in raw.iterdir()] == [".unfinished_Dataset910_P"]
     # Other options would mix two kinds of labels.
     assert label(folders, "--ignore-below", 0.9) == 2

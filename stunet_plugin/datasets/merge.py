@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,6 @@ from stunet_plugin.datasets.new_dataset import NewDataset, place_file, read_labe
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.label_systems import LabelSystem, canonical_name, load_label_system
-from stunet_plugin.stock_commands import terminate_as_interrupt
 from stunet_plugin.unlabeled.progress import Progress
 
 SPLITS = "splits_final.json"
@@ -25,7 +23,6 @@ PROVENANCE = "merged_from.json"
 READER = "overwrite_image_reader_writer"
 CT = "ct"
 """The channel, in small letters, that nnU-Net normalises by the foreground's intensities."""
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -147,10 +144,9 @@ class Merge:
             )
             others: dict[str, Any] = {PROVENANCE: self._provenance(splits)}
             self.target.finish(self._description(len(names)), {**others, **({SPLITS: splits} if splits else {})})
-        print(f"Written: {self.target.folder}")
         if not splits:
             print(f"Fewer than {FOLDS} cases to validate on cannot be split into folds: train with fold 'all'.")
-        print(f"Next: nnUNetv2_plan_and_preprocess -d {self.options.dataset_id} -c 3d_fullres    # takes {SPLITS} over")
+        print(self.target.closing_lines(f"    # takes {SPLITS} over"))
 
     def _write_case(self, part: Part, joined: Joined, case: Case) -> None:
         name = part.new_name(case)
@@ -209,19 +205,14 @@ class Merge:
 
 
 def run_merge(options: MergeOptions) -> int:
-    """Merge, say what was done, and return 0; 130 if interrupted.
+    """Merge, say what was done, and return 0.
 
     Raises:
         PluginError: wrong input; nothing was written, or the same command goes on once the input is mended.
     """
     merge = Merge(options)
     print("\n".join(merge.describe()), flush=True)
-    with terminate_as_interrupt():
-        try:
-            merge.write()
-        except KeyboardInterrupt:
-            print(f"\nInterrupted. The same command goes on from here: {merge.target.unfinished}", file=sys.stderr)
-            return INTERRUPTED
+    merge.write()
     return 0
 
 

@@ -79,6 +79,8 @@ class NewDataset:
             write_atomically(file, text)
             try:
                 yield
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(f"What is finished is in {self.unfinished}.") from error
             except (OSError, OutputError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 raise PluginError(
@@ -109,6 +111,10 @@ class NewDataset:
         (self.unfinished / SETTINGS).unlink()
         (self.unfinished / ".lock").unlink()
         os.rename(self.unfinished, self.folder)
+
+    def closing_lines(self, more: str) -> str:
+        """Return what a command says last: where the dataset is and what comes next, with more of the latter."""
+        return f"Written: {self.folder}\nNext: nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c 3d_fullres{more}"
 
 
 def _changed(file: Path, settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -23,13 +22,11 @@ from stunet_plugin.devices import choose_device
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.label_systems import LabelSystem
 from stunet_plugin.registration import host_version, write_atomically
-from stunet_plugin.stock_commands import terminate_as_interrupt
 from stunet_plugin.unlabeled.progress import Progress
 
 PROVENANCE = "pseudo_labels.json"
 KEPT_ENTRIES = ("channel_names", "modality", "regions_class_order", "overwrite_image_reader_writer", "file_ending")
 """Of the model's dataset.json, for that of the new dataset."""
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,12 @@ class PseudoLabelOptions:
 
 
 def run_pseudo_label(options: PseudoLabelOptions) -> int:
-    """Predict, filter, and make the dataset; return 0, or 130 if interrupted.
+    """Predict, filter, and make the dataset; return 0.
 
     Raises:
         PluginError: wrong input, or no case is left; the same command goes on where it was.
     """
-    work = _PseudoLabelling(options)
-    with terminate_as_interrupt():
-        try:
-            work.run()
-        except KeyboardInterrupt:
-            print(f"\nInterrupted. The same command goes on from here: {work.target.unfinished}", file=sys.stderr)
-            return INTERRUPTED
+    _PseudoLabelling(options).run()
     return 0
 
 
@@ -126,9 +117,9 @@ class _PseudoLabelling:
                 shutil.rmtree(self.target.unfinished)
                 raise PluginError("No case is left, so no dataset was made. Ask for less (--min-confidence, --size).")
             self.target.finish(self._description(len(kept)), {PROVENANCE: self._provenance(records)})
-        print(f"Written: {self.target.folder}")
-        print(f"Next: nnUNetv2_plan_and_preprocess -d {self.options.dataset_id} -c 3d_fullres, or join it with labelled cases: "
-              f"stunet merge-datasets LABELLED {self.options.dataset_id} --train-only {self.options.dataset_id} -d ID")  # fmt: skip
+        number = self.options.dataset_id
+        joining = f"stunet merge-datasets LABELLED {number} --train-only {number} -d ID"
+        print(self.target.closing_lines(f", or join it with labelled cases: {joining}"))
 
     def _label(self, case: str, images: tuple[Path, ...]) -> bool:
         """Predict one case and write what is kept of it, its record last; return whether it is kept."""

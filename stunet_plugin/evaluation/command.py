@@ -76,9 +76,12 @@ def run_crosseval(run: Run) -> int:
         return 0
     device = _device(run.device)
     run.out.mkdir(parents=True, exist_ok=True)
-    predict_missing(pairs, run.out, device, run.processes)
-    results = Results.of(_score(pairs, run))
-    _write(results, run, lines)
+    try:
+        predict_missing(pairs, run.out, device, run.processes)
+        results = Results.of(_score(pairs, run))
+        _write(results, run, lines)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"What is finished is in {run.out}.") from error
     print("\n".join(filter(None, (dropped(pairs), f"Report: {run.out / REPORT}"))))
     return 0
 
