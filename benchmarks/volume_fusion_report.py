@@ -189,5 +189,6 @@ def write_report(work: Path, settings: Mapping[str, Any], out: Path, figures: Pa
     write_atomically(out, json.dumps(report, indent=1))
     write_atomically(out.with_suffix(".md"), markdown_table(summary, settings) + "\n")
     if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
         save_dice_figure(summary, figures / "volume_fusion_dice.png")
         save_loss_figure(records, figures / "volume_fusion_loss.png")
