@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,23 @@ def test_importing_twice_changes_nothing_without_force(tiny: Path, tmp_path: Pat
     out = tmp_path / "models" / "model"
     assert stunet_import(tiny, "--out", out) == 0
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
-    message = refuse(capsys, tiny, out)
+    # The same again is no error: scripts run more than once. From another place, too.
+    elsewhere = tmp_path / "moved" / tiny.name
+    shutil.copytree(tiny.parent, elsewhere.parent)
+    for source in (tiny, elsewhere):
+        capsys.readouterr()
+        assert stunet_import(source, "--out", out) == 0
+        said = capsys.readouterr().out
+        assert f"Already there: {out} holds this very import. Nothing was written." in said
+        assert "Predict:" in said
+    # Anything else is.
+    message = refuse(capsys, tiny, out, "--labels", "background", "a", "b", "c", "d")
     assert "is there already" in message
     assert str(tiny) in message
     assert sha256_of(tiny) in message
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")} == before
+    (out / "fold_0" / "checkpoint_final.pth").write_bytes(b"damaged")
+    assert "is there already" in refuse(capsys, tiny, out)
     assert stunet_import(tiny, "--out", out, "--force", "--labels", "background", "a", "b", "c", "d") == 0
     assert "a" in json.loads((out / "dataset.json").read_text())["labels"]
     assert os.listdir(out.parent) == ["model"]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.checkpoints.found_network import COUNTER
+from stunet_plugin.checkpoints.safe_loading import load_checkpoint
+from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.model_folder import Writer
 
 if TYPE_CHECKING:
@@ -36,6 +38,19 @@ def checkpoint_writer(
         "inference_allowed_mirroring_axes": mirroring,
     }
     return lambda path: _save(content, path)
+
+
+def holds_weights(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a checkpoint that an import wrote holds these very weights; it is only mapped into memory."""
+    import torch
+
+    try:
+        there = load_checkpoint(path).get("network_weights")
+    except (PluginError, OSError):
+        return False
+    if not isinstance(there, dict) or there.keys() != tensors.keys():
+        return False
+    return all(torch.equal(there[name], _standing_alone(name, tensor)) for name, tensor in tensors.items())
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

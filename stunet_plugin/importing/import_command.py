@@ -16,7 +16,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.checkpoint_file import checkpoint_writer
 from stunet_plugin.importing.choose_plan import choose_labels, choose_plan
 from stunet_plugin.importing.fields import is_list, is_whole
-from stunet_plugin.importing.import_options import ImportOptions, check_content, name_of_file
+from stunet_plugin.importing.import_options import ImportOptions, check_content, is_there, name_of_file
 from stunet_plugin.importing.labels import Labels
 from stunet_plugin.importing.model_folder import (
     Writer,
@@ -25,6 +25,7 @@ from stunet_plugin.importing.model_folder import (
     json_writer,
     leftovers,
     results_folder,
+    was_imported,
     write_model_folder,
 )
 from stunet_plugin.importing.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
@@ -78,7 +79,8 @@ def import_checkpoint(options: ImportOptions, hub: Hub | None = None) -> Importe
     dataset_name = dataset_folder_name(options.dataset_id, name)
     trainer = weights.trainer
     target = Path(options.out) if options.out else results_folder(dataset_name) / f"{trainer}__{PLANS_NAME}__{CONFIGURATION}"
-    check_target(target, options.force)
+    if options.force or not was_imported(target):
+        check_target(target, options.force)
 
     check_content(source, weights.tensors)
     provenance = options.provenance(source, weights, plan.origin, labels.origin)
@@ -90,8 +92,10 @@ def import_checkpoint(options: ImportOptions, hub: Hub | None = None) -> Importe
     weights.check_plan(plans["configurations"][CONFIGURATION])
     dataset = _dataset(plan, labels, dataset_name, source)
     mirroring = _mirroring_axes(checkpoint)
-    files = _files(options.fold, plans, dataset, plan, tensors, trainer, mirroring)
     advice = _advice(options, target, weights)
+    if is_there(options, target, provenance, {"plans.json": plans, "dataset.json": dataset}, tensors):
+        return ImportedModel(target, advice)
+    files = _files(options.fold, plans, dataset, plan, tensors, trainer, mirroring)
     del checkpoint, weights, tensors
     for leftover in leftovers(target):
         print(f"Left over from an import that was killed: {leftover}. Delete it if no import is running.")

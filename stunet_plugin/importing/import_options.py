@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
@@ -16,8 +17,10 @@ from stunet_plugin.checkpoints.found_network import FoundWeights, check_finite
 from stunet_plugin.checkpoints.safe_loading import sha256_of
 from stunet_plugin.checkpoints.stem import inflate_stem
 from stunet_plugin.errors import PluginError
+from stunet_plugin.importing.checkpoint_file import holds_weights
 from stunet_plugin.importing.choose_plan import PlanOptions
-from stunet_plugin.importing.names import DEFAULT_DATASET_ID, DEFAULT_FOLD
+from stunet_plugin.importing.model_folder import check_target, holds_import
+from stunet_plugin.importing.names import CHECKPOINT, DEFAULT_DATASET_ID, DEFAULT_FOLD
 from stunet_plugin.importing.sources import Source
 from stunet_plugin.registration import host_version
 
@@ -98,6 +101,29 @@ def check_content(source: Source, tensors: Mapping[str, Tensor]) -> None:
     if recognise(source.checkpoint) is FileFormat.TORCH_ZIP:
         check_integrity(source.checkpoint)
     check_finite(tensors, source.checkpoint)
+
+
+def is_there(
+    options: ImportOptions, target: Path, provenance: Mapping[str, Any], contents: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> bool:
+    """Return whether an earlier import has left exactly what this one would write, and say so: a script may run twice.
+
+    Args:
+        options: of this import.
+        target: the model folder.
+        provenance: the record that would be written.
+        contents: path within the folder to the content of each JSON file that would be.
+        tensors: the weights that would be.
+
+    Raises:
+        PluginError: something else is there.
+    """
+    checkpoint = target / f"fold_{options.fold}" / CHECKPOINT
+    if options.force or not holds_import(target, provenance, contents) or not holds_weights(checkpoint, tensors):
+        check_target(target, options.force)
+        return False
+    print(f"Already there: {target} holds this very import. Nothing was written.")
+    return True
 
 
 def name_of_file(source: Source) -> str:

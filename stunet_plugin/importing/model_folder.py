@@ -15,6 +15,8 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
 
 PROVENANCE = "provenance.json"
+CIRCUMSTANCES = ("source", "file", "date", "versions", "files")
+"""Entries of the record in which two imports of the same content may differ."""
 TEMPORARY_PREFIX = ".stunet_import_"
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -54,6 +56,30 @@ def results_folder(dataset_name: str) -> Path:
                 f"--dataset-id, or the same name: --name {others[0].partition('_')[2]}."
             )
     return Path(results, dataset_name)
+
+
+def was_imported(target: Path) -> bool:
+    """Return whether an import wrote the folder."""
+    return (target / PROVENANCE).is_file()
+
+
+def holds_import(target: Path, provenance: Mapping[str, Any], contents: Mapping[str, Any]) -> bool:
+    """Return whether a folder is that of an import of the same source with the same result, weights not looked at.
+
+    Args:
+        target: the model folder.
+        provenance: the record that would be written.
+        contents: path within the folder to the content of each JSON file that would be.
+    """
+    try:
+        record, expected = json.loads((target / PROVENANCE).read_text()), json.loads(json.dumps(provenance))
+        same = all(record[key] == value for key, value in expected.items() if key not in CIRCUMSTANCES)
+        whole = all((target / name).is_file() for name in record["files"])
+        return same and whole and all(
+            json.loads((target / name).read_text()) == json.loads(json.dumps(content)) for name, content in contents.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -14,8 +14,14 @@ from typing import Any
 from stunet_plugin.checkpoints.found_misfm import PYMIC_ORIGINS, MISFMWeights
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.checkpoint_file import checkpoint_writer
-from stunet_plugin.importing.import_options import ImportOptions, check_content, name_of_file
-from stunet_plugin.importing.model_folder import check_target, dataset_folder_name, results_folder, write_model_folder
+from stunet_plugin.importing.import_options import ImportOptions, check_content, is_there, name_of_file
+from stunet_plugin.importing.model_folder import (
+    check_target,
+    dataset_folder_name,
+    results_folder,
+    was_imported,
+    write_model_folder,
+)
 from stunet_plugin.importing.names import CHECKPOINT, CONFIGURATION
 from stunet_plugin.importing.sources import Source
 from stunet_plugin.misfm_presets import PRETEXT_OUTPUTS
@@ -76,13 +82,15 @@ def import_pretext(options: ImportOptions, source: Source, weights: MISFMWeights
     )
     dataset_name = dataset_folder_name(options.dataset_id, options.name or f"{name_of_file(source)}_mode{mode}")
     target = Path(options.out) if options.out else results_folder(dataset_name) / f"{weights.trainer}__{PRETEXT}__mode{mode}"
-    check_target(target, options.force)
+    if options.force or not was_imported(target):
+        check_target(target, options.force)
     check_content(source, weights.tensors)
     provenance = options.provenance(source, weights, "none: weights of a pretext task", "none: heads left out")
     tensors = options.fit_channels(weights.without_heads(), weights)
     file = f"fold_{options.fold}/{CHECKPOINT}"
-    writer = checkpoint_writer(tensors, weights.trainer, {"configuration": CONFIGURATION, "mode": mode}, mirroring=None)
-    write_model_folder(target, {file: writer}, provenance, options.force)
+    if not is_there(options, target, provenance, {}, tensors):
+        writer = checkpoint_writer(tensors, weights.trainer, {"configuration": CONFIGURATION, "mode": mode}, mirroring=None)
+        write_model_folder(target, {file: writer}, provenance, options.force)
     train = f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {network.plans} -tr {weights.trainer}_ft"
     plan = f"nnUNetv2_plan_and_preprocess -d DATASET -c {CONFIGURATION} -pl {network.planner}    # must come to mode {mode}"
     widths = f'"features_per_stage": {list(weights.features)} into the arch_kwargs of {CONFIGURATION} in {network.plans}.json'
