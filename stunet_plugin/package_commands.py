@@ -38,7 +38,9 @@ class PackageCommand:
 
     def __call__(self, given: argparse.Namespace) -> int:
         with interruptible(self.interrupted):
-            code: int = _imported(self.run)(_imported(self.options).from_arguments(given))
+            # Wrong options are refused before what runs is imported, which may take seconds.
+            options = _imported(self.options).from_arguments(given)
+            code: int = _imported(self.run)(options)
             return code
 
 
@@ -61,7 +63,7 @@ COMMANDS = (
         "Rank pretrained weights for a labelled dataset without training (CCFV).",
         "stunet rank ct=MODEL_FOLDER mr=checkpoint_final.pth random -d 4 -p nnUNetPlans --json ranking.json",
         "ranking.arguments:add_rank_arguments",
-        "ranking.command:RankOptions",
+        "ranking.options:RankOptions",
         "ranking.command:run_rank",
         "Nothing was written; the same command begins anew.",
     ),

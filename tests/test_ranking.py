@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from torch.nn import functional
 
 from stunet_plugin.cli import main
 from stunet_plugin.networks.pctnet import PCTNet
-from stunet_plugin.ranking.candidates import Plan
+from stunet_plugin.ranking.candidates import Candidate, Plan, same_networks
+from stunet_plugin.ranking.ccfv import LevelScore
+from stunet_plugin.ranking.command import Result, ranking_table
 from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
 from stunet_plugin.ranking.target import Target
 
@@ -187,7 +191,12 @@ def write_plans(folder: Path, name: str = "Mine") -> Plan:
 def test_ranking_of_models_with_their_own_plans(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = folders / "ranking.png"
     found = rank(folders, f"first={folders / 'one'}", folders / "two", "random", "--cases", 3, "--figure", figure)
-    table = capsys.readouterr().out
+    table, progress = capsys.readouterr()
+    # The result alone, to be piped on.
+    assert table.startswith("rank      CCFV")
+    assert "Dataset004_Boxes: 3 of 4 cases, 3 candidates, 3 levels" in progress
+    assert found["by_architecture"] == [["first", str(folders / "two"), "random"]]
+    assert "architectures" not in table
     assert [entry["rank"] for entry in found["candidates"]] == [1, 2, 3]
     assert {entry["name"] for entry in found["candidates"]} == {"first", str(folders / "two"), "random"}
     assert len(found["cases"]) == 3
@@ -300,6 +309,42 @@ def _with_description(description: dict[str, Any]) -> Any:
     from stunet_plugin.datasets.raw_dataset import RawDataset
 
     return RawDataset(Path("Dataset001_X"), description, ())
+
+
+def test_other_architectures_are_pointed_out(folders: Path) -> None:
+    plan = write_plans(folders)
+    wide = json.loads(json.dumps(plan.plans))
+    kwargs = wide["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    kwargs["features_per_stage"] = [2 * width for width in kwargs["features_per_stage"]]
+    candidates = [
+        Candidate("a", None, "STUNetTrainer_tiny", plan),
+        Candidate("b", None, "STUNetTrainer", Plan(wide, "3d_fullres")),
+        Candidate("c", None, "STUNetTrainer", plan),
+    ]
+    alike = same_networks(candidates)
+    assert alike == [["a", "c"], ["b"]]
+    results = [Result(candidate, (LevelScore(1.0, {}, 1.0, 1.0),), 0.0) for candidate in candidates]
+    last = ranking_table(results, alike).splitlines()[-1]
+    assert last == "These are 2 architectures, across which scores hardly compare. Compare within each: a, c | b"
+
+
+def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
+    one, two = map(str, (folders / "one", folders / "two"))
+    (folders / "text.pth").write_text("weights")
+    slips = (
+        ([one, str(folders / "none.pth"), "-d", "4"], "no such file"),
+        ([one, str(folders / "text.pth"), "-d", "4"], "text.pth"),
+        ([one, two, "-d", "5"], "Expected one Dataset005_*"),
+        ([one, two, "-d", "4", "-p", "Nothing"], "no such plans"),
+        ([one, two, "-d", "4", "--names", "case0", "caze1"], "Did you mean 'case1'?"),
+    )
+    code = "import json, sys\nfrom stunet_plugin.cli import main\n"
+    code += "codes = [main(['rank', *given]) for given in json.loads(sys.argv[1])]\nprint(codes, 'torch' in sys.modules)"
+    given = json.dumps([arguments for arguments, _ in slips])
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[2] * len(slips)} False"
+    for line, (_, message) in zip(done.stderr.splitlines(), slips, strict=True):
+        assert message in line
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from torch import nn
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint
 from stunet_plugin.checkpoints.starting_weights import describe_misfits
 from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.model_source import find_model
 from stunet_plugin.importing.plan_readers import read_json
 from stunet_plugin.networks_of_trainers import build_network
 from stunet_plugin.ranking.features import head_modules
+from stunet_plugin.ranking.options import Named, check_configuration
 
-RANDOM = "random"
 HEADS = ".seg_layers."
 """Names that fine-tuning does not take over, nor do we."""
 DECISIVE = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
@@ -47,9 +46,7 @@ class Plan:
 
     def check(self, where: str) -> None:
         """Raise a PluginError unless the configuration is there and its network takes images alone."""
-        available = self.plans.get("configurations", {})
-        if self.configuration not in available:
-            raise PluginError(f"{where} has no configuration {self.configuration!r}. Available: {', '.join(available)}. Set it: -c")
+        check_configuration(self.plans, self.configuration, where)
         if self.chosen.previous_stage_name is not None:
             raise PluginError(
                 f"{self.configuration} of {where} is the second stage of a cascade, which also takes the first stage's "
@@ -99,49 +96,35 @@ class Candidate:
                 raise PluginError(f"{self.name}: {error}") from error
 
 
-def find_candidates(given: list[str], target: Plan | None) -> list[Candidate]:
+def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candidate]:
     """Return the candidates that a user names.
 
     Args:
-        given: each ``[NAME=]PATH``, ``random`` (random weights for every network among the others) or ``random:TRAINER``.
+        given: weights, random ones for every network among the others, or random ones of a trainer's network.
         target: the plan that all are to be fine-tuned with; None takes each model's own.
 
     Raises:
-        PluginError: a file is no checkpoint, has no plan, or two candidates have one name.
+        PluginError: a file is no checkpoint of nnU-Net v2, or has no plan.
     """
-    found = [_candidate(text, target) for text in given if text != RANDOM]
-    if RANDOM in given:
-        if not found:
-            raise PluginError(f"'{RANDOM}' is to compare other weights with. Name some, or a network: {RANDOM}:TRAINER -p PLANS")
-        found += _random_ones(found)
-    names = [candidate.name for candidate in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise PluginError(f"Two candidates are called {twice[0]}. Give them names of their own: NAME=PATH")
-    if len(found) < 2:
-        raise PluginError(f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'.")
+    found = [_candidate(named, target) for named in given if named.path or named.trainer]
+    for named in given:
+        if not named.path and not named.trainer:
+            found += _random_ones(found, named.name)
     return found
 
 
-def _candidate(text: str, target: Plan | None) -> Candidate:
-    name, separator, path = text.partition("=")
-    # A path may hold that sign itself.
-    if not separator or Path(text).exists():
-        name, path = "", text
-    if path.startswith(f"{RANDOM}:"):
+def _candidate(given: Named, target: Plan | None) -> Candidate:
+    if given.trainer:
         if target is None:
-            raise PluginError(f"{path} has no plan of its own. Give one: -p PLANS (those of the dataset)")
-        return Candidate(name or path, None, path.partition(":")[2], target)
-    file = find_model(path).checkpoint
-    checkpoint, _ = _read_weights(file)
-    plan = target or own_plan(checkpoint, file)
-    return Candidate(name or path.rstrip("/"), file, str(checkpoint.get("trainer_name", "")), plan)
+            raise PluginError(f"{given.name} has no plan of its own. Give one: -p PLANS")
+        return Candidate(given.name, None, given.trainer, target)
+    checkpoint, _ = _read_weights(given.file)
+    plan = target or own_plan(checkpoint, given.file)
+    return Candidate(given.name, given.file, str(checkpoint.get("trainer_name", "")), plan)
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a checkpoint of nnU-Net v2, mapped into memory, and its weights."""
-    if not file.is_file():
-        raise PluginError(f"{file}: there is no such file. Name a model folder of nnU-Net, or a checkpoint.")
     checkpoint = load_checkpoint(file)
     weights = checkpoint.get("network_weights")
     if not isinstance(weights, Mapping) or not checkpoint.get("trainer_name"):
@@ -168,20 +151,32 @@ def own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
     return plan
 
 
-def _random_ones(found: list[Candidate]) -> list[Candidate]:
-    """One candidate with random weights for each network among the others."""
+def _random_ones(found: list[Candidate], name: str) -> list[Candidate]:
+    """One candidate with random weights for each network among the others, where images are prepared in one way."""
     different: dict[Any, Candidate] = {}
     for candidate in found:
         if candidate.file is None:
             continue
-        with torch.device("meta"):
-            network = candidate.architecture(1, 0)
-        entries = [str(candidate.plan.chosen.configuration.get(name)) for name in DECISIVE]
-        key = (*entries, *((name, tuple(value.shape)) for name, value in network.state_dict().items()))
-        different.setdefault(key, candidate)
+        entries = [str(candidate.plan.chosen.configuration.get(entry)) for entry in DECISIVE]
+        different.setdefault((*entries, *_shapes(candidate)), candidate)
     if len(different) == 1:
-        return [candidate.with_random_weights(RANDOM) for candidate in different.values()]
-    return [candidate.with_random_weights(f"{RANDOM}, like {candidate.name}") for candidate in different.values()]
+        return [candidate.with_random_weights(name) for candidate in different.values()]
+    return [candidate.with_random_weights(f"{name}, like {candidate.name}") for candidate in different.values()]
+
+
+def _shapes(candidate: Candidate) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of a network's weights."""
+    with torch.device("meta"):
+        network = candidate.architecture(1, 0)
+    return tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
+
+
+def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
+    """Return the names of the candidates with one architecture (names and shapes of the weights), for each architecture."""
+    groups: dict[Any, list[str]] = {}
+    for candidate in candidates:
+        groups.setdefault(_shapes(candidate), []).append(candidate.name)
+    return list(groups.values())
 
 
 def count_levels(candidates: list[Candidate], wanted: int | None, default: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,44 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
 from stunet_plugin.devices import choose_device
 from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.names import PREPROCESSED
-from stunet_plugin.importing.plan_readers import read_json
 from stunet_plugin.ranking.arguments import DEFAULT_LEVELS
-from stunet_plugin.ranking.candidates import Candidate, Plan, count_levels, find_candidates
+from stunet_plugin.ranking.candidates import Candidate, Plan, count_levels, find_candidates, same_networks
 from stunet_plugin.ranking.ccfv import MINIMUM_SAMPLES, Definition, Gaussian, LevelScore, score_level
 from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
 from stunet_plugin.ranking.figure import save_ranking
-from stunet_plugin.ranking.target import FEWEST_CASES, Target, check_channels
+from stunet_plugin.ranking.options import FEWEST_CASES, RankOptions
+from stunet_plugin.ranking.target import Target, check_channels
 from stunet_plugin.registration import write_atomically
 
 BACKGROUND = 0
-
-
-@dataclass(frozen=True)
-class RankOptions:
-    """What the user asked for; see ``stunet rank --help``."""
-
-    weights: Sequence[str]
-    dataset: str
-    plans: str | None = None
-    configuration: str = "3d_fullres"
-    cases: int = 10
-    names: Sequence[str] | None = None
-    levels: int | None = None
-    seed: int = 0
-    step_size: float = 0.5
-    published_sums: bool = False
-    variety: str = "energy"
-    device: str = "auto"
-    json: str | None = None
-    figure: str | None = None
-
-    @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> RankOptions:
-        return cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
 
 
 @dataclass
@@ -103,25 +76,29 @@ def run_rank(options: RankOptions) -> int:
     Raises:
         PluginError: wrong input; nothing was written.
     """
+    # What nnU-Net and the networks have to say is no part of the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        target, results, alike = _rank(options)
+    print(ranking_table(results, alike))
+    if options.json is not None:
+        write_atomically(Path(options.json), json.dumps(_report(options, target, results, alike), indent=1) + "\n")
+    if options.figure is not None:
+        save_ranking([(result.candidate.name, result.score) for result in results], target.raw.name, Path(options.figure))
+    return 0
+
+
+def _rank(options: RankOptions) -> tuple[Target, list[Result], list[list[str]]]:
+    """Score all candidates; return them with the best first, and their names by architecture. Progress goes to stderr."""
     device = torch.device(choose_device(options.device))
-    if not 0 < options.step_size <= 1:
-        raise PluginError(f"--step-size must be above 0 and at most 1 patch, not {options.step_size:g}.")
-    if options.seed < 0:
-        raise PluginError(f"--seed must be at least 0, not {options.seed}.")
-    for name, file in (("--json", options.json), ("--figure", options.figure)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise PluginError(f"{name} {file}: there is no folder {Path(file).parent}.")
-    raw = read_raw(find_raw(options.dataset))
-    preprocessed = _preprocessed(raw.name)
-    plan = _target_plan(options, raw.name, preprocessed)
-    candidates = find_candidates(list(options.weights), plan)
-    check_channels(raw, [candidate.plan for candidate in candidates])
-    levels = count_levels(candidates, options.levels, DEFAULT_LEVELS)
-    if options.names is None:
-        target = Target.draw(raw, options.cases, options.seed, preprocessed)
-    else:
-        target = Target.of_names(raw, options.names, preprocessed)
-    print(f"{raw.name}: {len(target.chosen)} of {len(raw.cases)} cases, {len(candidates)} candidates, {levels} levels", flush=True)
+    plan = None if options.plan_content is None else Plan(options.plan_content, options.configuration)
+    if plan is not None:
+        plan.check(f"-p {options.plans}")
+    candidates = find_candidates(options.candidates, plan)
+    check_channels(options.raw, [candidate.plan for candidate in candidates])
+    levels, alike = count_levels(candidates, options.levels, DEFAULT_LEVELS), same_networks(candidates)
+    target = Target(options.raw, options.chosen_cases, options.preprocessed)
+    counts = f"{len(target.chosen)} of {len(target.raw.cases)} cases, {len(candidates)} candidates, {levels} levels"
+    print(f"{target.raw.name}: {counts}", file=sys.stderr, flush=True)
     results = []
     for candidate in candidates:
         result = _score(candidate, target, levels, options, device)
@@ -129,33 +106,7 @@ def run_rank(options: RankOptions) -> int:
         print(f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)", file=sys.stderr, flush=True)
     # Without a score last; equal ones as they were given.
     results.sort(key=lambda result: -float("inf") if result.score is None else result.score, reverse=True)
-    print(f"\n{ranking_table(results)}")
-    if options.json is not None:
-        write_atomically(Path(options.json), json.dumps(_report(options, target, results), indent=1) + "\n")
-    if options.figure is not None:
-        save_ranking([(result.candidate.name, result.score) for result in results], raw.name, Path(options.figure))
-    return 0
-
-
-def _preprocessed(name: str) -> Path | None:
-    root = os.environ.get(PREPROCESSED)
-    folder = Path(root, name) if root else None
-    return folder if folder and folder.is_dir() else None
-
-
-def _target_plan(options: RankOptions, dataset: str, preprocessed: Path | None) -> Plan | None:
-    """The plan given with -p, None where there is none."""
-    if options.plans is None:
-        return None
-    file = preprocessed / f"{options.plans}.json" if preprocessed else None
-    if file is None or not file.is_file():
-        raise PluginError(
-            f"-p {options.plans}: {dataset} has no such plans in {PREPROCESSED}. Plan it (nnUNetv2_plan_and_preprocess, "
-            f"`stunet plan` or `stunet plan-like`), or leave -p out: each model then sees the images as in its own training."
-        )
-    plan = Plan(read_json(file), options.configuration)
-    plan.check(f"-p {options.plans}")
-    return plan
+    return target, results, alike
 
 
 def _score(candidate: Candidate, target: Target, levels: int, options: RankOptions, device: torch.device) -> Result:
@@ -184,8 +135,13 @@ def _score(candidate: Candidate, target: Target, levels: int, options: RankOptio
     return Result(candidate, scores, time.monotonic() - started)
 
 
-def ranking_table(results: Sequence[Result]) -> str:
-    """Return the ranking as aligned text: score, score per level from coarse to fine, name."""
+def ranking_table(results: Sequence[Result], alike: Sequence[Sequence[str]]) -> str:
+    """Return the ranking as aligned text: score, score per level from coarse to fine, name.
+
+    Args:
+        results: the best first.
+        alike: names of the candidates with one architecture, for each architecture.
+    """
     levels = len(results[0].levels)
     names = ["level " + ("1/1" if step == 0 else f"1/{2**step}") for step in range(levels)][::-1]
     lines = [f"{'rank':>4}  {'CCFV':>8}  {'  '.join(f'{name:>9}' for name in names)}  weights"]
@@ -195,6 +151,9 @@ def ranking_table(results: Sequence[Result]) -> str:
         lines.append(f"{place:>4}  {_number(result.score):>8}  {cells}  {result.candidate.name}")
     if any(result.score is None for result in results):
         lines.append("n/a: features that do not vary, or are not finite: weights that are broken, or random behind batch norm.")
+    if len(alike) > 1:
+        groups = " | ".join(", ".join(names) for names in alike)
+        lines.append(f"These are {len(alike)} architectures, across which scores hardly compare. Compare within each: {groups}")
     return "\n".join(lines)
 
 
@@ -202,7 +161,9 @@ def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def _report(options: RankOptions, target: Target, results: Sequence[Result]) -> dict[str, Any]:
+def _report(
+    options: RankOptions, target: Target, results: Sequence[Result], alike: Sequence[Sequence[str]]
+) -> dict[str, Any]:
     names = target.labels
     return {
         "method": "CCFV, arXiv:2307.11958",
@@ -210,6 +171,7 @@ def _report(options: RankOptions, target: Target, results: Sequence[Result]) -> 
         "cases": list(target.chosen),
         "samples": samples_of_levels(len(results[0].levels)),
         "options": {key: value for key, value in asdict(options).items() if key not in ("json", "figure", "weights", "names")},
+        "by_architecture": alike,
         "candidates": [
             {
                 "rank": None if result.score is None else rank,

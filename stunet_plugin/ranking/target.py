@@ -18,9 +18,6 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.ranking.candidates import Plan
 from stunet_plugin.unlabeled.reading import last_line
 
-FEWEST_CASES = 2
-"""Pairs of cases are compared."""
-
 
 @dataclass(frozen=True)
 class Target:
@@ -35,34 +32,6 @@ class Target:
     raw: RawDataset
     chosen: tuple[str, ...]
     preprocessed: Path | None = field(default=None)
-
-    @classmethod
-    def draw(cls, raw: RawDataset, cases: int, seed: int, preprocessed: Path | None) -> Target:
-        """Draw cases, or take all where there are no more.
-
-        Raises:
-            PluginError: fewer than two.
-        """
-        if cases < FEWEST_CASES:
-            raise PluginError(f"--cases must be at least {FEWEST_CASES}, as pairs of cases are compared, not {cases}.")
-        names = [case.name for case in raw.cases]
-        if len(names) < FEWEST_CASES:
-            raise PluginError(f"{raw.name} has {len(names)} labelled case(s); at least {FEWEST_CASES} are needed, better ten.")
-        drawn = np.random.default_rng(seed).permutation(len(names))[:cases]
-        return cls(raw, tuple(names[index] for index in sorted(drawn)), preprocessed)
-
-    @classmethod
-    def of_names(cls, raw: RawDataset, names: Sequence[str], preprocessed: Path | None) -> Target:
-        """Take cases by name.
-
-        Raises:
-            PluginError: the dataset lacks one, or they are fewer than two.
-        """
-        unknown = sorted(set(names) - {case.name for case in raw.cases})
-        if unknown or len(set(names)) < FEWEST_CASES:
-            wrong = f"{raw.name} has no case {unknown[0]}" if unknown else f"{len(set(names))} case(s) make no pair"
-            raise PluginError(f"--names: {wrong}. Name at least {FEWEST_CASES} of its {len(raw.cases)} cases.")
-        return cls(raw, tuple(sorted(set(names))), preprocessed)
 
     @property
     def labels(self) -> dict[int, str]:
