@@ -193,7 +193,8 @@ def _write(results: Results, run: Run, lines: Sequence[str]) -> None:
         (WORST, "The cases with the lowest DSC, on the slice where reference (solid) and prediction (dashed) differ most."),
     )
     cases = sum(len(dataset.cases) for dataset in run.datasets)
-    heading = f"{len(run.models)} models on {len(run.datasets)} datasets with {cases} cases. {date}, stunet-plugin {__version__}."
+    counts = f"Models: {len(run.models)}. Datasets: {len(run.datasets)}. Cases: {cases}."
+    heading = f"{counts} {date}, stunet-plugin {__version__}."
     captions = [(out / name, caption) for name, caption in pictures]
     write_report(results, [heading, *lines], about["models"], about["datasets"], captions, out / REPORT)
     print((out / MATRIX).read_text())

@@ -27,6 +27,7 @@ h2 { font-size: 1.25rem; margin: 2rem 0 0.5rem; border-bottom: 2px solid var(--l
 h3 { font-size: 1rem; margin: 1.25rem 0 0.25rem; }
 p.about, figcaption, .note { color: var(--soft); font-size: 0.9rem; }
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+.wide.text { margin-bottom: 1rem; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; min-width: 100%; }
 th, td { padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
