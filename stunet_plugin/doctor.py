@@ -19,6 +19,11 @@ FOLDERS = {
     "nnUNet_preprocessed": "preprocessed data and plans",
     "nnUNet_results": "trained models",
 }
+PROCESSES = {
+    "nnUNet_def_n_proc": ("processes of validation after training and of evaluation", 1),
+    "nnUNet_n_proc_DA": ("processes of augmentation in training", 0),
+}
+"""nnU-Net's variables for numbers of processes: of what, and the least that it takes."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +34,26 @@ class Finding:
         what: the thing examined.
         state: what was found.
         advice: what to do, empty where nothing is wrong.
+        may_be_meant: the advice is a warning: what was found serves some purposes.
     """
 
     what: str
     state: str
     advice: str = ""
+    may_be_meant: bool = False
+
+    @property
+    def mark(self) -> str:
+        return "ok" if not self.advice else "! " if self.may_be_meant else "!!"
 
 
 def examine() -> int:
     """Print the report; return 0 if nothing is wrong, else 1."""
     wrong = 0
     for finding in findings():
-        print(f"[{'!!' if finding.advice else 'ok'}] {finding.what}: {finding.state}")
+        print(f"[{finding.mark}] {finding.what}: {finding.state}")
         if finding.advice:
-            wrong += 1
+            wrong += not finding.may_be_meant
             print(f"     {finding.advice}")
     print(f"\n{wrong} thing(s) to mend." if wrong else "\nEverything is in place.")
     return 1 if wrong else 0
@@ -129,6 +140,7 @@ def _environment() -> Iterator[Finding]:
             yield Finding(variable, f"{value} (not writable)", f"Make {value} writable, or set {variable} to another folder.")
         else:
             yield Finding(variable, value)
+    yield from _processes()
     try:
         lines = Options().lines()
     except PluginError as error:
@@ -136,3 +148,21 @@ def _environment() -> Iterator[Finding]:
         return
     for line in lines:
         yield Finding("option", line)
+
+
+def _processes() -> Iterator[Finding]:
+    for variable, (purpose, least) in PROCESSES.items():
+        value = os.environ.get(variable)
+        if value is None:
+            continue
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            yield Finding(variable, f"{value!r} is no number of processes", f"Set it to {least} or more, or unset it: {purpose}.")
+        elif variable == "nnUNet_n_proc_DA" and number == 0:
+            advice = "nnUNetv2_plan_and_preprocess and nnUNetv2_plan_experiment stop with it: set 1 or more for them. Training takes 0."
+            yield Finding(variable, value, advice, may_be_meant=True)
+        else:
+            yield Finding(variable, f"{value}, {purpose}")

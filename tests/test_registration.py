@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stunet_plugin import registration
+from stunet_plugin import doctor, registration
 from stunet_plugin.errors import PluginError
 from stunet_plugin.registration import BRIDGES, check_version, register, registered, unregister
 from stunet_plugin.stock_commands import find_command
@@ -183,6 +183,19 @@ def test_doctor_reports_and_its_exit_code_can_be_trusted(phantoms: Workspace) ->
     assert wrong.returncode == 1
     for text in ("export nnUNet_raw=", "mkdir -p /nowhere/at/all", "STUNET_EPOCHS='x' must be a whole number"):
         assert text in wrong.stdout
+
+
+def test_doctor_looks_at_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 for augmentation serves training and stops nnU-Net's planner: a warning, which is nothing to mend."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_def_n_proc", "two")
+    wrong, warning = doctor._processes()
+    assert (wrong.mark, warning.mark) == ("!!", "! ")
+    assert "'two' is no number of processes" in wrong.state
+    assert "nnUNetv2_plan_and_preprocess" in warning.advice
+    monkeypatch.setenv("nnUNet_n_proc_DA", "4")
+    monkeypatch.delenv("nnUNet_def_n_proc")
+    assert [finding.mark for finding in doctor._processes()] == ["ok"]
 
 
 def test_help_is_quick_to_import_and_shows_an_example() -> None:
