@@ -232,6 +232,20 @@ def test_estimates_are_means_of_class_means_with_their_uncertainty() -> None:
     assert mean_by_case(np.array([[1.0, np.nan], [np.nan, np.nan]]))[0] == 1
 
 
+def test_worst_cases_are_shared_out_between_the_models() -> None:
+    """A model that fails everywhere takes its share, and what the others have no cases for."""
+    pairs = pair_up([model("bad", "FLARE22"), model("good", "FLARE22")], [dataset("F", "FLARE22", cases=8)], Rules())
+    scores = [PairScores(pair) for pair in pairs]
+    for one, level in zip(scores, (0.1, 0.8), strict=True):
+        one.values[DSC][:] = level + 0.01 * np.arange(8)[:, None]
+    scores[1].values[DSC][5:] = np.nan
+    results = Results(tuple(scores), ())
+    assert [(one.pair.model.name, row) for one, row in results.worst(4)] == [("bad", 0), ("bad", 1), ("good", 0), ("good", 1)]
+    names = [one.pair.model.name for one, _ in results.worst(12)]
+    assert names == ["bad"] * 7 + ["good"] * 5
+    assert [row for one, row in Results((scores[0],), ()).worst(3)] == [0, 1, 2]
+
+
 def test_models_are_tested_on_the_classes_that_both_have() -> None:
     pairs = pair_up([model("T", "TotalSegmentator-v2"), model("C", "CT-ORG")], [dataset("F", "FLARE22", cases=8)], Rules(PAIR))
     rng = np.random.default_rng(3)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -114,7 +115,11 @@ class Results:
         return np.array(counts)
 
     def worst(self, number: int = WORST) -> list[tuple[PairScores, int]]:
-        """Return the pairs and rows of the cases with the lowest mean DSC, the lowest first."""
+        """Return the pairs and rows of the cases with the lowest mean DSC, the lowest first.
+
+        Each model has an equal share of the places, so that a bad one does not hide where the others fail; what a model has no
+        cases for goes to the next ones.
+        """
         found = [
             (float(value), one, row)
             for one in self.scores
@@ -123,7 +128,15 @@ class Results:
             if np.isfinite(value)
         ]
         found.sort(key=lambda entry: entry[0])
-        return [(one, row) for _, one, row in found[:number]]
+        share = -(-number // max(len({one.pair.model.name for _, one, _ in found}), 1))
+        taken: Counter[str] = Counter()
+        first, later = [], []
+        for entry in found:
+            name = entry[1].pair.model.name
+            (first if taken[name] < share else later).append(entry)
+            taken[name] += 1
+        chosen = sorted([*first, *later][:number], key=lambda entry: entry[0])
+        return [(one, row) for _, one, row in chosen]
 
 
 def _tests(scores: Sequence[PairScores]) -> Iterator[PairedTest]:
