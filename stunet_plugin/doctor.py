@@ -162,7 +162,7 @@ def _processes() -> Iterator[Finding]:
         if number < least:
             yield Finding(variable, f"{value!r} is no number of processes", f"Set it to {least} or more, or unset it: {purpose}.")
         elif variable == "nnUNet_n_proc_DA" and number == 0:
-            advice = "nnUNetv2_plan_and_preprocess and nnUNetv2_plan_experiment stop with it: set 1 or more for them. Training takes 0."
+            advice = "nnUNetv2_plan_and_preprocess and nnUNetv2_plan_experiment stop with it: set 1 or more for them."
             yield Finding(variable, value, advice, may_be_meant=True)
         else:
             yield Finding(variable, f"{value}, {purpose}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -164,3 +165,25 @@ def load_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetPredictor
     predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
     predictor.network.eval()
     return predictor
+
+
+def write_planned_dataset(preprocessed: Path) -> Path:
+    """Dataset 7 as nnU-Net leaves it after planning; return its folder."""
+    folder = preprocessed / "Dataset007_Other"
+    folder.mkdir(parents=True)
+    plans = with_changes(
+        v2_plans(),
+        {
+            "dataset_name": folder.name,
+            "transpose_forward": [2, 0, 1],
+            "transpose_backward": [1, 2, 0],
+            "original_median_spacing_after_transp": [3.0, 1.0, 0.5],
+            "original_median_shape_after_transp": [40, 200, 300],
+            "experiment_planner_used": "ExperimentPlanner",
+        },
+    )
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"})
+    )
+    return folder

@@ -13,7 +13,16 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from import_helpers import make_network, published_weights, stunet_import, v1_plans, v2_plans, with_changes, write_v1
+from import_helpers import (
+    make_network,
+    published_weights,
+    stunet_import,
+    v1_plans,
+    v2_plans,
+    with_changes,
+    write_planned_dataset,
+    write_v1,
+)
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
@@ -96,23 +105,7 @@ def test_inspect_shows_the_provenance_of_a_folder(tmp_path: Path, capsys: pytest
 @pytest.fixture
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset as nnU-Net leaves it after planning, and a model imported from a v1 checkpoint."""
-    folder = tmp_path / "preprocessed" / "Dataset007_Other"
-    folder.mkdir(parents=True)
-    plans = with_changes(
-        v2_plans(),
-        {
-            "dataset_name": folder.name,
-            "transpose_forward": [2, 0, 1],
-            "transpose_backward": [1, 2, 0],
-            "original_median_spacing_after_transp": [3.0, 1.0, 0.5],
-            "original_median_shape_after_transp": [40, 200, 300],
-            "experiment_planner_used": "ExperimentPlanner",
-        },
-    )
-    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
-    (folder / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"})
-    )
+    folder = write_planned_dataset(tmp_path / "preprocessed")
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     assert stunet_import(write_v1(tmp_path / "x.model"), "--out", tmp_path / "model") == 0
     return folder

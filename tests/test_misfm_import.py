@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from import_helpers import checkpoint_in, load_model, refuse, stunet_import
+from import_helpers import checkpoint_in, load_model, refuse, stunet_import, write_planned_dataset
 from misfm_helpers import SMALL, randomise
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from stunet_plugin.checkpoints.starting_weights import describe_misfits
 from stunet_plugin.cli import main
 from stunet_plugin.networks.fmunet import DROPOUT, FMUNet
 from stunet_plugin.networks.pctnet import PCTNet
+from stunet_plugin.networks_of_trainers import build_network
 
 NETWORKS = {"PCTNet": PCTNet, "FMUNet": FMUNet}
 PATCHES = {0: (32, 32, 32), 1: (16, 32, 32), 2: (8, 32, 32)}
@@ -152,6 +154,56 @@ def test_own_checkpoints_are_read_too(published: Callable[..., Path], tmp_path: 
     assert "PCTNet of no published size in mode 1 (widths [4, 8, 16, 32, 64])" in out
     assert stunet_import(file, "--out", tmp_path / "again", "--in-channels", 2) == 0
     assert "mode 1, not 2. Leave --mode out" in refuse(capsys, file, tmp_path / "out" / "model", "--mode", "2")
+
+
+@pytest.mark.parametrize(("network", "mode", "patch"), [("PCTNet", 1, [16, 32, 32]), ("FMUNet", 0, [32, 32, 32])])
+def test_plans_like_a_segmentation_model(
+    published: Callable[..., Path],
+    network: str,
+    mode: int,
+    patch: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The plan has the model's spacing and patch and carries its widths, so that the weights fit what a trainer builds for it."""
+    folder = write_planned_dataset(tmp_path / "preprocessed")
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    options = ["--spacing", 3, 1, 1, "--patch-size", *patch, *(["--mode", mode] if network == "PCTNet" else [])]
+    assert stunet_import(published(network, mode), "--out", tmp_path / "model", *options) == 0
+    capsys.readouterr()
+    assert main(["plan-like", str(tmp_path / "model"), "-d", "7"]) == 0
+    name = f"{network}Plans_like_mode{mode}"
+    assert f"-p {name} -tr {network}Trainer_ft -pretrained_weights" in capsys.readouterr().out
+    plans = json.loads((folder / f"{name}.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    assert (plans["dataset_name"], configuration["spacing"], configuration["patch_size"]) == (folder.name, [3, 1, 1], patch)
+    assert configuration["median_image_size_in_voxels"] == [200 / 3, 150, 120]
+    manager = PlansManager(plans)
+    built = build_network(f"{network}Trainer", manager, manager.get_configuration("3d_fullres"), 1, 3, deep_supervision=True)
+    assert describe_misfits(built, checkpoint_in(tmp_path / "model")["network_weights"], heads_too=False) == ""
+
+
+def test_what_has_no_plan_says_what_to_do(
+    published: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_planned_dataset(tmp_path / "preprocessed")
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    source = published("PCTNet", 1)
+    assert stunet_import(source, "--out", tmp_path / "pretext", "--mode", 1) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "pretext")]) == 0
+    said = capsys.readouterr().out
+    assert "none, as these are the weights of a pretext task: fine-tune with the dataset's own, of PCTNetPlanner" in said
+    for given, advice in (
+        (tmp_path / "pretext", "any plan of PCTNet in mode 1. Take the dataset's own: nnUNetv2_plan_and_preprocess -d 7"),
+        (source, "--spacing Z Y X --patch-size Z Y X"),
+    ):
+        assert main(["plan-like", str(given), "-d", "7"]) == 2
+        message = capsys.readouterr().err
+        assert "has no plan" in message
+        assert advice in message
+    assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", "nnUNetPlans.json"]
 
 
 def test_other_widths_than_the_plans_are_named(published: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:

@@ -71,6 +71,10 @@ class MISFMWeights(FoundWeights):
         return f"{self.network.name}Trainer"
 
     @property
+    def plans_like(self) -> str:
+        return f"{self.network.plans}_like_mode{self.mode.number}"
+
+    @property
     def published_size(self) -> bool:
         return not self._unpublished()
 

@@ -78,6 +78,11 @@ class FoundWeights(ABC):
 
     @property
     @abstractmethod
+    def plans_like(self) -> str:
+        """Name of plans that `stunet plan-like` makes for it."""
+
+    @property
+    @abstractmethod
     def published_size(self) -> bool:
         """The trainer builds these widths and depths from any plan."""
 

@@ -67,6 +67,10 @@ class STUNetWeights(FoundWeights):
         return f"STUNetTrainer_{self.preset.name}" if self.preset else "STUNetTrainer"
 
     @property
+    def plans_like(self) -> str:
+        return f"STUNetPlans_like_{self.preset.name if self.preset else 'model'}"
+
+    @property
     def description(self) -> str:
         size = f"STU-Net {self.preset.name}" if self.preset else "an STU-Net of no published size"
         return (

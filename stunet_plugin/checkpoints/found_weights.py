@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.checkpoints.found_misfm import NETWORKS, MISFMWeights, read_misfm
-from stunet_plugin.checkpoints.found_network import find_origin
+from stunet_plugin.checkpoints.found_network import Origin, find_origin
 from stunet_plugin.checkpoints.found_stunet import STUNetWeights, read_stunet
 from stunet_plugin.errors import PluginError
+
+
+def any_mode(checkpoint: Mapping[str, Any], path: Path) -> int | None:
+    """Return a mode to read a checkpoint by where only sizes matter: that of PyMIC's PCT-Net has all, each of which tells them."""
+    origin, _ = find_origin(checkpoint, path)
+    return 0 if origin is Origin.PCTNET else None
 
 
 def read_weights(checkpoint: Mapping[str, Any], path: Path, mode: int | None = None) -> STUNetWeights | MISFMWeights:

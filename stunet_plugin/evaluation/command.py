@@ -190,7 +190,7 @@ def _write(results: Results, run: Run, lines: Sequence[str]) -> None:
     pictures = (
         (HEAT_MAP, "Mean scores of every model (rows) on every dataset (columns)."),
         (BOXES, "Mean scores of the cases: median and quartiles, and every case as a point."),
-        (WORST, "The cases with the lowest DSC, as many of each model, on the slice where reference (solid) and prediction (dashed) differ most."),
+        (WORST, "Cases with the lowest DSC, as many of each model, where reference (solid) and prediction (dashed) differ most."),
     )
     cases = sum(len(dataset.cases) for dataset in run.datasets)
     counts = f"Models: {len(run.models)}. Datasets: {len(run.datasets)}. Cases: {cases}."

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.checkpoints.file_formats import FileFormat, recognise
-from stunet_plugin.checkpoints.found_network import Origin, find_origin
-from stunet_plugin.checkpoints.found_weights import read_weights
+from stunet_plugin.checkpoints.found_misfm import MISFMWeights
+from stunet_plugin.checkpoints.found_network import FoundWeights, Origin, find_origin
+from stunet_plugin.checkpoints.found_weights import any_mode, read_weights
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint, load_plans_pickle
 from stunet_plugin.importing.choose_plan import choose_labels, find_plan
 from stunet_plugin.importing.labels import Labels
@@ -45,18 +46,26 @@ def facts(given: str) -> Iterator[tuple[str, str]]:
     checkpoint = load_checkpoint(path)
     origin, _ = find_origin(checkpoint, path)
     yield "format", origin.value
-    # A PyMIC file of PCT-Net has all modes, any of which tells its sizes.
-    weights = read_weights(checkpoint, path, 0 if origin is Origin.PCTNET else None)
+    weights = read_weights(checkpoint, path, any_mode(checkpoint, path))
     yield "network", weights.description
     if origin is Origin.PCTNET:
         yield "modes", f"it holds all: choose one with `stunet import --mode N`. {MODE_PURPOSES}"
     yield from _training(checkpoint)
     plan = find_plan(source, checkpoint, weights)
-    yield "plan", f"{plan.summary()} ({plan.origin})" if plan else "unknown: `stunet import` will ask for --plans or plan options"
+    yield "plan", f"{plan.summary()} ({plan.origin})" if plan else _no_plan(weights)
     if weights.outputs:
         labels = choose_labels(source, checkpoint, weights, plan, None)
         yield "labels", f"{_list_labels(labels)} ({labels.origin})"
     yield from _provenance(path)
+
+
+def _no_plan(weights: FoundWeights) -> str:
+    """Say why there is no plan, and what that means."""
+    if isinstance(weights, MISFMWeights) and not weights.outputs:
+        network = weights.network
+        own = f"the dataset's own, of {network.planner} (-p {network.plans})"
+        return f"none, as these are the weights of a pretext task: fine-tune with {own}"
+    return "unknown: `stunet import` will ask for --plans or plan options"
 
 
 def _training(checkpoint: dict[str, Any]) -> Iterator[tuple[str, str]]:

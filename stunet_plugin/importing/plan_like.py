@@ -1,7 +1,7 @@
 """``stunet plan-like``: a plan for a dataset that prepares its images as those of a pretrained model were.
 
-The authors of STU-Net fine-tune with the target's own plan. This is the other way: spacing, normalisation, patch and
-resampling of the model; labels, channels and fingerprint of the dataset.
+The authors of STU-Net fine-tune with the target's own plan. This is the other way, for any network that is known here: spacing,
+normalisation, patch and resampling of the model; labels, channels and fingerprint of the dataset.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stunet_plugin.checkpoints.found_network import DIMENSIONS
-from stunet_plugin.checkpoints.found_stunet import STUNetWeights, read_stunet
+from stunet_plugin.checkpoints.found_misfm import MISFMWeights
+from stunet_plugin.checkpoints.found_network import DIMENSIONS, FoundWeights
+from stunet_plugin.checkpoints.found_weights import any_mode, read_weights
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.choose_plan import find_plan
@@ -34,7 +36,7 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
     Args:
         given: the pretrained model: a folder or a checkpoint.
         dataset_id: of a dataset that nnU-Net has planned (``nnUNetPlans.json`` is the base).
-        name: of the new plan; None is ``STUNetPlans_like_<size>``.
+        name: of the new plan; None is ``STUNetPlans_like_<size>``, or ``PCTNetPlans_like_mode<N>`` and the like.
         force: replace a plan of that name.
 
     Raises:
@@ -42,13 +44,15 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
     """
     source = find_model(given)
     checkpoint = load_checkpoint(source.checkpoint)
-    weights = read_stunet(checkpoint, source.checkpoint)
+    weights = read_weights(checkpoint, source.checkpoint, any_mode(checkpoint, source.checkpoint))
     model = find_plan(source, checkpoint, weights)
     if model is None:
-        raise PluginError(f"{source.checkpoint} has no plan. Import it first, with one: stunet import {given} --plans FILE")
+        raise PluginError(f"{source.checkpoint} has no plan. {_without_plan(given, weights, dataset_id)}")
+    if weights.poolings:
+        model = replace(model, poolings=weights.poolings)
     folder = find_preprocessed(dataset_id)
     base, dataset = (_read_beside(folder, file) for file in (f"{PLANS_NAME}.json", "dataset.json"))
-    name = name or f"STUNetPlans_like_{weights.preset.name if weights.preset else 'model'}"
+    name = name or weights.plans_like
     target = _check_name(folder, name, force)
     plans = make_plans(model, weights, base, dataset, name)
     weights.check_plan(plans["configurations"][CONFIGURATION])
@@ -67,6 +71,23 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
     return 0
 
 
+def _without_plan(given: str, weights: FoundWeights, dataset_id: int) -> str:
+    """What to do where nothing says how the images of pretraining were prepared."""
+    if not isinstance(weights, MISFMWeights):
+        return f"Import it first, with one: stunet import {given} --plans FILE"
+    network = weights.network
+    own = f"nnUNetv2_plan_and_preprocess -d {dataset_id} -c {CONFIGURATION} -pl {network.planner}"
+    if weights.outputs == 0:
+        return (
+            f"It holds weights of a pretext task, which go with any plan of {network.name} in mode {weights.mode.number}. Take the "
+            f"dataset's own: {own}"
+        )
+    return (
+        f"If it segments, import it with the spacing and patch of its training (stunet import {given} --spacing Z Y X --patch-size "
+        f"Z Y X) and name the folder that this writes. If it was pretrained without labels, take the dataset's own plan: {own}"
+    )
+
+
 def find_preprocessed(dataset_id: int) -> Path:
     """Return the folder of a dataset in nnUNet_preprocessed."""
     root = os.environ.get(PREPROCESSED)
@@ -81,7 +102,7 @@ def find_preprocessed(dataset_id: int) -> Path:
     return found[0]
 
 
-def make_plans(model: SourcePlan, weights: STUNetWeights, base: Fields, dataset: Fields, name: str) -> dict[str, Any]:
+def make_plans(model: SourcePlan, weights: FoundWeights, base: Fields, dataset: Fields, name: str) -> dict[str, Any]:
     """Return the content of the plans file.
 
     Args:
