@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from stunet_plugin.checkpoints.stunet_keys import translate_key, translate_state_dict
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks import cpu_inference, fewer_products
 from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.networks.stunet import STUNet
 
@@ -40,15 +41,36 @@ def tiny(**changes: Any) -> STUNet:
     return network
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("name", FIXTURES)
-def test_published_function(shared: Path, name: str) -> None:
+@pytest.fixture
+def own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions on the CPU go by their own order of memory for any feature map."""
+    monkeypatch.setattr("stunet_plugin.networks.stunet.FEWEST_VOXELS", 1)
+
+
+@pytest.fixture
+def always_fast(own_order: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their convolutions have fewer products, whatever the width."""
+    monkeypatch.setattr("stunet_plugin.networks.fewer_products.FEWEST_VOXELS", 1)
+    monkeypatch.setattr("stunet_plugin.networks.fewer_products.FEWEST_CHANNELS", 1)
+
+
+def fixture(shared: Path, name: str) -> tuple[STUNet, dict[str, np.ndarray]]:
+    """Return a network with recorded weights, and the input and outputs that were recorded."""
     file, key, changes = FIXTURES[name]
     # The fixtures hold numpy scalars besides tensors and come with the project.
     checkpoint = torch.load(shared / "fixtures" / file, map_location="cpu", weights_only=False)
     network = tiny(**changes).eval()
     network.load_state_dict(translate_state_dict(checkpoint[key]))
-    recorded = np.load(shared / "fixtures" / f"{name}.npz")
+    return network, dict(np.load(shared / "fixtures" / f"{name}.npz"))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_published_function(shared: Path, request: pytest.FixtureRequest, name: str, everywhere: bool) -> None:
+    if everywhere:
+        request.getfixturevalue("own_order")
+    network, recorded = fixture(shared, name)
     with torch.no_grad():
         outputs = network(torch.from_numpy(recorded["input"]))
         network.decoder.deep_supervision = False
@@ -59,6 +81,75 @@ def test_published_function(shared: Path, name: str) -> None:
         # Relative to the largest logit: the recorded float32 outputs are themselves up to 3.6e-5 off a float64 run.
         assert np.abs(output.numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
     assert torch.equal(full_resolution, outputs[0])
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", FIXTURES)
+def test_published_function_with_fewer_products_in_every_layer(shared: Path, always_fast: None, name: str) -> None:
+    """Held against float64, as the recorded outputs are no nearer to it than these: to each other they are 1.02e-5."""
+    network, recorded = fixture(shared, name)
+    x = torch.from_numpy(recorded["input"])
+    with torch.no_grad():
+        outputs = network(x)
+        exact = network.double()(x.double())
+    for output, expected in zip(outputs, exact, strict=True):
+        assert (output - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("strides", [ISOTROPIC, [[1, 1, 1], [1, 2, 2], [2, 3, 1], [2, 2, 2], [1, 1, 1], [1, 2, 2]]])
+def test_predictions_on_the_cpu_are_the_same_function(always_fast: None, strides: list[list[int]]) -> None:
+    network = tiny(strides=strides, n_blocks_per_stage=2).double().eval()
+    x = torch.randn(2, 1, 32, 96, 64, dtype=torch.float64)
+    expected = network(x)
+    with torch.no_grad():
+        outputs = network(x)
+    for output, plain in zip(outputs, expected, strict=True):
+        assert output.grad_fn is None
+        torch.testing.assert_close(output, plain, rtol=1e-9, atol=1e-9)
+    assert outputs[0].is_contiguous()
+
+
+def test_predictions_under_autocast_stay_with_it(always_fast: None) -> None:
+    network = tiny(deep_supervision=False).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network(torch.randn(1, 1, 32, 64, 32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("depth", [4, 5, 12])
+def test_convolutions_with_fewer_products(always_fast: None, monkeypatch: pytest.MonkeyPatch, depth: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv3d(7, 5, 3, padding=1, bias=bias).double()
+    x = torch.randn(2, 7, depth, 6, 5, dtype=torch.float64)
+    assert fewer_products.fits(conv, x) == (depth != 5)
+    with torch.no_grad():
+        expected = conv(x)
+        # One pair of planes at a time, two, all.
+        for elements in (1, 4 * 6 * 5 * 7, 1 << 20):
+            monkeypatch.setattr(fewer_products, "SLAB_ELEMENTS", elements)
+            found = fewer_products.convolve(conv, cpu_inference.channels_last(x))
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+            assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_fewer_products_round_about_as_torch_does() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv3d(64, 64, 3, padding=1)
+    x = torch.randn(1, 64, 16, 16, 16)
+    assert fewer_products.fits(conv, x)
+    with torch.no_grad():
+        expected = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+        error = fewer_products.convolve(conv, cpu_inference.channels_last(x)) - expected
+    # torch's own: 0.6e-6 to 3e-6 by width and memory format.
+    assert error.abs().max() <= 4e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kernel_size": (1, 3, 3)}, {"stride": 2}, {"padding": 0}, {"groups": 2}, {"dilation": 2}, {"out_channels": 16}]
+)
+def test_other_convolutions_go_another_way(changes: dict[str, Any]) -> None:
+    conv = nn.Conv3d(**{"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1, **changes})
+    assert not fewer_products.fits(conv, torch.empty(1, 64, 16, 16, 16, device="meta"))
 
 
 def test_convolving_first_is_the_same_function() -> None:

@@ -2,7 +2,7 @@
 
 On the CPU, three things cost more than they look. Its convolutions are up to three times faster with the channels last in
 memory. Every large new tensor has to be paged in by the system, which takes longer than to compute its values. And what does
-not fit the cache is read from memory anew at each step. So where no gradient is wanted, PCT-Net and FMUNet keep the channels
+not fit the cache is read from memory anew at each step. So where no gradient is wanted, the networks keep the channels
 last, go through feature maps slab by slab with all steps at a time, and overwrite what nothing else reads any more.
 Measurements: docs/decisions.md.
 
@@ -28,8 +28,17 @@ SMALLEST_VOLUME = 48**3
 
 
 def applies(module: nn.Module, x: Tensor) -> bool:
-    """Return whether this is a prediction on the CPU (torch.compile makes its own order)."""
-    return x.device.type == "cpu" and not module.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Return whether this is a prediction on the CPU in full precision (torch.compile makes its own order)."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or _mixed_precision():
+        return False
+    return not module.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _mixed_precision() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before torch 2.4
+        return torch.is_autocast_cpu_enabled()
 
 
 def begins(module: nn.Module, image: Tensor) -> bool:
@@ -52,7 +61,7 @@ def slab_length(x: Tensor, axis: int) -> int:
     return max(SLAB_ELEMENTS * x.shape[axis] // max(x.numel(), 1), 1)
 
 
-def norm_and_activation(norms: list[nn.Module], act: nn.Module, inputs: list[Tensor], overwrite: bool) -> Tensor:
+def norm_and_activation(norms: list[nn.Module], act: Callable[[Tensor], Tensor], inputs: list[Tensor], overwrite: bool) -> Tensor:
     """Return ``act(norm(x))`` of all inputs, concatenated along the channels; the list of inputs is emptied.
 
     Args:
@@ -78,6 +87,27 @@ def norm_and_activation(norms: list[nn.Module], act: nn.Module, inputs: list[Ten
     return result
 
 
+def norm_sum_activation(
+    norm: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, shortcut: Callable[[int, int], Tensor]
+) -> Tensor:
+    """Overwrite ``x`` with ``act(norm(x) + shortcut)`` and return it.
+
+    Args:
+        norm: batch or instance norm.
+        act: any activation, element by element; may overwrite its input.
+        x: feature map, channels last.
+        shortcut: from a range of ``x``'s depth to what is added there.
+    """
+    scale, shift = scale_and_shift(norm, x)
+    length = slab_length(x, 2)
+    for start in range(0, x.shape[2], length):
+        slab = x[:, :, start : start + length]
+        total = torch.addcmul(shift, slab, scale)
+        total += shortcut(start, start + length)
+        slab.copy_(act(total))
+    return x
+
+
 def scale_and_shift(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a batch or instance norm multiplies by and adds in a prediction, (1 or batch, channel, 1, 1, 1) each."""
     everywhere = (-1, x.shape[1], 1, 1, 1)
@@ -99,6 +129,18 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
         # torch's convolutions have no such kernel for this layout; a matrix product is one.
         return functional.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
     return channels_last(conv(x))
+
+
+def repeat_and_join(x: Tensor, skip: Tensor) -> Tensor:
+    """Repeat the voxels of a coarser feature map and put a finer one behind it, channels last."""
+    shape = (x.shape[0], x.shape[1] + skip.shape[1], *skip.shape[2:])
+    result = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    repeated, behind = result.split([x.shape[1], skip.shape[1]], 1)
+    behind.copy_(skip)
+    for axis in (4, 3, 2):
+        repeated = repeated.unflatten(axis, (x.shape[axis], -1))
+    repeated.copy_(x[:, :, :, None, :, None, :, None])
+    return result
 
 
 def in_place(function: Callable[[Tensor], Tensor], x: Tensor, axis: int, add: bool = False) -> Tensor:

@@ -22,13 +22,14 @@ class InstanceNorm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
+        self.eps = EPSILON
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            return functional.group_norm(x, self.channels, self.weight, self.bias, EPSILON)
-        return functional.instance_norm(x, weight=self.weight, bias=self.bias, eps=EPSILON)
+            return functional.group_norm(x, self.channels, self.weight, self.bias, self.eps)
+        return functional.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, eps={EPSILON}"
+        return f"{self.channels}, eps={self.eps}"
