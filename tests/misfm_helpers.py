@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.preactivation import PreActivationUNet
 
 SMALL: dict[str, Any] = {"features_per_stage": (4, 8, 16, 32, 64)}
@@ -25,10 +31,85 @@ def randomise(network: nn.Module) -> nn.Module:
     return network
 
 
+def plain_network(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """Return the class of a plain transcription in ``benchmarks/``, by the network's name."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    found: Callable[..., nn.Module] = getattr(importlib.import_module(f"plain_{name.lower()}"), f"Plain{name}")
+    return found
+
+
 def largest_differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference of any pair of outputs."""
     assert len(outputs) == len(expected)
     return max((output - wanted).abs().max().item() for output, wanted in zip(outputs, expected, strict=True))
+
+
+def check_fixture(network: PreActivationUNet, fixtures: Path, name: str, prefix: str, translate: Callable[..., Any]) -> None:
+    """The outputs are those that were recorded of the published network, with and without gradients.
+
+    Args:
+        network: of the fixture's sizes.
+        fixtures: folder of the recorded weights (``NAME.pt``) and outputs (``NAME.npz``).
+        name, prefix: of the fixture and of its outputs.
+        translate: from the published state dict to ours.
+    """
+    # The fixtures hold numpy scalars besides tensors and come with the project.
+    published = torch.load(fixtures / f"{name}.pt", map_location="cpu", weights_only=False)["model_state_dict"]
+    network.eval().load_state_dict(translate(published))
+    recorded = np.load(fixtures / f"{name}.npz")
+    expected = [torch.from_numpy(recorded[f"{prefix}output_{index}"]) for index in range(4)]
+    x = torch.from_numpy(recorded["input"])
+    with torch.no_grad():
+        assert largest_differences(network(x), expected) <= 1e-5
+        network.decoder.deep_supervision = False
+        assert largest_differences([network(x)], expected[:1]) <= 1e-5
+    network.decoder.deep_supervision = True
+    assert largest_differences(network(x), expected) <= 1e-5
+
+
+def check_slab_by_slab(
+    network: PreActivationUNet, published: nn.Module, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """A prediction on the CPU is the plain network's, and leaves its input as it is. Both networks have the same weights."""
+    x = torch.randn(2, 2, *size, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        expected = published(x)
+        assert not cpu_inference.begins(network, x)
+        assert cpu_inference.begins(network, torch.empty(1, 1, 48, 48, 48))
+        # As if the input were large, in many slabs.
+        monkeypatch.setattr(cpu_inference, "SMALLEST_VOLUME", 0)
+        monkeypatch.setattr(cpu_inference, "SLAB_ELEMENTS", 5000)
+        assert largest_differences(network(x), expected) <= tolerance
+        network.decoder.deep_supervision = False
+        assert largest_differences([network(x)], expected[:1]) <= tolerance
+    assert torch.equal(x, before)
+
+
+def check_no_graph_breaks(network: PreActivationUNet, training: bool) -> None:
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        explanation = torch._dynamo.explain(network.train(training))(torch.randn(1, 1, 16, 32, 48))
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+def check_half_precision(network: PreActivationUNet) -> None:
+    """Training and a large prediction under autocast are finite."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = network(torch.randn(2, 1, 16, 32, 48))
+        sum(output.float().square().mean() for output in outputs).backward()
+    assert all(output.dtype == torch.bfloat16 and torch.isfinite(output).all() for output in outputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        large = network.eval()(torch.randn(1, 1, 48, 48, 48))
+    assert all(torch.isfinite(output).all() for output in large)
+
+
+def check_refused_inputs(network: PreActivationUNet) -> None:
+    """Of mode 1: a patch that its strides do not divide, and slices."""
+    with pytest.raises(PluginError, match=r"\[12, 32, 32\].*\[8, 32, 32\] and \[16, 32, 32\]"):
+        network(torch.randn(1, 1, 12, 32, 32))
+    with pytest.raises(PluginError, match="not 4 axes. .*STUNetTrainer for 2d"):
+        network(torch.randn(1, 1, 32, 32))
 
 
 def check_outputs_and_gradients(network: PreActivationUNet, size: tuple[int, ...]) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from misfm_helpers import SMALL, check_interface, check_outputs_and_gradients, largest_differences, randomise
+from misfm_helpers import (
+    SMALL,
+    check_fixture,
+    check_half_precision,
+    check_interface,
+    check_no_graph_breaks,
+    check_outputs_and_gradients,
+    check_refused_inputs,
+    check_slab_by_slab,
+    plain_network,
+    randomise,
+)
 from torch import nn
 
 from stunet_plugin.anisotropy import MODES
 from stunet_plugin.checkpoints.fmunet_keys import translate_state_dict
 from stunet_plugin.errors import PluginError
 from stunet_plugin.misfm_presets import PRESETS
-from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.fmunet import DROPOUT, FEATURES, FMUNet
 
 RECORDS = [record for record in PRESETS if record.network == "FMUNet"]
@@ -32,27 +40,13 @@ def tiny(mode: int = 1, **changes: Any) -> FMUNet:
 
 @pytest.fixture
 def plain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module("plain_fmunet").PlainFMUNet
+    return plain_network("FMUNet", repository, monkeypatch)
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("mode", range(3))
 def test_published_function(shared: Path, mode: int) -> None:
-    name = f"fmunet_mode{mode}_tiny"
-    # The fixtures hold numpy scalars besides tensors and come with the project.
-    published = torch.load(shared / "fixtures" / f"{name}.pt", map_location="cpu", weights_only=False)["model_state_dict"]
-    network = tiny(mode, num_classes=5).eval()
-    network.load_state_dict(translate_state_dict(published))
-    recorded = np.load(shared / "fixtures" / f"{name}.npz")
-    expected = [torch.from_numpy(recorded[f"output_{index}"]) for index in range(4)]
-    x = torch.from_numpy(recorded["input"])
-    with torch.no_grad():
-        assert largest_differences(network(x), expected) <= 1e-5
-        network.decoder.deep_supervision = False
-        assert largest_differences([network(x)], expected[:1]) <= 1e-5
-    network.decoder.deep_supervision = True
-    assert largest_differences(network(x), expected) <= 1e-5
+    check_fixture(tiny(mode, num_classes=5), shared / "fixtures", f"fmunet_mode{mode}_tiny", "", translate_state_dict)
 
 
 @pytest.mark.parametrize(("mode", "size"), [(0, (32, 48, 32)), (1, (16, 32, 48)), (2, (12, 32, 32))])
@@ -62,17 +56,7 @@ def test_prediction_slab_by_slab_is_the_published_function(
     published = randomise(plain(2, 4, mode, *SMALL.values(), DROPOUT, True)).double().eval()
     network = tiny(mode, input_channels=2, num_classes=4).double().eval()
     network.load_state_dict(translate_state_dict(published.state_dict()))
-    x = torch.randn(2, 2, *size, dtype=torch.float64)
-    with torch.no_grad():
-        expected = published(x)
-        assert not cpu_inference.begins(network, x)
-        assert cpu_inference.begins(network, torch.empty(1, 1, 48, 48, 48))
-        # As if the input were large, in many slabs.
-        monkeypatch.setattr(cpu_inference, "SMALLEST_VOLUME", 0)
-        monkeypatch.setattr(cpu_inference, "SLAB_ELEMENTS", 5000)
-        assert largest_differences(network(x), expected) <= 1e-10
-        network.decoder.deep_supervision = False
-        assert largest_differences([network(x)], expected[:1]) <= 1e-10
+    check_slab_by_slab(network, published, size, monkeypatch, 1e-10)
 
 
 def test_computing_again_changes_no_gradient(plain: Callable[..., nn.Module]) -> None:
@@ -112,23 +96,13 @@ def test_he_initialisation() -> None:
     assert not convolution.bias.any()
 
 
-def test_no_graph_breaks() -> None:
-    for deep_supervision, training in ((True, True), (False, False)):
-        torch._dynamo.reset()
-        network = tiny(deep_supervision=deep_supervision).train(training)
-        with torch.set_grad_enabled(training):
-            explanation = torch._dynamo.explain(network)(torch.randn(1, 1, 16, 32, 48))
-        assert explanation.graph_break_count == 0, explanation.break_reasons
+@pytest.mark.parametrize("training", [True, False])
+def test_no_graph_breaks(training: bool) -> None:
+    check_no_graph_breaks(tiny(deep_supervision=training), training)
 
 
 def test_runs_in_half_precision_under_autocast() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = tiny()(torch.randn(2, 1, 16, 32, 48))
-        sum(output.float().square().mean() for output in outputs).backward()
-    assert all(output.dtype == torch.bfloat16 and torch.isfinite(output).all() for output in outputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        large = tiny().eval()(torch.randn(1, 1, 48, 48, 48))
-    assert all(torch.isfinite(output).all() for output in large)
+    check_half_precision(tiny())
 
 
 @pytest.mark.parametrize(
@@ -148,10 +122,7 @@ def test_wrong_arguments_say_what_is_allowed(changes: dict[str, Any], message: s
 
 
 def test_input_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(PluginError, match=r"\[12, 32, 32\].*\[8, 32, 32\] and \[16, 32, 32\]"):
-        tiny()(torch.randn(1, 1, 12, 32, 32))
-    with pytest.raises(PluginError, match="not 4 axes. .*STUNetTrainer for 2d"):
-        tiny()(torch.randn(1, 1, 32, 32))
+    check_refused_inputs(tiny())
     with pytest.raises(PluginError, match=r"\[8, 16, 16\] leaves a single voxel .* Double at least one axis"):
         tiny()(torch.randn(1, 1, 8, 16, 16))
 

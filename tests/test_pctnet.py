@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,24 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from misfm_helpers import SMALL, check_interface, check_outputs_and_gradients, largest_differences, randomise
+from misfm_helpers import (
+    SMALL,
+    check_fixture,
+    check_half_precision,
+    check_interface,
+    check_no_graph_breaks,
+    check_outputs_and_gradients,
+    check_refused_inputs,
+    check_slab_by_slab,
+    plain_network,
+    randomise,
+)
 from torch import nn
 
 from stunet_plugin.anisotropy import MODES
 from stunet_plugin.checkpoints.pctnet_keys import translate_state_dict
 from stunet_plugin.errors import PluginError
 from stunet_plugin.misfm_presets import PRESETS
-from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.pctnet import DROPOUT, FEATURES, PCTNet
 
 RECORDS = [record for record in PRESETS if record.network == "PCTNet"]
@@ -36,27 +46,14 @@ def tiny(mode: int = 1, **changes: Any) -> PCTNet:
 
 @pytest.fixture
 def plain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module("plain_pctnet").PlainPCTNet
+    return plain_network("PCTNet", repository, monkeypatch)
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("mode", FIXTURES)
 def test_published_function(shared: Path, mode: int) -> None:
-    name, prefix = FIXTURES[mode]
-    # The fixtures hold numpy scalars besides tensors and come with the project.
-    published = torch.load(shared / "fixtures" / f"{name}.pt", map_location="cpu", weights_only=False)["model_state_dict"]
-    network = tiny(mode, num_classes=5).eval()
-    network.load_state_dict(translate_state_dict(published, mode))
-    recorded = np.load(shared / "fixtures" / f"{name}.npz")
-    expected = [torch.from_numpy(recorded[f"{prefix}output_{index}"]) for index in range(4)]
-    x = torch.from_numpy(recorded["input"])
-    with torch.no_grad():
-        assert largest_differences(network(x), expected) <= 1e-5
-        network.decoder.deep_supervision = False
-        assert largest_differences([network(x)], expected[:1]) <= 1e-5
-    network.decoder.deep_supervision = True
-    assert largest_differences(network(x), expected) <= 1e-5
+    translate = functools.partial(translate_state_dict, mode=mode)
+    check_fixture(tiny(mode, num_classes=5), shared / "fixtures", *FIXTURES[mode], translate)
 
 
 @pytest.mark.parametrize(("mode", "size"), [(0, (32, 48, 32)), (1, (16, 32, 48)), (2, (28, 32, 32))])
@@ -66,20 +63,7 @@ def test_prediction_slab_by_slab_is_the_published_function(
     published = randomise(plain(2, 4, mode, size, *SMALL.values(), DROPOUT, True)).double().eval()
     network = tiny(mode, input_channels=2, num_classes=4).double().eval()
     network.load_state_dict(translate_state_dict(published.state_dict(), mode))
-    x = torch.randn(2, 2, *size, dtype=torch.float64)
-    with torch.no_grad():
-        expected = published(x)
-        assert not cpu_inference.begins(network, x)
-        assert cpu_inference.begins(network, torch.empty(1, 1, 48, 48, 48))
-        # As if the input were large, in many slabs.
-        monkeypatch.setattr(cpu_inference, "SMALLEST_VOLUME", 0)
-        monkeypatch.setattr(cpu_inference, "SLAB_ELEMENTS", 5000)
-        assert largest_differences(network(x), expected) <= 1e-12
-        network.decoder.deep_supervision = False
-        assert largest_differences([network(x)], expected[:1]) <= 1e-12
-        before = x.clone()
-        network(x)
-        assert torch.equal(x, before)
+    check_slab_by_slab(network, published, size, monkeypatch, 1e-12)
 
 
 def test_computing_again_changes_no_gradient(plain: Callable[..., nn.Module]) -> None:
@@ -141,9 +125,8 @@ def test_outputs_pair_and_every_parameter_gets_a_gradient(mode: int, size: tuple
     check_outputs_and_gradients(tiny(mode), size)
 
 
-def test_what_nnunet_expects(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = tiny()
-    check_interface(network, tiny(input_channels=3), tiny(num_classes=7), (16, 48, 32))
+def test_what_nnunet_expects() -> None:
+    check_interface(tiny(), tiny(input_channels=3), tiny(num_classes=7), (16, 48, 32))
 
 
 def test_published_initialisation() -> None:
@@ -164,29 +147,15 @@ def test_every_batch_norm_can_be_synchronised() -> None:
     assert network.state_dict().keys() == tiny().state_dict().keys()
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpoint_pyramid": True}])
-def test_no_graph_breaks(changes: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    network, x = tiny(**changes), torch.randn(1, 1, 16, 32, 48)
-    explanation = torch._dynamo.explain(network)(x)
-    assert explanation.graph_break_count == 0, explanation.break_reasons
-
-
-def test_no_graph_breaks_in_prediction() -> None:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        explanation = torch._dynamo.explain(tiny(deep_supervision=False).eval())(torch.randn(1, 1, 16, 32, 48))
-    assert explanation.graph_break_count == 0, explanation.break_reasons
+@pytest.mark.parametrize(
+    ("training", "changes"), [(True, {}), (True, {"checkpoint_pyramid": True}), (False, {"deep_supervision": False})]
+)
+def test_no_graph_breaks(training: bool, changes: dict[str, Any]) -> None:
+    check_no_graph_breaks(tiny(**changes), training)
 
 
 def test_runs_in_half_precision_under_autocast() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = tiny()(torch.randn(2, 1, 16, 32, 48))
-        sum(output.float().square().mean() for output in outputs).backward()
-    assert all(output.dtype == torch.bfloat16 and torch.isfinite(output).all() for output in outputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        large = tiny().eval()(torch.randn(1, 1, 48, 48, 48))
-    assert all(torch.isfinite(output).all() for output in large)
+    check_half_precision(tiny())
 
 
 @pytest.mark.parametrize(
@@ -211,10 +180,7 @@ def test_wrong_arguments_say_what_is_allowed(changes: dict[str, Any], message: s
 
 
 def test_input_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(PluginError, match=r"\[12, 32, 32\].*\[8, 32, 32\] and \[16, 32, 32\]"):
-        tiny()(torch.randn(1, 1, 12, 32, 32))
-    with pytest.raises(PluginError, match="not 4 axes. .*STUNetTrainer for 2d"):
-        tiny()(torch.randn(1, 1, 32, 32))
+    check_refused_inputs(tiny())
 
 
 def test_keys_of_other_networks_are_refused() -> None:
