@@ -220,16 +220,47 @@ def test_further_folders_join_and_changes_are_followed(run: Run, tmp_path: Path)
     (first / "0.nrrd").rename(first / "moved.nrrd")
     assert run(first, second, np=2) == 0
     cases = {Path(row["source"]).name: row for row in rows(dataset, "cases.csv")}
-    # 0 was moved away: its link dangles, and the summary says so. 1 is another scan now, 2 was only touched.
-    assert set(cases) == {"0.nrrd", "1.nrrd", "2.nrrd", "new.nii.gz"}
+    # 0 was moved: its case leads to the new place now. 1 is another scan now, 2 was only touched.
+    assert set(cases) == {"moved.nrrd", "1.nrrd", "2.nrrd", "new.nii.gz"}
     assert cases["new.nii.gz"]["image"] == "converted"
-    assert {Path(row["source"]).name for row in rows(dataset, "skipped.csv")} == {"known.nii.gz", "moved.nrrd"}
-    assert json.loads((dataset / "unlabeled" / "summary.json").read_text())["sources_missing"] == 1
+    assert [Path(row["source"]).name for row in rows(dataset, "skipped.csv")] == ["known.nii.gz"]
+    assert json.loads((dataset / "unlabeled" / "summary.json").read_text())["sources_missing"] == 0
     assert json.loads((dataset / "dataset.json").read_text())["numTraining"] == 4
+    assert all(image.exists() for image in (dataset / "imagesTr").iterdir())
     after = snapshot(dataset / "labelsTr")
-    kept = {f"{cases[name]['case']}.nrrd" for name in ("0.nrrd", "2.nrrd")}
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    touched, moved = (f"{cases[name]['case']}.nrrd" for name in ("2.nrrd", "moved.nrrd"))
+    assert after[touched] == before[touched]
+    assert after[moved][1] == before[moved][1]
     assert len(after) == 4
+
+
+def test_a_folder_that_was_moved_is_followed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write(old / "header.mhd", mr_array(0))
+    write(old / "link.mha", mr_array(1))
+    write(old / "converted.nrrd", mr_array(2))
+    assert run(old, np=1, **{"file-ending": ".mha"}) == 0
+    dataset = tmp_path / "raw" / "Dataset900_Scans"
+    labels = {name: entry[1] for name, entry in snapshot(dataset / "labelsTr").items()}
+
+    shutil.copytree(old, new)
+    write(new / "further.mha", mr_array(3))
+    assert run(new, np=1) == 0
+    assert len(rows(dataset, "skipped.csv")) == 3, "the copies"
+    shutil.rmtree(old)
+    write(old / "0.mha", mr_array(3))
+    assert run(old, np=1) == 0
+    assert "2 of the cases lead to scans that are not there" in capsys.readouterr().out
+    assert run(new, np=1) == 0
+    assert "not there" not in capsys.readouterr().out
+    cases = {Path(row["source"]).name: row for row in rows(dataset, "cases.csv")}
+    assert set(cases) == {"header.mhd", "link.mha", "converted.nrrd", "further.mha"}
+    for seed, name in enumerate(("header.mhd", "link.mha", "converted.nrrd")):
+        image = sitk.ReadImage(str(dataset / "imagesTr" / f"{cases[name]['case']}_0000.mha"))
+        assert np.array_equal(sitk.GetArrayFromImage(image), mr_array(seed)), name
+    after = {name: entry[1] for name, entry in snapshot(dataset / "labelsTr").items()}
+    assert {name: after[name] for name in labels} == labels
+    assert {Path(row["source"]).name for row in rows(dataset, "skipped.csv")} == {"converted.nrrd", "0.mha"}, "not needed"
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------------

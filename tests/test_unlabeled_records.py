@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_records_come_back_and_the_last_of_a_source_counts(tmp_path: Path) -> No
     assert (tmp_path / "m").read_bytes().count(b"\n") == 4, "the same failure is not written twice"
 
 
+def test_the_last_record_of_a_case_counts(tmp_path: Path) -> None:
+    moved = replace(case("a"), source="/elsewhere/a.nii")
+    manifest_of(tmp_path / "m", case("a"), case("b"), moved, case("c", "1"), replace(case("c", "2"), case="scan_d"))
+    manifest = Manifest(tmp_path / "m", always)
+    assert [record.case for record in manifest.records()] == ["scan_b", "scan_a", "scan_d"]
+    assert manifest.cases == 3
+    assert manifest.of_case("scan_a") == moved
+    assert manifest.of_case("scan_c") is None, "its source has other content now"
+    assert manifest.last(case("a").key) is None, "should it come back, it is looked at again"
+    # Another scan takes the name that was given up: the source that had it keeps its new case.
+    manifest.append(replace(case("c"), source="/data/e.nii"))
+    assert manifest.cases == 4
+
+
 def test_a_record_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "m"
     whole = manifest_of(path, case("a"), case("b"))
@@ -157,18 +172,48 @@ def prepared(dataset: Dataset, record: Record) -> Prepared:
     return Prepared(record, *files)
 
 
+def test_a_kill_before_a_moved_scan_is_linked_is_taken_back(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (dataset.folder.parent / name for name in ("old.nii", "new.nii"))
+    old.touch()
+
+    def killed(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    def linked(scan: Path) -> Prepared:
+        made = prepared(dataset, replace(case("a"), source=str(scan), facts={"image": "link"}))
+        assert made.image is not None
+        made.image.unlink()
+        made.image.symlink_to(scan)
+        return made
+
+    manifest = dataset.open_manifest(CHOICE)
+    dataset.commit(linked(old), manifest, CHOICE)
+    old.rename(new)
+    second = linked(new)
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.commit(second, manifest, CHOICE)
+    manifest.close()
+    again = dataset.open_manifest(CHOICE)
+    assert [record.source for record in again.records()] == [str(old)]
+    dataset.commit(linked(new), again, CHOICE)
+    assert [record.source for record in again.records()] == [str(new)]
+    assert (again.cases, dataset.files_of("scan_a", CHOICE)[0].exists()) == (1, True)
+
+
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_kill_between_record_and_files_is_taken_back(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
     manifest = dataset.open_manifest(CHOICE)
     dataset.commit(prepared(dataset, case("a")), manifest, CHOICE)
     second = prepared(dataset, case("b"))
-    replace = os.replace
+    rename = os.replace
     done = []
 
     def killed(*arguments: Path) -> None:
         if len(done) == renames:
             raise KeyboardInterrupt
-        done.append(replace(*arguments))
+        done.append(rename(*arguments))
 
     with monkeypatch.context() as context:
         context.setattr(os, "replace", killed)
@@ -184,7 +229,9 @@ def test_a_kill_between_record_and_files_is_taken_back(dataset: Dataset, monkeyp
 
 def test_copies_changes_and_absences(dataset: Dataset) -> None:
     manifest = dataset.open_manifest(CHOICE)
-    first = case("a")
+    scan = dataset.folder.parent / "a.nii"
+    scan.touch()
+    first = replace(case("a"), source=str(scan))
     dataset.commit(prepared(dataset, first), manifest, CHOICE)
     image, label = dataset.files_of("scan_a", CHOICE)
     before = image.stat().st_mtime_ns, label.stat().st_mtime_ns
@@ -195,20 +242,24 @@ def test_copies_changes_and_absences(dataset: Dataset) -> None:
         assert (found.status, found.reason, found.detail) == (SKIPPED, "duplicate", "same voxels as scan_a")
     assert not list(dataset.temporary.iterdir())
 
-    touched = dataset.commit(Prepared(Record("/data/a.nii", "2", CASE, case="scan_a")), manifest, CHOICE)
+    touched = dataset.commit(Prepared(Record(str(scan), "2", CASE, case="scan_a")), manifest, CHOICE)
     assert touched.facts == first.facts
-    assert manifest.is_done("/data/a.nii", "2")
+    assert manifest.is_done(str(scan), "2")
 
-    gone = Record("/data/a.nii", "", FAILED, reason="cannot be opened")
+    gone = Record(str(scan), "", FAILED, reason="cannot be opened")
     dataset.commit(Prepared(gone), manifest, CHOICE)
-    assert manifest.is_done("/data/a.nii", "2"), "what is out of reach for now stays"
+    assert manifest.is_done(str(scan), "2"), "what is out of reach for now stays"
     assert (image.stat().st_mtime_ns, label.stat().st_mtime_ns) == before
 
-    changed = Record("/data/a.nii", "3", CASE, case="scan_c")
+    changed = Record(str(scan), "3", CASE, case="scan_c")
     dataset.commit(prepared(dataset, changed), manifest, CHOICE)
     assert [path.name for path in dataset.images.iterdir()] == ["scan_c_0000.nii"]
     assert [path.name for path in dataset.labels.iterdir()] == ["scan_c.nii"]
     assert manifest.cases == 1
+
+    scan.unlink()
+    moved = dataset.commit(Prepared(Record("/data/moved.nii", "1", CASE, case="scan_c")), manifest, CHOICE)
+    assert (moved.status, moved.facts, manifest.cases) == (CASE, changed.facts, 1), "the table leads to the new place"
 
 
 def test_one_writer_at_a_time(dataset: Dataset) -> None:

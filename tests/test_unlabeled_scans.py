@@ -245,6 +245,8 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
         "several volumes in one series",
         "one slice",
     ]
+    assert series[2].problem is not None
+    assert series[2].problem[1].endswith("; 1 of the folder's files cannot be read as images"), "one may be the slice"
     assert [one.modality for one in series[:2]] == [MR, CT]
     assert len({one.key for one in series}) == 5
     for seed, one in enumerate(series[:2], start=1):
@@ -252,6 +254,12 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
         np.testing.assert_array_equal(scan.array, mr_array(seed))
         np.testing.assert_allclose(scan.geometry.spacing, SPACING)
         assert not scan.as_it_is
+
+
+def test_a_folder_of_dicom_without_images_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "report.dcm").write_bytes(bytes(200))
+    with pytest.raises(UnusableError, match="no image: none of 1 DICOM files can be read as one, for example report.dcm"):
+        series_of(next(walk([str(tmp_path)], ())))
 
 
 # --- placing ---------------------------------------------------------------------------------------------------------------

@@ -144,6 +144,10 @@ def test_share_of_the_tiles_is_exact() -> None:
             assert offset + size * count <= axis < size * (count + 1)
 
 
+def test_one_tile_that_fills_the_patch_is_blended() -> None:
+    assert all(int(TiledBlocks(1, 1).draw((8, 8), 4, generator(seed)).classes) > 0 for seed in range(20))
+
+
 def test_inversion_is_of_both_and_as_often_as_asked() -> None:
     fusion = VolumeFusion(2, SCHEMES[2023])
     foreground, background = pair(2, 1, 8, 8, 8)

@@ -165,7 +165,8 @@ class OverlappingBoxes(BlockSizes):
 
 @dataclass(frozen=True)
 class TiledBlocks(BlockSizes):
-    """Scheme of 2025: one block size per sample tiles the patch; a share of the tiles gets a class 1..K, the rest is class 0.
+    """Scheme of 2025: one block size per sample tiles the patch; a share of the tiles (at least one) gets a class 1..K, the rest is
+    class 0.
 
     Whole tiles only: as many as fit, at a random offset within what is left over, which stays class 0.
     Published: 70 % of the tiles; each axis 8 to 32 voxels in patch [64, 128, 128]. As one fraction for all axes that is 5/64
@@ -182,7 +183,9 @@ class TiledBlocks(BlockSizes):
         offset = _whole_numbers((1, len(size)), [0] * len(size), left_over, generator)[0]
         grid = [axis // side for axis, side in zip(patch_size, size, strict=True)]
         tiles = torch.zeros(grid, dtype=torch.uint8)
-        chosen = torch.randperm(tiles.numel(), generator=generator)[: int(tiles.numel() * self.foreground)]
+        # Where a tile takes more than half of every axis there is only one, and 70 % of it would be none, in all samples.
+        blended = max(int(tiles.numel() * self.foreground), 1)
+        chosen = torch.randperm(tiles.numel(), generator=generator)[:blended]
         tiles.view(-1)[chosen] = torch.randint(1, classes + 1, (len(chosen),), generator=generator, dtype=torch.uint8)
         return Tiles(offset=tuple(offset), size=tuple(size), classes=tiles)
 

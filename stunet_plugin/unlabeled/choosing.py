@@ -90,7 +90,7 @@ def guess_modality(search: Search) -> str:
                 break
     if len(seen) == 1:
         modality = next(iter(seen))
-        print(f"  taken for {modality}, as {seen[modality]} of the first scans look like it (--modality overrules)", flush=True)
+        print(f"  taken for {modality}, which the first scans look like ({seen[modality]} seen; --modality overrules)", flush=True)
         return modality
     again = f"Say which with --modality {' or '.join(MODALITIES)}"
     if not seen:

@@ -107,8 +107,8 @@ class _Collecting:
             self.options.modality or guess_modality(self.search), self.options.file_ending or frequent_ending(self.tally)
         )
         print(
-            f"  {self.tally.candidates} files and DICOM folders; {choice.modality}, {choice.file_ending}; "
-            f"{self.processes} processes; into {self.dataset.folder}",
+            f"  files and DICOM folders: {self.tally.candidates}; {choice.modality}, {choice.file_ending}; "
+            f"processes: {self.processes}; into {self.dataset.folder}",
             flush=True,
         )
         try:
@@ -146,7 +146,7 @@ class _Collecting:
         settings = self.dataset.settings(choice, self.options.copy)
 
         def wanted(source: Source) -> bool:
-            done = manifest.is_done(source.key, source.signature)
+            done = self.dataset.is_done(source, manifest, choice)
             progress.known += done
             return not done
 

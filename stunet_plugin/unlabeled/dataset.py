@@ -15,14 +15,15 @@ from pathlib import Path
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.registration import write_atomically
+from stunet_plugin.unlabeled.discovery import Source
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
-from stunet_plugin.unlabeled.names import DATASET_ENDINGS, MODALITIES
+from stunet_plugin.unlabeled.names import DATASET_ENDINGS, DUPLICATE, MODALITIES
+from stunet_plugin.unlabeled.placing import LINK, is_in_place, points_to
 from stunet_plugin.unlabeled.prepare import Prepared, Settings
 
 LABELS = {"background": 0, "body": 1}
 READER = "SimpleITKIO"
 """The reader that the scans were checked with; it takes files of all kinds, and the choice by ending would not take .nii."""
-DUPLICATE = "duplicate"
 FOLDS = 5
 """nnU-Net splits into as many."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -151,7 +152,25 @@ class Dataset:
         return all(os.path.lexists(path) for path in self.files_of(case, choice))
 
     def open_manifest(self, choice: Choice) -> Manifest:
-        return Manifest(self.records / _MANIFEST, lambda record: self.has(record.case, choice))
+        return Manifest(self.records / _MANIFEST, lambda record: self._is_complete(record, choice))
+
+    def _is_complete(self, record: Record, choice: Choice) -> bool:
+        """Whether the files of a case are those of its record: its image may still lead to where the scan was before."""
+        if not self.has(record.case, choice):
+            return False
+        leads_to = points_to(self.files_of(record.case, choice)[0])
+        expected = record.source if record.facts.get("image") == LINK else os.path.dirname(record.source)
+        return leads_to is None or leads_to.startswith(expected)
+
+    def is_done(self, source: Source, manifest: Manifest, choice: Choice) -> bool:
+        """Whether there is nothing left to do for a source; a duplicate is needed when the case that it equals leads nowhere."""
+        if not manifest.is_done(source.key, source.signature):
+            return False
+        duplicate = manifest.duplicate(source.key)
+        if duplicate is None:
+            return True
+        image = self.files_of(duplicate.case, choice)[0]
+        return is_in_place(image) or not os.path.lexists(image)
 
     def commit(self, prepared: Prepared, manifest: Manifest, choice: Choice) -> Record:
         """Record what became of a source and give its files their places; return the record.
@@ -162,10 +181,11 @@ class Dataset:
         record = prepared.record
         before = manifest.last(record.key)
         is_new = prepared.image is not None
-        if record.status == CASE and os.path.lexists(self.files_of(record.case, choice)[0]):
+        # A case whose image leads nowhere is made again where its scan was found now.
+        if record.status == CASE and is_in_place(self.files_of(record.case, choice)[0]):
             # Its worker may not have seen that: two copies can be under way at the same time.
             is_new = False
-            record = self._known_case(record, before)
+            record = self._known_case(record, before, manifest.of_case(record.case))
         elif record.status == CASE and not is_new:
             # The case with the same voxels, which the worker saw, was removed since: its source has changed.
             record = replace(record, status=FAILED, case="", reason="changed during the run", detail="run again")
@@ -185,12 +205,15 @@ class Dataset:
                 unfinished.unlink(missing_ok=True)
         return record
 
-    def _known_case(self, record: Record, before: Record | None) -> Record:
-        """The record of a source whose voxels are those of a case that is in place."""
+    def _known_case(self, record: Record, before: Record | None, owner: Record | None) -> Record:
+        """The record of a source whose voxels are those of a case that is in place, and whose record so far is ``owner``."""
         if before is not None and before.case == record.case:
             # The source of that case itself: its times have changed, its voxels have not.
             return replace(before, signature=record.signature)
-        return replace(record, status=SKIPPED, case="", reason=DUPLICATE, detail=f"same voxels as {record.case}", facts={})
+        if owner is not None and not os.path.exists(owner.source):
+            # It was moved.
+            return replace(record, facts=owner.facts)
+        return replace(record, status=SKIPPED, reason=DUPLICATE, detail=f"same voxels as {record.case}", facts={})
 
     def write_description(self, choice: Choice, cases: int) -> None:
         """Write ``dataset.json``."""

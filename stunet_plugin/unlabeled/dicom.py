@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.checks import MINIMUM_SIZE
+from stunet_plugin.unlabeled.checks import MINIMUM_SIZE, UnusableError
 from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source
 from stunet_plugin.unlabeled.reading import check_names
 
@@ -38,10 +38,11 @@ def series_of(folder: Source) -> list[Source]:
     Images of one series that differ in size or orientation, such as the planes of a localizer, become several.
 
     Raises:
-        UnusableError: the folder cannot be read at all.
+        UnusableError: the folder cannot be read at all, or none of its files is an image.
     """
     check_names(folder)
     stacks: dict[str, dict[tuple[Any, ...], list[_Slice]]] = defaultdict(lambda: defaultdict(list))
+    others: list[str] = []
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     for name in folder.files:
@@ -49,16 +50,19 @@ def series_of(folder: Source) -> list[Source]:
         try:
             reader.ReadImageInformation()
         except RuntimeError:
-            # Reports, presentation states and other things that are no images.
+            # Reports, presentation states and other things that are no images; or a damaged one.
+            others.append(name)
             continue
         uid = _tag(reader, SERIES_UID) or "no series UID"
         stack, image = _image(reader, name)
         stacks[uid][stack].append(image)
+    if not stacks:
+        raise UnusableError("no image", f"none of {len(others)} DICOM files can be read as one, for example {others[0]}")
     series = []
     for uid, parts in sorted(stacks.items()):
         for number, (_, slices) in enumerate(sorted(parts.items()), start=1):
             label = uid if len(parts) == 1 else f"{uid}#{number}"
-            series.append(_series(folder, label, slices))
+            series.append(_series(folder, label, slices, len(others)))
     return series
 
 
@@ -79,15 +83,18 @@ def _image(reader: Any, name: str) -> tuple[tuple[Any, ...], _Slice]:
     return stack, _Slice(name, position, size, reader.GetNumberOfComponents(), _tag(reader, MODALITY))
 
 
-def _series(folder: Source, label: str, slices: Sequence[_Slice]) -> Source:
+def _series(folder: Source, label: str, slices: Sequence[_Slice], others: int) -> Source:
     ordered = sorted(slices, key=lambda one: (one.position, one.name))
+    problem = _problem(ordered)
+    if problem and others:
+        problem = problem[0], f"{problem[1]}; {others} of the folder's files cannot be read as images"
     return replace(
         folder,
         kind=DICOM_SERIES,
         series=label,
         files=tuple(one.name for one in ordered),
         modality=ordered[0].modality,
-        problem=_problem(ordered),
+        problem=problem,
     )
 
 

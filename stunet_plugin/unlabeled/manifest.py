@@ -14,6 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stunet_plugin.unlabeled.names import DUPLICATE
+
 CASE, SKIPPED, FAILED, FOLDER = "case", "skipped", "failed", "folder"
 """A case of the data set; unusable; not usable this time (tried again at the next run); a DICOM folder that is done."""
 
@@ -27,7 +29,7 @@ class Record:
         series: of DICOM, else empty.
         signature: of the source when it was looked at.
         status: ``CASE``, ``SKIPPED``, ``FAILED`` or ``FOLDER``.
-        case: name in the data set.
+        case: name in the data set; of a duplicate, that of the case which it equals.
         reason: why it was skipped, one of a few.
         detail: what was found.
         facts: of a case: how its image was made, shape, spacing, intensities, share of the body.
@@ -66,11 +68,13 @@ class Record:
 class _Known(NamedTuple):
     offset: int
     signature: int
-    is_case: bool
+    case: int
+    """Of its name; 0 if it is none."""
 
 
 class Manifest:
-    """The records of a data set, the last one of a source being the valid one."""
+    """The records of a data set. The last one of a source is the valid one, and so is the last one of a case: a scan that was moved
+    is recorded anew, and what is known of its old place is forgotten."""
 
     def __init__(self, path: Path, is_complete: Callable[[Record], bool]) -> None:
         """Read what is there and make it ready for more.
@@ -88,6 +92,8 @@ class Manifest:
         self.cases = 0
         self._known: dict[int, _Known] = {}
         self._failures: dict[int, str] = {}
+        self._source_of: dict[int, int] = {}
+        self._duplicates: set[int] = set()
         end = 0
         last: Record | None = None
         last_offset = 0
@@ -97,34 +103,42 @@ class Manifest:
                     break
                 end = offset + len(line)
                 try:
-                    last, last_offset = Record.from_line(line), offset
+                    record = Record.from_line(line)
                 except ValueError:
                     continue
-                self._remember(last, offset)
-            if last is not None and last.status == CASE and not is_complete(last):
-                end = last_offset
+                if last is not None:
+                    self._remember(last, last_offset)
+                last, last_offset = record, offset
+        if last is not None and last.status == CASE and not is_complete(last):
+            end = last_offset
+        elif last is not None:
+            self._remember(last, last_offset)
         # Unbuffered: a line that the disk did not take must not come back later.
         self._file = path.open("ab", buffering=0)
         if path.stat().st_size != end:
             os.truncate(path, end)
         self._end = end
-        if last is not None and end == last_offset:
-            self._forget(last)
 
     def _remember(self, record: Record, offset: int) -> None:
         key = _number(record.key)
-        before = self._known.get(key)
-        is_case = record.status == CASE
-        self.cases += is_case - bool(before and before.is_case)
-        self._known[key] = _Known(offset, _number(record.signature), is_case)
+        self._drop(key)
+        case = _number(record.case) if record.status == CASE else 0
+        if case:
+            moved_from = self._known.get(before := self._source_of.get(case, 0))
+            if moved_from is not None and moved_from.case == case:
+                self._drop(before)
+            self._source_of[case] = key
+            self.cases += 1
+        self._known[key] = _Known(offset, _number(record.signature), case)
+        (self._duplicates.add if record.reason == DUPLICATE else self._duplicates.discard)(key)
         if record.status == FAILED:
             self._failures[key] = record.reason + record.detail
         else:
             self._failures.pop(key, None)
 
-    def _forget(self, record: Record) -> None:
-        known = self._known.pop(_number(record.key))
-        self.cases -= known.is_case
+    def _drop(self, key: int) -> None:
+        known = self._known.pop(key, None)
+        self.cases -= known is not None and known.case != 0
 
     def __len__(self) -> int:
         return len(self._known)
@@ -137,7 +151,20 @@ class Manifest:
 
     def last(self, key: str) -> Record | None:
         """The valid record of a source."""
-        known = self._known.get(_number(key))
+        return self._read(_number(key))
+
+    def duplicate(self, key: str) -> Record | None:
+        """The valid record of a source if it is a duplicate."""
+        return self.last(key) if _number(key) in self._duplicates else None
+
+    def of_case(self, case: str) -> Record | None:
+        """The valid record of a case."""
+        number = _number(case)
+        key = self._source_of.get(number, 0)
+        return self._read(key) if key in self._known and self._known[key].case == number else None
+
+    def _read(self, key: int) -> Record | None:
+        known = self._known.get(key)
         if known is None:
             return None
         with self.path.open("rb") as file:

@@ -16,3 +16,5 @@ EXCLUDED = ("labelsTr", "labelsTs", "gt_segmentations")
 
 CANNOT_OPEN = "cannot be opened"
 """A reason that the next run looks at again."""
+DUPLICATE = "duplicate"
+"""Of a case that is in the dataset, which the record names."""

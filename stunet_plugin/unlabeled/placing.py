@@ -65,6 +65,25 @@ def link_or_copy(path: str, target: Path) -> str:
     return _copy(path, target)
 
 
+def points_to(image: Path) -> str | None:
+    """Return the file that an image of the data set leads to, by a link or a header, or None if it holds its voxels itself."""
+    if image.is_symlink():
+        return os.readlink(image)
+    if not image.name.endswith(METAIMAGE) or image.stat().st_size > _METAIMAGE_HEADER_BYTES:
+        return None
+    for line in image.read_bytes().splitlines():
+        key, _, value = line.partition(b"=")
+        if key.strip() == _METAIMAGE_DATA.encode():
+            name = os.fsdecode(value.strip())
+            return name if os.path.isabs(name) else None
+    return None
+
+
+def is_in_place(image: Path) -> bool:
+    """Whether an image of the data set is there, and so is what it leads to."""
+    return image.exists() and ((leads_to := points_to(image)) is None or os.path.exists(leads_to))
+
+
 def _copy(path: str, target: Path) -> str:
     def copy() -> None:
         shutil.copyfile(path, target)

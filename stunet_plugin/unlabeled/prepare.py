@@ -18,7 +18,7 @@ from stunet_plugin.unlabeled.dicom import series_of
 from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, SKIPPED, Record
 from stunet_plugin.unlabeled.names import MODALITIES
-from stunet_plugin.unlabeled.placing import OutputError, place_image, write_image
+from stunet_plugin.unlabeled.placing import OutputError, is_in_place, place_image, write_image
 from stunet_plugin.unlabeled.reading import Scan, read_scan
 
 NAME_DIGITS = 16
@@ -106,7 +106,7 @@ def _prepare_scan(settings: Settings, source: Source) -> Prepared:
     check_modality(settings.modality, low, sample)
     record = replace(record_of(source, CASE), case=case_name(scan.array))
     image_name = settings.image_name(record.case)
-    if os.path.lexists(settings.images / image_name):
+    if is_in_place(settings.images / image_name):
         # The parent knows whether it is this scan again or another with the same voxels.
         return Prepared(record)
     spacing = scan.geometry.spacing[::-1]

@@ -102,7 +102,8 @@ def _read_file(path: str) -> Scan:
         raise
     except Exception as error:
         # Damaged files raise whatever they happen to break.
-        raise UnusableError("unreadable", f"{type(error).__name__}: {last_line(error)}") from error
+        what = f"{type(error).__name__}: {last_line(error)}"
+        raise UnusableError("unreadable", f"its header can be read, its voxels cannot ({what})") from error
     return Scan(array, geometry, as_it_is=reader.GetDimension() == 3)
 
 

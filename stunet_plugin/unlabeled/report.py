@@ -20,6 +20,7 @@ from stunet_plugin.unlabeled.dataset import Choice, Dataset, write_if_new
 from stunet_plugin.unlabeled.discovery import Tally
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest, Record
 from stunet_plugin.unlabeled.names import CANNOT_OPEN
+from stunet_plugin.unlabeled.placing import is_in_place
 from stunet_plugin.unlabeled.pool import run_ordered
 
 CASES, SKIPPED, SUMMARY, PICTURE = "cases.csv", "skipped.csv", "summary.json", "contact_sheet.png"
@@ -34,7 +35,7 @@ def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: T
     Files that are right already are not touched. Cases that somebody removed from the data set are left out.
     """
     reasons: Counter[str] = Counter()
-    number = missing = 0
+    number = missing = broken = 0
     with _table(dataset.records / CASES, CASE_COLUMNS) as cases, _table(dataset.records / SKIPPED, SKIPPED_COLUMNS) as skipped:
         for record in manifest.records():
             if record.status == CASE:
@@ -43,7 +44,9 @@ def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: T
                 number += 1
                 facts = {name: _flat(value) for name, value in record.facts.items()}
                 cases({"case": record.case, "source": record.source, "series": record.series, **facts})
-                missing += not os.path.exists(record.source)
+                if not os.path.exists(record.source):
+                    missing += 1
+                    broken += not is_in_place(dataset.files_of(record.case, choice)[0])
             elif record.status != FOLDER and not _opens_now(record):
                 reasons[record.reason] += 1
                 again = "yes" if record.status == FAILED else "no"
@@ -59,10 +62,11 @@ def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: T
         "other_files": dict(tally.others.most_common()),
     }
     write_if_new(dataset.records / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    if missing:
+    if broken:
         print(
-            f"The source files of {missing} cases are not there any more. nnU-Net cannot read cases that are links to them: bring "
-            f"them back to where {dataset.records / CASES} says, or remove these cases."
+            f"{broken} of the cases lead to scans that are not there any more. nnU-Net leaves such cases out without a word, or "
+            f"stops at them. Bring the scans back to where {dataset.records / CASES} says, or give the folder where they are now "
+            "with -i: the cases then lead there."
         )
     return reasons
 
