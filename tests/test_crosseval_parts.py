@@ -57,6 +57,9 @@ def test_misspelt_classes_are_told_from_classes_of_their_own() -> None:
     left = "livr (did you mean liver?), kidney_left, lesion_2, hepatic_veins"
     assert describe(pairs)[1] == f"Not scored, as it has no counterpart: dataset D: {left}."
     assert dropped(pairs) == f"Dropped, without a counterpart: D: {left}."
+    # The same slip in the labels of two datasets, which a model does not share.
+    both = [dataset(name, LabelSystem.numbered(name, ["livr", "spleen"])) for name in "DE"]
+    assert "D: livr (did you mean liver?); E: livr (did you mean" in dropped(pair_up([model("M", other)], both, Rules()))
     alone = [LabelSystem.numbered(name, [name]) for name in ("pancraes", "pancreas")]
     with pytest.raises(PluginError, match=r"share no class. D has: pancraes \(did you mean pancreas\?\). M has: pancreas"):
         pair_up([model("M", alone[1])], [dataset("D", alone[0])], Rules())

@@ -173,20 +173,21 @@ def _what_each_has(models: Sequence[Model], datasets: Sequence[Dataset]) -> str:
 
 
 def _misspelt(systems: Sequence[LabelSystem]) -> dict[str, str]:
-    """Return classes of one system that no other has, and no published one either, with the near one of another that is meant.
+    """Return classes that no published system has, each with the near one of another system that is meant.
 
-    Left and right, or numbers that differ, are not slips of the pen.
+    Neither system has the other's class. Left and right, or numbers that differ, are not slips of the pen.
     """
     known = published_classes()
     meant: dict[str, str] = {}
     for system in systems:
-        others = {name for other in systems if other is not system for name in other.classes if system.find(name) is None}
-        for name in system.classes:
-            if name not in known and all(other is system or other.find(name) is None for other in systems):
-                alike = [other for other in sorted(others) if _sides_and_numbers(other) == _sides_and_numbers(name)]
-                found = nearest(name, alike, NEAR)
-                if found:
-                    meant[name] = found
+        for name in set(system.classes) - known:
+            others = {
+                near for other in systems if other.find(name) is None for near in other.classes if system.find(near) is None
+            }  # fmt: skip
+            alike = [near for near in sorted(others) if _sides_and_numbers(near) == _sides_and_numbers(name)]
+            found = nearest(name, alike, NEAR)
+            if found:
+                meant[name] = found
     return meant
 
 

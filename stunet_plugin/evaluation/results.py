@@ -130,7 +130,8 @@ class Results:
         found.sort(key=lambda entry: entry[0])
         share = -(-number // max(len({one.pair.model.name for _, one, _ in found}), 1))
         taken: Counter[str] = Counter()
-        first, later = [], []
+        first: list[tuple[float, PairScores, int]] = []
+        later: list[tuple[float, PairScores, int]] = []
         for entry in found:
             name = entry[1].pair.model.name
             (first if taken[name] < share else later).append(entry)
