@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -217,6 +218,31 @@ def run_out_of_memory(trainer: Any, where: Callable[[], bool]) -> None:
 def weights_and_momentum(trainer: Any) -> list[torch.Tensor]:
     momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
     return [value.detach().clone() for value in (*trainer.network.parameters(), *momentum)]
+
+
+def test_gradients_are_not_kept_while_validating_and_training_stays_the_same(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers = make(), make()
+    for validates, trainer in enumerate(trainers):
+        trainer.train_step(batch_for(trainer))
+        assert all(parameter.grad is not None for parameter in trainer.network.parameters())
+        if validates:
+            trainer.on_validation_epoch_start()
+            assert all(parameter.grad is None for parameter in trainer.network.parameters())
+            with torch.no_grad():
+                trainer.validation_step(batch_for(trainer))
+            trainer.network.train()
+        trainer.train_step(batch_for(trainer))
+    assert all(torch.equal(*pair) for pair in zip(*map(weights_and_momentum, trainers), strict=True))
+    # Nor in the final validation, where the logits of whole images need the room.
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        nnUNetTrainer, "perform_actual_validation", lambda self, _: seen.extend(p.grad for p in self.network.parameters())
+    )
+    trainers[0].perform_actual_validation()
+    assert seen
+    assert not any(gradient is not None for gradient in seen)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -150,6 +150,8 @@ class DistributedTrainer(SafeTrainer):
             super().on_train_start()
 
     def on_validation_epoch_start(self) -> None:
+        # The next training step would do this; until then they take as much memory as the weights.
+        self.optimizer.zero_grad(set_to_none=True)
         super().on_validation_epoch_start()
         if self.is_ddp and self.device.type != "cuda":
             # On CUDA synchronised batch norms have the same statistics everywhere.
@@ -204,11 +206,12 @@ class DistributedTrainer(SafeTrainer):
     # --- validation -------------------------------------------------------------------------------------------------------
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        # The logits of whole images need the room.
+        self.optimizer.zero_grad(set_to_none=True)
         if not self.sharded:
             super().perform_actual_validation(save_probabilities)
             return
-        # Each process predicts other cases, so each needs the whole network; gradients and momentum have had their time.
-        self.optimizer.zero_grad(set_to_none=True)
+        # Each process predicts other cases, so each needs the whole network.
         with self._temporarily(network=self._whole_network()):
             super().perform_actual_validation(save_probabilities)
 
