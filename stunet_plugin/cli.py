@@ -299,7 +299,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from stunet_plugin.demo.run import DemoSettings, run_demo
+    from stunet_plugin.demo.run import run_demo
+    from stunet_plugin.demo.settings import DemoSettings
 
     settings = DemoSettings.from_options(options.dataset, options.size, options.epochs, options.device)
     return run_demo(settings, options.out, options.resume)

@@ -18,7 +18,8 @@ import SimpleITK as sitk
 
 from stunet_plugin.demo.phantom import HOUNSFIELD, LABELS, make_case, write_dataset
 from stunet_plugin.demo.progress import Progress
-from stunet_plugin.demo.run import DemoSettings, run_demo
+from stunet_plugin.demo.run import run_demo
+from stunet_plugin.demo.settings import DemoSettings
 from stunet_plugin.errors import PluginError
 from stunet_plugin.stock_commands import find_command
 

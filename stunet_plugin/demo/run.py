@@ -7,77 +7,33 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stunet_plugin.demo.phantom import write_dataset
-from stunet_plugin.demo.progress import Progress
+from stunet_plugin.demo.settings import ITERATIONS_PER_EPOCH, DemoSettings, user_dataset
+from stunet_plugin.demo.stock import StockCommandError, run_stock
 from stunet_plugin.errors import PluginError
 from stunet_plugin.figures import OverlayCase, save_overlays
 from stunet_plugin.registration import find_host, trainers_folder, write_atomically
-from stunet_plugin.stock_commands import find_command, terminate_as_interrupt
+from stunet_plugin.stock_commands import terminate_as_interrupt
 
 EMBEDDED_ID = 999
 EMBEDDED_NAME = "Dataset999_StunetDemo"
-DEFAULT_EPOCHS = 10
-ITERATIONS_PER_EPOCH = 15
 VAL_ITERATIONS_PER_EPOCH = 2
 CONFIGURATION = "3d_fullres"
 FOLD = 0
 OVERLAY_ROWS = 3
-MINIMUM_CASES = 5
-"""For nnU-Net's five folds."""
 STATE_FILE = "demo.json"
 MOST_PROCESSES = 8
 """nnU-Net's own number."""
-
-
-class StockCommandError(PluginError):
-    """A stock nnU-Net command ended with an error."""
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What a demo runs; a resumed demo must have the same.
-
-    Attributes:
-        dataset: ID in the user's nnUNet_raw, or None for the embedded data set.
-        size: of STU-Net.
-        epochs: of ITERATIONS_PER_EPOCH iterations.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    dataset: int | None
-    size: str
-    epochs: int
-    device: str
-
-    @classmethod
-    def from_options(cls, dataset: int | None, size: str, epochs: int | None, device: str) -> DemoSettings:
-        if epochs is not None and epochs < 1:
-            raise PluginError(f"--epochs must be at least 1, not {epochs}.")
-        if dataset is not None and not 0 < dataset < 1000:
-            raise PluginError(f"--dataset takes the number of a dataset in nnUNet_raw, 1 to 999, not {dataset}.")
-        import torch
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise PluginError("--device cuda: torch finds no GPU here. Use --device cpu, or see `stunet doctor`.")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(dataset, size, epochs or DEFAULT_EPOCHS, device)
-
-    @property
-    def trainer(self) -> str:
-        return f"STUNetTrainer_{self.size}"
 
 
 def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
@@ -108,33 +64,6 @@ def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
         return 1
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes on {settings.device}. Everything is in {folder}")
     return 0
-
-
-def user_dataset(dataset_id: int) -> Path:
-    """Return the folder of a dataset in the user's nnUNet_raw."""
-    raw = os.environ.get("nnUNet_raw")
-    if not raw:
-        raise PluginError("--dataset needs nnUNet_raw. Set it: export nnUNet_raw=/path/to/nnUNet_raw")
-    found = sorted(Path(raw).glob(f"Dataset{dataset_id:03d}_*"))
-    if len(found) != 1:
-        there = ", ".join(path.name for path in sorted(Path(raw).glob("Dataset*"))) or "none"
-        raise PluginError(
-            f"--dataset {dataset_id}: expected one Dataset{dataset_id:03d}_* in {raw}, found {len(found)}. Datasets there: {there}."
-        )
-    folder = found[0].resolve()
-    try:
-        ending = str(json.loads((folder / "dataset.json").read_text())["file_ending"])
-        cases = len([path for path in (folder / "labelsTr").iterdir() if path.name.endswith(ending)])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PluginError(
-            f"--dataset {dataset_id}: {folder} is no dataset of nnU-Net v2 (it needs dataset.json with file_ending, imagesTr and "
-            f"labelsTr): {error}"
-        ) from error
-    if cases < MINIMUM_CASES:
-        raise PluginError(
-            f"--dataset {dataset_id}: nnU-Net splits into {MINIMUM_CASES} folds, {folder} has only {cases} labelled cases."
-        )
-    return folder
 
 
 class Demo:
@@ -355,48 +284,7 @@ class Demo:
         }
 
     def _stock(self, command: str, *arguments: str) -> None:
-        """Run a stock command, show its progress, keep its output in a log file.
-
-        Raises:
-            StockCommandError: it ended with an error.
-        """
-        print(f"  $ {shlex.join([command, *arguments])}", flush=True)
-        logs = self.folder / "logs"
-        logs.mkdir(exist_ok=True)
-        log = logs / f"{command}.log"
-        with log.open("a") as file:
-            process = subprocess.Popen(
-                [find_command(command), *arguments],
-                env=self._environment(),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                # The lock lives as long as anything that writes into the folder.
-                pass_fds=(self._lock.fileno(),),
-            )
-            progress = Progress(self.settings.epochs)
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    file.write(line)
-                    file.flush()
-                    progress.see(line)
-                code = process.wait()
-            except BaseException:
-                # The command has workers of its own: stop the whole group.
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                raise
-        if code != 0:
-            tail = "".join(f"    {line}" for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:])
-            raise StockCommandError(f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}")
+        run_stock(command, arguments, self.folder, self._environment(), self._lock.fileno(), self.settings.epochs)
 
 
 def _processes() -> int:
