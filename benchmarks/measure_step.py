@@ -24,7 +24,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +236,28 @@ def allocation_peak(step: Callable[[], object]) -> int:
 
     The call must free nothing that was allocated before it: the profiler does not know how large that was.
     """
+    return max(itertools.accumulate((change for _, change in _trace(step)[0]), initial=0))
+
+
+def allocation_peaks(step: Callable[[], object], stages: Sequence[str]) -> dict[str, int]:
+    """Return the same peak within each part of a call, what earlier parts left included.
+
+    Args:
+        step: marks each part with ``torch.profiler.record_function``.
+        stages: the names of the marks, each used once.
+    """
+    changes, spans = _trace(step)
+    held = list(itertools.accumulate((change for _, change in changes), initial=0))
+    peaks = {}
+    for stage in stages:
+        start, end = spans[stage]
+        before = sum(time < start for time, _ in changes)
+        peaks[stage] = max(held[before : sum(time <= end for time, _ in changes) + 1])
+    return peaks
+
+
+def _trace(step: Callable[[], object]) -> tuple[list[tuple[float, int]], dict[str, tuple[float, float]]]:
+    """Run a call; return its allocations (positive) and releases in order, as (time, bytes), and start and end of marked parts."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
@@ -243,8 +265,10 @@ def allocation_peak(step: Callable[[], object]) -> int:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
-    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    changes = sorted(((event["ts"], event["args"]["Bytes"]) for event in memory), key=lambda change: change[0])
+    marks = (event for event in events if event.get("cat") == "user_annotation")
+    return changes, {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in marks}
 
 
 def agreement(case: Case) -> dict[str, Any]:
