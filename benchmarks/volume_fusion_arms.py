@@ -59,7 +59,8 @@ PRETRAININGS = {
         Pretraining("stunet_k8", "stunet", {"STUNET_VF_CLASSES": "8"}),
         Pretraining("stunet_standardised", "stunet", {"STUNET_VF_STANDARDISE": "1"}),
         Pretraining("stunet_large_blocks", "stunet", {"STUNET_VF_SMALLEST": "0.15", "STUNET_VF_LARGEST": "0.6"}),
-        Pretraining("stunet_quarter", "stunet", share=0.25),
+        Pretraining("stunet_slow", "stunet", {"STUNET_VF_RATE": "1e-4"}),
+        Pretraining("stunet_long", "stunet", share=5.0),
         Pretraining("pctnet", "pctnet"),
         Pretraining("fmunet", "fmunet"),
     )
@@ -109,6 +110,7 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "encoder": (Arm("pretrained, encoder at a tenth", "stunet", "stunet", options={"STUNET_ENCODER_RATE": "0.1"}),),
     "intensity": (Arm("pretrained on standardised images", "stunet", "stunet_standardised"),),
     "blocks": (Arm("pretrained with large blocks", "stunet", "stunet_large_blocks"),),
-    "length": (Arm("a quarter of the pretraining", "stunet", "stunet_quarter"),),
+    "pretraining_rate": (Arm("pretrained at a rate of 1e-4", "stunet", "stunet_slow"),),
+    "length": (Arm("five times the pretraining", "stunet", "stunet_long"),),
 }
 """What can be asked for; ``stunet`` is what all but the other networks are compared with."""

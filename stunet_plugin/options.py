@@ -6,7 +6,6 @@ the default: an option that is not set changes nothing.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 from stunet_plugin.checkpointing import AUTO, SETTINGS
 from stunet_plugin.errors import PluginError
+from stunet_plugin.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ VF_SCHEME = Option("STUNET_VF_SCHEME", "how blocks are drawn: 2023 overlapping b
 VF_SMALLEST = Option("STUNET_VF_SMALLEST", "smallest block, as a fraction of each axis of the patch", 0, 1, whole=False)
 VF_LARGEST = Option("STUNET_VF_LARGEST", "largest block, as a fraction of each axis of the patch", 0, 1, whole=False)
 VF_STANDARDISE = Option("STUNET_VF_STANDARDISE", "1: fused images of mean 0 and deviation 1; 0: from 0 to 1, as published", 0, 1)
+VF_RATE = Option("STUNET_VF_RATE", "learning rate of pretraining at the start (published: 1e-3)", 1e-9, 1, whole=False)
 
 OPTIONS = (
     *(EPOCHS, ITERATIONS, VAL_ITERATIONS, SEED, WARMUP_EPOCHS, FROZEN_ENCODER_EPOCHS, ENCODER_RATE, MIRRORING),
     *(SHARD, CHECKPOINTING),
-    *(VF_CLASSES, VF_SCHEME, VF_SMALLEST, VF_LARGEST, VF_STANDARDISE),
+    *(VF_CLASSES, VF_SCHEME, VF_SMALLEST, VF_LARGEST, VF_STANDARDISE, VF_RATE),
 )
 
 
@@ -100,9 +101,8 @@ class Options:
         known = [option.variable for option in OPTIONS]
         for variable in environment:
             if variable.startswith("STUNET_") and variable not in known:
-                nearest = difflib.get_close_matches(variable, known, n=1)
-                hint = f"Did you mean {nearest[0]}?" if nearest else f"Options: {', '.join(known)}."
-                raise PluginError(f"{variable} is set, but there is no such option. {hint} Unset it.")
+                hint = did_you_mean(variable, known) or f" Options: {', '.join(known)}."
+                raise PluginError(f"{variable} is set, but there is no such option.{hint} Unset it.")
         texts = {option: environment.get(option.variable, "").strip() for option in OPTIONS}
         self._values = {option: option.parse(text) for option, text in texts.items() if text}
 
