@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from stunet_plugin import trainers
 from stunet_plugin.checkpoints.starting_weights import describe_misfits
 from stunet_plugin.errors import PluginError
+from stunet_plugin.preprocessed_cases import check_fold, describe_cases
 from stunet_plugin.pretext_score import confusion_matrix, dice_per_class, overlap_counts, pretext_score
 from stunet_plugin.trainers.volume_fusion_trainers import NETWORKS, TRAINERS
 
@@ -148,8 +149,30 @@ def test_one_case_is_enough_with_fold_all(make: Callable[..., Any], nnunet_envir
     trainer.perform_actual_validation()
     score = json.loads(Path(trainer.output_folder, "validation", "pretext_score.json").read_text())
     assert (score["cases"], score["held_out"]) == (1, False)
-    with pytest.raises(PluginError, match="cannot be split into nnU-Net's five folds.*3d_fullres all -tr VolumeFusion"):
-        make(fold=0).do_split()
+    lines = describe_cases(data, "all", expected=6)
+    assert lines[0].startswith("Only 1 of the 6 cases of dataset.json are preprocessed"), lines
+    before = sorted(nnunet_environment.results.rglob("*"))
+    with pytest.raises(PluginError, match=r"1 case.s., too few for nnU-Net's 5 folds.*3d_fullres all -tr VolumeFusion"):
+        make(fold=0)
+    assert sorted(nnunet_environment.results.rglob("*")) == before
+
+
+def test_splits_that_do_not_fit_the_cases(tmp_path: Path) -> None:
+    data, splits = tmp_path / "data", tmp_path / "splits_final.json"
+    data.mkdir()
+    for case in "abc":
+        (data / f"{case}.b2nd").touch()
+    splits.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["a", "gone"], "val": ["b", "c"]}]))
+    check_fold(data, 0, "")
+    (line,) = describe_cases(data, 0, expected=3)
+    assert line.startswith("1 preprocessed case(s) are not used"), line
+    with pytest.raises(PluginError, match="names 1 case.s. for fold 1 that are not preprocessed in .*, for example gone"):
+        check_fold(data, 1, "")
+    check_fold(data, 7, "")
+    assert describe_cases(data, 7, expected=3) == describe_cases(data, "all", expected=3) == []
+    splits.write_text("[")
+    with pytest.raises(PluginError, match="splits_final.json is damaged"):
+        check_fold(data, 0, "")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ class PluginTrainer(DistributedTrainer):
     ) -> None:
         options = Options()
         self._check_before_anything_is_written(plans, configuration, dataset_json)
+        self._check_fold(plans, configuration, fold)
         # nnU-Net keeps these plans in the checkpoint and beside it, where prediction reads them.
         super().__init__(self.plans_to_record(plans, configuration), configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
@@ -261,6 +262,10 @@ class PluginTrainer(DistributedTrainer):
         weights_file = pretrained_weights_on_command_line(sys.argv)
         if weights_file is not None:
             cls._check_pretrained_weights(weights_file, network)
+
+    @classmethod
+    def _check_fold(cls, plans: dict, configuration: str, fold: int | str) -> None:
+        """Refuse a fold that cannot be trained; to nnU-Net's own check by default, which comes when the log has begun."""
 
     def _check_checkpoint_to_continue(self, file: str) -> None:
         """Say why a training cannot go on from a checkpoint, before nnU-Net changes anything."""

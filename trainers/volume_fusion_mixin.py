@@ -20,7 +20,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -29,7 +29,8 @@ from torch import distributed
 from stunet_plugin.checkpoints.starting_weights import read_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.figures import save_fusion_example, save_pretext_progress
-from stunet_plugin.options import VF_CLASSES, VF_LARGEST, VF_SCHEME, VF_SMALLEST, VF_STANDARDISE, Options
+from stunet_plugin.options import VF_CLASSES, VF_LARGEST, VF_RATE, VF_SCHEME, VF_SMALLEST, VF_STANDARDISE, Options
+from stunet_plugin.preprocessed_cases import check_cases_complete, check_fold, describe_cases
 from stunet_plugin.pretext_score import RECORD, confusion_matrix, overlap_counts, pretext_score
 from stunet_plugin.registration import write_atomically
 from stunet_plugin.trainers.misfm_optimizer import MISFMOptimizer
@@ -54,8 +55,10 @@ class VolumeFusionMixin(MISFMOptimizer):
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
     ) -> None:
-        self.fusion = fusion_from(Options())
+        options = Options()
+        self.fusion = fusion_from(options)
         super().__init__(plans, configuration, fold, pretext_dataset(dataset_json, self.fusion), device)
+        self.initial_lr = options.fraction(VF_RATE, self.initial_lr)
         # From the global generator, which STUNET_SEED seeds; processes of one training draw differently.
         self._fusion_draws = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + self.local_rank)
         self._example: dict[str, Any] | None = None
@@ -91,17 +94,6 @@ class VolumeFusionMixin(MISFMOptimizer):
         return loss
 
     # --- data -------------------------------------------------------------------------------------------------------------
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        try:
-            train, validation = super().do_split()
-        except ValueError as error:
-            name = self.plans_manager.dataset_name
-            raise PluginError(
-                f"{name} cannot be split into nnU-Net's five folds ({error}). Pretrain on all its cases: "
-                f"nnUNetv2_train {name} {self.configuration_name} all -tr {type(self).__name__}"
-            ) from error
-        return train, validation
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         # nnU-Net stores these in the checkpoint; no prediction follows, but its reader wants them there.
@@ -143,6 +135,8 @@ class VolumeFusionMixin(MISFMOptimizer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        for line in describe_cases(Path(self.preprocessed_dataset_folder), self.fold, self.dataset_json.get("numTraining")):
+            self.print_to_log_file(line)
         smallest, largest = self.fusion.scheme.size_range(self.configuration_manager.patch_size)
         self.print_to_log_file(f"Volume Fusion: alpha {', '.join(self.fusion.class_names())}; {self.fusion.scheme}")
         self.print_to_log_file(f"Blocks of {smallest} to {largest} voxels in patches of {self.configuration_manager.patch_size}")
@@ -245,6 +239,12 @@ class VolumeFusionMixin(MISFMOptimizer):
         fusion_from(Options()).scheme.size_range(chosen.patch_size)
         check_cases_complete(Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier))
 
+    @classmethod
+    def _check_fold(cls, plans: dict, configuration: str, fold: int | str) -> None:
+        manager = PlansManager(plans)
+        folder = Path(nnUNet_preprocessed, manager.dataset_name, manager.get_configuration(configuration).data_identifier)
+        check_fold(folder, fold, f"nnUNetv2_train {manager.dataset_name} {configuration} all -tr {cls.__name__}")
+
     def _check_checkpoint_to_continue(self, file: str) -> None:
         dataset_json = read_checkpoint(file, "The checkpoint to continue from,").get("init_args", {}).get("dataset_json", {})
         was, now = dataset_json.get(RECORD), describe_fusion(self.fusion)
@@ -278,22 +278,6 @@ def pretext_dataset(dataset_json: dict[str, Any], fusion: VolumeFusion) -> dict[
     labels = {"background": 0, **{f"alpha {name}": value for value, name in enumerate(names) if value}}
     kept = {key: value for key, value in dataset_json.items() if key != "regions_class_order"}
     return {**kept, "labels": labels, RECORD: describe_fusion(fusion)}
-
-
-def check_cases_complete(folder: Path) -> None:
-    """Raise if a preprocessed case lacks one of its files, which a background worker would otherwise stumble over.
-
-    Volume Fusion does not read labels, but nnU-Net opens them with every case.
-    """
-    names = {path.name for path in folder.iterdir()}
-    cases = infer_dataset_class(str(folder)).get_identifiers(str(folder))
-    endings = (".pkl", "_seg.b2nd") if any(name.endswith(".b2nd") for name in names) else (".pkl",)
-    lacking = sorted({f"{case}{ending}" for case in cases for ending in endings} - names)
-    if lacking:
-        raise PluginError(
-            f"{len(lacking)} file(s) of preprocessed cases are missing in {folder}, for example {lacking[0]}. Was preprocessing "
-            f"interrupted, or were files removed? Run nnUNetv2_preprocess again."
-        )
 
 
 def _full_resolution(per_output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from stunet_plugin.datasets.folds import FOLDS
 from stunet_plugin.errors import PluginError
 from stunet_plugin.stock_commands import terminate_as_interrupt
 from stunet_plugin.unlabeled.choosing import Search, check_choice, check_tally, frequent_ending, guess_modality
-from stunet_plugin.unlabeled.dataset import FOLDS, Choice, Dataset
+from stunet_plugin.unlabeled.dataset import Choice, Dataset
 from stunet_plugin.unlabeled.discovery import Source, Tally
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest
 from stunet_plugin.unlabeled.names import EXCLUDED

@@ -24,8 +24,6 @@ from stunet_plugin.unlabeled.prepare import Prepared, Settings
 LABELS = {"background": 0, "body": 1}
 READER = "SimpleITKIO"
 """The reader that the scans were checked with; it takes files of all kinds, and the choice by ending would not take .nii."""
-FOLDS = 5
-"""nnU-Net splits into as many."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FORMAT = 1
 _MANIFEST = "manifest.jsonl"
