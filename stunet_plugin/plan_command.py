@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.spelling import did_you_mean
 
 
 def plan(
@@ -32,8 +32,7 @@ def plan(
     if processes < 1:
         raise PluginError(f"-np must be at least 1, not {processes}.")
     if planner_name not in PLANNERS:
-        nearest = difflib.get_close_matches(planner_name, PLANNERS, n=1, cutoff=0.8)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        hint = did_you_mean(planner_name, PLANNERS, cutoff=0.8)
         raise PluginError(f"Unknown planner {planner_name!r}. Planners: {', '.join(PLANNERS)}.{hint}")
     for variable, path in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
         if not path.is_set():

@@ -7,10 +7,10 @@ This module imports nothing heavy: ``stunet --help`` and ``stunet list`` read it
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.spelling import did_you_mean
 
 NUM_STAGES = 6
 """Resolution stages of the published topology: one at full resolution and five behind a pooling each."""
@@ -79,9 +79,7 @@ def get_preset(name: str) -> STUNetPreset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    nearest = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise PluginError(f"Unknown STU-Net size {name!r}. Sizes: {', '.join(PRESETS)}.{hint}")
+    raise PluginError(f"Unknown STU-Net size {name!r}. Sizes: {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
 
 
 def find_preset(features_per_stage: tuple[int, ...], blocks_per_stage: tuple[int, ...]) -> STUNetPreset | None:

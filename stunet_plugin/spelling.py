@@ -14,4 +14,4 @@ def nearest(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | None
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a sentence to put behind a message, with a blank in front; nothing if no known word is near."""
     found = nearest(given, known, cutoff)
-    return f" Did you mean {found!r}?" if found else ""
+    return f" Did you mean {found}?" if found else ""

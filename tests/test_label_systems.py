@@ -167,9 +167,9 @@ def test_bad_label_systems_are_refused(content: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lables: {liver: 1}", r"unknown entry 'lables'; there are name, labels, groups, .*Did you mean 'labels'\?"),
-        ("lables: [liver, spleen]", r"unknown entry 'lables'.*Did you mean 'labels'\?"),
-        ("labels: {liver: 1}\ngruops: {both: [liver]}", r"unknown entry 'gruops'.*Did you mean 'groups'\?"),
+        ("lables: {liver: 1}", r"unknown entry 'lables'; there are name, labels, groups, .*Did you mean labels\?"),
+        ("lables: [liver, spleen]", r"unknown entry 'lables'.*Did you mean labels\?"),
+        ("labels: {liver: 1}\ngruops: {both: [liver]}", r"unknown entry 'gruops'.*Did you mean groups\?"),
         ("liver: 1\ngroups: {both: [liver]}", r"there is 'groups', but no entry 'labels'"),
     ],
 )

@@ -86,7 +86,7 @@ def test_memory_grows_with_everything_it_depends_on() -> None:
 
 
 def test_unknown_size_names_the_known_ones() -> None:
-    with pytest.raises(PluginError, match=r"'larg'.*tiny, small, base, large, huge.*'large'"):
+    with pytest.raises(PluginError, match=r"'larg'.*tiny, small, base, large, huge.*Did you mean large\?"):
         get_preset("larg")
 
 

@@ -336,7 +336,7 @@ def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
         ([one, str(folders / "text.pth"), "-d", "4"], "text.pth"),
         ([one, two, "-d", "5"], "Expected one Dataset005_*"),
         ([one, two, "-d", "4", "-p", "Nothing"], "no such plans"),
-        ([one, two, "-d", "4", "--names", "case0", "caze1"], "Did you mean 'case1'?"),
+        ([one, two, "-d", "4", "--names", "case0", "caze1"], "Did you mean case1?"),
     )
     code = "import json, sys\nfrom stunet_plugin.cli import main\n"
     code += "codes = [main(['rank', *given]) for given in json.loads(sys.argv[1])]\nprint(codes, 'torch' in sys.modules)"

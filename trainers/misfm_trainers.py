@@ -8,13 +8,13 @@ plans.json and its checkpoint name the network that was trained, mode included.
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import Any, ClassVar
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet_plugin.misfm_architecture import NETWORKS, MISFMNetwork, resolve_misfm
+from stunet_plugin.spelling import did_you_mean
 from stunet_plugin.trainers.misfm_optimizer import MISFMOptimizer
 
 
@@ -72,7 +72,4 @@ def hint_for_unknown(name: str) -> str | None:
     """Return a line for someone who asked for a trainer of this family that does not exist, or None if it is no such name."""
     if not name.startswith(tuple(f"{network.name}Trainer" for network in NETWORKS)) or name in TRAINERS:
         return None
-    nearest = difflib.get_close_matches(name, TRAINERS, n=1)
-    return f"stunet-plugin has no trainer {name}. Of this family: {', '.join(TRAINERS)}." + (
-        f" Did you mean {nearest[0]}?" if nearest else ""
-    )
+    return f"stunet-plugin has no trainer {name}. Of this family: {', '.join(TRAINERS)}.{did_you_mean(name, TRAINERS)}"

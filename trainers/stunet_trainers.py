@@ -6,13 +6,13 @@ Paper: arXiv:2304.06716, section 4; hyper-parameters as in the published trainer
 
 from __future__ import annotations
 
-import difflib
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stunet_plugin.plan_architecture import resolve_stunet
 from stunet_plugin.presets import PRESETS, STUNetPreset, get_preset
+from stunet_plugin.spelling import did_you_mean
 from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
 
@@ -88,11 +88,9 @@ def hint_for_unknown(name: str) -> str | None:
     """Return a line for someone who asked for a trainer of this family that does not exist, or None if it is no such name."""
     if not name.startswith("STUNetTrainer") or name in TRAINERS:
         return None
-    nearest = difflib.get_close_matches(name, TRAINERS, n=1)
     return (
         f"stunet-plugin has no trainer {name}: sizes {', '.join(PRESETS)}, each with nothing or "
-        f"{', '.join(schedule.suffix for schedule in SCHEDULES if schedule.suffix)} after it."
-        + (f" Did you mean {nearest[0]}?" if nearest else "")
+        f"{', '.join(schedule.suffix for schedule in SCHEDULES if schedule.suffix)} after it.{did_you_mean(name, TRAINERS)}"
     )
 
 

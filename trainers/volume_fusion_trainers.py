@@ -6,7 +6,6 @@ and so on.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.plan_architecture import REPLAN
 from stunet_plugin.presets import PRESETS
+from stunet_plugin.spelling import did_you_mean
 from stunet_plugin.topology import as_strides
 from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
 from stunet_plugin.trainers.plugin_trainer import PluginTrainer
@@ -82,10 +82,7 @@ def hint_for_unknown(name: str) -> str | None:
     """Return a line for someone who asked for a trainer of this family that does not exist, or None if it is no such name."""
     if not name.startswith(FAMILY) or name in TRAINERS:
         return None
-    nearest = difflib.get_close_matches(name, TRAINERS, n=1)
-    return f"stunet-plugin has no trainer {name}. Of this family: {', '.join(TRAINERS)}." + (
-        f" Did you mean {nearest[0]}?" if nearest else ""
-    )
+    return f"stunet-plugin has no trainer {name}. Of this family: {', '.join(TRAINERS)}.{did_you_mean(name, TRAINERS)}"
 
 
 def __getattr__(name: str) -> Any:
