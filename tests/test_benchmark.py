@@ -75,6 +75,35 @@ def test_allocation_peak_counts_what_lives_at_the_same_time(measure_step: Module
     assert measure_step.allocation_peak(allocate) == 3 * mebibyte
 
 
+def test_allocation_peaks_of_parts(measure_step: ModuleType) -> None:
+    kept = []
+
+    def allocate() -> None:
+        with torch.profiler.record_function("first"):
+            kept.append(torch.empty(1000, dtype=torch.uint8))
+            torch.empty(5000, dtype=torch.uint8)
+        with torch.profiler.record_function("second"):
+            torch.empty(3000, dtype=torch.uint8)
+
+    assert measure_step.allocation_peaks(allocate, ["first", "second"]) == {"first": 6000, "second": 4000}
+
+
+def test_operations_have_kinds(benchmarks: Callable[[str], ModuleType]) -> None:
+    kind_of = benchmarks("profile_step").kind_of
+    names = {
+        "aten::mkldnn_convolution": "convolution",
+        "aten::convolution_backward": "convolution backward",
+        "aten::_foreach_add_": "optimizer",
+        "aten::_log_softmax_backward_data": "loss",
+        "aten::native_group_norm": "norm and activation",
+        "aten::cat": "concatenation and upsampling",
+        "aten::copy_": "copies",
+        "aten::add_": "sums and products",
+        "aten::argmax": "other",
+    }
+    assert {name: kind_of(name) for name in names} == names
+
+
 def test_script_writes_a_report_and_its_table(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     settings = ["--sizes", "tiny", "--patch", *PATCH, "--repeats", 1, "--steps", 1, "--classes", CLASSES, "--device", "cpu"]
