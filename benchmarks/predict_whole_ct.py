@@ -66,6 +66,14 @@ def import_random_weights(size: str, outputs: int, pickle: Path, work: Path, env
     return work / "model"
 
 
+def plan_at(folder: Path, spacing: float) -> None:
+    """Change the spacing of an imported model's plan, and with it how many patches a CT takes."""
+    file = folder / "plans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [spacing] * 3
+    file.write_text(json.dumps(plans))
+
+
 def describe_model(folder: Path) -> dict[str, Any]:
     """Return the network, outputs and configurations (patch size, spacing in mm) of a model folder."""
     plans = json.loads((folder / "plans.json").read_text())
@@ -94,6 +102,7 @@ def main() -> int:
     parser.add_argument("--fold", default="0", help="of --model")
     parser.add_argument("--size", default="small", help="of STU-Net, with --pickle")
     parser.add_argument("--outputs", type=int, default=105, help="of the network, background included, with --pickle")
+    parser.add_argument("--spacing", type=float, metavar="MM", help="of the plan, with --pickle, instead of the published 1.5 mm")
     parser.add_argument("--machine", required=True, help="what it runs on, in words")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
     options = parser.parse_args()
@@ -102,6 +111,8 @@ def main() -> int:
         environment = {**os.environ, "nnUNet_results": str(work / "results"), "nnUNet_extTrainer": str(trainers_folder())}
         if options.model is None:
             model = import_random_weights(options.size, options.outputs, options.pickle, work, environment)
+            if options.spacing is not None:
+                plan_at(model, options.spacing)
         else:
             model = options.model
         (work / "images").mkdir()

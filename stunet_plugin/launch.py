@@ -9,22 +9,27 @@ what each process does is nnU-Net's own (``nnunetv2.run.run_training``). docs/sc
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from nnunetv2.paths import nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import distributed
 from torch.backends import cudnn
 
+from stunet_plugin.agreement import check_agreement, check_results_are_shared
 from stunet_plugin.errors import PluginError
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer
 
@@ -32,6 +37,8 @@ TIMEOUT_MINUTES = 60
 """Longer than the slowest process predicts 20 cases in the final validation, after which nnU-Net lets them wait for each other."""
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m stunet_plugin.launch 4 3d_fullres 0 -tr STUNetTrainer_large"
+
+GO_ON = "To go on from the latest checkpoint, start the same command with --c."
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,17 @@ class Place:
         return f"Process {self.rank} of {self.processes} on {socket.gethostname()}"
 
 
+class Parser(argparse.ArgumentParser):
+    """Ends with what is wrong in torchrun's last lines too."""
+
+    def error(self, message: str) -> NoReturn:
+        tell_torchrun(message)
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: nnU-Net's arguments, and the time-out."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m stunet_plugin.launch",
         description="nnUNetv2_train in the processes that torchrun starts, on one machine or several.",
         epilog=f"Example: {EXAMPLE}",
@@ -107,24 +122,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = choose_device(options.device, place)
     except PluginError as error:
         print(f"stunet_plugin.launch: {error}", file=sys.stderr)
+        tell_torchrun(str(error))
         return 2
     try:
         with process_group(device, options.timeout):
+            check_agreement(options)
+            if place.local_processes != place.processes and nnUNet_results.is_set():
+                check_results_are_shared()
             train(options, place, device)
     except PluginError as error:
         print(f"{place}: {error}", file=sys.stderr, flush=True)
+        tell_torchrun(str(error))
         return 2
+    except KeyboardInterrupt:
+        if place.local_rank == 0:
+            print(f"{place} was interrupted. {GO_ON}", file=sys.stderr, flush=True)
+        return 130
     except Exception as error:
         traceback.print_exc()
+        what = f"{type(error).__name__}: {str(error)[:500]}"
         print(
-            f"{place} stops: {type(error).__name__}: {str(error)[:500]}\n"
-            f"All processes of this training end, for none can go on alone; look for the one that stopped first. To go on from the "
-            f"latest checkpoint, start the same command with --c.",
+            f"{place} stops: {what}\n"
+            f"All processes of this training end, for none can go on alone; look for the one that stopped first. {GO_ON}",
             file=sys.stderr,
             flush=True,
         )
+        tell_torchrun(what)
         return 1
     return 0
+
+
+def tell_torchrun(text: str) -> None:
+    """Have torchrun's last lines, which say which process stopped first, also say why."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    with suppress(OSError):
+        # The format that torchrun reads; by the time it finds the first.
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -177,7 +212,9 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
 
 def train(options: argparse.Namespace, place: Place, device: torch.device) -> None:
     """Do what ``nnUNetv2_train`` does, in one of several processes."""
-    trainer_class = recursive_find_trainer_class_by_name(options.tr)
+    with _silent():
+        # nnU-Net looks for it once more below, and prints each file that it looks into.
+        trainer_class = recursive_find_trainer_class_by_name(options.tr)
     ours = issubclass(trainer_class, DistributedTrainer)
     if not ours and (device.type != "cuda" or place.local_processes != place.processes):
         raise PluginError(
@@ -186,9 +223,10 @@ def train(options: argparse.Namespace, place: Place, device: torch.device) -> No
             f"the CPU, use a trainer of this plugin, such as STUNetTrainer_base, PCTNetTrainer or FMUNetTrainer."
         )
     fold = options.fold if options.fold == "all" else int(options.fold)
-    trainer = get_trainer_from_args(
-        options.dataset_name_or_id, options.configuration, fold, options.tr, options.p, options.c, device=device
-    )
+    with _silent() if place.rank else nullcontext():
+        trainer = get_trainer_from_args(
+            options.dataset_name_or_id, options.configuration, fold, options.tr, options.p, options.c, device=device
+        )
     trainer.disable_checkpointing = options.disable_checkpointing
     if ours and options.pretrained_weights is not None and not options.val:
         trainer.load_pretrained_weights(options.pretrained_weights)
@@ -199,6 +237,12 @@ def train(options: argparse.Namespace, place: Place, device: torch.device) -> No
     if options.val_best:
         trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_best.pth")))
     trainer.perform_actual_validation(options.npz)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _usable_cores() -> int:

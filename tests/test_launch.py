@@ -16,8 +16,9 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training_entry
 from torch import distributed
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stunet_plugin import launch
+from stunet_plugin import agreement, launch
 from stunet_plugin.errors import PluginError
 from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
 
@@ -122,6 +123,83 @@ def test_wrong_arguments_and_places_are_refused(monkeypatch: pytest.MonkeyPatch,
     assert re.search("Process 9 of 16 on .* finds no GPU.*-device cpu", refused("0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "has 1 and was asked for 8 processes. Start torchrun with --nproc-per-node 1" in refused("0")
+
+
+def test_torchruns_last_lines_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit):
+        launch.main(["4", "3d_fullres", "0", "--continue"])
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert "unrecognized arguments: --continue" in ChildFailedError("launch", {0: failure}).format_msg()
+    assert launch.main(["4", "3d_fullres", "first"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert "fold must be a whole number" in ChildFailedError("launch", {0: failure}).format_msg()
+    assert failure.timestamp > 0
+    # What cannot be told is not in the way of what is printed.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+    assert launch.main(["4", "3d_fullres", "first"]) == 2
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "choose_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(launch, "process_group", interrupted)
+    assert launch.main(["4", "3d_fullres", "0", "-device", "cpu"]) == 130
+    assert "start the same command with --c" in capsys.readouterr().err
+
+
+def facts_of(*arguments: str) -> dict[str, str]:
+    return agreement.facts(launch.build_parser().parse_args([PHANTOM_ID, "3d_fullres", "0", *arguments]))
+
+
+def test_processes_that_were_started_differently_are_told_apart(
+    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = facts_of("--c")
+    assert first == facts_of("--c")
+    assert agreement.first_difference([("a", first), ("b", first)]) is None
+
+    def difference(other: dict[str, str]) -> str | None:
+        return agreement.first_difference([("a", first), ("a", first), ("b", other)])
+
+    assert difference(facts_of()) == "the argument c is True in process 0 on a, False in process 2 on b"
+    plans = Path(nnunet_environment.dataset_folder(nnunet_environment.preprocessed), "nnUNetPlans.json")
+    before = plans.read_text()
+    plans.write_text(before + "\n")
+    assert re.match(r"nnUNetPlans.json is \w{8} in process 0 on a, \w{8} in process 2", difference(facts_of("--c")) or "")
+    plans.write_text(before)
+    monkeypatch.setenv("STUNET_EPOCHS", "7")
+    assert difference(facts_of("--c")) == "STUNET_EPOCHS is 1 in process 0 on a, 7 in process 2 on b"
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    assert "missing" in (agreement.first_difference([("a", {**facts_of(), "STUNET_EPOCHS": "1"}), ("b", facts_of("--c"))]) or "")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_results_that_are_not_shared_are_refused(
+    shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seen from the second machine; what the first one would send and receive stands in for it."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ("second" if shared else "first") / "probe").touch()
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "second"))
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda names: names.__setitem__(0, "probe"))
+    first = (True, "a", str(tmp_path / "first"))
+    monkeypatch.setattr(distributed, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), [first, own]))
+    if shared:
+        agreement.check_results_are_shared()
+    else:
+        with pytest.raises(PluginError, match=r"(?s)process 1 on .* does not see in its .*second what process 0 on a .*first"):
+            agreement.check_results_are_shared()
 
 
 def test_nnunets_own_trainers_are_refused_beyond_the_gpus_of_one_machine(nnunet_environment: Workspace) -> None:
