@@ -275,8 +275,13 @@ def test_what_cannot_be_continued_says_why(make: Callable[..., Any], tmp_path: P
     torch.save({**content, "optimizer_state": None}, checkpoint)
     with pytest.raises(PluginError, match=r"weights alone.*-tr STUNetTrainer_tiny_ft -pretrained_weights"):
         make().load_checkpoint(str(checkpoint))
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(PluginError, match=r"is not a checkpoint of nnU-Net v2, or is damaged.*stunet inspect"):
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:1000])
+    with pytest.raises(PluginError, match=r"is no checkpoint or damaged .*, and there is no other.*Without --c"):
+        make().load_checkpoint(str(checkpoint))
+    (tmp_path / "checkpoint_latest.pth").write_bytes(whole[:-9])
+    (tmp_path / "checkpoint_best.pth").write_bytes(whole)
+    with pytest.raises(PluginError, match=r"but checkpoint_best.pth beside it is whole: move checkpoint_final.pth away"):
         make().load_checkpoint(str(checkpoint))
 
 

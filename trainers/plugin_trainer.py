@@ -45,6 +45,7 @@ from stunet_plugin.trainers.fine_tuning import (
     encoder_parameters,
     parameter_groups,
 )
+from stunet_plugin.trainers.safe_training import read_to_continue
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of outputs that nnU-Net gives none: their heads would get no gradient, and DDP would stop."""
@@ -269,7 +270,7 @@ class PluginTrainer(DistributedTrainer):
 
     def _check_checkpoint_to_continue(self, file: str) -> None:
         """Say why a training cannot go on from a checkpoint, before nnU-Net changes anything."""
-        checkpoint = read_checkpoint(file, "The checkpoint to continue from,")
+        checkpoint = read_to_continue(file)
         misfits = describe_misfits(self._bare_network(), checkpoint["network_weights"], heads_too=True)
         if misfits:
             raise PluginError(

@@ -189,6 +189,34 @@ class SafeTrainer(nnUNetTrainer):
         )
 
 
+def read_to_continue(file: str) -> dict[str, Any]:
+    """Map the checkpoint that a training is to continue from into memory.
+
+    Raises:
+        PluginError: it is damaged; the message says which one beside it is whole.
+    """
+    try:
+        return read_checkpoint(file, "The checkpoint to continue from,")
+    except PluginError as error:
+        path = Path(file)
+        reason = f"{file} is no checkpoint or damaged ({str(error.__cause__)[:200]})"
+        # nnU-Net takes the first of these that is there.
+        for other in (path.with_name(name) for name in TO_CONTINUE_FROM if name != path.name):
+            if _is_whole(other):
+                raise PluginError(
+                    f"{reason}, but {other.name} beside it is whole: move {path.name} away, and the same command goes on from that."
+                ) from error
+        raise PluginError(f"{reason}, and there is no other to continue from. Without --c the training starts anew.") from error
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_checkpoint(str(checkpoint), "The checkpoint")
+    except PluginError:
+        return False
+    return True
+
+
 def _local(value: torch.Tensor) -> torch.Tensor:
     """The part that this process has of a tensor that may be shared out."""
     part = getattr(value, "to_local", None)
