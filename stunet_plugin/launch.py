@@ -140,20 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         traceback.print_exc()
-        what = f"{type(error).__name__}: {str(error)[:500]}"
+        # Not told to torchrun: it would take a process that lost its connection to a killed one for the first.
         print(
-            f"{place} stops: {what}\n"
+            f"{place} stops: {type(error).__name__}: {str(error)[:500]}\n"
             f"All processes of this training end, for none can go on alone; look for the one that stopped first. {GO_ON}",
             file=sys.stderr,
             flush=True,
         )
-        tell_torchrun(what)
         return 1
     return 0
 
 
 def tell_torchrun(text: str) -> None:
-    """Have torchrun's last lines, which say which process stopped first, also say why."""
+    """Have torchrun's last lines, which say which process stopped first, also say what is wrong with the input."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return

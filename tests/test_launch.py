@@ -141,7 +141,9 @@ def test_torchruns_last_lines_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert launch.main(["4", "3d_fullres", "first"]) == 2
 
 
-def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_training_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
 
@@ -152,6 +154,15 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "process_group", interrupted)
     assert launch.main(["4", "3d_fullres", "0", "-device", "cpu"]) == 130
     assert "start the same command with --c" in capsys.readouterr().err
+
+    def disconnected(*_: Any) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    # Told to torchrun it would hide which process was killed.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(launch, "process_group", disconnected)
+    assert launch.main(["4", "3d_fullres", "0", "-device", "cpu"]) == 1
+    assert not (tmp_path / "error.json").exists()
 
 
 def facts_of(*arguments: str) -> dict[str, str]:
