@@ -4,7 +4,8 @@ Hospital A has the scans with real-valued intensities, as they are. Hospital B h
 hospitals differ in: thicker slices, another storage order, another contrast, and other label numbers. Every network (STU-Net,
 PCT-Net, nnU-Net's own) is trained on A, on B, on both (``stunet merge-datasets``), and on A with pseudo-labels for B's training
 images from its own model of A (``stunet pseudo-label``); no label of B is used then. ``stunet crosseval`` runs all of them on held
-out cases of both. Everything else is stock commands; what is finished stays finished: run the same line again.
+out cases of both, and on those of B turned into the storage order of A, which tells that difference from the others.
+Everything else is stock commands; what is finished stays finished: run the same line again.
 
 Exit codes: 0 done, 1 a command failed, 2 wrong input, 130 interrupted.
 """
@@ -28,6 +29,8 @@ from volume_fusion_experiment import (
     CONFIGURATION,
     Experiment,
     Settings,
+    add_common_options,
+    common_settings,
     draw_labelled,
     exit_code_of,
     hold_out,
@@ -35,11 +38,12 @@ from volume_fusion_experiment import (
     link_all,
 )
 
-from stunet_plugin.errors import PluginError
 from stunet_plugin.registration import trainers_folder, write_atomically
 
 HOST = Path(__file__).parent / "hospitals_host"
 A, B, BOTH = (911, "Dataset911_HospitalA"), (912, "Dataset912_HospitalB"), (913, "Dataset913_BothHospitals")
+TURNED, PUBLISHED_ORIENTATION = "HospitalB_turned", "RAS"
+"""Test cases of B in the order that A's are stored in."""
 PSEUDO_FROM, MIXED_FROM = 914, 917
 """IDs of the datasets with pseudo-labels, and of those merged with A: one per network, as each has its own teacher."""
 ARMS = ("A", "B", "both", "pseudo")
@@ -88,6 +92,19 @@ class Hospitals(Experiment):
             if changed:
                 description["labels"] = OTHER_LABELS
             write_atomically(folder / "dataset.json", json.dumps({**description, "numTraining": len(train)}, indent=1))
+
+        self._write_turned(self.raw / B[1], self.raw / TURNED)
+
+    @staticmethod
+    def _write_turned(source: Path, target: Path) -> None:
+        if (target / "dataset.json").is_file():
+            return
+        for part in ("imagesTs", "labelsTs"):
+            (target / part).mkdir(parents=True, exist_ok=True)
+            for file in sorted((source / part).iterdir()):
+                turned = sitk.DICOMOrient(sitk.ReadImage(str(file)), PUBLISHED_ORIENTATION)
+                sitk.WriteImage(turned, str(target / part / file.name))
+        shutil.copyfile(source / "dataset.json", target / "dataset.json")
 
     def _cases_of(self, hospital: str) -> list[str]:
         """Return the cases of a hospital, by the type and the range of their voxels."""
@@ -183,11 +200,13 @@ class Hospitals(Experiment):
             "models": [
                 {"name": name, "folder": str(folder), "mirroring": self.settings.mirroring} for name, folder in models.items()
             ],
-            "datasets": [{"name": f"hospital {key}", "folder": str(self.raw / name), "part": "Ts"} for key, (_, name) in
-                         (("A", A), ("B", B))],
+            "datasets": [
+                {"name": f"hospital {key}", "folder": str(self.raw / name), "part": "Ts"}
+                for key, name in (("A", A[1]), ("B", B[1]), ("B turned", TURNED))
+            ],
             "default_tolerance": TOLERANCE,
             "output": str(out),
-        }  # fmt: skip
+        }
         file = self.work / "crosseval.json"
         if not self.dry_run:
             write_atomically(file, json.dumps(setup, indent=1))
@@ -231,42 +250,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add_common_options(parser)
     add = parser.add_argument
-    add("--data", type=Path, default=Path("../shared/data/Dataset004_Hippocampus"), metavar="FOLDER", help="the raw dataset")
-    add("--work", type=Path, default=Path("hospitals_work"), metavar="FOLDER", help="everything is written here")
     add("--networks", nargs="+", choices=["stunet", "pctnet", "nnunet"], default=["stunet", "pctnet", "nnunet"], help="to train")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what each is trained on")
     add("--size", default="small", help="of STU-Net")
-    add("--batch", type=int, default=2, help="samples of a step")
-    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what each planner chooses)")
     add("--iterations", type=int, default=300, help="of each training")
-    add("--iterations-per-epoch", type=int, default=50, help="between two validations")
     add("--train-cases", type=int, default=30, help="of each hospital")
     add("--test-cases", type=int, default=20, help="of each hospital")
     add("--seed", type=int, default=1, help="of the choice of training cases and of the initial weights")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings and predictions")
-    add("--no-mirroring", dest="mirroring", action="store_false", help="predict eight times faster; no mirrored training samples")
-    add("--dry-run", action="store_true", help="print the commands and run none")
     add("--report", type=Path, metavar="FOLDER", help="where a copy of the report, its tables and pictures goes")
     return parser
 
 
 def carry_out(options: argparse.Namespace) -> None:
     settings = Settings(
+        **common_settings(options),
         size=options.size,
-        batch=options.batch,
-        patch=tuple(options.patch) if options.patch else None,
         pretrain_iterations=0,
         fine_tune_iterations=options.iterations,
-        iterations_per_epoch=options.iterations_per_epoch,
-        test_cases=options.test_cases,
         cases=(options.train_cases,),
         seeds=(options.seed,),
-        device=options.device,
-        mirroring=options.mirroring,
     )
-    if not (options.data / "labelsTr").is_dir():
-        raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
     work = options.work.resolve()
     experiment = Hospitals(settings, options.data.resolve(), work, options.dry_run, options.networks)
     if not options.dry_run:
@@ -277,7 +282,9 @@ def carry_out(options: argparse.Namespace) -> None:
     if options.report is not None and not options.dry_run:
         options.report.mkdir(parents=True, exist_ok=True)
         for file in FILES:
-            shutil.copyfile(out / file, options.report / file)
+            # A report to be shown tells what was compared, not where it lay on this machine.
+            content = (out / file).read_bytes()
+            (options.report / file).write_bytes(content if file.endswith(".png") else content.replace(f"{work}/".encode(), b""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

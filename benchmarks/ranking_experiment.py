@@ -33,6 +33,8 @@ from volume_fusion_experiment import (
     UNLABELLED_NAME,
     Experiment,
     Settings,
+    add_common_options,
+    common_settings,
     exit_code_of,
     keep_settings,
     link_all,
@@ -209,23 +211,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--json benchmarks/results/ranking.json --figure docs/experiments/ranking.png",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_common_options(parser)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="raw dataset of nnU-Net with labels, .nii.gz")
-    add("--work", type=Path, required=True, help="folder for everything in between")
     add("--sizes", nargs="+", default=["tiny", "small"], help="of STU-Net")
     add("--shares", type=float, nargs="+", default=[1.0, 0.1], help="of the pretraining's iterations, each a candidate")
     add("--weights", nargs="+", default=[], metavar="SIZE:NAME=FILE", help="further candidates: checkpoints of STU-Net")
     add("--cases", type=int, default=8, help="labelled cases to fine-tune and rank on")
     add("--seeds", type=int, nargs="+", default=[1, 2], help="of the labelled cases and the initial weights")
     add("--test-cases", type=int, default=40, help="held out")
-    add("--batch", type=int, default=2, help="samples of a step")
-    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what the planner chooses)")
     add("--pretrain-iterations", type=int, default=1000, help="of each pretraining at share 1")
     add("--fine-tune-iterations", type=int, default=100, help="of each fine-tuning")
-    add("--iterations-per-epoch", type=int, default=50, help="between two validations")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="of all trainings")
-    add("--no-mirroring", dest="mirroring", action="store_false", help="predict eight times faster; no mirrored training samples")
-    add("--dry-run", action="store_true", help="print the commands and run none")
     add("--json", type=Path, metavar="FILE", help="where the numbers of all finished runs go; the tables go to .md beside it")
     add("--figure", type=Path, metavar="FILE", help="where the scatter plot goes, .png")
     return parser
@@ -234,22 +229,15 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Prepare, pretrain, rank, fine-tune; report after every fine-tuning."""
     settings = RankingSettings(
+        **common_settings(options),
         size=options.sizes[0],
-        batch=options.batch,
-        patch=tuple(options.patch) if options.patch else None,
         pretrain_iterations=options.pretrain_iterations,
         fine_tune_iterations=options.fine_tune_iterations,
-        iterations_per_epoch=options.iterations_per_epoch,
-        test_cases=options.test_cases,
         cases=(options.cases,),
         seeds=tuple(options.seeds),
-        device=options.device,
-        mirroring=options.mirroring,
         sizes=tuple(options.sizes),
         shares=tuple(options.shares),
     )
-    if not (options.data / "labelsTr").is_dir():
-        raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
     candidates = candidates_of(settings, options.weights)
     work = options.work.resolve()
     if not options.dry_run:

@@ -266,6 +266,37 @@ def keep_settings(work: Path, settings: Settings) -> None:
     write_atomically(file, content)
 
 
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all experiments on few hippocampi take: data, how samples are drawn, where it runs."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="raw dataset of nnU-Net with labels, .nii.gz")
+    add("--work", type=Path, required=True, metavar="FOLDER", help="for everything in between")
+    add("--batch", type=int, default=2, help="samples of a step")
+    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what each planner chooses)")
+    add("--iterations-per-epoch", type=int, default=50, help="between two validations")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings and predictions")
+    add("--no-mirroring", dest="mirroring", action="store_false", help="predict eight times faster; no mirrored training samples")
+    add("--dry-run", action="store_true", help="print the commands and run none")
+
+
+def common_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that they give.
+
+    Raises:
+        PluginError: there is no data.
+    """
+    if not (options.data / "labelsTr").is_dir():
+        raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
+    return {
+        "batch": options.batch,
+        "patch": tuple(options.patch) if options.patch else None,
+        "iterations_per_epoch": options.iterations_per_epoch,
+        "test_cases": options.test_cases,
+        "device": options.device,
+        "mirroring": options.mirroring,
+    }
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Volume Fusion on hippocampus: pretrain, fine-tune on few cases, compare with training from scratch.",
@@ -273,23 +304,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--groups stunet scheme classes --json benchmarks/results/volume_fusion.json --figures docs/experiments",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_common_options(parser)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="raw dataset of nnU-Net with labels, .nii.gz")
-    add("--work", type=Path, required=True, help="folder for everything in between")
     add("--groups", nargs="+", choices=list(GROUPS), default=["stunet"], help="what to compare")
     add("--size", default="small", help="of STU-Net")
     add("--cases", type=int, nargs="+", default=[4, 8, 16], help="numbers of labelled cases")
     add("--only-cases", type=int, nargs="+", metavar="N", help="of --cases, run these now (default: all)")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the labelled cases and the initial weights")
     add("--test-cases", type=int, default=60, help="held out")
-    add("--batch", type=int, default=2, help="samples of a step")
-    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what each planner chooses)")
     add("--pretrain-iterations", type=int, default=3000, help="of each pretraining")
     add("--fine-tune-iterations", type=int, default=300, help="of each training on labels")
-    add("--iterations-per-epoch", type=int, default=50, help="between two validations")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="of all trainings")
-    add("--no-mirroring", dest="mirroring", action="store_false", help="predict eight times faster; no mirrored training samples")
-    add("--dry-run", action="store_true", help="print the commands and run none")
     add("--json", type=Path, metavar="FILE", help="where the numbers of all finished runs go; the table goes to .md beside it")
     add("--figures", type=Path, metavar="FOLDER", help="where the plots go")
     return parser
@@ -303,15 +327,15 @@ def carry_out(options: argparse.Namespace) -> None:
         CommandError: a command failed.
     """
     settings = Settings(
-        **{name: getattr(options, name) for name in Settings.__dataclass_fields__ if name not in ("cases", "seeds", "patch")},
-        patch=tuple(options.patch) if options.patch else None,
+        **common_settings(options),
+        size=options.size,
+        pretrain_iterations=options.pretrain_iterations,
+        fine_tune_iterations=options.fine_tune_iterations,
         cases=tuple(sorted(set(options.cases))),
         seeds=tuple(options.seeds),
     )
     arms = [arm for group in options.groups for arm in GROUPS[group]]
     work = options.work.resolve()
-    if not (options.data / "labelsTr").is_dir():
-        raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
     wanted = options.only_cases or settings.cases
     if not set(wanted) <= set(settings.cases):
         raise PluginError(f"--only-cases {wanted} must be among --cases {list(settings.cases)}.")

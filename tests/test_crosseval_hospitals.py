@@ -53,4 +53,4 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
         assert printed.count(command) >= 1, command
     assert printed.count("nnUNetv2_preprocess -d 911 -plans_name PCTNetPlans") == 1
     assert not (tmp_path / "work").exists()
-    assert script.main(["--data", str(tmp_path), "--dry-run"]) == 2
+    assert script.main(["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--dry-run"]) == 2
