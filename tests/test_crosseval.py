@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,9 @@ def test_wrong_input_is_refused(subjects: Path, tmp_path: Path, capsys: pytest.C
     for arguments, message in (
         (dataset, "No models are given"),
         ((*model, *model, *dataset), "Two models are called 'M'"),
+        (("--model", f"M x={apart}", "--model", f"m_X={apart}", *dataset), "Two models are called 'M x' and 'm_X'"),
         (("--model", "M", *dataset), "expected NAME=FOLDER"),
+        ((*model, "--dataset", f"D,images={own}"), "give folder (a raw dataset of nnU-Net), or images, references and"),
         (("--model", f"M={own}", *dataset), "is no model folder of nnU-Net v2"),
         (("--model", f"M={apart},fold=3", *dataset), "fold_3/checkpoint_final.pth is not there. In"),
         (("--model", f"M={apart},checkpoint=best.pth", *dataset), "no fold in"),
@@ -304,3 +307,19 @@ def test_check_writes_nothing(subjects: Path, tmp_path: Path, capsys: pytest.Cap
     assert crosseval(setup_file(subjects, tmp_path), "-o", tmp_path / "out", "--check") == 0
     assert "Classes (2)" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_check_reads_all_files(subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("images", "labels"):
+        shutil.copytree(subjects / "raw" / f"{kind}Tr", tmp_path / kind)
+    both = f"D,images={tmp_path / 'images'},references={tmp_path / 'labels'},labels={subjects / 'raw'}"
+    arguments = ("--model", f"M={subjects / 'apart'}", "--dataset", both, "-device", "cpu")
+    assert crosseval(*arguments, "-o", tmp_path / "out", "--check") == 0
+    image = next((tmp_path / "images").glob("*.nii.gz"))
+    image.write_bytes(image.read_bytes()[:-200])
+    # ITK would fill the rest with zeros.
+    for check in ([], ["--check"]):
+        capsys.readouterr()
+        assert crosseval(*arguments, "-o", tmp_path / "out", *check) == 2
+        assert f"{image} cannot be read: it is damaged or incomplete" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/**/*.nii.gz"))

@@ -318,6 +318,8 @@ def test_refusals(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--channel-names" in refused("1", "3", "-d", "20")
     write_dataset(raw / "Dataset004_D", {"background": 0, "whole": [1, 2], "core": 2}, 1, regions_class_order=[1, 2])
     assert "has regions" in refused("1", "4", "-d", "20")
+    write_dataset(raw / "Dataset006_F", {"background": 0, "heart": 1}, 1)
+    assert "Dataset006_F annotates none of the classes liver" in refused("1", "6", "-d", "20", "--classes", "liver")
     (raw / "Dataset005_E" / "imagesTr").mkdir(parents=True)
     (raw / "Dataset005_E" / "dataset.json").write_text(
         json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nrrd"})

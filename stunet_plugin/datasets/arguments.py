@@ -35,7 +35,10 @@ def add_pseudo_label_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint of each fold")
     model.add_argument("--step-size", type=float, default=0.5, metavar="X", help="of the sliding window, in patches")
     model.add_argument("--no-mirroring", dest="mirroring", action="store_false", help="up to eight times as fast, less exact")
-    model.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one")
+    model.add_argument(
+        "--device", "-device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto takes a GPU where there is one",
+    )  # fmt: skip
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:

@@ -92,7 +92,12 @@ class Merge:
                 f"never shown background finds classes everywhere. Learn only what one of them has as a whole (--classes), or say "
                 f"which classes its images do not show (--not-shown)."
             )
-        for part in self.parts:
+        for part, joined in zip(self.parts, self.joined, strict=True):
+            if joined.background_ignored and set(joined.missing) == set(self.joint.classes):
+                raise PluginError(
+                    f"{part.name} annotates none of the classes {', '.join(self.joint.classes)}, so all of its voxels would become "
+                    f"ignore. Leave it out, or say which of them its images do not show (--not-shown)."
+                )
             unknown = [name for name in part.not_shown if name not in self.joint.classes]
             if unknown:
                 raise PluginError(f"--not-shown: {unknown[0]!r} is none of the classes {', '.join(self.joint.classes)}.")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from stunet_plugin.datasets.raw_dataset import check_whole
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.registration import write_atomically
@@ -143,8 +144,9 @@ def read_labels(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a label map with one of nnU-Net's readers; return whole numbers (z, y, x) and the geometry.
 
     Raises:
-        PluginError: it cannot be read.
+        PluginError: it cannot be read, or is incomplete.
     """
+    check_whole(file)
     try:
         labels, properties = reader.read_seg(str(file))
     except Exception as error:  # each reader has its own

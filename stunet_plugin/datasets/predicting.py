@@ -15,6 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet_plugin.checkpoints.safe_loading import load_checkpoint
+from stunet_plugin.datasets.raw_dataset import check_whole
 from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.plan_readers import read_json
 from stunet_plugin.networks_of_trainers import build_network
@@ -115,6 +116,8 @@ class Model:
         Raises:
             PluginError: an image cannot be read.
         """
+        for image in images:
+            check_whole(image)
         try:
             array, properties = self.reader.read_images([os.fspath(image) for image in images])
         except Exception as error:  # each reader has its own

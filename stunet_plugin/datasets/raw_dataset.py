@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,8 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.importing.names import RAW
 from stunet_plugin.importing.plan_readers import read_json
 
+_PIECE = 2**20
+"""Bytes that are read at a time."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
@@ -139,3 +143,20 @@ def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
             names = ", ".join(f"{case}_{channel:04d}{ending}" for channel in wanted)
             raise PluginError(f"{folder}: case {case} has {len(files)} image(s), expected {names}.")
     return {case: tuple(files[channel] for channel in wanted) for case, files in found.items()}
+
+
+def check_whole(path: Path) -> None:
+    """Read a compressed image to its end, where the checksum is: ITK fills what is missing of one with zeros and says nothing.
+
+    Raises:
+        PluginError: it is cut off or damaged.
+    """
+    try:
+        with path.open("rb") as raw:
+            compressed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) as file:
+                while compressed and file.read(_PIECE):
+                    pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise PluginError(f"{path} cannot be read: it is damaged or incomplete ({error}). Mend or remove the case.") from error

@@ -30,7 +30,10 @@ def add_crosseval_arguments(parser: argparse.ArgumentParser) -> None:
         "--sliced", action="store_true", help="score aorta, vena cava, esophagus between the reference's end slices alone"
     )
     parser.add_argument("--resample", action="store_true", help="resample predictions to their references where the voxels differ")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes a GPU if there is one")
+    parser.add_argument(
+        "--device", "-device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="auto takes a GPU if there is one",
+    )  # fmt: skip
     parser.add_argument("-np", dest="processes", type=int, default=None, metavar="N", help="processes; half the cores if not given")
     parser.add_argument("--check", action="store_true", help="check everything, say what would be scored, and stop")
 

@@ -16,15 +16,16 @@ from typing import Any
 
 from stunet_plugin import __version__
 from stunet_plugin.checkpoints.safe_loading import sha256_of
+from stunet_plugin.datasets.raw_dataset import check_whole
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.compared import describe_dataset, describe_model
 from stunet_plugin.evaluation.comparison import Pair, Rules, describe, dropped, pair_up
 from stunet_plugin.evaluation.geometry import can_be_turned, grid_of
-from stunet_plugin.evaluation.predicting import Place, fingerprint, folder_name, predict_missing, read_record
+from stunet_plugin.evaluation.predicting import Place, fingerprint, predict_missing, read_record
 from stunet_plugin.evaluation.report import write_report
 from stunet_plugin.evaluation.results import PairScores, Results, without_nan, write_csv, write_matrix, write_summary
-from stunet_plugin.evaluation.scoring import CaseTask, score_all
-from stunet_plugin.evaluation.subjects import Dataset, Model, read_dataset, read_model, read_setup
+from stunet_plugin.evaluation.scoring import CaseTask, read_known_labels, score_all
+from stunet_plugin.evaluation.subjects import Dataset, Model, folder_name, read_dataset, read_model, read_setup
 from stunet_plugin.registration import write_atomically
 
 SCORES = "scores"
@@ -73,6 +74,7 @@ def run_crosseval(run: Run) -> int:
     lines = describe(pairs)
     print("\n".join(lines), flush=True)
     if run.check:
+        _check_files(run)
         return 0
     device = _device(run.device)
     run.out.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,30 @@ def _check_inputs(run: Run) -> None:
                 f"image. {first.name}: reference {grid_of(first.reference)}; image {grid_of(first.images[0])}. Mend the files, or "
                 "have predictions resampled to the references with --resample."
             )
+
+
+def _check_files(run: Run) -> None:
+    """Read all images and references through; a run comes to the references only when its predictions are made.
+
+    Raises:
+        PluginError: one is damaged, or a reference is no label map or holds label values that its system does not have.
+    """
+    problems = []
+    for dataset in run.datasets:
+        for case in dataset.cases:
+            try:
+                for image in case.images:
+                    check_whole(image)
+                read_known_labels(case.reference, dataset.labels)
+            except PluginError as error:
+                problems.append(f"Dataset {dataset.name}, {case.name}: {error}")
+    if problems:
+        raise PluginError(f"{len(problems)} cases cannot be used.\n{_first(problems)}")
+
+
+def _first(problems: Sequence[str]) -> str:
+    more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return "\n".join(problems[:SHOWN_PROBLEMS]) + more
 
 
 def _device(wanted: str) -> str:
@@ -144,9 +170,7 @@ def _score(pairs: Sequence[Pair], run: Run) -> list[PairScores]:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(record))
     if problems:
-        more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        shown = "\n".join(problems[:SHOWN_PROBLEMS])
-        raise PluginError(f"{len(problems)} cases cannot be scored; all others are, and kept.\n{shown}{more}")
+        raise PluginError(f"{len(problems)} cases cannot be scored; all others are, and kept.\n{_first(problems)}")
     return list(scores.values())
 
 

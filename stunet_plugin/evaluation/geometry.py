@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from stunet_plugin.datasets.raw_dataset import check_whole
 from stunet_plugin.errors import PluginError
 from stunet_plugin.unlabeled.reading import Geometry, last_line
 
@@ -64,8 +65,9 @@ def read_labels(path: Path) -> Any:
     """Read a label map.
 
     Raises:
-        PluginError: it cannot be read, or its values are no whole numbers.
+        PluginError: it cannot be read, is incomplete, or its values are no whole numbers.
     """
+    check_whole(path)
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.checkpoints.safe_loading import sha256_of
+from stunet_plugin.datasets.raw_dataset import check_whole
 from stunet_plugin.errors import PluginError
 from stunet_plugin.evaluation.comparison import Pair
-from stunet_plugin.evaluation.subjects import Case, Dataset, Model
+from stunet_plugin.evaluation.subjects import Case, Dataset, Model, folder_name
 from stunet_plugin.registration import write_atomically
 from stunet_plugin.unlabeled.progress import in_words
 
@@ -45,11 +46,6 @@ class Place:
 
     def record(self, case: Case) -> Path:
         return self.folder / f"{case.name}{RECORD_ENDING}"
-
-
-def folder_name(name: str) -> str:
-    """Return a subject's name as the name of a folder."""
-    return name.replace(" ", "_")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -80,6 +76,9 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
         out: output folder of the run.
         device: ``cpu``, ``cuda`` or ``mps``.
         processes: for the preprocessing; with 1, in this process.
+
+    Raises:
+        PluginError: an image is damaged; before any prediction is made.
     """
     wanted: list[tuple[Pair, Case, dict[str, Any]]] = []
     # Each file is read through once, however many pairs it belongs to.
@@ -90,6 +89,8 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
             key = {**identities[pair.model], "images": images[case]}
             if not _is_done(Place.of(out, pair), case, key):
                 wanted.append((pair, case, key))
+    for image in dict.fromkeys(image for _, case, _ in wanted for image in case.images):
+        check_whole(image)
     total = sum(len(pair.dataset.cases) for pair in pairs if pair.classes)
     print(f"Predictions: {total - len(wanted)} of {total} are there.", flush=True)
     started, done = time.monotonic(), 0

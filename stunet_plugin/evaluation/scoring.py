@@ -83,8 +83,20 @@ def score_all(tasks: Sequence[CaseTask], processes: int) -> Iterator[tuple[CaseT
         yield finished.task, finished.value or CaseScores(problem=finished.failure)
 
 
+def read_known_labels(path: Path, labels: LabelSystem) -> Any:
+    """Read a label map whose values its label system has.
+
+    Raises:
+        PluginError: it cannot be read, is no label map, or holds other values.
+    """
+    image = read_labels(path)
+    labels.check(np.unique(sitk.GetArrayViewFromImage(image)), str(path))
+    return image
+
+
 def _read_both(task: CaseTask) -> tuple[Any, Any, list[str]]:
-    reference, prediction = read_labels(task.reference), read_labels(task.prediction)
+    reference = read_known_labels(task.reference, task.reference_labels)
+    prediction = read_known_labels(task.prediction, task.prediction_labels)
     warnings: list[str] = []
     turned = on_grid_of(prediction, reference)
     if turned is None:
@@ -96,9 +108,4 @@ def _read_both(task: CaseTask) -> tuple[Any, Any, list[str]]:
             )
         turned = resampled(prediction, reference)
         warnings.append(f"The prediction was resampled to the reference's grid: {both}.")
-    for image, labels, path in (
-        (reference, task.reference_labels, task.reference),
-        (turned, task.prediction_labels, task.prediction),
-    ):
-        labels.check(np.unique(sitk.GetArrayViewFromImage(image)), str(path))
     return reference, turned, warnings

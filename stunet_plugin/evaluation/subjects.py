@@ -95,6 +95,11 @@ class Dataset:
     labels_from: str = OWN_LABELS
 
 
+def folder_name(name: str) -> str:
+    """Return a subject's name as the name of a folder."""
+    return name.replace(" ", "_")
+
+
 # --- models -------------------------------------------------------------------------------------------------------------
 
 
@@ -271,23 +276,28 @@ def read_setup(file: Path | None, models: Sequence[str], datasets: Sequence[str]
         if not setup[key]:
             raise PluginError(f"No {key} are given. Name them in a file, or with --{key.removesuffix('s')} NAME=FOLDER.")
         names = [str(entry.get("name")) for entry in setup[key]]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise PluginError(f"Two {key} are called {twice!r}. Give each a name of its own.")
+        folders = [folder_name(name).casefold() for name in names]
+        twice = [name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1]
+        if twice:
+            raise PluginError(
+                f"Two {key} are called {twice[0]!r} and {twice[1]!r}. Give each a name of its own; capitals do not count, nor "
+                "a space for an underscore, as their results would go into one folder."
+            )
     return setup
 
 
 def _entry_from_option(option: str, flag: str) -> dict[str, Any]:
-    """Read ``NAME=FOLDER,key=value,...``; values are true, false, numbers or text."""
+    """Read ``NAME=FOLDER,key=value,...``; values are true, false, numbers or text. A dataset of two folders has no FOLDER."""
     first, *others = option.split(",")
     name, equals, folder = first.partition("=")
-    entry: dict[str, Any] = {"name": name, "folder": folder}
+    entry: dict[str, Any] = {"name": name, "folder": folder} if equals else {"name": name}
     for other in others:
         key, sign, value = other.partition("=")
         if not sign:
             raise PluginError(f"{flag} {option}: {other!r} is not KEY=VALUE.")
         entry[key] = _value(value)
-    if not equals or not name or not folder:
+    whole = folder if equals else "images" in entry
+    if not name or not whole:
         raise PluginError(f"{flag} {option}: expected NAME=FOLDER, and after commas KEY=VALUE.")
     return entry
 

@@ -35,6 +35,9 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
         "--variety", choices=VARIETIES, default=VARIETIES[0],
         help="energy: as in the published code; spread: its inverse, which does not depend on the scale of the features",
     )  # fmt: skip
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one")
+    parser.add_argument(
+        "--device", "-device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto takes a GPU where there is one",
+    )  # fmt: skip
     parser.add_argument("--json", default=None, metavar="FILE", help="write everything that was computed")
     parser.add_argument("--figure", default=None, metavar="FILE", help="write the ranking as a bar chart, .png")
