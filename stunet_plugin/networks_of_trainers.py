@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -45,7 +46,9 @@ def find_trainer(name: str) -> Any:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
-        return recursive_find_trainer_class_by_name(name)
+        # It prints every module that it looks into.
+        with contextlib.redirect_stdout(None):
+            return recursive_find_trainer_class_by_name(name)
     except (RuntimeError, ImportError) as error:
         raise PluginError(
             f"The trainer {name} is known neither to this plugin nor to nnU-Net. If it is your own, set nnUNet_extTrainer to its "

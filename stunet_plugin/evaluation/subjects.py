@@ -83,7 +83,7 @@ class Dataset:
     """Cases with references in one label system.
 
     Attributes:
-        origin: folder, part, images, references: where the cases come from, as the user gave it.
+        origin: folder, part, images, references: where the cases come from, as the user gave it; the folder in full.
         labels_from: as in :class:`Model`.
     """
 
@@ -177,6 +177,9 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
     if ending is None:
         raise PluginError(f"Dataset {name}: {cases[0].reference} ends in none of {', '.join(ENDINGS)}.")
     origin = {key: str(entry[key]) for key in _ORIGIN if key in entry}
+    if "folder" in origin:
+        # An ID says nothing to somebody who reads the report elsewhere.
+        origin["folder"] = str(find_raw(os.path.expanduser(origin["folder"])))
     if not {"images", "references"} <= set(entry):
         origin.setdefault("part", LISTED if listed else TRAINING)
     return Dataset(name, labels, ending, cases, origin, str(entry.get("labels", OWN_LABELS)))
