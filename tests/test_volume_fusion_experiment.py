@@ -14,8 +14,9 @@ import pytest
 from stunet_plugin.errors import PluginError
 from stunet_plugin.trainers import __all__ as trainer_names
 
-SETTINGS = {"size": "small", "batch": 2, "patch": None, "pretrain_iterations": 60, "fine_tune_iterations": 30, "iterations_per_epoch": 10,
-            "test_cases": 60, "cases": (4, 8), "seeds": (1, 2), "device": "cpu", "mirroring": True}  # fmt: skip
+SETTINGS = {"size": "small", "batch": 2, "patch": None, "pretrain_iterations": 60, "fine_tune_iterations": 30,
+            "iterations_per_epoch": 10, "test_cases": 60, "cases": (4, 8), "seeds": (1, 2), "device": "cpu",
+            "mirroring": True}  # fmt: skip
 
 
 @pytest.fixture
