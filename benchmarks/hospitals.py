@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from volume_fusion_arms import Network
-from volume_fusion_experiment import (
+from experiment import (
     BASE_CONFIGURATION,
     CONFIGURATION,
     Experiment,
@@ -37,6 +36,7 @@ from volume_fusion_experiment import (
     keep_settings,
     link_all,
 )
+from volume_fusion_arms import Network
 
 from stunet_plugin.registration import trainers_folder, write_atomically
 
@@ -137,13 +137,7 @@ class Hospitals(Experiment):
             return
         if not (folder / "dataset_fingerprint.json").is_file():
             self.run(["nnUNetv2_extract_fingerprint", "-d", number, "-np", 2], self.log)
-        planner = ["stunet", "plan", "-pl", network.planner] if network.planner else ["nnUNetv2_plan_experiment"]
-        self.run([*planner, "-d", number], self.log)
-        if not self.dry_run:
-            file = folder / f"{network.plans}.json"
-            plans = json.loads(file.read_text())
-            plans["configurations"][CONFIGURATION] = self.configuration()
-            write_atomically(file, json.dumps(plans, indent=2))
+        self.plan(dataset, network, self.log)
         self.run(["nnUNetv2_preprocess", "-d", number, "-plans_name", network.plans, "-c", BASE_CONFIGURATION, "-np", 2], self.log)
         if not self.dry_run:
             # All cases train; nnU-Net wants some to validate on, and what counts are the test cases.
@@ -160,10 +154,7 @@ class Hospitals(Experiment):
         """Train a network on a dataset unless that is done; return the model folder."""
         network, model = self.networks[name], self.model_folder(name, arm, dataset)
         self.prepare(dataset, network)
-        options = {**self.budget(self.settings.fine_tune_iterations), "STUNET_VAL_ITERATIONS": "1"}
-        options["STUNET_SEED"] = str(self.settings.seeds[0])
-        if not self.settings.mirroring:
-            options["STUNET_MIRRORING"] = "0"
+        options = self.training_options(self.settings.fine_tune_iterations, self.settings.seeds[0])
         arguments = [dataset[0], CONFIGURATION, 0, "-tr", network.segmentation_trainer, "-p", network.plans]
         fold = model / "fold_0"
         self.train(arguments, fold, fold / "validation" / "summary.json", model.parents[1] / "log.txt", options)

@@ -23,15 +23,9 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from ranking_report import scores_of_ranking, write_report
-from volume_fusion_experiment import (
+from experiment import (
     BASE_CONFIGURATION,
     CONFIGURATION,
-    LABELLED,
-    LABELLED_NAME,
-    UNLABELLED,
-    UNLABELLED_NAME,
-    Experiment,
     Settings,
     add_common_options,
     common_settings,
@@ -39,6 +33,8 @@ from volume_fusion_experiment import (
     keep_settings,
     link_all,
 )
+from ranking_report import scores_of_ranking, write_report
+from volume_fusion_experiment import LABELLED, LABELLED_NAME, UNLABELLED, UNLABELLED_NAME, FusionExperiment
 from volume_fusion_report import mean_scores, score_run
 
 from stunet_plugin.errors import PluginError
@@ -81,7 +77,7 @@ class Candidate:
         return "".join(letter if letter.isalnum() else "_" for letter in self.name)
 
 
-class RankingExperiment(Experiment):
+class RankingExperiment(FusionExperiment):
     """The work folder of the experiment."""
 
     settings: RankingSettings
@@ -141,12 +137,8 @@ class RankingExperiment(Experiment):
         done = folder / "validation" / ("summary.json" if supervised else "pretext_score.json")
         iterations = max(int(self.settings.pretrain_iterations * candidate.share), 1)
         arguments: list[object] = [dataset, CONFIGURATION, fold, "-tr", trainer, "-p", PLANS]
-        self.train(arguments, folder, done, results / "log.txt", self._options(iterations, 1))
+        self.train(arguments, folder, done, results / "log.txt", self.training_options(iterations, 1))
         return folder / "checkpoint_final.pth"
-
-    def _options(self, iterations: int, seed: int) -> dict[str, str]:
-        options = {**self.budget(iterations), "STUNET_VAL_ITERATIONS": "1", "STUNET_SEED": str(seed)}
-        return options if self.settings.mirroring else {**options, "STUNET_MIRRORING": "0"}
 
     def fine_tune_candidate(self, candidate: Candidate, seed: int) -> float | None:
         """Train on the labelled cases unless that is done; return the mean Dice of the test cases."""
@@ -156,7 +148,7 @@ class RankingExperiment(Experiment):
         results = self.work / "fine_tuning" / candidate.folder / f"seed_{seed}"
         fold = results / LABELLED_NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{number}"
         arguments: list[object] = [LABELLED, CONFIGURATION, number, "-tr", trainer, "-p", PLANS]
-        options = self._options(self.settings.fine_tune_iterations, seed)
+        options = self.training_options(self.settings.fine_tune_iterations, seed)
         start = ["-pretrained_weights", weights] if weights else []
         self.train(arguments, fold, fold / "validation" / "summary.json", results / "log.txt", options, start)
         if self.dry_run:

@@ -1,31 +1,21 @@
-"""`stunet unlabeled` from folder to data set: a messy folder, further runs, kills, a full disk, wrong input."""
+"""`stunet unlabeled` from folder to data set: a messy folder, further runs, wrong input."""
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from unlabeled_helpers import SPACING, ct_array, mr_array, snapshot, truncate, write, write_dicom
+from unlabeled_helpers import SPACING, Run, command_in, ct_array, mr_array, rows, snapshot, truncate, write, write_dicom
 
 from stunet_plugin.cli import main
-from stunet_plugin.unlabeled import command
-from stunet_plugin.unlabeled.discovery import Source
-from stunet_plugin.unlabeled.prepare import Prepared, Settings, prepare
 
 from conftest import Workspace
 
@@ -88,32 +78,12 @@ def make_mess(folder: Path) -> None:
         (folder / name).touch()
 
 
-def rows(dataset: Path, name: str) -> list[dict[str, str]]:
-    with (dataset / "unlabeled" / name).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-Run = Callable[..., int]
 Mess = tuple[Workspace, Path, dict[str, tuple[object, ...]]]
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command in this process with a nnUNet_raw of its own."""
-    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    (tmp_path / "raw").mkdir()
-
-    def call(*folders: Path, **options: Any) -> int:
-        arguments = ["unlabeled", "-d", "900", "-n", "Scans"]
-        for folder in folders:
-            arguments += ["-i", str(folder)]
-        for name, value in options.items():
-            arguments += [("-" if name in ("np", "d", "n") else "--") + name, *([] if value is True else [str(value)])]
-        return main(arguments)
-
-    return call
+    return command_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -261,114 +231,6 @@ def test_a_folder_that_was_moved_is_followed(run: Run, tmp_path: Path, capsys: p
     after = {name: entry[1] for name, entry in snapshot(dataset / "labelsTr").items()}
     assert {name: after[name] for name in labels} == labels
     assert {Path(row["source"]).name for row in rows(dataset, "skipped.csv")} == {"converted.nrrd", "0.mha"}, "not needed"
-
-
-# --- kills -----------------------------------------------------------------------------------------------------------------
-
-
-def start(folder: Path, raw: Path, processes: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "nnUNet_raw": str(raw), "OMP_NUM_THREADS": "1"}
-    arguments = ["unlabeled", "-i", str(folder), "-d", "900", "-n", "Scans", "--modality", "MR", "-np", str(processes)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "stunet_plugin", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def contents(dataset: Path) -> dict[str, object]:
-    """A data set without times, the order of records aside."""
-    found: dict[str, object] = {}
-    for name, entry in snapshot(dataset).items():
-        content = entry[1] if len(entry) > 1 else None
-        is_table = name.endswith((".csv", ".jsonl"))
-        found[name] = sorted(content.splitlines()) if is_table and isinstance(content, bytes) else content
-    return found
-
-
-def wait_for_records(dataset: Path, more_than: int, process: subprocess.Popen[bytes]) -> None:
-    manifest = dataset / "unlabeled" / "manifest.jsonl"
-    while process.poll() is None and (not manifest.exists() or manifest.read_bytes().count(b"\n") <= more_than):
-        time.sleep(0.005)
-
-
-def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
-    folder = tmp_path / "scans"
-    for seed in range(120):
-        write(folder / f"{seed % 7}" / f"{seed}.nii.gz", mr_array(seed % 110))
-    before = snapshot(folder)
-    raws = [tmp_path / name for name in ("whole", "killed")]
-    for raw in raws:
-        raw.mkdir()
-    whole, killed = (raw / "Dataset900_Scans" for raw in raws)
-    assert start(folder, raws[0], 1).wait() == 0
-
-    generator = random.Random(0)
-    kills = (signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
-    for number, sign in enumerate(kills):
-        process = start(folder, raws[1], 2)
-        records = len((killed / "unlabeled/manifest.jsonl").read_bytes().splitlines()) if killed.exists() else 0
-        wait_for_records(killed, records + 5 * number, process)
-        time.sleep(generator.uniform(0, 0.05))
-        process.send_signal(sign)
-        output, errors = process.communicate()
-        assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL), (output, errors)
-        if sign == signal.SIGINT:
-            assert b"What is finished can be used" in errors
-            description = json.loads((killed / "dataset.json").read_text())
-            assert description["numTraining"] == len(list((killed / "imagesTr").iterdir()))
-        for image in (killed / "imagesTr").iterdir():
-            assert (killed / "labelsTr" / image.name.replace("_0000", "")).is_file()
-    assert 0 < len(list((killed / "imagesTr").iterdir())) < 110
-    assert start(folder, raws[1], 2).wait() == 0
-    assert contents(killed) == contents(whole)
-    assert len(rows(killed, "cases.csv")) == 110
-    assert snapshot(folder) == before
-
-
-def prepare_or_die(settings: Settings, source: Source) -> Prepared:
-    """Stands for a library that crashes on a file."""
-    if source.path.endswith("deadly.nii"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return prepare(settings, source)
-
-
-def test_a_scan_that_kills_its_worker(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a", "deadly", "z"):
-        write(tmp_path / "scans" / f"{name}.nii", mr_array(len(name)) + ord(name[0]))
-    monkeypatch.setattr(command, "prepare", prepare_or_die)
-    assert run(tmp_path / "scans", np=1, modality="MR") == 0
-    dataset = tmp_path / "raw" / "Dataset900_Scans"
-    assert [Path(row["source"]).name for row in rows(dataset, "cases.csv")] == ["a.nii", "z.nii"]
-    (row,) = rows(dataset, "skipped.csv")
-    assert (row["reason"], row["tried_again"]) == ("could not be processed", "yes")
-    assert "SIGSEGV" in row["detail"]
-    monkeypatch.undo()
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    assert run(tmp_path / "scans", np=1) == 0
-    assert len(rows(dataset, "cases.csv")) == 3
-    assert not rows(dataset, "skipped.csv")
-
-
-def test_a_full_disk_stops_the_run_and_the_finished_part_stays(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    resource = pytest.importorskip("resource")
-    small = write(tmp_path / "scans" / "a.nii", mr_array(1))
-    write(tmp_path / "scans" / "b.nii.gz", mr_array(2, (60, 80, 80)))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        # A limit on the size of files, which the workers inherit, stands for the disk.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
-        assert run(tmp_path / "scans", np=1, modality="MR", **{"file-ending": ".nii"}) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "Once mended, the same command continues" in capsys.readouterr().err
-    dataset = tmp_path / "raw" / "Dataset900_Scans"
-    (row,) = rows(dataset, "cases.csv")
-    assert row["source"] == str(small)
-    assert not rows(dataset, "skipped.csv"), "a full disk is not the fault of a scan"
-    assert json.loads((dataset / "dataset.json").read_text())["numTraining"] == 1
-    assert run(tmp_path / "scans", np=1) == 0
-    assert len(rows(dataset, "cases.csv")) == 2
 
 
 # --- input -----------------------------------------------------------------------------------------------------------------

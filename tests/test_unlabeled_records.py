@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,18 @@ def prepared(dataset: Dataset, record: Record) -> Prepared:
     return Prepared(record, *files)
 
 
+def killed_in_commit(
+    dataset: Dataset, second: Prepared, manifest: Manifest, rename: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Manifest:
+    """Commit with a renaming that kills, and open the records as the next run does."""
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", rename)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.commit(second, manifest, CHOICE)
+    manifest.close()
+    return dataset.open_manifest(CHOICE)
+
+
 def test_a_kill_before_a_moved_scan_is_linked_is_taken_back(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = (dataset.folder.parent / name for name in ("old.nii", "new.nii"))
     old.touch()
@@ -190,12 +203,7 @@ def test_a_kill_before_a_moved_scan_is_linked_is_taken_back(dataset: Dataset, mo
     dataset.commit(linked(old), manifest, CHOICE)
     old.rename(new)
     second = linked(new)
-    with monkeypatch.context() as context:
-        context.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            dataset.commit(second, manifest, CHOICE)
-    manifest.close()
-    again = dataset.open_manifest(CHOICE)
+    again = killed_in_commit(dataset, second, manifest, killed, monkeypatch)
     assert [record.source for record in again.records()] == [str(old)]
     dataset.commit(linked(new), again, CHOICE)
     assert [record.source for record in again.records()] == [str(new)]
@@ -215,12 +223,7 @@ def test_a_kill_between_record_and_files_is_taken_back(dataset: Dataset, monkeyp
             raise KeyboardInterrupt
         done.append(rename(*arguments))
 
-    with monkeypatch.context() as context:
-        context.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            dataset.commit(second, manifest, CHOICE)
-    manifest.close()
-    again = dataset.open_manifest(CHOICE)
+    again = killed_in_commit(dataset, second, manifest, killed, monkeypatch)
     assert [record.case for record in again.records()] == ["scan_a"]
     assert [path.name for path in dataset.images.iterdir()] == ["scan_a_0000.nii"], "never an image without a label"
     dataset.commit(prepared(dataset, case("b")), again, CHOICE)

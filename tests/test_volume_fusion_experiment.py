@@ -27,7 +27,7 @@ def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 
 
 def test_splits_never_mix_and_depend_on_nothing_but_the_names(benchmarks: Callable[[str], ModuleType]) -> None:
-    script = benchmarks("volume_fusion_experiment")
+    script = benchmarks("experiment")
     settings = script.Settings(**SETTINGS)
     names = [f"case_{index:03d}" for index in range(217)]
     test, pool = script.hold_out(names, settings)
@@ -105,7 +105,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
 
 
 def test_work_folder_of_other_settings_is_refused(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    script = benchmarks("volume_fusion_experiment")
+    script = benchmarks("experiment")
     script.keep_settings(tmp_path, script.Settings(**SETTINGS))
     script.keep_settings(tmp_path, script.Settings(**SETTINGS))
     with pytest.raises(PluginError, match="begun with other settings .batch was 2.*another --work"):
