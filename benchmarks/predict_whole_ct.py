@@ -1,4 +1,4 @@
-"""Time and memory of ``nnUNetv2_predict`` on a whole CT: with a model folder, or with an imported model of published architecture.
+"""Time and memory of nnU-Net's prediction of a whole CT: with a model folder, or with an imported model of published architecture.
 
 The latter's weights are random because published ones are not part of this repository; time and memory do not depend on them.
 Writes a JSON with the seconds and the peak memory of the command and all of its worker processes together.
@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from import_helpers import make_network, published_weights, v1_checkpoint
 
 POLL_SECONDS = 0.5
+DATASET, DATASET_NAME = 998, "CT"
 
 
 def memory_of_group(group: int) -> int:
@@ -61,9 +62,10 @@ def import_random_weights(size: str, outputs: int, pickle: Path, work: Path, env
     source = work / f"{size}_ep4k.model"
     torch.save(v1_checkpoint(published_weights(make_network(size, outputs=outputs))), source)
     shutil.copyfile(pickle, source.with_name(source.name + ".pkl"))
-    (work / "results").mkdir()
-    subprocess.run([find_command("stunet"), "import", str(source), "--out", str(work / "model")], env=environment, check=True)
-    return work / "model"
+    command = [find_command("stunet"), "import", str(source), "--dataset-id", str(DATASET), "--name", DATASET_NAME]
+    subprocess.run(command, env=environment, check=True)
+    source.unlink()
+    return next((work / "results" / f"Dataset{DATASET}_{DATASET_NAME}").iterdir())
 
 
 def plan_at(folder: Path, spacing: float) -> None:
@@ -72,6 +74,23 @@ def plan_at(folder: Path, spacing: float) -> None:
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["spacing"] = [spacing] * 3
     file.write_text(json.dumps(plans))
+
+
+def prediction_command(model: Path, fold: str, sequential: bool, results: Path) -> list[str]:
+    """Return the command but for its folders of images; ``sequential`` is the one that takes the least memory.
+
+    nnU-Net has that option where models are found by name, so the model folder must be in ``results``, or is linked there.
+    """
+    common = ["-f", fold, "-device", "cpu", "--disable_tta"]
+    if not sequential:
+        return ["nnUNetv2_predict_from_modelfolder", "-m", str(model), *common, "-npp", "1", "-nps", "1"]
+    link = results / f"Dataset{DATASET}_{DATASET_NAME}" / model.name
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(model.resolve())
+    trainer, plans, configuration = model.name.split("__")
+    named = ["-d", str(DATASET), "-tr", trainer, "-p", plans, "-c", configuration]
+    return ["nnUNetv2_predict", *named, *common, "-npp", "0", "-nps", "0"]
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
@@ -103,11 +122,13 @@ def main() -> int:
     parser.add_argument("--size", default="small", help="of STU-Net, with --pickle")
     parser.add_argument("--outputs", type=int, default=105, help="of the network, background included, with --pickle")
     parser.add_argument("--spacing", type=float, metavar="MM", help="of the plan, with --pickle, instead of the published 1.5 mm")
+    parser.add_argument("--sequential", action="store_true", help="nnUNetv2_predict -npp 0 -nps 0: no workers, less memory")
     parser.add_argument("--machine", required=True, help="what it runs on, in words")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        (work / "results").mkdir()
         environment = {**os.environ, "nnUNet_results": str(work / "results"), "nnUNet_extTrainer": str(trainers_folder())}
         if options.model is None:
             model = import_random_weights(options.size, options.outputs, options.pickle, work, environment)
@@ -117,9 +138,9 @@ def main() -> int:
             model = options.model
         (work / "images").mkdir()
         shutil.copyfile(options.image, work / "images" / "ct_0000.nii.gz")
-        arguments = ["-i", work / "images", "-o", work / "out", "-m", model, "-f", options.fold, "-device", "cpu", "--disable_tta"]
-        command = [find_command("nnUNetv2_predict_from_modelfolder"), *map(str, arguments), "-npp", "1", "-nps", "1"]
-        seconds, peak = measure(command, environment)
+        command = prediction_command(model, options.fold, options.sequential, work / "results")
+        folders = ["-i", str(work / "images"), "-o", str(work / "out")]
+        seconds, peak = measure([find_command(command[0]), *command[1:], *folders], environment)
         image, predicted = sitk.ReadImage(str(options.image)), sitk.ReadImage(str(work / "out" / "ct.nii.gz"))
         description = describe_model(model)
     if predicted.GetSize() != image.GetSize():
@@ -130,7 +151,7 @@ def main() -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2": host_version()},
         "model": description,
         "image": {"voxels": image.GetSize(), "spacing_mm": image.GetSpacing()},
-        "command": "nnUNetv2_predict_from_modelfolder -device cpu --disable_tta -npp 1 -nps 1",
+        "command": " ".join(word for word in command if word != str(model)),
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak / 1024**3, 2),
     }

@@ -18,10 +18,11 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import SimpleITK as sitk
 from experiment import (
     BASE_CONFIGURATION,
     CONFIGURATION,
@@ -52,12 +53,7 @@ class FusionExperiment(Experiment):
         scans = self.work / "scans"
         if not self.dry_run:
             link_all(((self.data / "imagesTr" / f"{case}_0000.nii.gz", scans / f"{case}.nii.gz") for case in pool), scans)
-            target = self.raw / LABELLED_NAME
-            for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
-                files = [f"{case}{ending}" for case in (*test, *pool)]
-                link_all(((self.data / part / file, target / part / file) for file in files), target / part)
-            description = json.loads((self.data / "dataset.json").read_text())
-            write_atomically(target / "dataset.json", json.dumps({**description, "numTraining": len(test) + len(pool)}))
+            self.prepare_labelled([*test, *pool])
         log = self.work / "logs" / "prepare.log"
         if not (self.raw / UNLABELLED_NAME / "dataset.json").is_file():
             name = UNLABELLED_NAME.partition("_")[2]
@@ -65,6 +61,18 @@ class FusionExperiment(Experiment):
         for dataset, folder in ((UNLABELLED, UNLABELLED_NAME), (LABELLED, LABELLED_NAME)):
             if not (self.preprocessed / folder / "dataset_fingerprint.json").is_file():
                 self.run(["nnUNetv2_extract_fingerprint", "-d", dataset, "-np", 2], log)
+
+    def prepare_labelled(self, cases: Sequence[str]) -> None:
+        """Make the dataset with labels: links, but for labels that are merged into one."""
+        target = self.raw / LABELLED_NAME
+        for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+            merge = self.settings.merged and part == "labelsTr"
+            pairs = ((self.data / part / f"{case}{ending}", target / part / f"{case}{ending}") for case in cases)
+            (merge_all if merge else link_all)(pairs, target / part)
+        description = json.loads((self.data / "dataset.json").read_text())
+        if self.settings.merged:
+            description["labels"] = {"background": 0, "structure": 1}
+        write_atomically(target / "dataset.json", json.dumps({**description, "numTraining": len(cases)}))
 
     def prepare_plans(self, network: Network) -> None:
         """Plan on the scans, add a configuration with the batch size, move the plans to the labelled dataset, preprocess both."""
@@ -111,8 +119,19 @@ class FusionExperiment(Experiment):
         start = ["-pretrained_weights", weights] if weights else []
         self.train(arguments, fold, fold / "validation" / "summary.json", results / "log.txt", {**options, **arm.options}, start)
         if not self.dry_run:
-            score_run(fold, self.data / "labelsTr", results / "scores.json")
+            score_run(fold, self.raw / LABELLED_NAME / "labelsTr", results / "scores.json")
         return results
+
+
+def merge_all(pairs: Iterable[tuple[Path, Path]], folder: Path) -> None:
+    """Write label images into a folder in which every structure is 1, but for those that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, target in pairs:
+        if not target.exists():
+            unfinished = target.with_name(f"unfinished_{target.name}")
+            sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(source)) > 0, sitk.sitkUInt8), str(unfinished))
+            unfinished.replace(target)
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -131,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-cases", type=int, default=60, help="held out")
     add("--pretrain-iterations", type=int, default=3000, help="of each pretraining")
     add("--fine-tune-iterations", type=int, default=300, help="of each training on labels")
+    add("--merged", action="store_true", help="train on the structures as one, and score them so")
     add("--json", type=Path, metavar="FILE", help="where the numbers of all finished runs go; the table goes to .md beside it")
     add("--figures", type=Path, metavar="FOLDER", help="where the plots go")
     return parser
@@ -150,6 +170,7 @@ def carry_out(options: argparse.Namespace) -> None:
         fine_tune_iterations=options.fine_tune_iterations,
         cases=tuple(sorted(set(options.cases))),
         seeds=tuple(options.seeds),
+        merged=options.merged,
     )
     arms = [arm for group in options.groups for arm in GROUPS[group]]
     work = options.work.resolve()

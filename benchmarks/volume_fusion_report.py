@@ -124,9 +124,10 @@ def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -
         cells = [f"{row[metric]['mean']:.3f} ± {row[metric]['standard_deviation']:.3f}" for metric in METRICS]
         over = ", ".join(f"{difference:+.3f}" for difference in row["dice_over_scratch"])
         lines.append(f"| {row['arm']} | {row['cases']} | {cells[0]} | {over} | {cells[1]} | {cells[2]} | {row['seeds']} |")
+    structures = "structures merged into one" if settings["merged"] else "both structures"
     lines += [
         "",
-        f"Mean over {settings['test_cases']} test cases and both structures; ± is the standard deviation over seeds. Batch "
+        f"Mean over {settings['test_cases']} test cases, {structures}; ± is the standard deviation over seeds. Batch "
         f"{settings['batch']}, {settings['pretrain_iterations']} iterations of pretraining, {settings['fine_tune_iterations']} of "
         f"training on labels, STU-Net {settings['size']}, {settings['device']}"
         f"{'' if settings['mirroring'] else ', no mirroring'}.",

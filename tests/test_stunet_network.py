@@ -44,7 +44,7 @@ def tiny(**changes: Any) -> STUNet:
 @pytest.fixture
 def own_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions on the CPU go by their own order of memory for any feature map."""
-    monkeypatch.setattr("stunet_plugin.networks.stunet.FEWEST_VOXELS", 1)
+    monkeypatch.setattr("stunet_plugin.networks.residual.FEWEST_VOXELS", 1)
 
 
 @pytest.fixture

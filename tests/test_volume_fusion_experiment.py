@@ -10,13 +10,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.trainers import __all__ as trainer_names
 
 SETTINGS = {"size": "small", "batch": 2, "patch": None, "pretrain_iterations": 60, "fine_tune_iterations": 30,
             "iterations_per_epoch": 10, "test_cases": 60, "cases": (4, 8), "seeds": (1, 2), "device": "cpu",
-            "mirroring": True}  # fmt: skip
+            "mirroring": True, "merged": False}  # fmt: skip
 
 
 @pytest.fixture
@@ -102,6 +103,20 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
     assert "-tr STUNetTrainer_small -p nnUNetPlans -device cpu -pretrained_weights" in printed
     assert not (tmp_path / "work").exists()
     assert script.main(["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--dry-run"]) == 2
+
+
+def test_merged_labels_keep_geometry_and_are_written_once(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    script = benchmarks("volume_fusion_experiment")
+    source, target = tmp_path / "case.nii.gz", tmp_path / "merged" / "case.nii.gz"
+    label = sitk.GetImageFromArray(np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 2, 2))
+    label.SetSpacing((0.5, 1, 2))
+    sitk.WriteImage(label, str(source))
+    for _ in range(2):
+        script.merge_all([(source, target)], target.parent)
+    merged = sitk.ReadImage(str(target))
+    assert merged.GetSpacing() == (0.5, 1, 2)
+    assert sitk.GetArrayFromImage(merged).max(axis=(1, 2)).tolist() == [0, 1, 1]
+    assert [file.name for file in target.parent.iterdir()] == ["case.nii.gz"]
 
 
 def test_work_folder_of_other_settings_is_refused(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:

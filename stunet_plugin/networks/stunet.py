@@ -6,7 +6,7 @@ facts, not copied. Same function as published; what differs is how it is compute
 * The decoder convolves before it upsamples (a 1x1x1 convolution and a nearest upsampling commute), which saves the work
   and the memory of one full-resolution tensor with twice the channels.
 * Any number of stages, strides and odd kernels, in 3D and 2D; the published code knows six stages in 3D.
-* Activations that no gradient needs are overwritten in place.
+* Activations that no gradient needs are overwritten in place (``residual.py``, where the blocks are).
 * Activation checkpointing by stage or by block (``STUNet.checkpointing``).
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose.
@@ -15,8 +15,7 @@ Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order afte
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,118 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from stunet_plugin.checkpointing import OFF, SETTINGS, STAGE
+from stunet_plugin.checkpointing import OFF, SETTINGS
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.computing_again import compute_again_in_backward
-from stunet_plugin.networks.fewer_products import FEWEST_VOXELS, convolve
-from stunet_plugin.networks.instance_norm import InstanceNorm
+from stunet_plugin.networks.residual import NEGATIVE_SLOPE, ConvOp, compute_stage_again, predicts_on_cpu, residual_stage
 from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
-
-ConvOp = Callable[..., _ConvNd]
-"""``nn.Conv2d`` or ``nn.Conv3d``."""
-
-NEGATIVE_SLOPE = 1e-2
-"""Of every LeakyReLU, and assumed by the He initialisation."""
-
-
-class ResidualBlock(nn.Module):
-    """conv - norm - LeakyReLU - conv - norm, plus the shortcut, then LeakyReLU.
-
-    Args:
-        in_channels, out_channels: of the block.
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        kernel_size: odd, one number per axis.
-        stride: of the first convolution and of the shortcut.
-        project_shortcut: the shortcut is a convolution of kernel size 1 with a bias and no norm (first block of a stage,
-            even where nothing changes); otherwise it is the identity.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        conv_op: ConvOp,
-        kernel_size: tuple[int, ...],
-        stride: tuple[int, ...],
-        project_shortcut: bool,
-    ) -> None:
-        super().__init__()
-        padding = tuple(size // 2 for size in kernel_size)
-        self.conv1 = conv_op(in_channels, out_channels, kernel_size, stride, padding)
-        self.norm1 = InstanceNorm(out_channels)
-        self.conv2 = conv_op(out_channels, out_channels, kernel_size, 1, padding)
-        self.norm2 = InstanceNorm(out_channels)
-        self.shortcut = conv_op(in_channels, out_channels, 1, stride) if project_shortcut else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if _predicts_on_cpu(self, x):
-            return self._predict(x)
-        # In place is safe: instance norm keeps its input, not its output, and LeakyReLU's gradient needs its result alone.
-        y = _activate(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        y += self.shortcut(x)
-        return _activate(y)
-
-    def _predict(self, x: Tensor) -> Tensor:
-        """Return the same, on the CPU in less time."""
-        depth, height, width = self.conv1.stride
-
-        def shortcut(start: int, stop: int) -> Tensor:
-            slab = x[:, :, start * depth : stop * depth : depth, ::height, ::width]
-            return slab if isinstance(self.shortcut, nn.Identity) else cpu_inference.convolve(self.shortcut, slab)
-
-        y = cpu_inference.norm_and_activation([self.norm1], _activate, [convolve(self.conv1, x)], overwrite=True)
-        y = cpu_inference.norm_sum_activation(self.norm2, _activate, convolve(self.conv2, y), shortcut)
-        # Torch's convolutions of few voxels are faster with the channels first.
-        return y if y[0, 0].numel() >= FEWEST_VOXELS else y.contiguous()
-
-
-def _predicts_on_cpu(module: nn.Module, x: Tensor) -> bool:
-    """Return whether a feature map of a prediction is large enough for the ways of :mod:`cpu_inference`."""
-    return x.ndim == 5 and x[0, 0].numel() >= FEWEST_VOXELS and cpu_inference.applies(module, x)
-
-
-def _activate(x: Tensor) -> Tensor:
-    return functional.leaky_relu_(x, NEGATIVE_SLOPE)
-
-
-def residual_stage(
-    in_channels: int,
-    out_channels: int,
-    num_blocks: int,
-    conv_op: ConvOp,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-) -> nn.Sequential:
-    """Blocks of one stage: the first strides and projects its shortcut, the others keep their shape."""
-    no_stride = (1,) * len(stride)
-    return nn.Sequential(
-        *(
-            ResidualBlock(
-                in_channels if block == 0 else out_channels,
-                out_channels,
-                conv_op,
-                kernel_size,
-                stride if block == 0 else no_stride,
-                project_shortcut=block == 0,
-            )
-            for block in range(num_blocks)
-        )
-    )
-
-
-def _compute_again(stage: Any, checkpointing: str, enter: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return ``stage(enter(*inputs))``, of which ``inputs`` alone are kept, or with BLOCK each block's output too.
-
-    Args:
-        stage: a :func:`residual_stage`.
-    """
-    first, *others = [stage] if checkpointing == STAGE else stage
-    x = compute_again_in_backward(first, lambda *given: first(enter(*given)), *inputs, random=False)
-    for block in others:
-        x = compute_again_in_backward(block, block, x, random=False)
-    return x
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -172,7 +64,7 @@ class STUNetEncoder(nn.Module):
     def forward(self, x: Tensor, checkpointing: str = OFF) -> list[Tensor]:
         skips = []
         for stage in self.stages:
-            x = stage(x) if checkpointing == OFF else _compute_again(stage, checkpointing, _unchanged, x)
+            x = stage(x) if checkpointing == OFF else compute_stage_again(stage, checkpointing, _unchanged, x)
             skips.append(x)
         return skips
 
@@ -217,7 +109,7 @@ class STUNetDecoder(nn.Module):
                 x = stage(x)
             else:
                 # With the concatenation, which repeats what is kept anyway.
-                x = _compute_again(stage, checkpointing, functools.partial(self._join, step), x, skips.pop())
+                x = compute_stage_again(stage, checkpointing, functools.partial(self._join, step), x, skips.pop())
             if self.deep_supervision:
                 outputs.append(self._segment(step, x))
         if self.deep_supervision:
@@ -230,7 +122,7 @@ class STUNetDecoder(nn.Module):
 
     def _join(self, step: int, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample the output of the stage below and put the encoder's output behind it."""
-        if _predicts_on_cpu(self, skip):
+        if predicts_on_cpu(self, skip):
             return cpu_inference.repeat_and_join(cpu_inference.convolve(self.upsample_convs[step], x), skip)
         # Convolve first, then repeat voxels: the same function as the other way round, for less.
         x = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
