@@ -60,8 +60,7 @@ PRETRAININGS = {
         Pretraining("stunet_standardised", "stunet", {"STUNET_VF_STANDARDISE": "1"}),
         Pretraining("stunet_large_blocks", "stunet", {"STUNET_VF_SMALLEST": "0.15", "STUNET_VF_LARGEST": "0.6"}),
         Pretraining("stunet_slow", "stunet", {"STUNET_VF_RATE": "1e-4"}),
-        Pretraining("stunet_long", "stunet", share=5.0),
-        Pretraining("stunet_longest", "stunet", share=20.0),
+        Pretraining("stunet_long", "stunet", share=10.0),
         Pretraining("pctnet", "pctnet"),
         Pretraining("fmunet", "fmunet"),
     )
@@ -112,7 +111,6 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "intensity": (Arm("pretrained on standardised images", "stunet", "stunet_standardised"),),
     "blocks": (Arm("pretrained with large blocks", "stunet", "stunet_large_blocks"),),
     "pretraining_rate": (Arm("pretrained at a rate of 1e-4", "stunet", "stunet_slow"),),
-    "length": (Arm("five times the pretraining", "stunet", "stunet_long"),),
-    "more_length": (Arm("twenty times the pretraining", "stunet", "stunet_longest"),),
+    "length": (Arm("ten times the pretraining", "stunet", "stunet_long"),),
 }
 """What can be asked for; ``stunet`` is what all but the other networks are compared with."""

@@ -15,6 +15,7 @@ from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.package_commands import COMMANDS as PACKAGE_COMMANDS
 from stunet_plugin.presets import PRESETS
+from stunet_plugin.spelling import did_you_mean
 
 INTERRUPTED = 130
 
@@ -60,6 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command; it refuses what it does not know with its own usage, where argparse shows that of ``stunet``."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # overloads of argparse
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [word for action in self._actions for word in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{did_you_mean(unknown[0], known, cutoff=0.7)}")
+        return options, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands."""
     parser = argparse.ArgumentParser(
@@ -68,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Example: stunet register && nnUNetv2_train 4 3d_fullres 0 -tr STUNetTrainer_base",
     )
     parser.add_argument("--version", action="version", version=f"stunet-plugin {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     _add_list(commands)
     _add_register(commands)
     _add_doctor(commands)
