@@ -81,7 +81,7 @@ def setup_file(subjects: Path, tmp_path: Path, **changes: Any) -> Path:
 
 
 def crosseval(*arguments: object) -> int:
-    return main(["crosseval", *map(str, arguments), "--device", "cpu", "-np", "1"])
+    return main(["crosseval", "--device", "cpu", "-np", "1", *map(str, arguments)])
 
 
 def rows_of(out: Path) -> dict[tuple[str, ...], str]:
@@ -281,6 +281,7 @@ def test_wrong_input_is_refused(subjects: Path, tmp_path: Path, capsys: pytest.C
         ((*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"), "--classes pair."),
         ((*model, "--dataset", f"D={own},labels=MSD-Lung", "--classes", "pair"), "Dataset D shares no class with any other"),
         ((*model, *dataset, "--tolerance", "-1"), "Tolerances must be"),
+        ((*model, *dataset, "-np", "0"), "-np must be at least 1, not 0"),
         ((tmp_path / "none.json",), "cannot be read"),
     ):
         assert message in refused(capsys, out, *arguments), message

@@ -64,6 +64,8 @@ class Run:
         rules = Rules.from_table(setup)
         models, datasets = tuple(map(read_model, setup["models"])), tuple(map(read_dataset, setup["datasets"]))
         processes = options.processes if options.processes is not None else max((os.cpu_count() or 1) // 2, 1)
+        if processes < 1:
+            raise PluginError(f"-np must be at least 1, not {processes}.")
         return cls(models, datasets, rules, Path(setup["output"]).expanduser(), options.device, processes, options.check)
 
 
