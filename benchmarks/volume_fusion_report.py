@@ -105,13 +105,19 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         runs = [record for record in records if (record["arm"], record["cases"]) == (arm, count)]
         row: dict[str, Any] = {"arm": arm, "network": runs[0]["network"], "cases": count, "seeds": len(runs)}
         for metric in METRICS:
-            values = [run[metric] for run in runs]
-            row[metric] = {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values))}
+            # No distance can be had of a run that found nothing.
+            values = [run[metric] for run in runs if not np.isnan(run[metric])] or [float("nan")]
+            row[metric] = {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values)), "of": len(values)}
         scratch = [by_key.get((f"{run['network']} scratch", count, run["seed"])) for run in runs]
         differences = [run["dice"] - other["dice"] for run, other in zip(runs, scratch, strict=True) if other is not None]
         row["dice_over_scratch"] = differences if not arm.endswith(" scratch") else []
         summary.append(row)
     return summary
+
+
+def _cell(score: Mapping[str, float], seeds: int) -> str:
+    some = f" (of {score['of']})" if score["of"] < seeds else ""
+    return f"{score['mean']:.3f} ± {score['standard_deviation']:.3f}{some}" if not np.isnan(score["mean"]) else "none"
 
 
 def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -> str:
@@ -121,7 +127,7 @@ def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -
         "|---|---:|---:|---|---:|---:|---:|",
     ]
     for row in summary:
-        cells = [f"{row[metric]['mean']:.3f} ± {row[metric]['standard_deviation']:.3f}" for metric in METRICS]
+        cells = [_cell(row[metric], row["seeds"]) for metric in METRICS]
         over = ", ".join(f"{difference:+.3f}" for difference in row["dice_over_scratch"])
         lines.append(f"| {row['arm']} | {row['cases']} | {cells[0]} | {over} | {cells[1]} | {cells[2]} | {row['seeds']} |")
     structures = "structures merged into one" if settings["merged"] else "both structures"

@@ -77,12 +77,13 @@ def test_table_averages_over_seeds_and_compares_with_scratch_of_the_same_seed(
         for seed, value in dice.items():
             folder = tmp_path / "fine_tuning" / arm / f"cases_4_seed_{seed}"
             folder.mkdir(parents=True)
-            cases = {"case": {"Anterior": {"dice": value, "assd": 1.0, "hd95": float("nan")}}}
+            hd95 = 2.0 if (arm, seed) == ("stunet_scratch", 1) else float("nan")
+            cases = {"case": {"Anterior": {"dice": value, "assd": 1.0, "hd95": hd95}}}
             (folder / "scores.json").write_text(json.dumps({"train_loss": [1, 0.5], "seconds": 9, "cases": cases}))
     report.write_report(tmp_path, SETTINGS, tmp_path / "report.json", tmp_path)
     table = (tmp_path / "report.md").read_text().splitlines()
-    assert table[2].startswith("| stunet scratch | 4 | 0.550 ± 0.050 |  | 1.000 ± 0.000 |")
-    assert table[3].startswith("| stunet pretrained | 4 | 0.700 ± 0.000 | +0.200, +0.100 |")
+    assert table[2] == "| stunet scratch | 4 | 0.550 ± 0.050 |  | 1.000 ± 0.000 | 2.000 ± 0.000 (of 1) | 2 |"
+    assert table[3] == "| stunet pretrained | 4 | 0.700 ± 0.000 | +0.200, +0.100 | 1.000 ± 0.000 | none | 2 |"
     assert table[4].startswith("| K = 8 | 4 | 0.600 ± 0.000 | +0.100 |")
     assert (tmp_path / "volume_fusion_dice.png").stat().st_size > 0
     assert (tmp_path / "volume_fusion_loss.png").stat().st_size > 0
