@@ -180,6 +180,15 @@ def save_loss_figure(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _nan_as_null(value: Any) -> Any:
+    """Return the same with None for every NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _nan_as_null(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_nan_as_null(entry) for entry in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
 def write_report(work: Path, settings: Mapping[str, Any], out: Path, figures: Path | None) -> None:
     """Write the numbers of all finished runs as JSON, their table beside it, and the figures."""
     records = collect(work)
@@ -193,7 +202,7 @@ def write_report(work: Path, settings: Mapping[str, Any], out: Path, figures: Pa
         "summary": summary,
         "runs": records,
     }
-    write_atomically(out, json.dumps(report, indent=1))
+    write_atomically(out, json.dumps(_nan_as_null(report), indent=1))
     write_atomically(out.with_suffix(".md"), markdown_table(summary, settings) + "\n")
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)

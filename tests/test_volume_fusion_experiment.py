@@ -85,6 +85,9 @@ def test_table_averages_over_seeds_and_compares_with_scratch_of_the_same_seed(
     assert table[2] == "| stunet scratch | 4 | 0.550 ± 0.050 |  | 1.000 ± 0.000 | 2.000 ± 0.000 (of 1) | 2 |"
     assert table[3] == "| stunet pretrained | 4 | 0.700 ± 0.000 | +0.200, +0.100 | 1.000 ± 0.000 | none | 2 |"
     assert table[4].startswith("| K = 8 | 4 | 0.600 ± 0.000 | +0.100 |")
+    # NaN is no JSON.
+    runs = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["runs"]
+    assert [run["hd95"] for run in runs] == [2.0, None, None, None, None]
     assert (tmp_path / "volume_fusion_dice.png").stat().st_size > 0
     assert (tmp_path / "volume_fusion_loss.png").stat().st_size > 0
 
