@@ -130,12 +130,13 @@ def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -
         cells = [_cell(row[metric], row["seeds"]) for metric in METRICS]
         over = ", ".join(f"{difference:+.3f}" for difference in row["dice_over_scratch"])
         lines.append(f"| {row['arm']} | {row['cases']} | {cells[0]} | {over} | {cells[1]} | {cells[2]} | {row['seeds']} |")
+    size = f"STU-Net {settings['size']}, " if any(row["network"] == "stunet" for row in summary) else ""
     structures = "structures merged into one" if settings["merged"] else "both structures"
     lines += [
         "",
         f"Mean over {settings['test_cases']} test cases, {structures}; ± is the standard deviation over seeds. Batch "
         f"{settings['batch']}, {settings['pretrain_iterations']} iterations of pretraining, {settings['fine_tune_iterations']} of "
-        f"training on labels, STU-Net {settings['size']}, {settings['device']}"
+        f"training on labels, {size}{settings['device']}"
         f"{'' if settings['mirroring'] else ', no mirroring'}.",
     ]
     return "\n".join(lines)
