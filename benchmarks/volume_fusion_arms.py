@@ -77,6 +77,7 @@ class Arm:
         pretraining: that it starts from; None starts from scratch.
         suffix: of the segmentation trainer's name; ``_ft`` of STU-Net has a tenth of the learning rate.
         warmup: share of the epochs over which the learning rate rises.
+        rescaled: the features before the heads are brought to the spread that random weights give (``rescale_features.py``).
         options: environment variables, beside those of the budget.
     """
 
@@ -85,6 +86,7 @@ class Arm:
     pretraining: str | None = None
     suffix: str = ""
     warmup: float = 0.0
+    rescaled: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -111,6 +113,10 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "intensity": (Arm("pretrained on standardised images", "stunet", "stunet_standardised"),),
     "blocks": (Arm("pretrained with large blocks", "stunet", "stunet_large_blocks"),),
     "pretraining_rate": (Arm("pretrained at a rate of 1e-4", "stunet", "stunet_slow"),),
+    "spread": (
+        Arm("pretrained, features rescaled", "stunet", "stunet", rescaled=True),
+        Arm("ten times the pretraining, features rescaled", "stunet", "stunet_long", rescaled=True),
+    ),
     "length": (Arm("ten times the pretraining", "stunet", "stunet_long"),),
 }
 """What can be asked for; ``stunet`` is what all but the other networks are compared with."""

@@ -34,6 +34,7 @@ from experiment import (
     keep_settings,
     link_all,
 )
+from rescale_features import write_rescaled
 from volume_fusion_arms import GROUPS, PRETRAININGS, Arm, Network, Pretraining
 from volume_fusion_report import score_run, write_report
 
@@ -108,6 +109,11 @@ class FusionExperiment(Experiment):
         """Train on labelled cases unless that is done, and score the test cases; return the folder of the run."""
         network = self.networks[arm.network]
         weights = self.pretrain(PRETRAININGS[arm.pretraining]) if arm.pretraining else None
+        if weights is not None and arm.rescaled:
+            rescaled = weights.with_name("checkpoint_rescaled.pth")
+            if not self.dry_run:
+                write_rescaled(weights, self.preprocessed / UNLABELLED_NAME / f"{network.plans}_{BASE_CONFIGURATION}", rescaled)
+            weights = rescaled
         results = self.work / "fine_tuning" / arm.folder / f"cases_{count}_seed_{seed}"
         trainer = network.segmentation_trainer + arm.suffix
         number = list(self.folds()).index((seed, count))

@@ -11,8 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from import_helpers import make_network
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.trainers import __all__ as trainer_names
 
 SETTINGS = {"size": "small", "batch": 2, "patch": None, "pretrain_iterations": 60, "fine_tune_iterations": 30,
@@ -129,3 +132,21 @@ def test_work_folder_of_other_settings_is_refused(benchmarks: Callable[[str], Mo
     script.keep_settings(tmp_path, script.Settings(**SETTINGS))
     with pytest.raises(PluginError, match="begun with other settings .batch was 2.*another --work"):
         script.keep_settings(tmp_path, script.Settings(**{**SETTINGS, "batch": 4}))
+
+
+def test_rescaled_features_leave_the_rest_of_the_network_as_it_was(benchmarks: Callable[[str], ModuleType]) -> None:
+    rescale = benchmarks("rescale_features")
+    torch.manual_seed(0)
+    network = make_network("tiny", outputs=3).apply(STUNet.initialize)
+    network.decoder.deep_supervision = True
+    images = torch.randn(2, 1, 32, 32, 32)
+    with torch.no_grad():
+        before, spread = network(images), rescale.spreads(network, images)
+        factors = [2.0, 0.5, 3.0, 1.0, 4.0]
+        rescale.scale_features(network, factors)
+        after = network(images)
+    wanted = [old * factor for old, factor in zip(spread, factors, strict=True)]
+    assert rescale.spreads(network, images) == pytest.approx(wanted, rel=1e-4)
+    # Outputs come full resolution first; the heads' biases are zero, so the outputs are scaled as the features are.
+    for old, new, factor in zip(before, after, factors[::-1], strict=True):
+        assert torch.allclose(new, old * factor, atol=1e-4 * factor)
