@@ -181,6 +181,23 @@ def save_loss_figure(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def save_seeds_figure(records: list[dict[str, Any]], path: Path) -> None:
+    """Write the Dice of every run as a point, one row per arm, one panel per number of cases."""
+    counts = sorted({record["cases"] for record in records})
+    names = list(dict.fromkeys(record["arm"] for record in records))[::-1]
+    figure = Figure(figsize=(2.5 + 4 * len(counts), 1.2 + 0.3 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, count in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True):
+        for row, name in enumerate(names):
+            dice = [record["dice"] for record in records if (record["arm"], record["cases"]) == (name, count)]
+            axis.plot(dice, [row] * len(dice), "o", color="tab:gray" if "scratch" in name else "tab:blue", alpha=0.6)
+            axis.plot(np.mean(dice) if dice else np.nan, row, "|", color="black", markersize=14)
+        axis.set(title=f"{count} labelled cases", xlabel="Dice of the test cases (line: mean over seeds)", xlim=(-0.03, 1))
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def _nan_as_null(value: Any) -> Any:
     """Return the same with None for every NaN, which JSON does not have."""
     if isinstance(value, dict):
@@ -209,3 +226,4 @@ def write_report(work: Path, settings: Mapping[str, Any], out: Path, figures: Pa
         figures.mkdir(parents=True, exist_ok=True)
         save_dice_figure(summary, figures / "volume_fusion_dice.png")
         save_loss_figure(records, figures / "volume_fusion_loss.png")
+        save_seeds_figure(records, figures / "volume_fusion_seeds.png")

@@ -93,6 +93,7 @@ def test_table_averages_over_seeds_and_compares_with_scratch_of_the_same_seed(
     assert [run["hd95"] for run in runs] == [2.0, None, None, None, None]
     assert (tmp_path / "volume_fusion_dice.png").stat().st_size > 0
     assert (tmp_path / "volume_fusion_loss.png").stat().st_size > 0
+    assert (tmp_path / "volume_fusion_seeds.png").stat().st_size > 0
 
 
 def test_dry_run_prints_the_commands_and_writes_nothing(
