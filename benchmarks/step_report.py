@@ -59,7 +59,7 @@ def markdown_table(report: dict[str, Any]) -> str:
                 cells.append("failed" if "error" in network else text(network[key]["median"]))
             cells.append(ratio_text(result["ratios"][ratio]) if result["ratios"] else "")
         lines.append(f"| {' | '.join(cells)} |")
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s), {machine['cores']} core(s)"
     lines += [
         "",
         f"{where}; torch {versions['torch']}, nnunetv2 {versions['nnunetv2']}, stunet-plugin {versions['stunet-plugin']}; "
