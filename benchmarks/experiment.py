@@ -42,7 +42,6 @@ class Settings:
         seeds: of the choice of labelled cases and of the initial weights.
         device: cpu or cuda.
         mirroring: in augmentation and prediction of the trainings on labels.
-        merged: the structures are trained and scored as one.
     """
 
     size: str
@@ -56,7 +55,6 @@ class Settings:
     seeds: tuple[int, ...]
     device: str
     mirroring: bool
-    merged: bool = False
 
 
 class CommandError(Exception):

@@ -19,7 +19,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -45,8 +45,21 @@ UNLABELLED, LABELLED = 904, 905
 UNLABELLED_NAME, LABELLED_NAME = "Dataset904_HippocampusUnlabelled", "Dataset905_HippocampusFew"
 
 
+@dataclass(frozen=True)
+class FusionSettings(Settings):
+    """Settings of this experiment.
+
+    Attributes:
+        merged: the structures are trained and scored as one.
+    """
+
+    merged: bool
+
+
 class FusionExperiment(Experiment):
     """An experiment with two datasets: unlabelled scans, and all cases with labels."""
+
+    settings: FusionSettings
 
     def prepare_data(self) -> None:
         """Make both datasets: scans alone, and all cases with their labels."""
@@ -169,7 +182,7 @@ def carry_out(options: argparse.Namespace) -> None:
         PluginError: wrong input, or a work folder of other settings.
         CommandError: a command failed.
     """
-    settings = Settings(
+    settings = FusionSettings(
         **common_settings(options),
         size=options.size,
         pretrain_iterations=options.pretrain_iterations,

@@ -20,7 +20,7 @@ from stunet_plugin.trainers import __all__ as trainer_names
 
 SETTINGS = {"size": "small", "batch": 2, "patch": None, "pretrain_iterations": 60, "fine_tune_iterations": 30,
             "iterations_per_epoch": 10, "test_cases": 60, "cases": (4, 8), "seeds": (1, 2), "device": "cpu",
-            "mirroring": True, "merged": False}  # fmt: skip
+            "mirroring": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_table_averages_over_seeds_and_compares_with_scratch_of_the_same_seed(
             hd95 = 2.0 if (arm, seed) == ("stunet_scratch", 1) else float("nan")
             cases = {"case": {"Anterior": {"dice": value, "assd": 1.0, "hd95": hd95}}}
             (folder / "scores.json").write_text(json.dumps({"train_loss": [1, 0.5], "seconds": 9, "cases": cases}))
-    report.write_report(tmp_path, SETTINGS, tmp_path / "report.json", tmp_path)
+    report.write_report(tmp_path, SETTINGS | {"merged": False}, tmp_path / "report.json", tmp_path)
     table = (tmp_path / "report.md").read_text().splitlines()
     assert table[2] == "| stunet scratch | 4 | 0.550 ± 0.050 |  | 1.000 ± 0.000 | 2.000 ± 0.000 (of 1) | 2 |"
     assert table[3] == "| stunet pretrained | 4 | 0.700 ± 0.000 | +0.200, +0.100 | 1.000 ± 0.000 | none | 2 |"
