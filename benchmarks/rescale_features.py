@@ -17,6 +17,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.trainers import stunet_trainers
 
@@ -57,14 +58,14 @@ def scale_features(network: STUNet, factors: Sequence[float]) -> None:
     """Multiply the inputs of the heads, deepest first, and leave what the decoder passes on as it was.
 
     Raises:
-        ValueError: stages of more than one block, whose last shortcut cannot be scaled.
+        PluginError: stages of more than one block, whose last shortcut cannot be scaled.
     """
     decoder: Any = network.decoder
     with torch.no_grad():
         for step, (stage, factor) in enumerate(zip(decoder.stages, factors, strict=True)):
             block = stage[-1]
             if isinstance(block.shortcut, nn.Identity):
-                raise ValueError("Features can be rescaled where decoder stages have one block: tiny, small and base.")
+                raise PluginError("Features can be rescaled where decoder stages have one block: --size tiny, small or base.")
             for part in (block.norm2, block.shortcut):
                 part.weight *= factor
                 part.bias *= factor
@@ -73,7 +74,11 @@ def scale_features(network: STUNet, factors: Sequence[float]) -> None:
 
 
 def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
-    """Rescale a pretrained checkpoint by the first preprocessed cases of a folder, unless that is done."""
+    """Rescale a pretrained checkpoint by the first preprocessed cases of a folder, unless that is done.
+
+    Raises:
+        PluginError: the network's features cannot be rescaled.
+    """
     if out.is_file():
         return
     content = torch.load(checkpoint, map_location="cpu", weights_only=False)
@@ -92,7 +97,10 @@ def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
     scale_features(network, [want / have for want, have in zip(wanted, present, strict=True)])
     reached = spreads(network, images)
     if not all(math.isclose(*pair, rel_tol=1e-2) for pair in zip(wanted, reached, strict=True)):
-        raise ValueError(f"Rescaled to {reached} instead of {wanted}.")
+        raise PluginError(f"Rescaled to {reached} instead of {wanted}.")
     print(f"features before the heads, deepest first: {np.round(present, 2)} rescaled to {np.round(reached, 2)}", flush=True)
     content["network_weights"] = network.state_dict()
-    torch.save(content, out)
+    # A file half written would be taken for done.
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    torch.save(content, unfinished)
+    unfinished.replace(out)

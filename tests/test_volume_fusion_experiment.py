@@ -151,3 +151,5 @@ def test_rescaled_features_leave_the_rest_of_the_network_as_it_was(benchmarks: C
     # Outputs come full resolution first; the heads' biases are zero, so the outputs are scaled as the features are.
     for old, new, factor in zip(before, after, factors[::-1], strict=True):
         assert torch.allclose(new, old * factor, atol=1e-4 * factor)
+    with pytest.raises(PluginError, match="tiny, small or base"), torch.device("meta"):
+        rescale.scale_features(make_network("large", outputs=3), factors)
