@@ -1,4 +1,5 @@
-"""What the experiments on hippocampi share: settings that stay, a work folder, stock commands run in it, a training that continues.
+"""What the experiments on hippocampi share: settings that stay, a work folder, stock commands run
+in it, a training that continues.
 
 Used by ``volume_fusion_experiment.py``, ``ranking_experiment.py`` and ``hospitals.py``.
 """
@@ -20,8 +21,9 @@ import numpy as np
 from volume_fusion_arms import Network, networks
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.registration import trainers_folder, write_atomically
-from stunet_plugin.stock_commands import find_command
+from stunet_plugin.nnunet.commands import find_command
+from stunet_plugin.nnunet.registration import trainers_folder
+from stunet_plugin.utils.files import write_atomically
 
 BASE_CONFIGURATION, CONFIGURATION = "3d_fullres", "3d_fullres_small_batch"
 SPLIT_SEED = 2025
@@ -70,7 +72,8 @@ class Experiment:
         self.raw, self.preprocessed = work / "nnUNet_raw", work / "nnUNet_preprocessed"
 
     def run(self, arguments: Sequence[object], log: Path, **options: str) -> None:
-        """Print a command with what it needs of the environment, and run it with its output in a log."""
+        """Print a command with what it needs of the environment, and run it with its output in a
+        log."""
         words = [str(argument) for argument in arguments]
         variables = {
             "nnUNet_raw": str(self.raw),
@@ -81,31 +84,55 @@ class Experiment:
             "nnUNet_def_n_proc": "1",
             **options,
         }
-        shown = " ".join(f"{name}={value}" for name, value in {"nnUNet_results": variables["nnUNet_results"], **options}.items())
+        shown = " ".join(
+            f"{name}={value}"
+            for name, value in {"nnUNet_results": variables["nnUNet_results"], **options}.items()
+        )
         print(f"{shown} {shlex.join(words)}", flush=True)
         if self.dry_run:
             return
         log.parent.mkdir(parents=True, exist_ok=True)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("nnUNet_", "STUNET_"))}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("nnUNet_", "STUNET_"))
+        }
         with log.open("a") as output:
             command = [find_command(words[0]), *words[1:]]
-            code = subprocess.run(command, env={**inherited, **variables}, stdout=output, stderr=output).returncode
+            code = subprocess.run(
+                command, env={**inherited, **variables}, stdout=output, stderr=output
+            ).returncode
         if code != 0:
             raise CommandError(f"{shlex.join(words)} ended with {code}; its output is in {log}.")
 
     def cases(self) -> tuple[list[str], list[str]]:
         """Return the test cases and the others, the same for the same data."""
-        return hold_out([path.name.removesuffix(".nii.gz") for path in (self.data / "labelsTr").glob("*.nii.gz")], self.settings)
+        return hold_out(
+            [
+                path.name.removesuffix(".nii.gz")
+                for path in (self.data / "labelsTr").glob("*.nii.gz")
+            ],
+            self.settings,
+        )
 
     def folds(self) -> dict[tuple[int, int], list[str]]:
         """Return the labelled cases of each (seed, number of cases), in the order of the folds."""
         pool = self.cases()[1]
-        return {(seed, count): draw_labelled(pool, seed, count) for seed in self.settings.seeds for count in self.settings.cases}
+        return {
+            (seed, count): draw_labelled(pool, seed, count)
+            for seed in self.settings.seeds
+            for count in self.settings.cases
+        }
 
     def plan(self, dataset: tuple[int, str], network: Network, log: Path) -> None:
-        """Plan a dataset (ID and folder) for a network, and add the configuration that is trained with."""
+        """Plan a dataset (ID and folder) for a network, and add the configuration that is trained
+        with."""
         number, folder = dataset
-        planner = ["stunet", "plan", "-pl", network.planner] if network.planner else ["nnUNetv2_plan_experiment"]
+        planner = (
+            ["stunet", "plan", "-pl", network.planner]
+            if network.planner
+            else ["nnUNetv2_plan_experiment"]
+        )
         self.run([*planner, "-d", number], log)
         if not self.dry_run:
             file = self.preprocessed / folder / f"{network.plans}.json"
@@ -114,22 +141,36 @@ class Experiment:
             write_atomically(file, json.dumps(plans, indent=2))
 
     def configuration(self) -> dict[str, Any]:
-        """What all networks are trained with; in the plans file it stands beside the planner's own."""
+        """What all networks are trained with; in the plans file it stands beside the planner's
+        own."""
         patch = {"patch_size": list(self.settings.patch)} if self.settings.patch else {}
         return {"inherits_from": BASE_CONFIGURATION, "batch_size": self.settings.batch, **patch}
 
     def budget(self, iterations: int) -> dict[str, str]:
         """Options for a number of iterations, in whole epochs."""
         per_epoch = min(self.settings.iterations_per_epoch, iterations)
-        return {"STUNET_EPOCHS": str(round(iterations / per_epoch)), "STUNET_ITERATIONS": str(per_epoch)}
+        return {
+            "STUNET_EPOCHS": str(round(iterations / per_epoch)),
+            "STUNET_ITERATIONS": str(per_epoch),
+        }
 
     def training_options(self, iterations: int, seed: int) -> dict[str, str]:
         """Options of a training on labels."""
-        options = {**self.budget(iterations), "STUNET_VAL_ITERATIONS": "1", "STUNET_SEED": str(seed)}
+        options = {
+            **self.budget(iterations),
+            "STUNET_VAL_ITERATIONS": "1",
+            "STUNET_SEED": str(seed),
+        }
         return options if self.settings.mirroring else {**options, "STUNET_MIRRORING": "0"}
 
     def train(
-        self, arguments: list[object], fold: Path, done: Path, log: Path, options: dict[str, str], start: Sequence[object] = ()
+        self,
+        arguments: list[object],
+        fold: Path,
+        done: Path,
+        log: Path,
+        options: dict[str, str],
+        start: Sequence[object] = (),
     ) -> None:
         """Run, continue or only validate a training, whatever is left to do."""
         if done.is_file():
@@ -145,7 +186,8 @@ class Experiment:
 
 
 def hold_out(cases: Sequence[str], settings: Settings) -> tuple[list[str], list[str]]:
-    """Split cases into those to test on and the others; the order in which they come does not matter.
+    """Split cases into those to test on and the others; the order in which they come does not
+    matter.
 
     Raises:
         PluginError: too few cases are left.
@@ -154,8 +196,8 @@ def hold_out(cases: Sequence[str], settings: Settings) -> tuple[list[str], list[
     test, pool = sorted(shuffled[: settings.test_cases]), sorted(shuffled[settings.test_cases :])
     if len(pool) < max(settings.cases):
         raise PluginError(
-            f"{len(cases)} cases less {settings.test_cases} for testing leave {len(pool)}, fewer than {max(settings.cases)}. "
-            f"Lower --test-cases or --cases."
+            f"{len(cases)} cases less {settings.test_cases} for testing leave {len(pool)}, fewer"
+            f" than {max(settings.cases)}. Lower --test-cases or --cases."
         )
     return test, pool
 
@@ -183,22 +225,47 @@ def keep_settings(work: Path, settings: Settings) -> None:
     content = json.dumps(asdict(settings), indent=2)
     if file.is_file() and file.read_text() != content:
         was = json.loads(file.read_text())
-        changed = [f"{name} was {was.get(name)}" for name, value in json.loads(content).items() if was.get(name) != value]
-        raise PluginError(f"{work} was begun with other settings ({', '.join(changed)}). Use those, or another --work.")
+        changed = [
+            f"{name} was {was.get(name)}"
+            for name, value in json.loads(content).items()
+            if was.get(name) != value
+        ]
+        raise PluginError(
+            f"{work} was begun with other settings ({', '.join(changed)}). Use those, or another"
+            " --work."
+        )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(file, content)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add what all experiments on few hippocampi take: data, how samples are drawn, where it runs."""
+    """Add what all experiments on few hippocampi take: data, how samples are drawn, where it
+    runs."""
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="raw dataset of nnU-Net with labels, .nii.gz")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="raw dataset of nnU-Net with labels, .nii.gz",
+    )
     add("--work", type=Path, required=True, metavar="FOLDER", help="for everything in between")
     add("--batch", type=int, default=2, help="samples of a step")
-    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks (default: what each planner chooses)")
+    add(
+        "--patch",
+        type=int,
+        nargs=3,
+        metavar="VOXELS",
+        help="of all networks (default: what each planner chooses)",
+    )
     add("--iterations-per-epoch", type=int, default=50, help="between two validations")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings and predictions")
-    add("--no-mirroring", dest="mirroring", action="store_false", help="predict eight times faster; no mirrored training samples")
+    add(
+        "--no-mirroring",
+        dest="mirroring",
+        action="store_false",
+        help="predict eight times faster; no mirrored training samples",
+    )
     add("--dry-run", action="store_true", help="print the commands and run none")
 
 
@@ -209,7 +276,9 @@ def common_settings(options: argparse.Namespace) -> dict[str, Any]:
         PluginError: there is no data.
     """
     if not (options.data / "labelsTr").is_dir():
-        raise PluginError(f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it.")
+        raise PluginError(
+            f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it."
+        )
     return {
         "batch": options.batch,
         "patch": tuple(options.patch) if options.patch else None,
@@ -221,7 +290,8 @@ def common_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def exit_code_of(work: Callable[[], None], script: str) -> int:
-    """Run the work of an experiment's script and return its exit code, with a line about what went wrong."""
+    """Run the work of an experiment's script and return its exit code, with a line about what went
+    wrong."""
     try:
         work()
     except PluginError as error:

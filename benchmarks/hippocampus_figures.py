@@ -1,6 +1,8 @@
-"""Figures of docs/experiments/hippocampus.md from finished trainings: curves, an overlay, and a JSON with the numbers.
+"""Figures of docs/experiments/hippocampus.md from finished trainings: curves, an overlay, and a
+JSON with the numbers.
 
-Reads what nnU-Net left behind: the log in ``checkpoint_final.pth`` (our own files) and ``validation/summary.json``.
+Reads what nnU-Net left behind: the log in ``checkpoint_final.pth`` (our own files) and
+``validation/summary.json``.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.figures import OverlayCase, save_overlays
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.utils.figures import OverlayCase, save_overlays
+from stunet_plugin.utils.files import write_atomically
 
 
 def read_run(fold: Path) -> dict[str, Any]:
@@ -29,20 +31,33 @@ def read_run(fold: Path) -> dict[str, Any]:
     Raises:
         PluginError: the training or its validation has not finished.
     """
-    checkpoint_file, summary_file = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
+    checkpoint_file, summary_file = (
+        fold / "checkpoint_final.pth",
+        fold / "validation" / "summary.json",
+    )
     if not checkpoint_file.is_file() or not summary_file.is_file():
-        raise PluginError(f"{fold} holds no finished training: expected checkpoint_final.pth and validation/summary.json.")
+        raise PluginError(
+            f"{fold} holds no finished training: expected checkpoint_final.pth and"
+            " validation/summary.json."
+        )
     checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=False)
     log, summary = checkpoint["logging"], json.loads(summary_file.read_text())
     return {
         "trainer": checkpoint["trainer_name"],
         "train_loss": [float(value) for value in log["train_losses"]],
-        "pseudo_dice": [[float(value) for value in epoch] for epoch in log["dice_per_class_or_region"]],
+        "pseudo_dice": [
+            [float(value) for value in epoch] for epoch in log["dice_per_class_or_region"]
+        ],
         "epoch_seconds": [
-            float(end - start) for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+            float(end - start)
+            for start, end in zip(
+                log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True
+            )
         ],
         "validation_cases": len(summary["metric_per_case"]),
-        "validation_dice": {label: float(metrics["Dice"]) for label, metrics in summary["mean"].items()},
+        "validation_dice": {
+            label: float(metrics["Dice"]) for label, metrics in summary["mean"].items()
+        },
         "mean_validation_dice": float(summary["foreground_mean"]["Dice"]),
     }
 
@@ -56,8 +71,18 @@ def save_curves(runs: dict[str, dict[str, Any]], path: Path) -> None:
         epochs = np.arange(1, len(run["train_loss"]) + 1)
         style = "--" if run["trainer"].startswith("Plain") else "-"
         loss_axis.plot(epochs, run["train_loss"], style, marker="o", markersize=3, label=name)
-        dice_axis.plot(epochs, [np.nanmean(values) for values in run["pseudo_dice"]], style, marker="o", markersize=3, label=name)
-    for axis, title in ((loss_axis, "training loss"), (dice_axis, "mean pseudo Dice (validation patches)")):
+        dice_axis.plot(
+            epochs,
+            [np.nanmean(values) for values in run["pseudo_dice"]],
+            style,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    for axis, title in (
+        (loss_axis, "training loss"),
+        (dice_axis, "mean pseudo Dice (validation patches)"),
+    ):
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
@@ -83,24 +108,39 @@ def overlay_cases(fold: Path, raw: Path) -> list[OverlayCase]:
         )
         image, reference, prediction = (sitk.ReadImage(str(file)) for file in files)
         arrays = [sitk.GetArrayFromImage(volume) for volume in (image, reference, prediction)]
-        rows.append(OverlayCase(f"{name}, Dice {mean_dice(case):.2f}", *arrays, image.GetSpacing()[::-1]))
+        rows.append(
+            OverlayCase(f"{name}, Dice {mean_dice(case):.2f}", *arrays, image.GetSpacing()[::-1])
+        )
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Example: python benchmarks/hippocampus_figures.py --raw $nnUNet_raw/Dataset004_Hippocampus "
-        '--run "seed 1=results_1/.../fold_0" --out docs/experiments --json benchmarks/results/hippocampus.json',
+        epilog=(
+            "Example: python benchmarks/hippocampus_figures.py --raw"
+            ' $nnUNet_raw/Dataset004_Hippocampus --run "seed 1=results_1/.../fold_0" --out'
+            " docs/experiments --json benchmarks/results/hippocampus.json"
+        ),
     )
     parser.add_argument(
-        "--run", action="append", required=True, metavar="NAME=FOLD", help="a name and the folder of a fold; repeat"
+        "--run",
+        action="append",
+        required=True,
+        metavar="NAME=FOLD",
+        help="a name and the folder of a fold; repeat",
     )
     parser.add_argument("--raw", type=Path, required=True, help="the raw dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for the PNGs")
     parser.add_argument("--stem", default="hippocampus", help="what the PNGs' names begin with")
     parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
-    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a run that the --json file holds; repeat")
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a run that the --json file holds; repeat",
+    )
     parser.add_argument("--machine", required=True, help="what it ran on, in words")
     options = parser.parse_args()
     folds = {name: Path(folder) for name, _, folder in (run.partition("=") for run in options.run)}
@@ -118,12 +158,20 @@ def main() -> int:
     first = next(iter(folds.values()))
     overlay = options.out / f"{options.stem}_overlay.png"
     save_overlays(overlay_cases(first, options.raw), {1: "anterior", 2: "posterior"}, overlay)
-    report = {"date": datetime.now(timezone.utc).isoformat(), "machine": options.machine, "torch": torch.__version__, "runs": runs}
+    report = {
+        "date": datetime.now(timezone.utc).isoformat(),
+        "machine": options.machine,
+        "torch": torch.__version__,
+        "runs": runs,
+    }
     write_atomically(options.json, json.dumps(report, indent=2))
     for name, run in runs.items():
         minutes = sum(run["epoch_seconds"]) / 60
         classes = " / ".join(f"{value:.3f}" for value in run["validation_dice"].values())
-        print(f"| {name} | {run['trainer']} | {run['mean_validation_dice']:.3f} | {classes} | {minutes:.1f} |")
+        print(
+            f"| {name} | {run['trainer']} | {run['mean_validation_dice']:.3f} | {classes} |"
+            f" {minutes:.1f} |"
+        )
     return 0
 
 

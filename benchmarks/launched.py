@@ -1,4 +1,5 @@
-"""Starting trainings through torchrun, and comparing what they leave: for two_processes.py and tests/test_launch.py."""
+"""Starting trainings through torchrun, and comparing what they leave: for two_processes.py and
+tests/test_launch.py."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.utils.files import write_atomically
 
 FIXED_BATCHES = Path(__file__).resolve().parent / "fixed_batches"
 """Folder of FixedBatchesTrainer, for ``nnUNet_extTrainer``."""
@@ -51,7 +52,8 @@ def torchrun(
     processes: int = 2,
     limit: float = 600,
 ) -> Launch:
-    """Start ``stunet_plugin.launch`` in processes, as if on several machines, and wait for all of them.
+    """Start ``stunet_plugin.launch`` in processes, as if on several machines, and wait for all of
+    them.
 
     Args:
         arguments: of the launcher.
@@ -62,8 +64,23 @@ def torchrun(
     """
     folder.mkdir(parents=True, exist_ok=True)
     group = str(uuid.uuid4())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(machines), "--nproc-per-node", str(processes)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}", "--rdzv-id", group]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        str(machines),
+        "--nproc-per-node",
+        str(processes),
+    ]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{_free_port()}",
+        "--rdzv-id",
+        group,
+    ]
     command += ["-m", "stunet_plugin.launch", *arguments]
     logs = [folder / f"{group}_{machine}.txt" for machine in range(machines)]
     # What a killed process had in its buffers would be lost.
@@ -74,7 +91,12 @@ def torchrun(
         with log.open("w") as output:
             started.append(
                 subprocess.Popen(
-                    command, env=variables, cwd=folder, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                    command,
+                    env=variables,
+                    cwd=folder,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
                 )
             )
     codes: list[int | None] = []
@@ -86,11 +108,14 @@ def torchrun(
             process.terminate()
             process.wait()
             codes.append(None)
-    return Launch(codes, [log.read_text(errors="replace") for log in logs], time.monotonic() - start)
+    return Launch(
+        codes, [log.read_text(errors="replace") for log in logs], time.monotonic() - start
+    )
 
 
 def write_plans(dataset: Path, name: str = PLANS, patch: Sequence[int] = PATCH) -> None:
-    """Put plans with a small patch and a batch that four processes can split beside those of a preprocessed dataset."""
+    """Put plans with a small patch and a batch that four processes can split beside those of a
+    preprocessed dataset."""
     plans = json.loads((dataset / "nnUNetPlans.json").read_text())
     plans["plans_name"] = name
     plans["configurations"]["3d_fullres"].update({"patch_size": list(patch), "batch_size": BATCH})
@@ -104,10 +129,12 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
-    """Return the largest differences of two checkpoints: losses of all epochs (relative), weights and momentum (absolute).
+    """Return the largest differences of two checkpoints: losses of all epochs (relative), weights
+    and momentum (absolute).
 
     Raises:
-        ValueError: they differ in epochs, names or shapes, or hold something other than plain tensors.
+        ValueError: they differ in epochs, names or shapes, or hold something other than plain
+            tensors.
     """
     losses = {}
     for key in ("train_losses", "val_losses"):
@@ -121,19 +148,27 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
 
 
 def same_weights_everywhere(model: Path, ranks: int) -> bool:
-    """Say whether all processes had bit-identical weights after every epoch, by what FixedBatchesTrainer wrote."""
+    """Say whether all processes had bit-identical weights after every epoch, by what
+    FixedBatchesTrainer wrote."""
     written = [(model / f"weights_of_rank_{rank}.txt").read_text() for rank in range(ranks)]
     return len(set(written)) == 1
 
 
-def _largest_difference(first: Mapping[Any, torch.Tensor], second: Mapping[Any, torch.Tensor]) -> float:
-    if first.keys() != second.keys() or any(type(value) is not torch.Tensor for value in second.values()):
+def _largest_difference(
+    first: Mapping[Any, torch.Tensor], second: Mapping[Any, torch.Tensor]
+) -> float:
+    if first.keys() != second.keys() or any(
+        type(value) is not torch.Tensor for value in second.values()
+    ):
         raise ValueError("The checkpoints hold other tensors.")
     return max(float((value - second[name]).abs().max()) for name, value in first.items())
 
 
 def _momentum(checkpoint: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
-    return {number: values["momentum_buffer"] for number, values in checkpoint["optimizer_state"]["state"].items()}
+    return {
+        number: values["momentum_buffer"]
+        for number, values in checkpoint["optimizer_state"]["state"].items()
+    }
 
 
 def _free_port() -> int:

@@ -1,18 +1,24 @@
-"""One measurement of ``stunet_step.py`` or ``misfm_step.py``, in a process of its own: prints its result as one line of JSON.
+"""One measurement of ``stunet_step.py`` or ``misfm_step.py``, in a process of its own: prints its
+result as one line of JSON.
 
-What is measured is what nnU-Net runs (``nnUNetTrainer.train_step``, ``nnUNetPredictor``): autocast, gradient scaler and
-``cudnn.benchmark`` on CUDA, float32 on the CPU. Data lie on the device already; loading and augmentation are no part of it.
+What is measured is what nnU-Net runs (``nnUNetTrainer.train_step``, ``nnUNetPredictor``): autocast,
+gradient scaler and ``cudnn.benchmark`` on CUDA, float32 on the CPU. Data lie on the device already;
+loading and augmentation are no part of it.
 
 Memory, all in bytes:
 
-* ``peak_bytes``: the peak of tensor memory during a step after warm-up. On CUDA ``torch.cuda.max_memory_allocated``. On
-  the CPU the weights, the optimizer's state and data that stay, plus the peak of what one further step, run under torch's profiler,
-  allocates through torch's allocator and has not freed yet, buffers inside of convolutions included. (Which code a CPU
-  convolution runs, and so its buffers, depends on the number of threads, which the report names.)
-* ``reserved_bytes``: ``torch.cuda.max_memory_reserved``, what the caching allocator has taken from the driver since the
-  process started; also holds what cuDNN tried out during warm-up. None on the CPU.
-* ``max_rss_bytes``: ``ru_maxrss``, the largest resident memory of the process, with Python, libraries and what the heap
-  keeps of freed memory; noisy, for orientation. Taken before the profiler runs.
+* ``peak_bytes``: the peak of tensor memory during a step after warm-up. On CUDA
+  ``torch.cuda.max_memory_allocated``. On the CPU the weights, the optimizer's state and data that
+  stay, plus the peak of what one further step, run under torch's profiler, allocates through
+  torch's allocator and has not freed yet, buffers inside of convolutions included. (Which code a
+  CPU convolution runs, and so its buffers, depends on the number of threads, which the report
+  names.)
+* ``reserved_bytes``: ``torch.cuda.max_memory_reserved``, what the caching allocator has taken from
+  the driver since the process started; also holds what cuDNN tried out during warm-up. None on the
+  CPU.
+* ``max_rss_bytes``: ``ru_maxrss``, the largest resident memory of the process, with Python,
+  libraries and what the heap keeps of freed memory; noisy, for orientation. Taken before the
+  profiler runs.
 """
 
 from __future__ import annotations
@@ -38,15 +44,15 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from subjects import INPUT_CHANNELS, find_subject
 from torch import Tensor, nn
 
-from stunet_plugin.topology import stage_shapes
+from stunet_plugin.networks.topology import stage_shapes
 
 OURS, PLAIN = "ours", "plain"
 TRAIN, INFERENCE, AGREEMENT = "train", "inference", "agreement"
 SEED = 0
 
 WARM_UP_STEPS = 2
-# A gradient scaler that starts too high skips the first optimizer steps, and momentum takes memory only after the first
-# that is not skipped.
+# A gradient scaler that starts too high skips the first optimizer steps, and momentum takes memory
+# only after the first that is not skipped.
 MOST_WARM_UP_STEPS = 30
 
 
@@ -58,7 +64,8 @@ class Case:
         network: ``ours`` or ``plain``; of no meaning for ``agreement``.
         size: name of a subject, see ``subjects.py``.
         mode: ``train``, ``inference`` or ``agreement``.
-        compiled: with ``torch.compile``, as nnU-Net compiles (the network, and in training the Dice loss).
+        compiled: with ``torch.compile``, as nnU-Net compiles (the network, and in training the Dice
+            loss).
         device: ``cpu`` or ``cuda``.
         patch: voxels per axis.
         batch: samples of a training step; inference takes one.
@@ -78,7 +85,8 @@ class Case:
 
 
 def build_network(case: Case, deep_supervision: bool) -> nn.Module:
-    """Build one of the two networks, ours in the way a trainer does, both with the same kind of initialisation."""
+    """Build one of the two networks, ours in the way a trainer does, both with the same kind of
+    initialisation."""
     subject = find_subject(case.size)
     if case.network == PLAIN:
         return subject.plain(case.classes, deep_supervision, tuple(case.patch))
@@ -92,7 +100,8 @@ def build_pair(size: str, classes: int, patch: tuple[int, ...]) -> tuple[nn.Modu
     plain = subject.plain(classes, True, tuple(patch))
     with torch.no_grad():
         for parameter in plain.parameters():
-            # Biases start as zeros and norms as ones and zeros: if two were mixed up, nothing would show.
+            # Biases start as zeros and norms as ones and zeros: if two were mixed up, nothing would
+            # show.
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for statistics in plain.buffers():
@@ -106,9 +115,12 @@ def build_pair(size: str, classes: int, patch: tuple[int, ...]) -> tuple[nn.Modu
 
 
 def build_loss(outputs: int, compiled: bool) -> nn.Module:
-    """Dice and cross-entropy with deep supervision as ``nnUNetTrainer._build_loss`` builds them for 3d_fullres."""
+    """Dice and cross-entropy with deep supervision as ``nnUNetTrainer._build_loss`` builds them for
+    3d_fullres."""
     dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
-    loss = DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
+    loss = DC_and_CE_loss(
+        dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss
+    )
     if compiled:
         loss.dc = torch.compile(loss.dc)
     weights = np.array([1 / 2**output for output in range(outputs)])
@@ -130,7 +142,10 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler("cuda") if case.device == "cuda" else None
         self.data = torch.randn(case.batch, INPUT_CHANNELS, *case.patch, device=case.device)
         self.targets = [
-            torch.randint(case.classes, (case.batch, 1, *shape), dtype=torch.int16, device=case.device) for shape in shapes
+            torch.randint(
+                case.classes, (case.batch, 1, *shape), dtype=torch.int16, device=case.device
+            )
+            for shape in shapes
         ]
 
     def __call__(self) -> None:
@@ -153,10 +168,22 @@ class TrainingStep:
         return len(self.optimizer.state) > 0
 
     def resident(self) -> list[Tensor]:
-        """Drop the gradients, which a step allocates anew, and return the tensors that stay between steps."""
+        """Drop the gradients, which a step allocates anew, and return the tensors that stay between
+        steps."""
         self.optimizer.zero_grad(set_to_none=True)
-        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return [*self.parameters.parameters(), *self.parameters.buffers(), *moments, self.data, *self.targets]
+        moments = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        return [
+            *self.parameters.parameters(),
+            *self.parameters.buffers(),
+            *moments,
+            self.data,
+            *self.targets,
+        ]
 
 
 class InferenceStep:
@@ -201,17 +228,26 @@ def measure(case: Case) -> dict[str, Any]:
         if warm_up + 1 >= WARM_UP_STEPS and step.is_warm():
             break
     else:
-        raise RuntimeError(f"the gradient scaler skipped all of {MOST_WARM_UP_STEPS} steps (infinite gradients)")
+        raise RuntimeError(
+            f"the gradient scaler skipped all of {MOST_WARM_UP_STEPS} steps (infinite gradients)"
+        )
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [timed(step, case.device) for _ in range(case.steps)]
     # Kilobytes on Linux, bytes on macOS.
-    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     if case.device == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
         peak, reserved = storage_bytes(step.resident()) + allocation_peak(step), None
-    return {"seconds": seconds, "peak_bytes": peak, "reserved_bytes": reserved, "max_rss_bytes": max_rss}
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "reserved_bytes": reserved,
+        "max_rss_bytes": max_rss,
+    }
 
 
 def timed(step: Callable[[], None], device: str) -> float:
@@ -227,14 +263,18 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each storage counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
 def allocation_peak(step: Callable[[], object]) -> int:
-    """Return the peak in bytes of the CPU memory that a call allocates through torch, above what was there before.
+    """Return the peak in bytes of the CPU memory that a call allocates through torch, above what
+    was there before.
 
-    The call must free nothing that was allocated before it: the profiler does not know how large that was.
+    The call must free nothing that was allocated before it: the profiler does not know how large
+        that was.
     """
     return max(itertools.accumulate((change for _, change in _trace(step)[0]), initial=0))
 
@@ -256,27 +296,37 @@ def allocation_peaks(step: Callable[[], object], stages: Sequence[str]) -> dict[
     return peaks
 
 
-def _trace(step: Callable[[], object]) -> tuple[list[tuple[float, int]], dict[str, tuple[float, float]]]:
-    """Run a call; return its allocations (positive) and releases in order, as (time, bytes), and start and end of marked parts."""
+def _trace(
+    step: Callable[[], object],
+) -> tuple[list[tuple[float, int]], dict[str, tuple[float, float]]]:
+    """Run a call; return its allocations (positive) and releases in order, as (time, bytes), and
+    start and end of marked parts."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     memory = [event for event in events if event.get("name") == "[memory]"]
-    changes = sorted(((event["ts"], event["args"]["Bytes"]) for event in memory), key=lambda change: change[0])
+    changes = sorted(
+        ((event["ts"], event["args"]["Bytes"]) for event in memory), key=lambda change: change[0]
+    )
     marks = (event for event in events if event.get("cat") == "user_annotation")
     return changes, {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in marks}
 
 
 def agreement(case: Case) -> dict[str, Any]:
-    """Compare the outputs of all heads of the two networks with the same weights, in full float32 precision."""
+    """Compare the outputs of all heads of the two networks with the same weights, in full float32
+    precision."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     with torch.device(case.device), torch.no_grad():
-        ours, plain = (network.eval() for network in build_pair(case.size, case.classes, case.patch))
+        ours, plain = (
+            network.eval() for network in build_pair(case.size, case.classes, case.patch)
+        )
         data = torch.randn(1, INPUT_CHANNELS, *case.patch)
         pairs = list(zip(ours(data), plain(data), strict=True))
     return {

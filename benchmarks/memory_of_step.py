@@ -1,10 +1,12 @@
-"""Where the memory of a training step goes: its peak by stage, what is kept for the backward pass, and single suspects.
+"""Where the memory of a training step goes: its peak by stage, what is kept for the backward pass,
+and single suspects.
 
     python benchmarks/memory_of_step.py --out benchmarks/results/memory_of_step_cpu.json
 
-One STU-Net in float32 on the CPU, counted in bytes that torch allocates (``measure_step.py``), which no clock and no other program
-disturbs. Buffers inside of convolutions depend on the processor and the number of threads; the rest is the same on any device, but
-for mixed precision, which halves activations. Writes a JSON file and a Markdown table beside it.
+One STU-Net in float32 on the CPU, counted in bytes that torch allocates (``measure_step.py``),
+which no clock and no other program disturbs. Buffers inside of convolutions depend on the processor
+and the number of threads; the rest is the same on any device, but for mixed precision, which halves
+activations. Writes a JSON file and a Markdown table beside it.
 """
 
 from __future__ import annotations
@@ -18,14 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_step import OURS, SEED, TRAIN, Case, TrainingStep, allocation_peak, allocation_peaks, storage_bytes
+from measure_step import (
+    OURS,
+    SEED,
+    TRAIN,
+    Case,
+    TrainingStep,
+    allocation_peak,
+    allocation_peaks,
+    storage_bytes,
+)
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZE, PATCH = "small", (64, 64, 64)
 OUTPUTS = (3, 15, 105)
-FORWARD, LOSS, BACKWARD, OPTIMIZER, VALIDATION = "forward", "loss", "backward", "optimizer", "validation"
+FORWARD, LOSS, BACKWARD, OPTIMIZER, VALIDATION = (
+    "forward",
+    "loss",
+    "backward",
+    "optimizer",
+    "validation",
+)
 STAGES = (FORWARD, LOSS, BACKWARD, OPTIMIZER, VALIDATION)
 MAKERS = {
     "convolution": "outputs of convolutions (inputs of the norms)",
@@ -50,13 +67,16 @@ class Makers(TorchDispatchMode):
         given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
         for value in result if isinstance(result, (tuple, list)) else (result,):
             # Views are made by what made the whole; what works in place counts.
-            if isinstance(value, Tensor) and (name.endswith("_") or value.untyped_storage().data_ptr() not in given):
+            if isinstance(value, Tensor) and (
+                name.endswith("_") or value.untyped_storage().data_ptr() not in given
+            ):
                 self.maker[value.untyped_storage().data_ptr()] = name
         return result
 
 
 def peaks_by_stage(step: TrainingStep, keep_gradients: bool) -> dict[str, int]:
-    """Return the peak in bytes of each stage of a training step and the validation step after it, with all that stays."""
+    """Return the peak in bytes of each stage of a training step and the validation step after it,
+    with all that stays."""
 
     def run() -> None:
         step.network.train()
@@ -109,8 +129,19 @@ def kept_for_backward(step: TrainingStep) -> dict[str, int]:
 def optimizer_extra(step: TrainingStep) -> dict[str, int]:
     """Return the bytes that each implementation of the optimizer's step takes for itself."""
     extra = {}
-    for name, options in (("foreach", {"foreach": True}), ("one by one", {"foreach": False}), ("fused", {"fused": True})):
-        optimizer = torch.optim.SGD(step.parameters.parameters(), 1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True, **options)
+    for name, options in (
+        ("foreach", {"foreach": True}),
+        ("one by one", {"foreach": False}),
+        ("fused", {"fused": True}),
+    ):
+        optimizer = torch.optim.SGD(
+            step.parameters.parameters(),
+            1e-2,
+            weight_decay=3e-5,
+            momentum=0.99,
+            nesterov=True,
+            **options,
+        )
         for parameter in step.parameters.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the momentum
@@ -120,10 +151,13 @@ def optimizer_extra(step: TrainingStep) -> dict[str, int]:
 
 
 def loss_extra(step: TrainingStep) -> dict[str, int]:
-    """Return what each term of the loss at full resolution alone takes above its logits and target, forward and backward."""
+    """Return what each term of the loss at full resolution alone takes above its logits and target,
+    forward and backward."""
     criterion = step.loss.loss
     target = step.targets[0]
-    logits = torch.randn(len(target), step.parameters.decoder.num_classes, *target.shape[2:], requires_grad=True)
+    logits = torch.randn(
+        len(target), step.parameters.decoder.num_classes, *target.shape[2:], requires_grad=True
+    )
 
     def run(term: Callable[[], Tensor]) -> None:
         term().backward()
@@ -134,7 +168,10 @@ def loss_extra(step: TrainingStep) -> dict[str, int]:
         "cross-entropy": lambda: criterion.ce(logits, target[:, 0].long()),
         "both": lambda: criterion(logits, target),
     }
-    return {"logits": storage_bytes([logits]), **{name: allocation_peak(partial(run, term)) for name, term in terms.items()}}
+    return {
+        "logits": storage_bytes([logits]),
+        **{name: allocation_peak(partial(run, term)) for name, term in terms.items()},
+    }
 
 
 def measure(outputs: int) -> dict[str, Any]:
@@ -169,19 +206,27 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     kinds = dict.fromkeys(kind for row in rows for kind in row["kept"])
     for kind in kinds:
         add(f"kept for backward: {kind}", lambda row, kind=kind: row["kept"].get(kind, 0))
-    for part, title in (("optimizer_extra", "optimizer's step above that"), ("loss_extra", "full resolution alone")):
+    for part, title in (
+        ("optimizer_extra", "optimizer's step above that"),
+        ("loss_extra", "full resolution alone"),
+    ):
         for name in rows[0][part]:
             add(f"{title}: {name}", lambda row, part=part, name=name: row[part][name])
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes to .md")
     out = parser.parse_args().out
     rows = [measure(outputs) for outputs in OUTPUTS]
     host = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    out.write_text(json.dumps({"size": SIZE, "patch": PATCH, "batch": 1, **host, "rows": rows}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({"size": SIZE, "patch": PATCH, "batch": 1, **host, "rows": rows}, indent=1)
+        + "\n"
+    )
     out.with_suffix(".md").write_text(markdown_table(rows) + "\n")
     print(markdown_table(rows))
 

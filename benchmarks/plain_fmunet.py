@@ -1,8 +1,9 @@
 """The published FMUNet written down plainly, as the yardstick of ``misfm_step.py``.
 
-Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Norm, activation, dropout and convolution one after the
+Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Norm, activation, dropout and
+    convolution one after the
 other, each with an output of its own, as published. Parameter names are the published ones, which
-``stunet_plugin.checkpoints.fmunet_keys`` translates.
+``stunet_plugin.weights.fmunet_keys`` translates.
 
 Axes of all tensors: (batch, channel, *spatial).
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stunet_plugin.anisotropy import NUM_LEVELS, Triple, get_mode
+from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple, get_mode
 from stunet_plugin.networks.fmunet import DEPTH, NEGATIVE_SLOPE
 
 
@@ -59,14 +60,19 @@ class PlainDown(nn.Module):
 
 
 class PlainUp(nn.Module):
-    """Narrow and upsample the deeper features, concatenate (skip, upsampled), and merge to the skip's width."""
+    """Narrow and upsample the deeper features, concatenate (skip, upsampled), and merge to the
+    skip's width."""
 
-    def __init__(self, deep_channels: int, skip_channels: int, scale: Triple, kernel: Triple) -> None:
+    def __init__(
+        self, deep_channels: int, skip_channels: int, scale: Triple, kernel: Triple
+    ) -> None:
         super().__init__()
         self.up = nn.Sequential(
             *norm_act(deep_channels),
             nn.Conv3d(deep_channels, skip_channels, 1),
-            nn.Upsample(scale_factor=tuple(map(float, scale)), mode="trilinear", align_corners=True),
+            nn.Upsample(
+                scale_factor=tuple(map(float, scale)), mode="trilinear", align_corners=True
+            ),
         )
         merge = nn.Conv3d(2 * skip_channels, skip_channels, kernel, padding=same_padding(kernel))
         self.conv = nn.Sequential(*norm_act(2 * skip_channels), merge)
@@ -82,7 +88,8 @@ class PlainFMUNet(nn.Module):
         input_channels, num_classes: of the images and of every head.
         mode: the anisotropy mode.
         features_per_stage, dropout_per_stage: one per level.
-        deep_supervision: return the outputs of all four heads (a list, full resolution first) or the first of them alone.
+        deep_supervision: return the outputs of all four heads (a list, full resolution first) or
+            the first of them alone.
     """
 
     def __init__(
@@ -97,20 +104,34 @@ class PlainFMUNet(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         widths, kernels = features_per_stage, get_mode(mode).kernel_sizes
-        scales: list[Triple] = [(depth, height, width) for depth, height, width in get_mode(mode).strides[1:]]
+        scales: list[Triple] = [
+            (depth, height, width) for depth, height, width in get_mode(mode).strides[1:]
+        ]
         levels = range(NUM_LEVELS)
-        self.project = nn.Conv3d(input_channels, widths[0], kernels[0], padding=same_padding(kernels[0]))
+        self.project = nn.Conv3d(
+            input_channels, widths[0], kernels[0], padding=same_padding(kernels[0])
+        )
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         for level in levels:
-            self.encoder[f"en_conv{level}"] = PlainResidualLevel(widths[level], kernels[level], dropout_per_stage[level])
-            self.decoder[f"de_conv{level}"] = PlainResidualLevel(widths[level], kernels[level], dropout_per_stage[level])
+            self.encoder[f"en_conv{level}"] = PlainResidualLevel(
+                widths[level], kernels[level], dropout_per_stage[level]
+            )
+            self.decoder[f"de_conv{level}"] = PlainResidualLevel(
+                widths[level], kernels[level], dropout_per_stage[level]
+            )
         for level in levels[:-1]:
-            self.encoder[f"down{level}"] = PlainDown(widths[level], widths[level + 1], kernels[level], scales[level])
-            self.decoder[f"upcat{level}"] = PlainUp(widths[level + 1], widths[level], scales[level], kernels[level])
+            self.encoder[f"down{level}"] = PlainDown(
+                widths[level], widths[level + 1], kernels[level], scales[level]
+            )
+            self.decoder[f"upcat{level}"] = PlainUp(
+                widths[level + 1], widths[level], scales[level], kernels[level]
+            )
         self.out_layers = nn.ModuleList(
             nn.Sequential(
                 *norm_act(widths[level]),
-                nn.Conv3d(widths[level], num_classes, kernels[level], padding=same_padding(kernels[level])),
+                nn.Conv3d(
+                    widths[level], num_classes, kernels[level], padding=same_padding(kernels[level])
+                ),
             )
             for level in levels[:-1]
         )

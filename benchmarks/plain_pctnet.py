@@ -1,9 +1,11 @@
 """The published PCT-Net written down plainly, as the yardstick of ``misfm_step.py``.
 
-Paper: MIS-FM, arXiv:2306.16925. The way the published network computes, step by step: stems and heads of all three anisotropy
-modes are built and one of each is used; attention multiplies, adds bias and mask, takes the softmax and multiplies again; the
-masks of the shifted windows are made anew in every forward; a window is as large as the size the network was built for allows.
-Parameter names are the published ones, which ``stunet_plugin.checkpoints.pctnet_keys`` translates.
+Paper: MIS-FM, arXiv:2306.16925. The way the published network computes, step by step: stems and
+    heads of all three anisotropy
+modes are built and one of each is used; attention multiplies, adds bias and mask, takes the softmax
+and multiplies again; the masks of the shifted windows are made anew in every forward; a window is
+as large as the size the network was built for allows. Parameter names are the published ones, which
+``stunet_plugin.weights.pctnet_keys`` translates.
 
 Axes of feature maps: (batch, channel, *spatial); of tokens: (batch, token, channel).
 """
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stunet_plugin.anisotropy import MODES, Triple, get_mode
+from stunet_plugin.networks.anisotropy import MODES, Triple, get_mode
 from stunet_plugin.networks.pctnet import DEPTH, DROP_PATH, MLP_RATIO, NUM_HEADS
 from stunet_plugin.networks.window_attention import MASKED, TABLE_STD, WINDOW_SIZE
 
@@ -30,9 +32,12 @@ def norm_act(channels: int) -> list[nn.Module]:
 
 
 class PlainUnit(nn.Module):
-    """norm - activation - convolution, named ``conv``; behind a max-pooling if it goes a level down."""
+    """norm - activation - convolution, named ``conv``; behind a max-pooling if it goes a level
+    down."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: Triple, pooling: Triple | None = None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: Triple, pooling: Triple | None = None
+    ) -> None:
         super().__init__()
         self.pool = None if pooling is None else nn.MaxPool3d(pooling)
         conv = nn.Conv3d(in_channels, out_channels, kernel, padding=same_padding(kernel))
@@ -60,11 +65,16 @@ class PlainConvBlock(nn.Module):
 
 
 class PlainUp(nn.Module):
-    """Upsample the deeper features, concatenate (skip, upsampled), and merge to the skip's width."""
+    """Upsample the deeper features, concatenate (skip, upsampled), and merge to the skip's
+    width."""
 
-    def __init__(self, skip_channels: int, deep_channels: int, scale: Triple, kernel: Triple) -> None:
+    def __init__(
+        self, skip_channels: int, deep_channels: int, scale: Triple, kernel: Triple
+    ) -> None:
         super().__init__()
-        self.up = nn.Sequential(*norm_act(deep_channels), nn.ConvTranspose3d(deep_channels, skip_channels, scale, scale))
+        self.up = nn.Sequential(
+            *norm_act(deep_channels), nn.ConvTranspose3d(deep_channels, skip_channels, scale, scale)
+        )
         merge = nn.Conv3d(2 * skip_channels, skip_channels, kernel, padding=same_padding(kernel))
         self.conv = nn.Sequential(*norm_act(2 * skip_channels), merge)
 
@@ -75,19 +85,35 @@ class PlainUp(nn.Module):
 def into_windows(x: Tensor, window: int) -> Tensor:
     """(batch, depth, height, width, channel) to (batch * windows, tokens of a window, channel)."""
     batch, depth, height, width, channels = x.shape
-    x = x.view(batch, depth // window, window, height // window, window, width // window, window, channels)
+    x = x.view(
+        batch, depth // window, window, height // window, window, width // window, window, channels
+    )
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).contiguous().view(-1, window**3, channels)
 
 
 def out_of_windows(windows: Tensor, window: int, shape: tuple[int, ...]) -> Tensor:
     """The reverse of :func:`into_windows` for a volume of a shape."""
     depth, height, width = shape
-    x = windows.view(-1, depth // window, height // window, width // window, window, window, window, windows.shape[-1])
-    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).contiguous().view(-1, depth, height, width, windows.shape[-1])
+    x = windows.view(
+        -1,
+        depth // window,
+        height // window,
+        width // window,
+        window,
+        window,
+        window,
+        windows.shape[-1],
+    )
+    return (
+        x.permute(0, 1, 4, 2, 5, 3, 6, 7)
+        .contiguous()
+        .view(-1, depth, height, width, windows.shape[-1])
+    )
 
 
 class PlainAttention(nn.Module):
-    """Multi-head attention within windows; its index lets offsets share rows as the published one does."""
+    """Multi-head attention within windows; its index lets offsets share rows as the published one
+    does."""
 
     relative_position_index: Tensor
 
@@ -108,14 +134,23 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         count, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(count, tokens, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4).contiguous()
+        qkv = (
+            self.qkv(x)
+            .reshape(count, tokens, 3, self.heads, channels // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .contiguous()
+        )
         q, k, v = qkv[0] * self.scale, qkv[1], qkv[2]
         attention = q @ k.transpose(-2, -1).contiguous()
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(
+            tokens, tokens, -1
+        )
         attention = attention + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
         if mask is not None:
             windows = mask.shape[0]
-            attention = attention.view(count // windows, windows, self.heads, tokens, tokens) + mask.unsqueeze(1).unsqueeze(0)
+            attention = attention.view(
+                count // windows, windows, self.heads, tokens, tokens
+            ) + mask.unsqueeze(1).unsqueeze(0)
             attention = attention.view(-1, self.heads, tokens, tokens)
         attention = self.attn_drop(torch.softmax(attention, dim=-1))
         x = (attention @ v).transpose(1, 2).reshape(count, tokens, channels)
@@ -136,10 +171,14 @@ class PlainMLP(nn.Module):
 class PlainTransformerBlock(nn.Module):
     """norm - (shifted) window attention, plus the input; norm - MLP, plus its input."""
 
-    def __init__(self, channels: int, shape: tuple[int, ...], heads: int, shift: int, dropout: float) -> None:
+    def __init__(
+        self, channels: int, shape: tuple[int, ...], heads: int, shift: int, dropout: float
+    ) -> None:
         super().__init__()
         self.shape = shape
-        self.window, self.shift = (min(shape), 0) if min(shape) <= WINDOW_SIZE else (WINDOW_SIZE, shift)
+        self.window, self.shift = (
+            (min(shape), 0) if min(shape) <= WINDOW_SIZE else (WINDOW_SIZE, shift)
+        )
         self.norm1 = nn.LayerNorm(channels)
         self.attn = PlainAttention(channels, heads, self.window, dropout)
         self.norm2 = nn.LayerNorm(channels)
@@ -176,7 +215,9 @@ class PlainTransformer(nn.Module):
         super().__init__()
         self.shift = WINDOW_SIZE // 2
         shifts = [self.shift * (block % 2) for block in range(DEPTH)]
-        self.blocks = nn.ModuleList(PlainTransformerBlock(channels, shape, heads, shift, dropout) for shift in shifts)
+        self.blocks = nn.ModuleList(
+            PlainTransformerBlock(channels, shape, heads, shift, dropout) for shift in shifts
+        )
 
     def forward(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         mask = self.mask(shape, x.device)
@@ -185,7 +226,9 @@ class PlainTransformer(nn.Module):
         return x
 
     def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        regions = torch.zeros((1, *(size + -size % WINDOW_SIZE for size in shape), 1), device=device)
+        regions = torch.zeros(
+            (1, *(size + -size % WINDOW_SIZE for size in shape), 1), device=device
+        )
         parts = (slice(0, -WINDOW_SIZE), slice(-WINDOW_SIZE, -self.shift), slice(-self.shift, None))
         number = 0
         for depth in parts:
@@ -199,7 +242,8 @@ class PlainTransformer(nn.Module):
 
 
 class PlainPCTBlock(nn.Module):
-    """A convolution block and a transformer on the same input, summed. The norm is built and never used."""
+    """A convolution block and a transformer on the same input, summed. The norm is built and never
+    used."""
 
     def __init__(self, channels: int, shape: tuple[int, ...], heads: int, dropout: float) -> None:
         super().__init__()
@@ -213,16 +257,27 @@ class PlainPCTBlock(nn.Module):
         shape = tuple(x.shape[2:])
         tokens = self.pos_drop(x.flatten(2).transpose(1, 2).contiguous())
         attended = self.trans(tokens, shape)
-        return convolved + attended.view(x.shape[0], *shape, x.shape[1]).permute(0, 4, 1, 2, 3).contiguous()
+        return (
+            convolved
+            + attended.view(x.shape[0], *shape, x.shape[1]).permute(0, 4, 1, 2, 3).contiguous()
+        )
 
 
 class PlainStem(nn.Module):
     """Levels 0 and 1, and the way into level 2, for one mode."""
 
-    def __init__(self, input_channels: int, widths: Sequence[int], dropout: Sequence[float], kernels: Sequence[Triple]) -> None:
+    def __init__(
+        self,
+        input_channels: int,
+        widths: Sequence[int],
+        dropout: Sequence[float],
+        kernels: Sequence[Triple],
+    ) -> None:
         super().__init__()
         pooling = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
-        self.proj = nn.Conv3d(input_channels, widths[0], kernels[0], padding=same_padding(kernels[0]))
+        self.proj = nn.Conv3d(
+            input_channels, widths[0], kernels[0], padding=same_padding(kernels[0])
+        )
         self.conv0 = PlainConvBlock(widths[0], kernels[0], dropout[0])
         self.conv1 = PlainConvBlock(widths[1], kernels[1], dropout[1])
         self.down1 = PlainUnit(widths[0], widths[1], kernels[1], pooling[0])
@@ -237,7 +292,13 @@ class PlainStem(nn.Module):
 class PlainPyramid(nn.Module):
     """Levels 2 to 4 and back, and the heads of levels 2 and 3."""
 
-    def __init__(self, widths: Sequence[int], shape: tuple[int, ...], dropout: Sequence[float], num_classes: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        shape: tuple[int, ...],
+        dropout: Sequence[float],
+        num_classes: int,
+    ) -> None:
         super().__init__()
         shapes = [tuple(size >> level for size in shape) for level in range(3)]
         kernel: Triple = (3, 3, 3)
@@ -267,7 +328,13 @@ class PlainPyramid(nn.Module):
 class PlainHead(nn.Module):
     """Levels 1 and 0 on the way back, and their heads, for one mode."""
 
-    def __init__(self, widths: Sequence[int], dropout: Sequence[float], kernels: Sequence[Triple], num_classes: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        dropout: Sequence[float],
+        kernels: Sequence[Triple],
+        num_classes: int,
+    ) -> None:
         super().__init__()
         scales = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
         self.up1 = PlainUp(widths[0], widths[1], scales[0], kernels[0])
@@ -291,7 +358,8 @@ class PlainPCTNet(nn.Module):
         mode: the anisotropy mode that is used; all three are built.
         input_size: voxels per axis that the network takes.
         features_per_stage, dropout_per_stage: one per level.
-        deep_supervision: return the outputs of all four heads (a list, full resolution first) or the first of them alone.
+        deep_supervision: return the outputs of all four heads (a list, full resolution first) or
+            the first of them alone.
     """
 
     def __init__(
@@ -310,10 +378,17 @@ class PlainPCTNet(nn.Module):
         widths, dropout = features_per_stage, dropout_per_stage
         kernels = [candidate.kernel_sizes[:2] for candidate in MODES]
         # The pyramid halves every axis twice more.
-        shape = tuple(size * 4 // step for size, step in zip(input_size, get_mode(mode).reduction, strict=True))
-        self.embeddings = nn.ModuleList(PlainStem(input_channels, widths, dropout, pair) for pair in kernels)
+        shape = tuple(
+            size * 4 // step
+            for size, step in zip(input_size, get_mode(mode).reduction, strict=True)
+        )
+        self.embeddings = nn.ModuleList(
+            PlainStem(input_channels, widths, dropout, pair) for pair in kernels
+        )
         self.pyramid_ct = PlainPyramid(widths[2:], shape, dropout[2:], num_classes)
-        self.pred_heads = nn.ModuleList(PlainHead(widths, dropout, pair, num_classes) for pair in kernels)
+        self.pred_heads = nn.ModuleList(
+            PlainHead(widths, dropout, pair, num_classes) for pair in kernels
+        )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         level0, level1, level2 = self.embeddings[self.mode](x)
@@ -322,4 +397,9 @@ class PlainPCTNet(nn.Module):
         up0, up1 = head(level0, level1, up2)
         if not self.deep_supervision:
             return head.out_conv0(up0)
-        return [head.out_conv0(up0), head.out_conv1(up1), self.pyramid_ct.out_conv2(up2), self.pyramid_ct.out_conv3(up3)]
+        return [
+            head.out_conv0(up0),
+            head.out_conv1(up1),
+            self.pyramid_ct.out_conv2(up2),
+            self.pyramid_ct.out_conv3(up3),
+        ]

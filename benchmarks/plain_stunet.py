@@ -1,10 +1,12 @@
 """The published STU-Net written down plainly, as the yardstick of ``stunet_step.py``.
 
-Paper: Huang et al., arXiv:2304.06716, section 3. The formula step by step, in the order in which it is published: the
-decoder first upsamples the deeper features and then convolves them, which costs one more full-resolution tensor of twice
-the width than the reverse order of ``stunet_plugin.networks.stunet``. It is no straw man: activations are overwritten in
-place, and only the heads that are asked for are computed. Parameter names are the published ones, which
-``stunet_plugin.checkpoints.stunet_keys`` translates.
+Paper: Huang et al., arXiv:2304.06716, section 3. The formula step by step, in the order in which it
+    is published: the
+decoder first upsamples the deeper features and then convolves them, which costs one more
+full-resolution tensor of twice the width than the reverse order of
+``stunet_plugin.networks.stunet``. It is no straw man: activations are overwritten in place, and
+only the heads that are asked for are computed. Parameter names are the published ones, which
+``stunet_plugin.weights.stunet_keys`` translates.
 
 Axes of all tensors: (batch, channel, *spatial).
 """
@@ -14,17 +16,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stunet_plugin.presets import STUNetPreset
-from stunet_plugin.topology import Strides
+from stunet_plugin.networks.presets import STUNetPreset
+from stunet_plugin.networks.topology import Strides
 
 Stride = tuple[int, int, int]
 NO_STRIDE: Stride = (1, 1, 1)
 
 
 class PlainBlock(nn.Module):
-    """conv - norm - LeakyReLU - conv - norm, plus the shortcut (``conv3`` in a stage's first block), then LeakyReLU."""
+    """conv - norm - LeakyReLU - conv - norm, plus the shortcut (``conv3`` in a stage's first
+    block), then LeakyReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Stride, project_shortcut: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: Stride, project_shortcut: bool
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(in_channels, out_channels, 3, stride, padding=1)
         self.norm1 = nn.InstanceNorm3d(out_channels, affine=True)
@@ -58,7 +63,11 @@ def plain_stage(in_channels: int, out_channels: int, blocks: int, stride: Stride
     """Blocks of one stage: the first strides and projects its shortcut."""
     first = PlainBlock(in_channels, out_channels, stride, project_shortcut=True)
     return nn.Sequential(
-        first, *(PlainBlock(out_channels, out_channels, NO_STRIDE, project_shortcut=False) for _ in range(blocks - 1))
+        first,
+        *(
+            PlainBlock(out_channels, out_channels, NO_STRIDE, project_shortcut=False)
+            for _ in range(blocks - 1)
+        ),
     )
 
 
@@ -69,11 +78,17 @@ class PlainSTUNet(nn.Module):
         preset: the size.
         strides: six, full resolution first, the first all ones.
         input_channels, num_classes: of the images and of every head.
-        deep_supervision: return the outputs of all five heads (a list, full resolution first) or the first of them alone.
+        deep_supervision: return the outputs of all five heads (a list, full resolution first) or
+            the first of them alone.
     """
 
     def __init__(
-        self, preset: STUNetPreset, strides: Strides, input_channels: int, num_classes: int, deep_supervision: bool
+        self,
+        preset: STUNetPreset,
+        strides: Strides,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool,
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
@@ -82,8 +97,12 @@ class PlainSTUNet(nn.Module):
         inputs = (input_channels, *widths[:-1])
         self.conv_blocks_context = nn.ModuleList(map(plain_stage, inputs, widths, depths, steps))
         decoder = list(reversed(range(len(widths) - 1)))
-        self.upsample_layers = nn.ModuleList(PlainUpsampling(widths[i + 1], widths[i], steps[i + 1]) for i in decoder)
-        self.conv_blocks_localization = nn.ModuleList(plain_stage(2 * widths[i], widths[i], depths[i], NO_STRIDE) for i in decoder)
+        self.upsample_layers = nn.ModuleList(
+            PlainUpsampling(widths[i + 1], widths[i], steps[i + 1]) for i in decoder
+        )
+        self.conv_blocks_localization = nn.ModuleList(
+            plain_stage(2 * widths[i], widths[i], depths[i], NO_STRIDE) for i in decoder
+        )
         self.seg_outputs = nn.ModuleList(nn.Conv3d(widths[i], num_classes, 1) for i in decoder)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

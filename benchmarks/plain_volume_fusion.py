@@ -1,7 +1,9 @@
-"""Plain transcription of the published Volume Fusion pipeline, in the published order of operations; the yardstick.
+"""Plain transcription of the published Volume Fusion pipeline, in the published order of
+operations; the yardstick.
 
-From the paper of 2025 and github.com/HiLab-git/PyMIC (Apache-2.0, read for facts): numpy and scipy on whole float arrays, one
-sample at a time, both sub-volumes from the same scan. Nothing here is part of the package.
+From the paper of 2025 and github.com/HiLab-git/PyMIC (Apache-2.0, read for facts): numpy and scipy
+on whole float arrays, one sample at a time, both sub-volumes from the same scan. Nothing here is
+part of the package.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ def fused_sample(scan: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarra
     """Return image (1, *patch) and class map (1, *patch) from a scan (1, *spatial)."""
     first, second = (resized_crop(scan, patch_size) for _ in range(2))
     first, second = random_flip(first), random_flip(second)
-    first, second = (random_gamma(contrast(view, random.uniform(0.1, 2.0), random.uniform(98, 99.9))) for view in (first, second))
+    first, second = (
+        random_gamma(contrast(view, random.uniform(0.1, 2.0), random.uniform(98, 99.9)))
+        for view in (first, second)
+    )
     if random.random() < 0.25:
         first, second = 1 - first, 1 - second
     class_map = tile_classes(patch_size)
@@ -32,10 +37,25 @@ def fused_sample(scan: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarra
 
 def resized_crop(scan: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
     """Crop at a random scale per axis, inside the scan, and zoom it linearly to the patch."""
-    lengths = [min(int(patch * random.uniform(*SCALE)), axis) for patch, axis in zip(patch_size, scan.shape[1:], strict=True)]
-    starts = [random.randint(0, axis - length) for axis, length in zip(scan.shape[1:], lengths, strict=True)]
-    crop = scan[(slice(None), *(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)))]
-    return ndimage.zoom(crop, [1.0, *(patch / length for patch, length in zip(patch_size, lengths, strict=True))], order=1)
+    lengths = [
+        min(int(patch * random.uniform(*SCALE)), axis)
+        for patch, axis in zip(patch_size, scan.shape[1:], strict=True)
+    ]
+    starts = [
+        random.randint(0, axis - length)
+        for axis, length in zip(scan.shape[1:], lengths, strict=True)
+    ]
+    crop = scan[
+        (
+            slice(None),
+            *(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)),
+        )
+    ]
+    return ndimage.zoom(
+        crop,
+        [1.0, *(patch / length for patch, length in zip(patch_size, lengths, strict=True))],
+        order=1,
+    )
 
 
 def random_flip(image: np.ndarray) -> np.ndarray:
@@ -44,7 +64,8 @@ def random_flip(image: np.ndarray) -> np.ndarray:
 
 
 def contrast(image: np.ndarray, low_percentile: float, high_percentile: float) -> np.ndarray:
-    """Map the percentiles to 0.1 and 0.9 and the tails to 0 and 1, through masks; writes into the image."""
+    """Map the percentiles to 0.1 and 0.9 and the tails to 0 and 1, through masks; writes into the
+    image."""
     darkest, brightest = image.min(), image.max()
     low, high = np.percentile(image, low_percentile), np.percentile(image, high_percentile)
     below, above = image < low, image > high
@@ -64,7 +85,8 @@ def random_gamma(image: np.ndarray) -> np.ndarray:
 
 
 def tile_classes(patch_size: Sequence[int]) -> np.ndarray:
-    """Tile the patch with blocks of one random size and give 70 % of them a class, one after the other."""
+    """Tile the patch with blocks of one random size and give 70 % of them a class, one after the
+    other."""
     sizes = [random.randint(*BLOCK) for _ in patch_size]
     offsets = [random.randint(0, axis % size) for axis, size in zip(patch_size, sizes, strict=True)]
     grid = [axis // size for axis, size in zip(patch_size, sizes, strict=True)]
@@ -74,8 +96,13 @@ def tile_classes(patch_size: Sequence[int]) -> np.ndarray:
     class_map = np.zeros((1, *patch_size), np.uint8)
     for position, is_chosen in zip(np.ndindex(*grid), chosen, strict=True):
         if is_chosen:
-            starts = [index * size + offset for index, size, offset in zip(position, sizes, offsets, strict=True)]
-            block = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+            starts = [
+                index * size + offset
+                for index, size, offset in zip(position, sizes, offsets, strict=True)
+            ]
+            block = tuple(
+                slice(start, start + size) for start, size in zip(starts, sizes, strict=True)
+            )
             class_map[(slice(None), *block)] = random.randint(1, CLASSES)
     return class_map
 

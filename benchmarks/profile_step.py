@@ -1,10 +1,13 @@
-"""What a training step and the prediction of a patch spend their time on, ours beside the plain transcription.
+"""What a training step and the prediction of a patch spend their time on, ours beside the plain
+transcription.
 
-    python benchmarks/profile_step.py --sizes small base --patch 32 64 64 --batch 1 --out benchmarks/results/profile_step_cpu.json
-    python benchmarks/profile_step.py --device cuda --amp --compile --peak-tflops 989 --patch 128 128 128 --out profile_h100.json
+    python benchmarks/profile_step.py --sizes small base --patch 32 64 64 --batch 1 --out
+    benchmarks/results/profile_step_cpu.json python benchmarks/profile_step.py --device cuda --amp
+    --compile --peak-tflops 989 --patch 128 128 128 --out profile_h100.json
 
-One step after warm-up under torch's profiler, in one process. Each operation's own time, without what it calls, goes to a kind, by
-its name; on CUDA it is the time of the kernels. Writes a JSON file and a Markdown table beside it.
+One step after warm-up under torch's profiler, in one process. Each operation's own time, without
+what it calls, goes to a kind, by its name; on CUDA it is the time of the kernels. Writes a JSON
+file and a Markdown table beside it.
 """
 
 from __future__ import annotations
@@ -21,30 +24,96 @@ from typing import Any
 
 import measure_step
 import torch
-from measure_step import INFERENCE, OURS, PLAIN, SEED, TRAIN, Case, InferenceStep, TrainingStep, timed
+from measure_step import (
+    INFERENCE,
+    OURS,
+    PLAIN,
+    SEED,
+    TRAIN,
+    Case,
+    InferenceStep,
+    TrainingStep,
+    timed,
+)
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from stunet_plugin.presets import PRESETS
+from stunet_plugin.networks.presets import PRESETS
 
 WARM_UP_STEPS = 2
 OTHER = "other"
 KINDS = (
-    ("convolution backward", ("convolution_backward", "conv_depthwise3d_backward", "dgrad", "wgrad")),
+    (
+        "convolution backward",
+        ("convolution_backward", "conv_depthwise3d_backward", "dgrad", "wgrad"),
+    ),
     ("optimizer", ("_foreach", "_fused", "sgd", "multi_tensor", "clip_grad")),
     ("loss", ("softmax", "nll_loss", "scatter", "one_hot", "gather")),
-    ("convolution", ("convolution", "slow_conv", "aten::mm", "aten::addmm", "aten::bmm", "fprop", "gemm", "cudnn", "conv3d")),
-    ("norm and activation", ("group_norm", "batch_norm", "leaky_relu", "var_mean", "addcmul", "rsqrt", "bn_fw", "bn_bw")),
+    (
+        "convolution",
+        (
+            "convolution",
+            "slow_conv",
+            "aten::mm",
+            "aten::addmm",
+            "aten::bmm",
+            "fprop",
+            "gemm",
+            "cudnn",
+            "conv3d",
+        ),
+    ),
+    (
+        "norm and activation",
+        (
+            "group_norm",
+            "batch_norm",
+            "leaky_relu",
+            "var_mean",
+            "addcmul",
+            "rsqrt",
+            "bn_fw",
+            "bn_bw",
+        ),
+    ),
     ("concatenation and upsampling", ("aten::cat", "CatArray", "upsample", "repeat")),
-    ("copies", ("copy_", "clone", "contiguous", "Memcpy", "nchwToNhwc", "nhwcToNchw", "fill_", "zero_", "Memset")),
-    ("sums and products", ("aten::add", "aten::mul", "aten::sum", "aten::sub", "aten::mean", "aten::div", "elementwise", "reduce")),
+    (
+        "copies",
+        (
+            "copy_",
+            "clone",
+            "contiguous",
+            "Memcpy",
+            "nchwToNhwc",
+            "nhwcToNchw",
+            "fill_",
+            "zero_",
+            "Memset",
+        ),
+    ),
+    (
+        "sums and products",
+        (
+            "aten::add",
+            "aten::mul",
+            "aten::sum",
+            "aten::sub",
+            "aten::mean",
+            "aten::div",
+            "elementwise",
+            "reduce",
+        ),
+    ),
 )
 """Kinds by parts of the names of operations and kernels; the first that fits."""
 
 
 def kind_of(name: str) -> str:
     """Return the kind of an operation."""
-    return next((kind for kind, parts in KINDS if any(part.lower() in name.lower() for part in parts)), OTHER)
+    return next(
+        (kind for kind, parts in KINDS if any(part.lower() in name.lower() for part in parts)),
+        OTHER,
+    )
 
 
 def shares(step: Callable[[], None], device: str) -> dict[str, float]:
@@ -76,8 +145,12 @@ def profile_case(case: Case, amp: bool, peak_tflops: float | None) -> dict[str, 
         step()
     seconds = min(timed(step, case.device) for _ in range(case.steps))
     row: dict[str, Any] = {
-        "size": case.size, "mode": case.mode, "network": case.network, "seconds": seconds, "shares": shares(step, case.device)
-    }  # fmt: skip
+        "size": case.size,
+        "mode": case.mode,
+        "network": case.network,
+        "seconds": seconds,
+        "shares": shares(step, case.device),
+    }
     if peak_tflops is not None:
         # Of the formula: what a compiler or another way to convolve saves does not count as work.
         counted = replace(case, network=PLAIN, compiled=False, device="meta")
@@ -95,22 +168,37 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     values = {kind: [row["shares"].get(kind, 0) for row in rows] for kind in kinds}
     if all("share_of_peak" in row for row in rows):
         values["**of the peak FLOP/s**"] = [row["share_of_peak"] for row in rows]
-    lines += [f"| {name} | {' | '.join(f'{100 * value:.0f}' for value in found)} |" for name, found in values.items()]
+    lines += [
+        f"| {name} | {' | '.join(f'{100 * value:.0f}' for value in found)} |"
+        for name, found in values.items()
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--sizes", nargs="+", choices=list(PRESETS), default=["small", "base"])
     add("--patch", type=int, nargs=3, default=[64] * 3, metavar="N")
     add("--batch", type=int, default=2, help="samples of a training step (default: %(default)s)")
     add("--classes", type=int, default=15)
-    add("--steps", type=int, default=1, help="timed steps, the fastest of which counts (default: %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=1,
+        help="timed steps, the fastest of which counts (default: %(default)s)",
+    )
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--amp", action="store_true", help="autocast to float16, as nnU-Net on CUDA")
     add("--compile", action="store_true")
-    add("--peak-tflops", type=float, metavar="N", help="of the GPU in this precision; prints the share that is achieved")
+    add(
+        "--peak-tflops",
+        type=float,
+        metavar="N",
+        help="of the GPU in this precision; prints the share that is achieved",
+    )
     add("--out", type=Path, required=True, help="JSON file; the table goes to .md")
     options = parser.parse_args()
     torch.backends.cudnn.benchmark = options.device == "cuda"

@@ -1,7 +1,10 @@
-"""Bring the features before the segmentation heads of a pretrained STU-Net to the spread that random weights give them.
+"""Bring the features before the segmentation heads of a pretrained STU-Net to the spread that
+random weights give them.
 
-The network computes the same otherwise: each decoder stage's last block is scaled (a positive factor passes LeakyReLU), and the
-convolution that takes its output to the next stage undoes it. What changes is how fast new heads learn.
+The network computes the same otherwise: each decoder stage's last block is scaled (a positive
+    factor passes LeakyReLU), and the
+convolution that takes its output to the next stage undoes it. What changes is how fast new heads
+learn.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ CASES = 4
 
 
 def read_patches(files: Sequence[Path], patch_size: Sequence[int]) -> Tensor:
-    """Return the corner patches of preprocessed cases, padded with zeros, shape (case, channel, *patch)."""
+    """Return the corner patches of preprocessed cases, padded with zeros, shape (case, channel,
+    *patch)."""
     patches = []
     for file in files:
         image = np.asarray(blosc2.open(str(file))[:], dtype=np.float32)
-        inside = tuple(slice(min(*sizes)) for sizes in zip(image.shape[1:], patch_size, strict=True))
+        inside = tuple(
+            slice(min(*sizes)) for sizes in zip(image.shape[1:], patch_size, strict=True)
+        )
         patch = np.zeros((len(image), *patch_size), np.float32)
         patch[(slice(None), *inside)] = image[(slice(None), *inside)]
         patches.append(patch)
@@ -37,7 +43,8 @@ def read_patches(files: Sequence[Path], patch_size: Sequence[int]) -> Tensor:
 
 
 def spreads(network: STUNet, images: Tensor) -> list[float]:
-    """Return the standard deviation of each head's input around its channels' means, deepest first."""
+    """Return the standard deviation of each head's input around its channels' means, deepest
+    first."""
     found: dict[int, float] = {}
 
     def keep(head: int, features: Tensor) -> None:
@@ -55,7 +62,8 @@ def spreads(network: STUNet, images: Tensor) -> list[float]:
 
 
 def scale_features(network: STUNet, factors: Sequence[float]) -> None:
-    """Multiply the inputs of the heads, deepest first, and leave what the decoder passes on as it was.
+    """Multiply the inputs of the heads, deepest first, and leave what the decoder passes on as it
+    was.
 
     Raises:
         PluginError: stages of more than one block, whose last shortcut cannot be scaled.
@@ -65,7 +73,10 @@ def scale_features(network: STUNet, factors: Sequence[float]) -> None:
         for step, (stage, factor) in enumerate(zip(decoder.stages, factors, strict=True)):
             block = stage[-1]
             if isinstance(block.shortcut, nn.Identity):
-                raise PluginError("Features can be rescaled where decoder stages have one block: --size tiny, small or base.")
+                raise PluginError(
+                    "Features can be rescaled where decoder stages have one block: --size tiny,"
+                    " small or base."
+                )
             for part in (block.norm2, block.shortcut):
                 part.weight *= factor
                 part.bias *= factor
@@ -74,7 +85,8 @@ def scale_features(network: STUNet, factors: Sequence[float]) -> None:
 
 
 def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
-    """Rescale a pretrained checkpoint by the first preprocessed cases of a folder, unless that is done.
+    """Rescale a pretrained checkpoint by the first preprocessed cases of a folder, unless that is
+    done.
 
     Raises:
         PluginError: the network's features cannot be rescaled.
@@ -84,13 +96,17 @@ def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
     content = torch.load(checkpoint, map_location="cpu", weights_only=False)
     arguments = content["init_args"]
     configuration = PlansManager(arguments["plans"]).get_configuration(arguments["configuration"])
-    trainer = getattr(stunet_trainers, "STUNetTrainer_" + content["trainer_name"].rpartition("_")[2])
+    trainer = getattr(
+        stunet_trainers, "STUNetTrainer_" + content["trainer_name"].rpartition("_")[2]
+    )
     files = sorted(file for file in cases.glob("*.b2nd") if not file.stem.endswith("_seg"))[:CASES]
     images = read_patches(files, configuration.patch_size)
     outputs = len(content["network_weights"]["decoder.seg_layers.0.bias"])
 
     torch.manual_seed(1)
-    network = trainer.build_network_architecture(PlansManager(arguments["plans"]), configuration, images.shape[1], outputs, True)
+    network = trainer.build_network_architecture(
+        PlansManager(arguments["plans"]), configuration, images.shape[1], outputs, True
+    )
     wanted = spreads(network, images)
     network.load_state_dict(content["network_weights"])
     present = spreads(network, images)
@@ -98,7 +114,11 @@ def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
     reached = spreads(network, images)
     if not all(math.isclose(*pair, rel_tol=1e-2) for pair in zip(wanted, reached, strict=True)):
         raise PluginError(f"Rescaled to {reached} instead of {wanted}.")
-    print(f"features before the heads, deepest first: {np.round(present, 2)} rescaled to {np.round(reached, 2)}", flush=True)
+    print(
+        f"features before the heads, deepest first: {np.round(present, 2)} rescaled to"
+        f" {np.round(reached, 2)}",
+        flush=True,
+    )
     content["network_weights"] = network.state_dict()
     # A file half written would be taken for done.
     unfinished = out.with_name(f"{out.name}.unfinished")

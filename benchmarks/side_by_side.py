@@ -1,11 +1,14 @@
-"""What the step benchmarks share: options, the rounds in which two networks alternate, and the report.
+"""What the step benchmarks share: options, the rounds in which two networks alternate, and the
+report.
 
-Both networks compute the same function (checked first, with the same weights). Each measurement runs in a process of its own,
-so that its peak of memory is its own, and the two networks alternate for several rounds, so that a drift of the machine's speed
-meets both. What a step is and which memory is meant stands in ``measure_step.py``; what the numbers of a report are in
+Both networks compute the same function (checked first, with the same weights). Each measurement
+runs in a process of its own, so that its peak of memory is its own, and the two networks alternate
+for several rounds, so that a drift of the machine's speed meets both. What a step is and which
+memory is meant stands in ``measure_step.py``; what the numbers of a report are in
 ``step_report.py``. Writes a JSON file and a Markdown table beside it. Linux or macOS.
 
-Exit codes: 0 done, 1 the networks disagree or a measurement failed (the others are written), 2 wrong input, 130 interrupted.
+Exit codes: 0 done, 1 the networks disagree or a measurement failed (the others are written), 2
+    wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from step_report import bytes_text, markdown_table, read_report, round_ratios, s
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
-from stunet_plugin.registration import write_atomically
-from stunet_plugin.topology import Strides, check_patch_size, total_stride
+from stunet_plugin.networks.topology import Strides, check_patch_size, total_stride
+from stunet_plugin.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from measure_step import Case
@@ -42,7 +45,8 @@ DEVICES = ("cpu", "cuda")
 MODES = ("train", "inference")
 
 AGREEMENT_LIMIT = 1e-4
-"""Largest difference of an output, relative to the largest output, that float32 rounding in another order may explain."""
+"""Largest difference of an output, relative to the largest output, that float32 rounding in another
+order may explain."""
 
 Subjects = list[tuple[str, tuple[int, ...]]]
 """Names (see ``subjects.py``) and the patch size that each is measured with."""
@@ -61,15 +65,52 @@ def add_options(parser: argparse.ArgumentParser, classes: int, steps: dict[str, 
         steps: default of ``--steps`` per device.
     """
     add = parser.add_argument
-    add("--batch", type=int, default=2, help="samples of a training step (default: %(default)s); inference takes one")
-    add("--classes", type=int, default=classes, help="outputs, background included (default: %(default)s)")
+    add(
+        "--batch",
+        type=int,
+        default=2,
+        help="samples of a training step (default: %(default)s); inference takes one",
+    )
+    add(
+        "--classes",
+        type=int,
+        default=classes,
+        help="outputs, background included (default: %(default)s)",
+    )
     add("--modes", nargs="+", choices=MODES, default=MODES, help="what to measure (default: both)")
     add("--compile", action="store_true", help="measure with torch.compile besides")
-    add("--repeats", type=int, default=5, help="rounds in which the networks alternate (default: %(default)s)")
-    add("--steps", type=int, help=f"timed steps per round (default: {', '.join(f'{n} ({name})' for name, n in steps.items())})")
-    add("--device", choices=["auto", *DEVICES], default="auto", help="auto takes a GPU where there is one")
-    add("--out", type=Path, metavar="FILE", help="JSON file (default: a new one in benchmarks/results); the table goes to .md")
-    add("--table", type=Path, metavar="FILE", help="print the table of this JSON file and measure nothing")
+    add(
+        "--repeats",
+        type=int,
+        default=5,
+        help="rounds in which the networks alternate (default: %(default)s)",
+    )
+    add(
+        "--steps",
+        type=int,
+        help=(
+            "timed steps per round (default:"
+            f" {', '.join(f'{n} ({name})' for name, n in steps.items())})"
+        ),
+    )
+    add(
+        "--device",
+        choices=["auto", *DEVICES],
+        default="auto",
+        help="auto takes a GPU where there is one",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file (default: a new one in benchmarks/results); the table goes to .md",
+    )
+    add(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="print the table of this JSON file and measure nothing",
+    )
 
 
 def main(
@@ -106,7 +147,12 @@ def run(settings: dict[str, Any], subjects: Subjects, out: Path) -> int:
     """Check, measure, write; return the exit code."""
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": settings.pop("threads"), "gpu": None},
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": settings.pop("threads"),
+            "gpu": None,
+        },
         "versions": {
             "python": platform.python_version(),
             "stunet-plugin": __version__,
@@ -120,13 +166,18 @@ def run(settings: dict[str, Any], subjects: Subjects, out: Path) -> int:
     for name, patch in subjects:
         try:
             if not agree(report, name, patch):
-                print(f"{name}: the networks do not compute the same, so a comparison means nothing.", file=sys.stderr)
+                print(
+                    f"{name}: the networks do not compute the same, so a comparison means nothing.",
+                    file=sys.stderr,
+                )
                 return 1
         except MeasurementError as error:
             print(f"{name}: could not compare the outputs ({error}).", file=sys.stderr)
             failed = True
             continue
-        for mode, compiled in itertools.product(settings["modes"], (False, True) if settings["compile"] else (False,)):
+        for mode, compiled in itertools.product(
+            settings["modes"], (False, True) if settings["compile"] else (False,)
+        ):
             result = measure_pair(settings, name, patch, mode, compiled)
             failed = failed or result["ratios"] is None
             report["results"].append(result)
@@ -145,12 +196,21 @@ def complete_settings(options: argparse.Namespace, steps: dict[str, int]) -> dic
         if value is not None and value < 1:
             raise PluginError(f"--{name} must be at least 1, not {value}.")
     if options.classes < 2:
-        raise PluginError(f"--classes must be at least 2 (the background and one more), not {options.classes}.")
+        raise PluginError(
+            f"--classes must be at least 2 (the background and one more), not {options.classes}."
+        )
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise PluginError("--device cuda: torch finds no GPU. Use --device cpu, or install a torch that fits the GPU's driver.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+        raise PluginError(
+            "--device cuda: torch finds no GPU. Use --device cpu, or install a torch that fits the"
+            " GPU's driver."
+        )
+    device = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if options.device == "auto"
+        else options.device
+    )
     return {
         "device": device,
         "batch": options.batch,
@@ -168,7 +228,10 @@ def check_patch(patch: tuple[int, ...], strides: Strides, who: str) -> None:
     """Raise unless a network with these strides can train on the patch."""
     check_patch_size(patch, strides, who)
     if patch == total_stride(strides):
-        raise PluginError(f"--patch {list(patch)} leaves a single voxel to normalise at the deepest stage. Double an axis.")
+        raise PluginError(
+            f"--patch {list(patch)} leaves a single voxel to normalise at the deepest stage. Double"
+            " an axis."
+        )
 
 
 def output_file(out: Path | None, script: str, device: str) -> Path:
@@ -182,16 +245,27 @@ def output_file(out: Path | None, script: str, device: str) -> Path:
         out = HERE / "results" / f"{Path(script).stem}_{device}_{stamp}.json"
         out.parent.mkdir(exist_ok=True)
     if out.suffix != ".json":
-        raise PluginError(f"--out {out} must end in .json (the table goes into a file with .md instead).")
+        raise PluginError(
+            f"--out {out} must end in .json (the table goes into a file with .md instead)."
+        )
     for path in (out, out.with_suffix(".md")):
         if path.exists():
-            raise PluginError(f"--out {out}: {path} is there already. Choose another name, or delete it.")
+            raise PluginError(
+                f"--out {out}: {path} is there already. Choose another name, or delete it."
+            )
     if not os.access(out.parent, os.W_OK):
         raise PluginError(f"--out {out}: the folder {out.parent} is not there or not writable.")
     return out
 
 
-def make_case(settings: dict[str, Any], network: str, size: str, patch: tuple[int, ...], mode: str, compiled: bool) -> Case:
+def make_case(
+    settings: dict[str, Any],
+    network: str,
+    size: str,
+    patch: tuple[int, ...],
+    mode: str,
+    compiled: bool,
+) -> Case:
     from measure_step import Case
 
     shared = {name: settings[name] for name in ("device", "batch", "classes", "steps")}
@@ -207,7 +281,9 @@ def run_worker(case: Case) -> dict[str, Any]:
     command = [sys.executable, str(WORKER), json.dumps(asdict(case))]
     process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if process.returncode < 0:
-        raise MeasurementError(f"ended by signal {-process.returncode}; 9 is often the system running out of memory")
+        raise MeasurementError(
+            f"ended by signal {-process.returncode}; 9 is often the system running out of memory"
+        )
     if process.returncode > 0:
         lines = process.stderr.strip().splitlines() or ["no message"]
         raise MeasurementError(lines[-1])
@@ -216,13 +292,16 @@ def run_worker(case: Case) -> dict[str, Any]:
 
 
 def agree(report: dict[str, Any], size: str, patch: tuple[int, ...]) -> bool:
-    """Compare the two networks' outputs, note it in the report, and return whether they are the same function."""
-    found = run_worker(make_case(report["settings"], "ours", size, patch, "agreement", compiled=False))
+    """Compare the two networks' outputs, note it in the report, and return whether they are the
+    same function."""
+    found = run_worker(
+        make_case(report["settings"], "ours", size, patch, "agreement", compiled=False)
+    )
     report["machine"]["gpu"] = found.pop("gpu")
     report["agreement"][size] = found
     print(
-        f"{size}: same weights, {found['outputs']} outputs: largest difference {found['largest_difference']:.1e}, "
-        f"largest output {found['largest_output']:.1f}",
+        f"{size}: same weights, {found['outputs']} outputs: largest difference"
+        f" {found['largest_difference']:.1e}, largest output {found['largest_output']:.1f}",
         flush=True,
     )
     return bool(found["largest_difference"] <= AGREEMENT_LIMIT * found["largest_output"])
@@ -231,7 +310,8 @@ def agree(report: dict[str, Any], size: str, patch: tuple[int, ...]) -> bool:
 def measure_pair(
     settings: dict[str, Any], size: str, patch: tuple[int, ...], mode: str, compiled: bool
 ) -> dict[str, Any]:
-    """Measure ours and plain in turn, as many rounds as asked for; one that fails is not tried again."""
+    """Measure ours and plain in turn, as many rounds as asked for; one that fails is not tried
+    again."""
     rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
     errors: dict[str, str] = {}
     title = f"{size} {mode}{' compiled' if compiled else ''}"
@@ -242,7 +322,9 @@ def measure_pair(
             measured = run_worker(make_case(settings, network, size, patch, mode, compiled))
         except MeasurementError as error:
             errors[network] = str(error)
-            print(f"{title}, round {number}, {network}: failed ({error})", file=sys.stderr, flush=True)
+            print(
+                f"{title}, round {number}, {network}: failed ({error})", file=sys.stderr, flush=True
+            )
             continue
         measured["seconds"] = statistics.median(measured["seconds"])
         rounds[network].append(measured)
@@ -251,9 +333,26 @@ def measure_pair(
             f"{seconds_text(measured['seconds'])}, {bytes_text(measured['peak_bytes'])}",
             flush=True,
         )
-    networks = {name: {"error": errors[name]} if name in errors else spreads(rounds[name]) for name in rounds}
-    ratios = None if errors else {name: round_ratios(rounds, key) for name, key in (("time", "seconds"), ("memory", "peak_bytes"))}
-    return {"size": size, "patch": list(patch), "mode": mode, "compiled": compiled, "networks": networks, "ratios": ratios}
+    networks = {
+        name: {"error": errors[name]} if name in errors else spreads(rounds[name])
+        for name in rounds
+    }
+    ratios = (
+        None
+        if errors
+        else {
+            name: round_ratios(rounds, key)
+            for name, key in (("time", "seconds"), ("memory", "peak_bytes"))
+        }
+    )
+    return {
+        "size": size,
+        "patch": list(patch),
+        "mode": mode,
+        "compiled": compiled,
+        "networks": networks,
+        "ratios": ratios,
+    }
 
 
 def cpu_model() -> str:

@@ -1,7 +1,8 @@
-"""What a training step and a prediction cost per size of STU-Net: ours beside a plain transcription of the formula.
+"""What a training step and a prediction cost per size of STU-Net: ours beside a plain transcription
+of the formula.
 
-The plain network follows the published order of operations (``plain_stunet.py``). How the two are compared stands in
-``side_by_side.py``.
+The plain network follows the published order of operations (``plain_stunet.py``). How the two are
+compared stands in ``side_by_side.py``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import side_by_side
 
-from stunet_plugin.cost import PUBLISHED_STRIDES
-from stunet_plugin.presets import PRESETS, REFERENCE_OUTPUT_CHANNELS
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES
+from stunet_plugin.networks.presets import PRESETS, REFERENCE_OUTPUT_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,29 @@ def build_parser() -> argparse.ArgumentParser:
     cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
     parser = argparse.ArgumentParser(
         prog=Path(__file__).name,
-        description="Time and peak memory of training and inference per size of STU-Net, ours beside a plain transcription.",
-        epilog="Example: python benchmarks/stunet_step.py --sizes small base --patch 96 96 96 --classes 14 --out comparison.json",
+        description=(
+            "Time and peak memory of training and inference per size of STU-Net, ours beside a"
+            " plain transcription."
+        ),
+        epilog=(
+            "Example: python benchmarks/stunet_step.py --sizes small base --patch 96 96 96"
+            " --classes 14 --out comparison.json"
+        ),
     )
     add = parser.add_argument
-    add("--sizes", nargs="+", choices=list(PRESETS), help=f"default: {', '.join(cpu.sizes)} (CPU); {', '.join(cuda.sizes)} (CUDA)")
-    add("--patch", type=int, nargs=3, metavar="N", help=f"voxels per axis (default: {cpu.patch[0]} (CPU), {cuda.patch[0]} (CUDA))")
+    add(
+        "--sizes",
+        nargs="+",
+        choices=list(PRESETS),
+        help=f"default: {', '.join(cpu.sizes)} (CPU); {', '.join(cuda.sizes)} (CUDA)",
+    )
+    add(
+        "--patch",
+        type=int,
+        nargs=3,
+        metavar="N",
+        help=f"voxels per axis (default: {cpu.patch[0]} (CPU), {cuda.patch[0]} (CUDA))",
+    )
     side_by_side.add_options(parser, REFERENCE_OUTPUT_CHANNELS, STEPS)
     return parser
 

@@ -1,4 +1,5 @@
-"""What the step benchmarks compare: per name, our network and the plain transcription of the published way."""
+"""What the step benchmarks compare: per name, our network and the plain transcription of the
+published way."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from plain_pctnet import PlainPCTNet
 from plain_stunet import PlainSTUNet
 from torch import Tensor, nn
 
-from stunet_plugin.anisotropy import get_mode
-from stunet_plugin.checkpoints import fmunet_keys, pctnet_keys, stunet_keys
-from stunet_plugin.cost import PUBLISHED_STRIDES
-from stunet_plugin.misfm_architecture import NETWORKS, PCTNET
 from stunet_plugin.networks import fmunet, pctnet
+from stunet_plugin.networks.anisotropy import get_mode
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES
+from stunet_plugin.networks.misfm_from_plan import NETWORKS, PCTNET
+from stunet_plugin.networks.presets import PRESETS, get_preset
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.plan_architecture import stunet_architecture
-from stunet_plugin.presets import PRESETS, get_preset
-from stunet_plugin.topology import Strides
+from stunet_plugin.networks.topology import Strides
+from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet_keys
 
 INPUT_CHANNELS = 1
 
@@ -33,7 +34,8 @@ class Subject:
 
     Attributes:
         strides: of both.
-        ours, plain: build them for a number of outputs and deep supervision (on or off); plain also for a patch size.
+        ours, plain: build them for a number of outputs and deep supervision (on or off); plain also
+            for a patch size.
         translate: turns plain's state dict into ours.
         optimizer: as the trainer of this network makes it.
     """
@@ -62,7 +64,9 @@ def _stunet(size: str) -> Subject:
     preset = get_preset(size)
 
     def plain(classes: int, deep_supervision: bool, _: tuple[int, ...]) -> nn.Module:
-        return PlainSTUNet(preset, PUBLISHED_STRIDES, INPUT_CHANNELS, classes, deep_supervision).apply(STUNet.initialize)
+        return PlainSTUNet(
+            preset, PUBLISHED_STRIDES, INPUT_CHANNELS, classes, deep_supervision
+        ).apply(STUNet.initialize)
 
     return Subject(
         PUBLISHED_STRIDES,
@@ -81,14 +85,18 @@ def _misfm(name: str, number: int) -> Subject:
         if network is PCTNET:
             sizes = patch, pctnet.FEATURES, pctnet.DROPOUT
             return PlainPCTNet(INPUT_CHANNELS, classes, number, *sizes, deep_supervision)
-        built = PlainFMUNet(INPUT_CHANNELS, classes, number, fmunet.FEATURES, fmunet.DROPOUT, deep_supervision)
+        built = PlainFMUNet(
+            INPUT_CHANNELS, classes, number, fmunet.FEATURES, fmunet.DROPOUT, deep_supervision
+        )
         return built.apply(fmunet.FMUNet.initialize)
 
     return Subject(
         mode.strides,
         partial(_from_plan, network.architecture(mode)),
         plain,
-        partial(pctnet_keys.translate_state_dict, mode=number) if network is PCTNET else fmunet_keys.translate_state_dict,
+        partial(pctnet_keys.translate_state_dict, mode=number)
+        if network is PCTNET
+        else fmunet_keys.translate_state_dict,
         partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-5),
     )
 

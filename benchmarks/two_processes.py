@@ -1,14 +1,18 @@
-"""Is a training in several processes the training of one? On the CPU over gloo, through torchrun and the launcher, at tiny size.
+"""Is a training in several processes the training of one? On the CPU over gloo, through torchrun
+and the launcher, at tiny size.
 
-Prepares phantoms with the stock command, then trains FixedBatchesTrainer (the same global batches whatever the number of
-processes) in one process with ``nnUNetv2_train`` and in several with ``torchrun ... -m stunet_plugin.launch``, with DDP and
-sharded, on one machine and two pretended ones, resumed with another number of processes, and with one process killed. Then
-every kind of network through nnU-Net's own data loading and final validation in two processes. Writes the largest
+Prepares phantoms with the stock command, then trains FixedBatchesTrainer (the same global batches
+whatever the number of processes) in one process with ``nnUNetv2_train`` and in several with
+``torchrun ... -m stunet_plugin.launch``, with DDP and sharded, on one machine and two pretended
+ones, resumed with another number of processes, and with one process killed. Then every kind of
+network through nnU-Net's own data loading and final validation in two processes. Writes the largest
 differences as a JSON:
 
-    python benchmarks/two_processes.py --work /tmp/two_processes --out benchmarks/results/two_processes.json
+    python benchmarks/two_processes.py --work /tmp/two_processes --out
+    benchmarks/results/two_processes.json
 
-Takes minutes: each process imports torch and nnU-Net. Exit codes: 0 all as it should be, 1 something is not (the JSON says what).
+Takes minutes: each process imports torch and nnU-Net. Exit codes: 0 all as it should be, 1
+    something is not (the JSON says what).
 """
 
 from __future__ import annotations
@@ -28,11 +32,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launched import BATCH, FIXED_BATCHES, PATCH, PLANS, Launch, differences, read, same_weights_everywhere, torchrun, write_plans
+from launched import (
+    BATCH,
+    FIXED_BATCHES,
+    PATCH,
+    PLANS,
+    Launch,
+    differences,
+    read,
+    same_weights_everywhere,
+    torchrun,
+    write_plans,
+)
 
 from stunet_plugin.demo.phantom import write_dataset
-from stunet_plugin.registration import host_version, trainers_folder, write_atomically
-from stunet_plugin.stock_commands import find_command
+from stunet_plugin.nnunet.commands import find_command
+from stunet_plugin.nnunet.registration import host_version, trainers_folder
+from stunet_plugin.utils.files import write_atomically
 
 DATASET = "901"
 NAME = f"Dataset{DATASET}_Phantoms"
@@ -40,8 +56,15 @@ NETWORK_PLANS, NETWORK_PATCH = "NetworkPlans", (32, 32, 32)
 """Of the trainings as they are; PCT-Net and FMUNet reduce each axis by up to 16."""
 LOSS_TOLERANCE = 1e-3
 WEIGHT_TOLERANCE = 1e-3
-"""In float32, sums in another order drift apart from step to step; a wrong average or a missed batch is off by far more."""
-NETWORKS = ("STUNetTrainer_tiny", "PCTNetTrainer", "FMUNetTrainer", "VolumeFusionTrainer_STUNet_tiny", "VolumeFusionTrainer")
+"""In float32, sums in another order drift apart from step to step; a wrong average or a missed
+batch is off by far more."""
+NETWORKS = (
+    "STUNetTrainer_tiny",
+    "PCTNetTrainer",
+    "FMUNetTrainer",
+    "VolumeFusionTrainer_STUNet_tiny",
+    "VolumeFusionTrainer",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,9 @@ class Runs:
     def __init__(self, work: Path, epochs: int, iterations: int) -> None:
         self.work, self.epochs = work, epochs
         left_out = ("nnUNet_", "STUNET_", "FIXED_BATCHES_")
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith(left_out)
+        }
         self.environment = {
             **inherited,
             "nnUNet_raw": str(work / "nnUNet_raw"),
@@ -100,15 +125,28 @@ class Runs:
             if not (self.work / "nnUNet_raw" / NAME).is_dir():
                 write_dataset(self.work / "nnUNet_raw" / NAME, num_cases=6, seed=1)
             one_each = ("-npfp", "1", "-np", "1")
-            self.stock("nnUNetv2_plan_and_preprocess", "-d", DATASET, "-c", "3d_fullres", *one_each, nnUNet_n_proc_DA="1")
+            self.stock(
+                "nnUNetv2_plan_and_preprocess",
+                "-d",
+                DATASET,
+                "-c",
+                "3d_fullres",
+                *one_each,
+                nnUNet_n_proc_DA="1",
+            )
             write_plans(dataset, NETWORK_PLANS, NETWORK_PATCH)
             write_plans(dataset)
 
     def stock(self, command: str, *arguments: str, **environment: str) -> None:
         """Run a stock command."""
         print("+", command, *arguments, flush=True)
-        subprocess.run([find_command(command), *arguments], env={**self.environment, **environment}, cwd=self.work, check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [find_command(command), *arguments],
+            env={**self.environment, **environment},
+            cwd=self.work,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
     def results(self, name: str) -> Path:
         """The folder of a training's results."""
@@ -120,9 +158,15 @@ class Runs:
     def model(self, name: str, trainer: str = "FixedBatchesTrainer", plans: str = PLANS) -> Path:
         return self.results(name) / NAME / f"{trainer}__{plans}__3d_fullres" / "fold_0"
 
-    def launch(self, scenario: Scenario, name: str, arguments: Sequence[str], **environment: str) -> Launch:
+    def launch(
+        self, scenario: Scenario, name: str, arguments: Sequence[str], **environment: str
+    ) -> Launch:
         """Train in several processes, with the results under a name."""
-        print(f"+ {name}: {scenario.machines} machine(s) with {scenario.processes} process(es):", *arguments, flush=True)
+        print(
+            f"+ {name}: {scenario.machines} machine(s) with {scenario.processes} process(es):",
+            *arguments,
+            flush=True,
+        )
         if "--c" not in arguments:
             shutil.rmtree(self.results(name), ignore_errors=True)
         variables = {
@@ -131,13 +175,17 @@ class Runs:
             "STUNET_SHARD": str(int(scenario.sharded)),
             **environment,
         }
-        return torchrun(arguments, variables, self.work / "logs", scenario.machines, scenario.processes)
+        return torchrun(
+            arguments, variables, self.work / "logs", scenario.machines, scenario.processes
+        )
 
     def alone(self) -> dict[str, Any]:
         """Train in one process with the stock command, once."""
         file = self.model("alone") / "checkpoint_final.pth"
         if not file.is_file():
-            self.stock("nnUNetv2_train", *self.arguments(), nnUNet_results=str(self.results("alone")))
+            self.stock(
+                "nnUNetv2_train", *self.arguments(), nnUNet_results=str(self.results("alone"))
+            )
         return read(file)
 
 
@@ -148,14 +196,25 @@ def compared(runs: Runs, scenario: Scenario) -> dict[str, Any]:
         return failed(launch)
     found = differences(runs.alone(), read(runs.model(scenario.name) / "checkpoint_final.pth"))
     processes = scenario.machines * scenario.processes
-    same = None if scenario.sharded else same_weights_everywhere(runs.model(scenario.name), processes)
-    return {**judged(found), "same_weights_on_all_processes": same, "passed": agrees(found) and same is not False}
+    same = (
+        None if scenario.sharded else same_weights_everywhere(runs.model(scenario.name), processes)
+    )
+    return {
+        **judged(found),
+        "same_weights_on_all_processes": same,
+        "passed": agrees(found) and same is not False,
+    }
 
 
 def killed_and_resumed(runs: Runs, first: Scenario, second: Scenario) -> dict[str, Any]:
     """One process kills itself halfway; the training is resumed in other processes."""
     name = f"{first.name} killed, on in {second.name}"
-    launch = runs.launch(first, name, [*runs.arguments(), "--timeout", "10"], FIXED_BATCHES_KILL=f"1:{runs.epochs // 2}")
+    launch = runs.launch(
+        first,
+        name,
+        [*runs.arguments(), "--timeout", "10"],
+        FIXED_BATCHES_KILL=f"1:{runs.epochs // 2}",
+    )
     stopped = {
         "exit_codes_after_the_kill": launch.codes,
         "seconds_from_start_to_end": round(launch.seconds, 1),
@@ -173,13 +232,18 @@ def killed_and_resumed(runs: Runs, first: Scenario, second: Scenario) -> dict[st
 def validated(runs: Runs, trainer: str, sharded: bool) -> dict[str, Any]:
     """nnU-Net's own loading, training and final validation in two processes."""
     scenario = Scenario(f"{trainer}{' sharded' * sharded} as it is", 1, 2, sharded)
-    launch = runs.launch(scenario, scenario.name, runs.arguments(trainer, NETWORK_PLANS), STUNET_EPOCHS="1")
+    launch = runs.launch(
+        scenario, scenario.name, runs.arguments(trainer, NETWORK_PLANS), STUNET_EPOCHS="1"
+    )
     if launch.codes != [0]:
         return failed(launch)
     folder = runs.model(scenario.name, trainer, NETWORK_PLANS)
     written = sorted(path.name for path in (folder / "validation").iterdir())
     expected = "pretext_score.json" if trainer.startswith("VolumeFusion") else "summary.json"
-    return {"validation": written, "passed": expected in written and (folder / "checkpoint_final.pth").is_file()}
+    return {
+        "validation": written,
+        "passed": expected in written and (folder / "checkpoint_final.pth").is_file(),
+    }
 
 
 def failed(launch: Launch) -> dict[str, Any]:
@@ -187,7 +251,10 @@ def failed(launch: Launch) -> dict[str, Any]:
 
 
 def agrees(found: dict[str, float]) -> bool:
-    return max(found["train_losses"], found["val_losses"]) < LOSS_TOLERANCE and found["weights"] < WEIGHT_TOLERANCE
+    return (
+        max(found["train_losses"], found["val_losses"]) < LOSS_TOLERANCE
+        and found["weights"] < WEIGHT_TOLERANCE
+    )
 
 
 def judged(found: dict[str, float]) -> dict[str, float]:
@@ -196,24 +263,54 @@ def judged(found: dict[str, float]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare trainings in several processes with one in one process.")
-    parser.add_argument("--work", type=Path, required=True, help="folder for data, results and logs; what is there is used again")
+    parser = argparse.ArgumentParser(
+        description="Compare trainings in several processes with one in one process."
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="folder for data, results and logs; what is there is used again",
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON with the results")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=5, help="per epoch")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only the runs whose name has this in it")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only the runs whose name has this in it"
+    )
     options = parser.parse_args(arguments)
     runs = Runs(options.work.resolve(), options.epochs, options.iterations)
     runs.prepare()
-    two, two_machines, four_sharded, two_sharded = SCENARIOS[0], SCENARIOS[2], SCENARIOS[5], SCENARIOS[4]
+    two, two_machines, four_sharded, two_sharded = (
+        SCENARIOS[0],
+        SCENARIOS[2],
+        SCENARIOS[5],
+        SCENARIOS[4],
+    )
     work = {scenario.name: (compared, scenario) for scenario in SCENARIOS}
-    work["killed on 2 machines, resumed in 4 processes, sharded"] = (killed_and_resumed, two_machines, four_sharded)
-    work["killed in 4 processes, sharded, resumed in 2 processes"] = (killed_and_resumed, four_sharded, two)
-    work["killed in 2 processes, sharded, resumed in 2 processes, sharded"] = (killed_and_resumed, two_sharded, two_sharded)
+    work["killed on 2 machines, resumed in 4 processes, sharded"] = (
+        killed_and_resumed,
+        two_machines,
+        four_sharded,
+    )
+    work["killed in 4 processes, sharded, resumed in 2 processes"] = (
+        killed_and_resumed,
+        four_sharded,
+        two,
+    )
+    work["killed in 2 processes, sharded, resumed in 2 processes, sharded"] = (
+        killed_and_resumed,
+        two_sharded,
+        two_sharded,
+    )
     for trainer in NETWORKS:
         work[f"{trainer}, final validation"] = (validated, trainer, False)
     work["STUNetTrainer_tiny, sharded, final validation"] = (validated, "STUNetTrainer_tiny", True)
-    work["VolumeFusionTrainer_STUNet_tiny, sharded, final validation"] = (validated, "VolumeFusionTrainer_STUNet_tiny", True)
+    work["VolumeFusionTrainer_STUNet_tiny, sharded, final validation"] = (
+        validated,
+        "VolumeFusionTrainer_STUNet_tiny",
+        True,
+    )
     results: dict[str, Any] = {}
     for name, (run, *details) in work.items():
         if options.only in name:
@@ -221,8 +318,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({name: results[name]}), flush=True)
     record = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "nnunetv2": host_version()},
-        "training": {"epochs": options.epochs, "iterations": options.iterations, "batch": BATCH, "patch": PATCH, "size": "tiny"},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "nnunetv2": host_version(),
+        },
+        "training": {
+            "epochs": options.epochs,
+            "iterations": options.iterations,
+            "batch": BATCH,
+            "patch": PATCH,
+            "size": "tiny",
+        },
         "tolerance": {"losses, relative": LOSS_TOLERANCE, "weights, absolute": WEIGHT_TOLERANCE},
         "results": results,
     }

@@ -1,6 +1,8 @@
-"""How long ``stunet unlabeled`` takes for many scans, and how much memory: generated scans, on this machine.
+"""How long ``stunet unlabeled`` takes for many scans, and how much memory: generated scans, on this
+machine.
 
-Three measurements: many small scans (what the command itself costs), a few of the size of a clinical CT (what a scan costs),
+Three measurements: many small scans (what the command itself costs), a few of the size of a
+    clinical CT (what a scan costs),
 and the records of very many scans (what the command keeps in memory). Writes a JSON file. Linux.
 """
 
@@ -25,7 +27,7 @@ import SimpleITK as sitk
 from side_by_side import cpu_model
 
 from stunet_plugin import __version__
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.utils.files import write_atomically
 
 SMALL_SHAPE, CLINICAL_SHAPE = (48, 128, 128), (250, 512, 512)
 SPACING = (0.8, 0.8, 1.5)
@@ -62,7 +64,9 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=100_000, help="records to load")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--note", default="", help="about the circumstances, for the JSON file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "unlabeled_scans.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "unlabeled_scans.json"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -78,7 +82,9 @@ def main() -> int:
             "processes": options.processes,
             "note": options.note,
             "small": measure(folder / "small", options.scans, SMALL_SHAPE, options.processes),
-            "clinical": measure(folder / "clinical", options.clinical, CLINICAL_SHAPE, options.processes),
+            "clinical": measure(
+                folder / "clinical", options.clinical, CLINICAL_SHAPE, options.processes
+            ),
             "records": measure_records(folder, options.records),
         }
     write_atomically(options.out, json.dumps(report, indent=2) + "\n")
@@ -96,15 +102,23 @@ def make_scans(folder: Path, count: int, shape: tuple[int, int, int]) -> int:
     scan = np.where(lung, -850, np.where(inside, 40, -1000)) + generator.normal(0, 20, shape)
     scan = scan.astype(np.int16)
     for number in range(count):
-        # Different in a voxel is different; drawing and packing new noise would take longer than what is measured.
+        # Different in a voxel is different; drawing and packing new noise would take longer than
+        # what is measured.
         scan[0, 0, 0], scan[0, 0, 1] = divmod(number, 1000)
         image = sitk.GetImageFromArray(scan)
         image.SetSpacing(SPACING)
-        sitk.WriteImage(image, str(folder / f"scan_{number:06d}.nii.gz"), useCompression=True, compressionLevel=1)
+        sitk.WriteImage(
+            image,
+            str(folder / f"scan_{number:06d}.nii.gz"),
+            useCompression=True,
+            compressionLevel=1,
+        )
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def measure(folder: Path, count: int, shape: tuple[int, int, int], processes: int) -> dict[str, Any]:
+def measure(
+    folder: Path, count: int, shape: tuple[int, int, int], processes: int
+) -> dict[str, Any]:
     """Run the command twice on new scans."""
     size = make_scans(folder / "scans", count, shape)
     raw = folder / "raw"
@@ -127,12 +141,28 @@ def measure(folder: Path, count: int, shape: tuple[int, int, int], processes: in
 
 
 def run(scans: Path, raw: Path, processes: int) -> dict[str, float]:
-    """Run the command; return seconds (of the clock, and of all cores together) and the peaks of memory of the parent and of its
-    largest worker in MB."""
-    arguments = ["unlabeled", "-i", str(scans), "-d", "900", "-n", "Benchmark", "--modality", "CT", "-np", str(processes)]
+    """Run the command; return seconds (of the clock, and of all cores together) and the peaks of
+    memory of the parent and of its largest worker in MB."""
+    arguments = [
+        "unlabeled",
+        "-i",
+        str(scans),
+        "-d",
+        "900",
+        "-n",
+        "Benchmark",
+        "--modality",
+        "CT",
+        "-np",
+        str(processes),
+    ]
     environment = {**os.environ, "nnUNet_raw": str(raw), "OMP_NUM_THREADS": "1"}
     started, before = time.monotonic(), cpu_seconds()
-    process = subprocess.Popen([sys.executable, "-m", "stunet_plugin", *arguments], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stunet_plugin", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     parent = worker = 0.0
     while process.poll() is None:
         parent = max(parent, peak(process.pid))
@@ -142,7 +172,12 @@ def run(scans: Path, raw: Path, processes: int) -> dict[str, float]:
     if process.returncode != 0:
         raise SystemExit(f"stunet unlabeled ended with {process.returncode}")
     used = cpu_seconds() - before
-    return {"seconds": round(seconds, 2), "cpu": used, "parent": round(parent, 1), "worker": round(worker, 1)}
+    return {
+        "seconds": round(seconds, 2),
+        "cpu": used,
+        "parent": round(parent, 1),
+        "worker": round(worker, 1),
+    }
 
 
 def cpu_seconds() -> float:
@@ -157,12 +192,18 @@ def peak(process: int) -> float:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+    return next(
+        (int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")),
+        0.0,
+    )
 
 
 def children(process: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [
+            int(child)
+            for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -172,7 +213,10 @@ def measure_records(folder: Path, count: int) -> dict[str, Any]:
     path = folder / "manifest.jsonl"
     for _ in range(2):
         output = subprocess.run(
-            [sys.executable, "-c", RECORDS_SCRIPT, str(path), str(count)], check=True, capture_output=True, text=True
+            [sys.executable, "-c", RECORDS_SCRIPT, str(path), str(count)],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     seconds, kilobytes = output.split()
     return {

@@ -1,4 +1,5 @@
-"""What the hippocampus experiment on Volume Fusion compares: networks, pretrainings, and arms, as data.
+"""What the hippocampus experiment on Volume Fusion compares: networks, pretrainings, and arms, as
+data.
 
 Every arm differs from its network's ``scratch`` or ``pretrained`` in one thing.
 """
@@ -13,7 +14,8 @@ class Network:
     """A network of the experiment.
 
     Attributes:
-        pretext_trainer, segmentation_trainer: of nnU-Net; the latter also takes the pretrained weights.
+        pretext_trainer, segmentation_trainer: of nnU-Net; the latter also takes the pretrained
+            weights.
         planner: one of ours, or None for nnU-Net's own.
         plans: what the planner's plans are called.
     """
@@ -27,9 +29,18 @@ class Network:
 def networks(stunet_size: str) -> dict[str, Network]:
     """Return the networks by name, STU-Net in one size."""
     return {
-        "stunet": Network(f"VolumeFusionTrainer_STUNet_{stunet_size}", f"STUNetTrainer_{stunet_size}", None, "nnUNetPlans"),
-        "pctnet": Network("VolumeFusionTrainer_PCTNet", "PCTNetTrainer", "PCTNetPlanner", "PCTNetPlans"),
-        "fmunet": Network("VolumeFusionTrainer_FMUNet", "FMUNetTrainer", "FMUNetPlanner", "FMUNetPlans"),
+        "stunet": Network(
+            f"VolumeFusionTrainer_STUNet_{stunet_size}",
+            f"STUNetTrainer_{stunet_size}",
+            None,
+            "nnUNetPlans",
+        ),
+        "pctnet": Network(
+            "VolumeFusionTrainer_PCTNet", "PCTNetTrainer", "PCTNetPlanner", "PCTNetPlans"
+        ),
+        "fmunet": Network(
+            "VolumeFusionTrainer_FMUNet", "FMUNetTrainer", "FMUNetPlanner", "FMUNetPlans"
+        ),
     }
 
 
@@ -58,7 +69,11 @@ PRETRAININGS = {
         Pretraining("stunet_k1", "stunet", {"STUNET_VF_CLASSES": "1"}),
         Pretraining("stunet_k8", "stunet", {"STUNET_VF_CLASSES": "8"}),
         Pretraining("stunet_standardised", "stunet", {"STUNET_VF_STANDARDISE": "1"}),
-        Pretraining("stunet_large_blocks", "stunet", {"STUNET_VF_SMALLEST": "0.15", "STUNET_VF_LARGEST": "0.6"}),
+        Pretraining(
+            "stunet_large_blocks",
+            "stunet",
+            {"STUNET_VF_SMALLEST": "0.15", "STUNET_VF_LARGEST": "0.6"},
+        ),
         Pretraining("stunet_slow", "stunet", {"STUNET_VF_RATE": "1e-4"}),
         Pretraining("stunet_long", "stunet", share=10.0),
         Pretraining("pctnet", "pctnet"),
@@ -75,9 +90,11 @@ class Arm:
         name: in tables.
         network: that is trained.
         pretraining: that it starts from; None starts from scratch.
-        suffix: of the segmentation trainer's name; ``_ft`` of STU-Net has a tenth of the learning rate.
+        suffix: of the segmentation trainer's name; ``_ft`` of STU-Net has a tenth of the learning
+            rate.
         warmup: share of the epochs over which the learning rate rises.
-        rescaled: the features before the heads are brought to the spread that random weights give (``rescale_features.py``).
+        rescaled: the features before the heads are brought to the spread that random weights give
+            (``rescale_features.py``).
         options: environment variables, beside those of the budget.
     """
 
@@ -109,7 +126,14 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
         Arm("pretrained, rate 1e-3", "stunet", "stunet", suffix="_ft"),
     ),
     "warmup": (Arm("pretrained, warm-up", "stunet", "stunet", warmup=0.2),),
-    "encoder": (Arm("pretrained, encoder at a tenth", "stunet", "stunet", options={"STUNET_ENCODER_RATE": "0.1"}),),
+    "encoder": (
+        Arm(
+            "pretrained, encoder at a tenth",
+            "stunet",
+            "stunet",
+            options={"STUNET_ENCODER_RATE": "0.1"},
+        ),
+    ),
     "intensity": (Arm("pretrained on standardised images", "stunet", "stunet_standardised"),),
     "blocks": (Arm("pretrained with large blocks", "stunet", "stunet_large_blocks"),),
     "pretraining_rate": (Arm("pretrained at a rate of 1e-4", "stunet", "stunet_slow"),),

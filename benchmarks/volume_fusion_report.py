@@ -1,4 +1,5 @@
-"""Scores, table and figures of the hippocampus experiment on Volume Fusion, from what its runs left behind."""
+"""Scores, table and figures of the hippocampus experiment on Volume Fusion, from what its runs left
+behind."""
 
 from __future__ import annotations
 
@@ -16,15 +17,18 @@ from matplotlib.figure import Figure
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from volume_fusion_arms import GROUPS, Arm
 
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.utils.files import write_atomically
 
 ARMS = {arm.folder: arm for group in GROUPS.values() for arm in group}
 METRICS = {"dice": "Dice", "assd": "ASSD", "hd95": "HD95"}
 """Key in the JSON to name in the table; distances are in mm."""
 
 
-def surface_distances(first: np.ndarray, second: np.ndarray, spacing: Iterable[float]) -> np.ndarray:
-    """Return the distances in mm from each mask's surface voxels to the other's surface, both ways; none if a mask is empty."""
+def surface_distances(
+    first: np.ndarray, second: np.ndarray, spacing: Iterable[float]
+) -> np.ndarray:
+    """Return the distances in mm from each mask's surface voxels to the other's surface, both ways;
+    none if a mask is empty."""
     if not (first.any() and second.any()):
         return np.empty(0)
     sampling = tuple(spacing)
@@ -33,8 +37,11 @@ def surface_distances(first: np.ndarray, second: np.ndarray, spacing: Iterable[f
     return np.concatenate([to_surface[1][surfaces[0]], to_surface[0][surfaces[1]]])
 
 
-def score_case(reference: np.ndarray, prediction: np.ndarray, spacing: Iterable[float]) -> dict[str, float]:
-    """Return Dice, average symmetric surface distance and its 95th percentile (mm) of one structure.
+def score_case(
+    reference: np.ndarray, prediction: np.ndarray, spacing: Iterable[float]
+) -> dict[str, float]:
+    """Return Dice, average symmetric surface distance and its 95th percentile (mm) of one
+    structure.
 
     Both empty is a Dice of 1. Distances are NaN where either is empty.
     """
@@ -48,30 +55,46 @@ def score_case(reference: np.ndarray, prediction: np.ndarray, spacing: Iterable[
 
 
 def score_run(fold: Path, references: Path, out: Path) -> None:
-    """Score the predicted test cases of a fold against their labels and write a JSON, unless it is there."""
+    """Score the predicted test cases of a fold against their labels and write a JSON, unless it is
+    there."""
     if out.is_file():
         return
     checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
     log = checkpoint["logging"]
-    labels = {name: value for name, value in checkpoint["init_args"]["dataset_json"]["labels"].items() if value}
+    labels = {
+        name: value
+        for name, value in checkpoint["init_args"]["dataset_json"]["labels"].items()
+        if value
+    }
     cases: dict[str, dict[str, dict[str, float]]] = {}
     for file in sorted((fold / "validation").glob("*.nii.gz")):
         images = [sitk.ReadImage(str(path)) for path in (references / file.name, file)]
         reference, prediction = (sitk.GetArrayFromImage(image) for image in images)
         spacing = images[0].GetSpacing()[::-1]
         cases[file.name.removesuffix(".nii.gz")] = {
-            name: score_case(reference == value, prediction == value, spacing) for name, value in labels.items()
+            name: score_case(reference == value, prediction == value, spacing)
+            for name, value in labels.items()
         }
     seconds = np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"]).sum()
-    scores = {"train_loss": [float(loss) for loss in log["train_losses"]], "seconds": float(seconds), "cases": cases}
+    scores = {
+        "train_loss": [float(loss) for loss in log["train_losses"]],
+        "seconds": float(seconds),
+        "cases": cases,
+    }
     write_atomically(out, json.dumps(scores))
 
 
 def mean_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
     """Average over structures and cases; how many structures were missed altogether."""
     structures = [structure for case in scores["cases"].values() for structure in case.values()]
-    found = {metric: [structure[metric] for structure in structures if not np.isnan(structure[metric])] for metric in METRICS}
-    means = {metric: float(np.mean(values)) if values else float("nan") for metric, values in found.items()}
+    found = {
+        metric: [structure[metric] for structure in structures if not np.isnan(structure[metric])]
+        for metric in METRICS
+    }
+    means = {
+        metric: float(np.mean(values)) if values else float("nan")
+        for metric, values in found.items()
+    }
     return {**means, "missed": int(np.isnan([structure["assd"] for structure in structures]).sum())}
 
 
@@ -94,22 +117,38 @@ def collect(work: Path) -> list[dict[str, Any]]:
             }
         )
     order = {arm.name: position for position, arm in enumerate(ARMS.values())}
-    return sorted(records, key=lambda record: (order[record["arm"]], record["cases"], record["seed"]))
+    return sorted(
+        records, key=lambda record: (order[record["arm"]], record["cases"], record["seed"])
+    )
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Average over seeds per arm and number of cases, with the difference from scratch on the same seeds."""
+    """Average over seeds per arm and number of cases, with the difference from scratch on the same
+    seeds."""
     summary = []
     by_key = {(record["arm"], record["cases"], record["seed"]): record for record in records}
     for arm, count in dict.fromkeys((record["arm"], record["cases"]) for record in records):
         runs = [record for record in records if (record["arm"], record["cases"]) == (arm, count)]
-        row: dict[str, Any] = {"arm": arm, "network": runs[0]["network"], "cases": count, "seeds": len(runs)}
+        row: dict[str, Any] = {
+            "arm": arm,
+            "network": runs[0]["network"],
+            "cases": count,
+            "seeds": len(runs),
+        }
         for metric in METRICS:
             # No distance can be had of a run that found nothing.
             values = [run[metric] for run in runs if not np.isnan(run[metric])] or [float("nan")]
-            row[metric] = {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values)), "of": len(values)}
+            row[metric] = {
+                "mean": float(np.mean(values)),
+                "standard_deviation": float(np.std(values)),
+                "of": len(values),
+            }
         scratch = [by_key.get((f"{run['network']} scratch", count, run["seed"])) for run in runs]
-        differences = [run["dice"] - other["dice"] for run, other in zip(runs, scratch, strict=True) if other is not None]
+        differences = [
+            run["dice"] - other["dice"]
+            for run, other in zip(runs, scratch, strict=True)
+            if other is not None
+        ]
         row["dice_over_scratch"] = differences if not arm.endswith(" scratch") else []
         summary.append(row)
     return summary
@@ -117,7 +156,11 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cell(score: Mapping[str, float], seeds: int) -> str:
     some = f" (of {score['of']})" if score["of"] < seeds else ""
-    return f"{score['mean']:.3f} ± {score['standard_deviation']:.3f}{some}" if not np.isnan(score["mean"]) else "none"
+    return (
+        f"{score['mean']:.3f} ± {score['standard_deviation']:.3f}{some}"
+        if not np.isnan(score["mean"])
+        else "none"
+    )
 
 
 def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -> str:
@@ -129,15 +172,24 @@ def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -
     for row in summary:
         cells = [_cell(row[metric], row["seeds"]) for metric in METRICS]
         over = ", ".join(f"{difference:+.3f}" for difference in row["dice_over_scratch"])
-        lines.append(f"| {row['arm']} | {row['cases']} | {cells[0]} | {over} | {cells[1]} | {cells[2]} | {row['seeds']} |")
-    size = f"STU-Net {settings['size']}, " if any(row["network"] == "stunet" for row in summary) else ""
+        lines.append(
+            f"| {row['arm']} | {row['cases']} | {cells[0]} | {over} | {cells[1]} | {cells[2]} |"
+            f" {row['seeds']} |"
+        )
+    size = (
+        f"STU-Net {settings['size']}, "
+        if any(row["network"] == "stunet" for row in summary)
+        else ""
+    )
     structures = "structures merged into one" if settings["merged"] else "both structures"
     lines += [
         "",
-        f"Mean over {settings['test_cases']} test cases, {structures}; ± is the standard deviation over seeds. Batch "
-        f"{settings['batch']}, {settings['pretrain_iterations']} iterations of pretraining, {settings['fine_tune_iterations']} of "
-        f"training on labels, {size}{settings['device']}"
-        f"{'' if settings['mirroring'] else ', no mirroring'}.",
+        (
+            f"Mean over {settings['test_cases']} test cases, {structures}; ± is the standard"
+            f" deviation over seeds. Batch {settings['batch']}, {settings['pretrain_iterations']}"
+            f" iterations of pretraining, {settings['fine_tune_iterations']} of training on labels,"
+            f" {size}{settings['device']}{'' if settings['mirroring'] else ', no mirroring'}."
+        ),
     ]
     return "\n".join(lines)
 
@@ -145,7 +197,10 @@ def markdown_table(summary: list[dict[str, Any]], settings: Mapping[str, Any]) -
 def read_pretraining_scores(work: Path) -> dict[str, Any]:
     """Return the pretext score of every finished pretraining."""
     files = sorted((work / "pretraining").rglob("pretext_score.json"))
-    return {file.relative_to(work / "pretraining").parts[0]: json.loads(file.read_text()) for file in files}
+    return {
+        file.relative_to(work / "pretraining").parts[0]: json.loads(file.read_text())
+        for file in files
+    }
 
 
 def save_dice_figure(summary: list[dict[str, Any]], path: Path) -> None:
@@ -153,12 +208,24 @@ def save_dice_figure(summary: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["network"] for row in summary))
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
+    for axis, name in zip(
+        figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True
+    ):
         for arm in dict.fromkeys(row["arm"] for row in summary if row["network"] == name):
             rows = [row for row in summary if row["arm"] == arm]
-            means, spread = ([row["dice"][key] for row in rows] for key in ("mean", "standard_deviation"))
+            means, spread = (
+                [row["dice"][key] for row in rows] for key in ("mean", "standard_deviation")
+            )
             style = "--" if "scratch" in arm else "-"
-            axis.errorbar([row["cases"] for row in rows], means, spread, linestyle=style, marker="o", capsize=3, label=arm)
+            axis.errorbar(
+                [row["cases"] for row in rows],
+                means,
+                spread,
+                linestyle=style,
+                marker="o",
+                capsize=3,
+                label=arm,
+            )
         axis.set(title=name, xlabel="labelled cases", ylabel="Dice of the test cases")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -166,13 +233,20 @@ def save_dice_figure(summary: list[dict[str, Any]], path: Path) -> None:
 
 
 def save_loss_figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Write the training loss on labelled cases per epoch, mean over seeds, one panel per number of cases."""
+    """Write the training loss on labelled cases per epoch, mean over seeds, one panel per number of
+    cases."""
     counts = sorted({record["cases"] for record in records})
     figure = Figure(figsize=(5 * len(counts), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, count in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True):
+    for axis, count in zip(
+        figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True
+    ):
         for arm in dict.fromkeys(record["arm"] for record in records):
-            losses = [record["train_loss"] for record in records if (record["arm"], record["cases"]) == (arm, count)]
+            losses = [
+                record["train_loss"]
+                for record in records
+                if (record["arm"], record["cases"]) == (arm, count)
+            ]
             if losses:
                 axis.plot(np.mean(losses, axis=0), "--" if "scratch" in arm else "-", label=arm)
         axis.set(title=f"{count} labelled cases", xlabel="epoch", ylabel="training loss")
@@ -187,12 +261,28 @@ def save_seeds_figure(records: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(record["arm"] for record in records))[::-1]
     figure = Figure(figsize=(2.5 + 4 * len(counts), 1.2 + 0.3 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, count in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True):
+    for axis, count in zip(
+        figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True
+    ):
         for row, name in enumerate(names):
-            dice = [record["dice"] for record in records if (record["arm"], record["cases"]) == (name, count)]
-            axis.plot(dice, [row] * len(dice), "o", color="tab:gray" if "scratch" in name else "tab:blue", alpha=0.6)
+            dice = [
+                record["dice"]
+                for record in records
+                if (record["arm"], record["cases"]) == (name, count)
+            ]
+            axis.plot(
+                dice,
+                [row] * len(dice),
+                "o",
+                color="tab:gray" if "scratch" in name else "tab:blue",
+                alpha=0.6,
+            )
             axis.plot(np.mean(dice) if dice else np.nan, row, "|", color="black", markersize=14)
-        axis.set(title=f"{count} labelled cases", xlabel="Dice of the test cases (line: mean over seeds)", xlim=(-0.03, 1))
+        axis.set(
+            title=f"{count} labelled cases",
+            xlabel="Dice of the test cases (line: mean over seeds)",
+            xlim=(-0.03, 1),
+        )
         axis.set_yticks(range(len(names)), names)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

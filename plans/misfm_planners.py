@@ -1,4 +1,5 @@
-"""PCTNetPlanner and FMUNetPlanner: nnU-Net plans that carry a network of MIS-FM, with mode, patch and batch size fitted."""
+"""PCTNetPlanner and FMUNetPlanner: nnU-Net plans that carry a network of MIS-FM, with mode, patch
+and batch size fitted."""
 
 from __future__ import annotations
 
@@ -9,29 +10,45 @@ from typing import Any, ClassVar
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from stunet_plugin.anisotropy import DIMENSIONS, USE_FOR_2D, get_mode
 from stunet_plugin.errors import PluginError
-from stunet_plugin.misfm_architecture import NETWORKS, MISFMNetwork, fitting_patch
-from stunet_plugin.plans.plugin_planner import PluginPlanner
-from stunet_plugin.traced_cost import traced_training_memory
+from stunet_plugin.networks.anisotropy import DIMENSIONS, USE_FOR_2D, get_mode
+from stunet_plugin.networks.misfm_from_plan import NETWORKS, MISFMNetwork, fitting_patch
+from stunet_plugin.networks.traced_memory import traced_training_memory
+from stunet_plugin.plans.base_planner import PluginPlanner
 
 
 class MISFMPlanner(PluginPlanner):
-    """Plans for one of the two networks; use PCTNetPlanner or FMUNetPlanner. 3D configurations only."""
+    """Plans for one of the two networks; use PCTNetPlanner or FMUNetPlanner. 3D configurations
+    only."""
 
     network_record: ClassVar[MISFMNetwork]
 
     def fit(
-        self, spacing: Sequence[float], patch_size: Sequence[int], host_strides: Sequence[Sequence[int]]
+        self,
+        spacing: Sequence[float],
+        patch_size: Sequence[int],
+        host_strides: Sequence[Sequence[int]],
     ) -> tuple[list[int], dict[str, Any]]:
         fitted, mode = fitting_patch(spacing, patch_size)
         return fitted, self.network_record.architecture(mode)
 
     def training_bytes(
-        self, architecture: dict[str, Any], patch_size: Sequence[int], batch_size: int, input_channels: int, output_channels: int
+        self,
+        architecture: dict[str, Any],
+        patch_size: Sequence[int],
+        batch_size: int,
+        input_channels: int,
+        output_channels: int,
     ) -> float:
         mode = architecture["arch_kwargs"]["mode"]
-        return _training_bytes(self.network_record, mode, tuple(patch_size), batch_size, input_channels, output_channels)
+        return _training_bytes(
+            self.network_record,
+            mode,
+            tuple(patch_size),
+            batch_size,
+            input_channels,
+            output_channels,
+        )
 
     def get_plans_for_configuration(self, spacing: Any, *arguments: Any) -> dict[str, Any]:
         if len(spacing) != DIMENSIONS:
@@ -42,13 +59,20 @@ class MISFMPlanner(PluginPlanner):
     def save_plans(self, plans: dict[str, Any]) -> None:
         del plans["configurations"]["2d"]
         if not plans["configurations"]:
-            raise PluginError(f"{self.network_name} has nothing to plan: the images are 2D. {USE_FOR_2D}")
+            raise PluginError(
+                f"{self.network_name} has nothing to plan: the images are 2D. {USE_FOR_2D}"
+            )
         super().save_plans(plans)
 
 
 @cache
 def _training_bytes(
-    network: MISFMNetwork, mode: int, patch_size: tuple[int, ...], batch_size: int, input_channels: int, output_channels: int
+    network: MISFMNetwork,
+    mode: int,
+    patch_size: tuple[int, ...],
+    batch_size: int,
+    input_channels: int,
+    output_channels: int,
 ) -> float:
     """Trace the network once per question; nnU-Net's planner asks many times."""
     architecture = network.architecture(get_mode(mode))
@@ -67,7 +91,10 @@ def _training_bytes(
 def make_planner(network: MISFMNetwork) -> type[MISFMPlanner]:
     """Make the planner class of a network."""
     attributes = {
-        "__doc__": f"Plans ``{network.plans}`` for {network.name}, {network.gpu_memory_gb:g} GB by default.",
+        "__doc__": (
+            f"Plans ``{network.plans}`` for {network.name}, {network.gpu_memory_gb:g} GB by"
+            " default."
+        ),
         "__module__": __name__,
         "network_record": network,
         "network_name": network.name,

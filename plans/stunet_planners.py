@@ -1,17 +1,18 @@
-"""STUNetPlanner_<size>: nnU-Net plans that carry an STU-Net, with patch and batch size fitted to a GPU's memory."""
+"""STUNetPlanner_<size>: nnU-Net plans that carry an STU-Net, with patch and batch size fitted to a
+GPU's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from stunet_plugin.checkpointing import AUTO, OFF
-from stunet_plugin.cost import STUNetShape
+from stunet_plugin.networks.checkpointing_settings import AUTO, OFF
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.memory import STUNetShape
+from stunet_plugin.networks.presets import PRESETS, STUNetPreset
+from stunet_plugin.networks.topology import as_strides
 from stunet_plugin.options import CHECKPOINTING, Options
-from stunet_plugin.plan_architecture import stunet_architecture
-from stunet_plugin.plans.plugin_planner import PluginPlanner
-from stunet_plugin.presets import PRESETS, STUNetPreset
-from stunet_plugin.topology import as_strides
+from stunet_plugin.plans.base_planner import PluginPlanner
 
 
 class STUNetPlanner(PluginPlanner):
@@ -20,28 +21,46 @@ class STUNetPlanner(PluginPlanner):
     preset: ClassVar[STUNetPreset]
 
     def fit(
-        self, spacing: Sequence[float], patch_size: Sequence[int], host_strides: Sequence[Sequence[int]]
+        self,
+        spacing: Sequence[float],
+        patch_size: Sequence[int],
+        host_strides: Sequence[Sequence[int]],
     ) -> tuple[list[int], dict[str, Any]]:
         return [int(size) for size in patch_size], stunet_architecture(self.preset, host_strides)
 
     def training_bytes(
-        self, architecture: dict[str, Any], patch_size: Sequence[int], batch_size: int, input_channels: int, output_channels: int
+        self,
+        architecture: dict[str, Any],
+        patch_size: Sequence[int],
+        batch_size: int,
+        input_channels: int,
+        output_channels: int,
     ) -> float:
         strides = as_strides(architecture["arch_kwargs"]["strides"])
         shape = STUNetShape.of_preset(self.preset, strides, input_channels, output_channels)
-        # What the trainer would choose by the free memory is no wish of the user's: without one, plans fit with everything kept.
+        # What the trainer would choose by the free memory is no wish of the user's: without one,
+        # plans fit with everything kept.
         wish = Options().word(CHECKPOINTING)
-        return shape.training_memory(patch_size, batch_size, checkpointing=OFF if wish in (None, AUTO) else wish).total
+        return shape.training_memory(
+            patch_size, batch_size, checkpointing=OFF if wish in (None, AUTO) else wish
+        ).total
 
     def advice_for_small_memory(self) -> str:
-        smaller = [name for name, preset in PRESETS.items() if preset.parameters < self.preset.parameters and name != "tiny"]
+        smaller = [
+            name
+            for name, preset in PRESETS.items()
+            if preset.parameters < self.preset.parameters and name != "tiny"
+        ]
         return f" or plan a smaller size: {', '.join(smaller)}" if smaller else ""
 
 
 def make_planner(preset: STUNetPreset) -> type[STUNetPlanner]:
     """Make the planner class of a size."""
     attributes = {
-        "__doc__": f"Plans ``STUNetPlans_{preset.name}`` for STU-Net {preset.name}, {preset.gpu_memory_gb:g} GB by default.",
+        "__doc__": (
+            f"Plans ``STUNetPlans_{preset.name}`` for STU-Net {preset.name},"
+            f" {preset.gpu_memory_gb:g} GB by default."
+        ),
         "__module__": __name__,
         "preset": preset,
         "network_name": f"STU-Net {preset.name}",

@@ -1,4 +1,5 @@
-"""Fixtures: where the shared images are, a small nnU-Net workspace, and the stock commands as subprocesses."""
+"""Fixtures: where the shared images are, a small nnU-Net workspace, and the stock commands as
+subprocesses."""
 
 from __future__ import annotations
 
@@ -16,19 +17,22 @@ import pytest
 from filelock import FileLock
 
 from stunet_plugin.demo.phantom import write_dataset
-from stunet_plugin.registration import trainers_folder
-from stunet_plugin.stock_commands import find_command
+from stunet_plugin.nnunet.commands import find_command
+from stunet_plugin.nnunet.registration import trainers_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 PHANTOM_ID = "901"
 
-# The test processes share the cores; threads of theirs would only wait for each other. Before torch is imported.
+# The test processes share the cores; threads of theirs would only wait for each other. Before torch
+# is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# nnU-Net takes a thread per core whatever that says; passive, they do not spin while another test process has the core.
+# nnU-Net takes a thread per core whatever that says; passive, they do not spin while another test
+# process has the core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A shell starts background jobs with SIGINT ignored, and they hand that on: the commands under test would not hear Ctrl-C.
+# A shell starts background jobs with SIGINT ignored, and they hand that on: the commands under test
+# would not hear Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -65,7 +69,11 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("nnUNet_", "STUNET_"))}
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("nnUNet_", "STUNET_"))
+        }
         return {
             **inherited,
             "nnUNet_raw": str(self.raw),
@@ -82,7 +90,8 @@ class Workspace:
         self, command: str, *arguments: object, check: bool = True, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command; a keyword sets a variable, None removes it."""
-        # Training without worker processes is quicker for a handful of iterations; nnU-Net's planners need at least one.
+        # Training without worker processes is quicker for a handful of iterations; nnU-Net's
+        # planners need at least one.
         workers = {"nnUNet_n_proc_DA": "0" if command == "nnUNetv2_train" else "1"}
         variables: dict[str, str | None] = {**self.environment, **workers, **environment}
         result = subprocess.run(
@@ -94,20 +103,31 @@ class Workspace:
             stdin=subprocess.DEVNULL,
         )
         if check and result.returncode != 0:
-            pytest.fail(f"{command} {arguments} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
+            pytest.fail(
+                f"{command} {arguments} ended with"
+                f" {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+            )
         return result
 
     def dataset_folder(self, base: Path, dataset_id: str = PHANTOM_ID) -> Path:
         return next(base.glob(f"Dataset{dataset_id}_*"))
 
     def plans(self, name: str = "nnUNetPlans", dataset_id: str = PHANTOM_ID) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.dataset_folder(self.preprocessed, dataset_id) / f"{name}.json").read_text())
+        content: dict[str, Any] = json.loads(
+            (self.dataset_folder(self.preprocessed, dataset_id) / f"{name}.json").read_text()
+        )
         return content
 
     def model(
-        self, trainer: str, configuration: str = "3d_fullres", plans: str = "nnUNetPlans", dataset_id: str = PHANTOM_ID
+        self,
+        trainer: str,
+        configuration: str = "3d_fullres",
+        plans: str = "nnUNetPlans",
+        dataset_id: str = PHANTOM_ID,
     ) -> Path:
-        return self.dataset_folder(self.results, dataset_id) / f"{trainer}__{plans}__{configuration}"
+        return (
+            self.dataset_folder(self.results, dataset_id) / f"{trainer}__{plans}__{configuration}"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -119,8 +139,11 @@ def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], W
 
 
 @pytest.fixture(scope="session")
-def phantoms(new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Six phantoms, planned and preprocessed for 2d and 3d_fullres by the stock command: made once, a copy for each process."""
+def phantoms(
+    new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest.TempPathFactory
+) -> Workspace:
+    """Six phantoms, planned and preprocessed for 2d and 3d_fullres by the stock command: made once,
+    a copy for each process."""
     common = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         common = common.parent
@@ -128,7 +151,18 @@ def phantoms(new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest
         if not (common / "phantoms").is_dir():
             first = new_workspace("phantoms_unfinished")
             write_dataset(first.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
-            first.run("nnUNetv2_plan_and_preprocess", "-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+            first.run(
+                "nnUNetv2_plan_and_preprocess",
+                "-d",
+                PHANTOM_ID,
+                "-c",
+                "2d",
+                "3d_fullres",
+                "-npfp",
+                1,
+                "-np",
+                1,
+            )
             first.root.rename(common / "phantoms")
     workspace = new_workspace("phantoms_copy")
     shutil.copytree(common / "phantoms", workspace.root, dirs_exist_ok=True)

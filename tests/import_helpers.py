@@ -1,4 +1,5 @@
-"""Checkpoints in the published formats, made from random weights, and a call of ``stunet import`` that expects a refusal."""
+"""Checkpoints in the published formats, made from random weights, and a call of ``stunet import``
+that expects a refusal."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from stunet_plugin.cli import main
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.plan_architecture import stunet_architecture
-from stunet_plugin.presets import get_preset
-from stunet_plugin.registration import trainers_folder
+from stunet_plugin.nnunet.registration import trainers_folder
 
 STRIDES = [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 1, 2]]
 
@@ -46,7 +47,9 @@ def published_name(name: str) -> str:
 
 
 def published_weights(network: torch.nn.Module) -> OrderedDict[str, Any]:
-    return OrderedDict((published_name(name), value) for name, value in network.state_dict().items())
+    return OrderedDict(
+        (published_name(name), value) for name, value in network.state_dict().items()
+    )
 
 
 def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +58,10 @@ def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
     return {
         "epoch": 4000,
         "state_dict": weights,
-        "optimizer_state_dict": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.01}]},
+        "optimizer_state_dict": {
+            "state": {0: {"momentum_buffer": torch.ones(3)}},
+            "param_groups": [{"lr": 0.01}],
+        },
         "lr_scheduler_state_dict": None,
         "plot_stuff": (losses, losses, [], losses),
         "best_stuff": (None, np.float64(0.3), np.float64(0.9)),
@@ -83,7 +89,9 @@ def v1_plans(classes: int = 4, channels: int = 1) -> dict[str, Any]:
         "dataset_properties": {"intensityproperties": None},
         "plans_per_stage": {0: stage},
     }
-    return OrderedDict(init=("", 0, "", "", False, 0, True, False, True), name="STUNetTrainer_tiny", plans=plans)
+    return OrderedDict(
+        init=("", 0, "", "", False, 0, True, False, True), name="STUNetTrainer_tiny", plans=plans
+    )
 
 
 def v2_plans() -> dict[str, Any]:
@@ -114,8 +122,11 @@ def v2_plans() -> dict[str, Any]:
     }
 
 
-def write_v1(path: Path, weights: dict[str, Any] | None = None, plans: dict[str, Any] | None = None) -> Path:
-    """Write a v1 checkpoint (tiny, random, if no weights are given) and its ``.pkl``; ``plans={}`` leaves that out."""
+def write_v1(
+    path: Path, weights: dict[str, Any] | None = None, plans: dict[str, Any] | None = None
+) -> Path:
+    """Write a v1 checkpoint (tiny, random, if no weights are given) and its ``.pkl``; ``plans={}``
+    leaves that out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(v1_checkpoint(weights or published_weights(make_network())), path)
     if plans is None or plans:
@@ -124,7 +135,8 @@ def write_v1(path: Path, weights: dict[str, Any] | None = None, plans: dict[str,
 
 
 def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy with values replaced; keys are paths such as ``plans/plans_per_stage/0/batch_size``."""
+    """A deep copy with values replaced; keys are paths such as
+    ``plans/plans_per_stage/0/batch_size``."""
     changed = copy.deepcopy(content)
     for key, value in changes.items():
         *parents, last = [int(part) if part.isdigit() else part for part in key.split("/")]
@@ -135,7 +147,9 @@ def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
     return changed
 
 
-def refuse(capsys: pytest.CaptureFixture[str], source: Path | str, out: Path, *arguments: str) -> str:
+def refuse(
+    capsys: pytest.CaptureFixture[str], source: Path | str, out: Path, *arguments: str
+) -> str:
     """Run ``stunet import``, expect exit code 2 and nothing written, and return the message."""
     before = sorted(out.parent.rglob("*")) if out.parent.exists() else None
     capsys.readouterr()
@@ -154,14 +168,19 @@ def stunet_import(*arguments: object) -> int:
 
 def checkpoint_in(folder: Path) -> dict[str, Any]:
     """The checkpoint of an imported model folder, loaded as strictly as torch can."""
-    loaded: dict[str, Any] = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    loaded: dict[str, Any] = torch.load(
+        folder / "fold_0" / "checkpoint_final.pth", weights_only=True
+    )
     return loaded
 
 
 def load_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetPredictor:
-    """nnU-Net's predictor, initialised from a model folder as its commands do; every window counts alike."""
+    """nnU-Net's predictor, initialised from a model folder as its commands do; every window counts
+    alike."""
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    predictor = nnUNetPredictor(use_gaussian=False, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor = nnUNetPredictor(
+        use_gaussian=False, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False
+    )
     predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
     predictor.network.eval()
     return predictor
@@ -184,6 +203,8 @@ def write_planned_dataset(preprocessed: Path) -> Path:
     )
     (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"})
+        json.dumps(
+            {"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
+        )
     )
     return folder

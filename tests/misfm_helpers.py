@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.preactivation import PreActivationUNet
+from stunet_plugin.networks.preactivation_unet import PreActivationUNet
 
 SMALL: dict[str, Any] = {"features_per_stage": (4, 8, 16, 32, 64)}
 """The widths of the fixtures."""
@@ -31,21 +31,35 @@ def randomise(network: nn.Module) -> nn.Module:
     return network
 
 
-def plain_network(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+def plain_network(
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., nn.Module]:
     """Return the class of a plain transcription in ``benchmarks/``, by the network's name."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    found: Callable[..., nn.Module] = getattr(importlib.import_module(f"plain_{name.lower()}"), f"Plain{name}")
+    found: Callable[..., nn.Module] = getattr(
+        importlib.import_module(f"plain_{name.lower()}"), f"Plain{name}"
+    )
     return found
 
 
 def largest_differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference of any pair of outputs."""
     assert len(outputs) == len(expected)
-    return max((output - wanted).abs().max().item() for output, wanted in zip(outputs, expected, strict=True))
+    return max(
+        (output - wanted).abs().max().item()
+        for output, wanted in zip(outputs, expected, strict=True)
+    )
 
 
-def check_fixture(network: PreActivationUNet, fixtures: Path, name: str, prefix: str, translate: Callable[..., Any]) -> None:
-    """The outputs are those that were recorded of the published network, with and without gradients.
+def check_fixture(
+    network: PreActivationUNet,
+    fixtures: Path,
+    name: str,
+    prefix: str,
+    translate: Callable[..., Any],
+) -> None:
+    """The outputs are those that were recorded of the published network, with and without
+    gradients.
 
     Args:
         network: of the fixture's sizes.
@@ -54,7 +68,9 @@ def check_fixture(network: PreActivationUNet, fixtures: Path, name: str, prefix:
         translate: from the published state dict to ours.
     """
     # The fixtures hold numpy scalars besides tensors and come with the project.
-    published = torch.load(fixtures / f"{name}.pt", map_location="cpu", weights_only=False)["model_state_dict"]
+    published = torch.load(fixtures / f"{name}.pt", map_location="cpu", weights_only=False)[
+        "model_state_dict"
+    ]
     network.eval().load_state_dict(translate(published))
     recorded = np.load(fixtures / f"{name}.npz")
     expected = [torch.from_numpy(recorded[f"{prefix}output_{index}"]) for index in range(4)]
@@ -68,9 +84,14 @@ def check_fixture(network: PreActivationUNet, fixtures: Path, name: str, prefix:
 
 
 def check_slab_by_slab(
-    network: PreActivationUNet, published: nn.Module, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tolerance: float
+    network: PreActivationUNet,
+    published: nn.Module,
+    size: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tolerance: float,
 ) -> None:
-    """A prediction on the CPU is the plain network's, and leaves its input as it is. Both networks have the same weights."""
+    """A prediction on the CPU is the plain network's, and leaves its input as it is. Both networks
+    have the same weights."""
     x = torch.randn(2, 2, *size, dtype=torch.float64)
     before = x.clone()
     with torch.no_grad():
@@ -98,7 +119,9 @@ def check_half_precision(network: PreActivationUNet) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = network(torch.randn(2, 1, 16, 32, 48))
         sum(output.float().square().mean() for output in outputs).backward()
-    assert all(output.dtype == torch.bfloat16 and torch.isfinite(output).all() for output in outputs)
+    assert all(
+        output.dtype == torch.bfloat16 and torch.isfinite(output).all() for output in outputs
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         large = network.eval()(torch.randn(1, 1, 48, 48, 48))
     assert all(torch.isfinite(output).all() for output in large)
@@ -113,7 +136,8 @@ def check_refused_inputs(network: PreActivationUNet) -> None:
 
 
 def check_outputs_and_gradients(network: PreActivationUNet, size: tuple[int, ...]) -> None:
-    """One output per stride but the deepest, full resolution first; a gradient for every parameter."""
+    """One output per stride but the deepest, full resolution first; a gradient for every
+    parameter."""
     outputs = network(torch.randn(2, 1, *size))
     shape = list(size)
     assert len(outputs) == 4
@@ -122,19 +146,30 @@ def check_outputs_and_gradients(network: PreActivationUNet, size: tuple[int, ...
         assert output.shape == (2, 3, *shape)
         assert output.is_contiguous()
     sum(output.square().mean() for output in outputs).backward()
-    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in network.parameters()
+    )
 
 
 def check_interface(
-    network: PreActivationUNet, other_channels: nn.Module, other_classes: nn.Module, size: tuple[int, ...]
+    network: PreActivationUNet,
+    other_channels: nn.Module,
+    other_classes: nn.Module,
+    size: tuple[int, ...],
 ) -> None:
-    """Encoder, stem, heads and feature map size are where nnU-Net and loaders of pretrained weights look for them."""
+    """Encoder, stem, heads and feature map size are where nnU-Net and loaders of pretrained weights
+    look for them."""
     assert network.get_submodule(network.key_to_encoder) is network.encoder.stages
     assert network.get_submodule(network.key_to_stem) is network.encoder.stages[0]
     own = dict(network.named_parameters())
 
     def differing(other: nn.Module) -> set[str]:
-        return {name for name, parameter in other.named_parameters() if parameter.shape != own[name].shape}
+        return {
+            name
+            for name, parameter in other.named_parameters()
+            if parameter.shape != own[name].shape
+        }
 
     assert differing(other_channels) == {f"{key}.weight" for key in network.keys_to_in_proj}
     assert differing(other_classes)
@@ -148,7 +183,11 @@ def check_interface(
         nonlocal elements
         elements += output[0].numel()
 
-    layers = [part for part in network.modules() if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear))]
+    layers = [
+        part
+        for part in network.modules()
+        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear))
+    ]
     attention = {id(part.qkv) for part in network.modules() if hasattr(part, "qkv")}
     for layer in layers:
         if id(layer) not in attention:
@@ -170,7 +209,13 @@ def _qkv_elements(network: PreActivationUNet, size: tuple[int, ...]) -> int:
     for stride in network.strides[1:]:
         shapes.append(shapes[-1] // (stride[0] * stride[1] * stride[2]))
     for level, stage in enumerate(network.encoder.stages):
-        total += sum(part.qkv.out_features for part in stage.modules() if hasattr(part, "qkv")) * shapes[level]
+        total += (
+            sum(part.qkv.out_features for part in stage.modules() if hasattr(part, "qkv"))
+            * shapes[level]
+        )
     for step, block in enumerate(network.decoder.blocks):
-        total += sum(part.qkv.out_features for part in block.modules() if hasattr(part, "qkv")) * shapes[-2 - step]
+        total += (
+            sum(part.qkv.out_features for part in block.modules() if hasattr(part, "qkv"))
+            * shapes[-2 - step]
+        )
     return total

@@ -10,7 +10,10 @@ from stunet_plugin.cli import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["list", "--pach-size", "64"], "unrecognized arguments: --pach-size 64. Did you mean --patch-size?"),
+        (
+            ["list", "--pach-size", "64"],
+            "unrecognized arguments: --pach-size 64. Did you mean --patch-size?",
+        ),
         (["rank", "folder", "-d", "4", "--bogus"], "unrecognized arguments: --bogus."),
         (["list", "extra"], "unrecognized arguments: extra."),
     ],

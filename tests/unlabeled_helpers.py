@@ -25,15 +25,22 @@ def mr_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     generator = np.random.default_rng(seed)
     z, y, x = np.ogrid[tuple(slice(-1, 1, size * 1j) for size in shape)]
     body = (x / 0.8) ** 2 + (y / 0.75) ** 2 + 0 * z < 1
-    return np.where(body, 500 + generator.normal(0, 60, shape), np.abs(generator.normal(0, 12, shape))).astype(np.int16)
+    return np.where(
+        body, 500 + generator.normal(0, 60, shape), np.abs(generator.normal(0, 12, shape))
+    ).astype(np.int16)
 
 
 def ct_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     """The same in Hounsfield units."""
-    return np.where(mr_array(seed, shape) > 200, 40, -1000).astype(np.int16) + mr_array(seed, shape) // 20
+    return (
+        np.where(mr_array(seed, shape) > 200, 40, -1000).astype(np.int16)
+        + mr_array(seed, shape) // 20
+    )
 
 
-def to_image(array: np.ndarray, spacing: tuple[float, ...] = SPACING, vector: bool = False) -> sitk.Image:
+def to_image(
+    array: np.ndarray, spacing: tuple[float, ...] = SPACING, vector: bool = False
+) -> sitk.Image:
     image = sitk.GetImageFromArray(array, isVector=vector)
     image.SetSpacing(spacing[: image.GetDimension()])
     if image.GetDimension() == 3:
@@ -48,7 +55,13 @@ def write(path: Path, array: np.ndarray, **options: object) -> Path:
     return path
 
 
-def write_dicom(folder: Path, array: np.ndarray, uid: int, modality: str = "MR", positions: list[float] | None = None) -> None:
+def write_dicom(
+    folder: Path,
+    array: np.ndarray,
+    uid: int,
+    modality: str = "MR",
+    positions: list[float] | None = None,
+) -> None:
     """Write a series, its files named in another order than that of the slices."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = locale.setlocale(locale.LC_ALL)
@@ -103,7 +116,8 @@ Run = Callable[..., int]
 
 
 def command_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return `stunet unlabeled` for this process, with a nnUNet_raw of its own in a folder; options by name."""
+    """Return `stunet unlabeled` for this process, with a nnUNet_raw of its own in a folder; options
+    by name."""
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("nnUNet_raw", str(folder / "raw"))
@@ -114,7 +128,10 @@ def command_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         for scans in folders:
             arguments += ["-i", str(scans)]
         for name, value in options.items():
-            arguments += [("-" if name in ("np", "d", "n") else "--") + name, *([] if value is True else [str(value)])]
+            arguments += [
+                ("-" if name in ("np", "d", "n") else "--") + name,
+                *([] if value is True else [str(value)]),
+            ]
         return main(arguments)
 
     return call

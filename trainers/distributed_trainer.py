@@ -1,8 +1,10 @@
-"""What a training with several processes needs on top of nnU-Net's: any device, any number of machines, one writer, sharding.
+"""What a training with several processes needs on top of nnU-Net's: any device, any number of
+machines, one writer, sharding.
 
-nnU-Net takes the rank of a process for the number of its GPU, which holds on one machine alone, and knows CUDA alone. The rest
-of its distributed training (how batch and oversampling are split, what is gathered, who writes checkpoints) is used as it is.
-``stunet_plugin.launch`` starts such processes, and so does nnU-Net's own ``-num_gpus``. With one process nothing here acts.
+nnU-Net takes the rank of a process for the number of its GPU, which holds on one machine alone, and
+knows CUDA alone. The rest of its distributed training (how batch and oversampling are split, what
+is gathered, who writes checkpoints) is used as it is. ``stunet_plugin.launch`` starts such
+processes, and so does nnU-Net's own ``-num_gpus``. With one process nothing here acts.
 """
 
 from __future__ import annotations
@@ -20,11 +22,17 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stunet_plugin.checkpoints.starting_weights import read_checkpoint
 from stunet_plugin.errors import PluginError
 from stunet_plugin.options import SHARD, Options
-from stunet_plugin.trainers.safe_training import SafeTrainer
-from stunet_plugin.trainers.sharding import Gathered, accept_whole_state, check_shardable, gather, shard
+from stunet_plugin.trainers.safe_trainer import SafeTrainer
+from stunet_plugin.trainers.sharding import (
+    Gathered,
+    accept_whole_state,
+    check_shardable,
+    gather,
+    shard,
+)
+from stunet_plugin.weights.pretrained import read_checkpoint
 
 
 class DistributedTrainer(SafeTrainer):
@@ -42,7 +50,12 @@ class DistributedTrainer(SafeTrainer):
     lr_scheduler: Any
 
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
     ) -> None:
         if world_size() > 1 and distributed.get_rank() != 0:
             # Each process would start a run of its own there, and remove the others' folder.
@@ -51,12 +64,17 @@ class DistributedTrainer(SafeTrainer):
         self.sharded = bool(Options().whole(SHARD, 0))
         self._several_processes = self.is_ddp
         if self.is_ddp:
-            # nnU-Net's own -num_gpus and our launcher both choose the process's GPU before they make a trainer.
-            self.device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+            # nnU-Net's own -num_gpus and our launcher both choose the process's GPU before they
+            # make a trainer.
+            self.device = (
+                torch.device("cuda", torch.cuda.current_device())
+                if device.type == "cuda"
+                else device
+            )
             if self.device.type != "cuda":
                 self.grad_scaler = None
 
-    # --- the network ----------------------------------------------------------------------------------------------------
+    # --- the network
 
     def initialize(self) -> None:
         # nnU-Net would wrap the network for the GPU whose number is the rank.
@@ -68,7 +86,9 @@ class DistributedTrainer(SafeTrainer):
             shard(self.network, self.device)
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
             accept_whole_state(self.optimizer)
-            self.print_to_log_file(f"Weights, gradients and momentum are shared out over {world_size()} process(es).")
+            self.print_to_log_file(
+                f"Weights, gradients and momentum are shared out over {world_size()} process(es)."
+            )
         elif self.is_ddp:
             self.network = self._replicate(self.network)
 
@@ -86,19 +106,27 @@ class DistributedTrainer(SafeTrainer):
         return not self.sharded and bool(super()._do_i_compile())
 
     def _replicate(self, network: nn.Module) -> nn.Module:
-        """Wrap the network so that gradients are averaged over the processes; all start from the first one's weights."""
+        """Wrap the network so that gradients are averaged over the processes; all start from the
+        first one's weights."""
         devices = None
         if self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
             devices = [self.device.index]
-        elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            self.print_to_log_file("Batch norm is not synchronised on the CPU: each process normalises by its part of the batch.")
-        # Buffers are not sent at every pass: in the final validation each process makes as many passes as its cases need.
-        # The second name is the one before torch 2.15.
+        elif any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()
+        ):
+            self.print_to_log_file(
+                "Batch norm is not synchronised on the CPU: each process normalises by its part of"
+                " the batch."
+            )
+        # Buffers are not sent at every pass: in the final validation each process makes as many
+        # passes as its cases need. The second name is the one before torch 2.15.
         names = "forward_sync_buffers", "broadcast_buffers"
         known = inspect.signature(DistributedDataParallel).parameters
         send_buffers: dict[str, Any] = {next(name for name in names if name in known): False}
-        return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **send_buffers)
+        return DistributedDataParallel(
+            network, device_ids=devices, gradient_as_bucket_view=True, **send_buffers
+        )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self._bare_network().decoder.deep_supervision = enabled
@@ -110,7 +138,8 @@ class DistributedTrainer(SafeTrainer):
         return getattr(network, "_orig_mod", network)
 
     def load_pretrained_weights(self, file: str) -> None:
-        """Take over all weights of a checkpoint but the segmentation heads', as nnU-Net's ``-pretrained_weights`` does.
+        """Take over all weights of a checkpoint but the segmentation heads', as nnU-Net's
+        ``-pretrained_weights`` does.
 
         nnU-Net's own loader takes the rank for the number of a GPU.
         """
@@ -121,11 +150,15 @@ class DistributedTrainer(SafeTrainer):
         taken = [name for name in network.state_dict() if ".seg_layers." not in name]
         network.load_state_dict({name: given[name] for name in taken}, strict=False)
 
-    # --- one writer -------------------------------------------------------------------------------------------------------
+    # --- one writer
 
-    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+    def print_to_log_file(
+        self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True
+    ) -> None:
         if self.local_rank == 0:
-            super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+            super().print_to_log_file(
+                *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
+            )
 
     def plot_network_architecture(self) -> None:
         # One process alone would wait for the others in its forward pass.
@@ -138,7 +171,8 @@ class DistributedTrainer(SafeTrainer):
         if not self.is_ddp:
             super().on_train_start()
             return
-        # What every process would write otherwise, at the same time: the splits, and the plan beside the model.
+        # What every process would write otherwise, at the same time: the splits, and the plan
+        # beside the model.
         splits = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.local_rank == 0 and self.fold != "all" and not splits.is_file():
             self.do_split()
@@ -146,7 +180,10 @@ class DistributedTrainer(SafeTrainer):
         if self.local_rank == 0:
             super().on_train_start()
             return
-        with tempfile.TemporaryDirectory() as folder, self._temporarily(output_folder=folder, output_folder_base=folder):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self._temporarily(output_folder=folder, output_folder_base=folder),
+        ):
             super().on_train_start()
 
     def on_validation_epoch_start(self) -> None:
@@ -166,7 +203,7 @@ class DistributedTrainer(SafeTrainer):
         distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
         return bool(raised.item())
 
-    # --- checkpoints: plain files of nnU-Net, written by one process ------------------------------------------------------------
+    # --- checkpoints: plain files of nnU-Net, written by one process
 
     def save_checkpoint(self, filename: str) -> None:
         """Write a checkpoint on the first process, while the others wait: they may read it next."""
@@ -193,17 +230,22 @@ class DistributedTrainer(SafeTrainer):
             return
         from torch.utils.serialization import config  # in the releases of torch that can shard
 
-        # Neither the device nor the host has to hold the whole state: it is read where the process's part lies.
+        # Neither the device nor the host has to hold the whole state: it is read where the
+        # process's part lies.
         mapped: Any = config
-        with self._temporarily(is_ddp=False, device=torch.device("cpu")), mapped.patch("load.mmap", True):
+        with (
+            self._temporarily(is_ddp=False, device=torch.device("cpu")),
+            mapped.patch("load.mmap", True),
+        ):
             super().load_checkpoint(filename_or_checkpoint)
 
     def whole_weights(self) -> dict[str, Any]:
-        """Return the network's weights; of a sharded network on the first process alone (every process has to ask)."""
+        """Return the network's weights; of a sharded network on the first process alone (every
+        process has to ask)."""
         weights = self._bare_network().state_dict()
         return gather(weights, self.local_rank == 0) if self.sharded else weights
 
-    # --- validation -------------------------------------------------------------------------------------------------------
+    # --- validation
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         # The logits of whole images need the room.
@@ -224,7 +266,10 @@ class DistributedTrainer(SafeTrainer):
                 self.label_manager.num_segmentation_heads,
                 self.enable_deep_supervision,
             )
-        network.load_state_dict({name: value.full_tensor() for name, value in self.network.state_dict().items()}, assign=True)
+        network.load_state_dict(
+            {name: value.full_tensor() for name, value in self.network.state_dict().items()},
+            assign=True,
+        )
         return network.to(self.device)
 
     @contextmanager
@@ -240,11 +285,16 @@ class DistributedTrainer(SafeTrainer):
 
 def world_size() -> int:
     """Return the number of processes of this training."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )
 
 
 def check_distribution(configuration: ConfigurationManager, network: nn.Module) -> None:
-    """Raise if a plan's batch cannot be split over the processes, or if there is nothing to shard or to shard over.
+    """Raise if a plan's batch cannot be split over the processes, or if there is nothing to shard
+    or to shard over.
 
     Args:
         configuration: of the plan.
@@ -259,18 +309,21 @@ def check_distribution(configuration: ConfigurationManager, network: nn.Module) 
     if not (distributed.is_available() and distributed.is_initialized()):
         if sharded:
             raise PluginError(
-                f"{SHARD.variable}=1 shares the network out over several processes, but this is one alone. Start the training with "
-                f"torchrun ... -m stunet_plugin.launch (docs/scaling.md), or unset {SHARD.variable}."
+                f"{SHARD.variable}=1 shares the network out over several processes, but this is one"
+                " alone. Start the training with torchrun ... -m stunet_plugin.launch"
+                f" (docs/scaling.md), or unset {SHARD.variable}."
             )
         return
     processes, batch = world_size(), configuration.batch_size
     if batch < processes:
         raise PluginError(
-            f"The plan's batch of {batch} cannot be split over {processes} processes: each needs a sample at least. Start at most "
-            f"{batch}, or plan a larger batch (batch_size in the plans file)."
+            f"The plan's batch of {batch} cannot be split over {processes} processes: each needs a"
+            f" sample at least. Start at most {batch}, or plan a larger batch (batch_size in the"
+            " plans file)."
         )
     if configuration.batch_dice and batch % processes:
         raise PluginError(
-            f"The plan's batch of {batch} does not split evenly over {processes} processes, which nnU-Net's Dice over the whole "
-            f"batch (batch_dice in the plans file) needs. Start a number of processes that divides {batch}."
+            f"The plan's batch of {batch} does not split evenly over {processes} processes, which"
+            " nnU-Net's Dice over the whole batch (batch_dice in the plans file) needs. Start a"
+            f" number of processes that divides {batch}."
         )

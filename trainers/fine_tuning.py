@@ -1,6 +1,8 @@
-"""Ways of fine-tuning that users ask for, as options of the trainers: warm-up, a frozen encoder, a lower rate for it.
+"""Ways of fine-tuning that users ask for, as options of the trainers: warm-up, a frozen encoder, a
+lower rate for it.
 
-None is published for STU-Net (the authors fine-tune everything at a tenth of the learning rate); all are off by default.
+None is published for STU-Net (the authors fine-tune everything at a tenth of the learning rate);
+all are off by default.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ class FineTuning:
 class FineTuningScheduler(PolyLRScheduler):
     """nnU-Net's poly schedule, times the warm-up, times each parameter group's ``rate_factor``."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, max_steps: int, warmup_epochs: int) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        initial_lr: float,
+        max_steps: int,
+        warmup_epochs: int,
+    ) -> None:
         self.warmup_epochs = warmup_epochs
         super().__init__(optimizer, initial_lr, max_steps)
 
@@ -45,7 +53,8 @@ class FineTuningScheduler(PolyLRScheduler):
 
 
 def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: everything in one, or (rest, encoder) where the encoder has a rate of its own.
+    """Return the optimizer's groups: everything in one, or (rest, encoder) where the encoder has a
+    rate of its own.
 
     The rest comes first because nnU-Net logs the first group's learning rate.
     """
@@ -64,9 +73,11 @@ def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]
 
 
 def discard_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Make an optimizer's step pass over parameters: no update, no weight decay, no momentum gathered.
+    """Make an optimizer's step pass over parameters: no update, no weight decay, no momentum
+    gathered.
 
-    Discarding gradients rather than ``requires_grad = False`` keeps the graph the same, so DDP and torch.compile work.
+    Discarding gradients rather than ``requires_grad = False`` keeps the graph the same, so DDP and
+    torch.compile work.
     """
     for parameter in parameters:
         parameter.grad = None

@@ -1,4 +1,5 @@
-"""The optimizer of MIS-FM: of its networks (arXiv:2306.16925, section IV), and of pretraining with Volume Fusion."""
+"""The optimizer of MIS-FM: of its networks (arXiv:2306.16925, section IV), and of pretraining with
+Volume Fusion."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ from typing import Any
 
 import torch
 
-from stunet_plugin.trainers.plugin_trainer import PluginTrainer
+from stunet_plugin.trainers.base_trainer import PluginTrainer
 
 
 class MISFMOptimizer(PluginTrainer):
-    """Adam as published, at a learning rate of 1e-3 with a weight decay of 1e-5; the schedule stays nnU-Net's."""
+    """Adam as published, at a learning rate of 1e-3 with a weight decay of 1e-5; the schedule stays
+    nnU-Net's."""
 
     learning_rate = 1e-3
 

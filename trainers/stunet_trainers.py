@@ -1,7 +1,9 @@
 """STUNetTrainer, and one trainer for every published size and schedule.
 
-Paper: arXiv:2304.06716, section 4; hyper-parameters as in the published trainers. The sizes and schedules are data
-(``stunet_plugin.presets`` and ``SCHEDULES``), the classes are made from them: ``STUNetTrainer_large_ft`` and so on.
+Paper: arXiv:2304.06716, section 4; hyper-parameters as in the published trainers. The sizes and
+    schedules are data
+(``stunet_plugin.networks.presets`` and ``SCHEDULES``), the classes are made from them:
+``STUNetTrainer_large_ft`` and so on.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stunet_plugin.plan_architecture import resolve_stunet
-from stunet_plugin.presets import PRESETS, STUNetPreset, get_preset
-from stunet_plugin.spelling import did_you_mean
+from stunet_plugin.errors import did_you_mean
+from stunet_plugin.networks.from_plan import resolve_stunet
+from stunet_plugin.networks.presets import PRESETS, STUNetPreset, get_preset
 from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
 
@@ -47,7 +49,8 @@ SCHEDULES = (
 
 
 class STUNetTrainer(CheckpointingTrainer):
-    """Trains the STU-Net of the plan where the plan carries one, else the published default size (base)."""
+    """Trains the STU-Net of the plan where the plan carries one, else the published default size
+    (base)."""
 
     preset: ClassVar[STUNetPreset | None] = None
 
@@ -59,9 +62,14 @@ class STUNetTrainer(CheckpointingTrainer):
 def make_trainer(size: str | None, schedule: Schedule) -> type[STUNetTrainer]:
     """Make the trainer class of a size (None: the plan's) and a schedule."""
     name = "STUNetTrainer" + (f"_{size}" if size else "") + schedule.suffix
-    size_text = f"STU-Net {size}" if size else "STU-Net of the plan's size (base where the plan names none)"
+    size_text = (
+        f"STU-Net {size}" if size else "STU-Net of the plan's size (base where the plan names none)"
+    )
     attributes = {
-        "__doc__": f"{size_text}: {schedule.epochs} epochs at a learning rate of {schedule.learning_rate:g}.",
+        "__doc__": (
+            f"{size_text}: {schedule.epochs} epochs at a learning rate of"
+            f" {schedule.learning_rate:g}."
+        ),
         "__module__": __name__,
         "preset": get_preset(size) if size else None,
         "learning_rate": schedule.learning_rate,
@@ -85,18 +93,21 @@ __all__ = list(TRAINERS)
 
 
 def hint_for_unknown(name: str) -> str | None:
-    """Return a line for someone who asked for a trainer of this family that does not exist, or None if it is no such name."""
+    """Return a line for someone who asked for a trainer of this family that does not exist, or None
+    if it is no such name."""
     if not name.startswith("STUNetTrainer") or name in TRAINERS:
         return None
     return (
-        f"stunet-plugin has no trainer {name}: sizes {', '.join(PRESETS)}, each with nothing or "
-        f"{', '.join(schedule.suffix for schedule in SCHEDULES if schedule.suffix)} after it.{did_you_mean(name, TRAINERS)}"
+        f"stunet-plugin has no trainer {name}: sizes {', '.join(PRESETS)}, each with nothing or"
+        f" {', '.join(schedule.suffix for schedule in SCHEDULES if schedule.suffix)} after"
+        f" it.{did_you_mean(name, TRAINERS)}"
     )
 
 
 def __getattr__(name: str) -> Any:
-    # nnU-Net looks for a trainer by hasattr on each module. It goes on looking after this one (users derive their own), and
-    # its last word on a name that nobody knows does not say what would be allowed; this does.
+    # nnU-Net looks for a trainer by hasattr on each module. It goes on looking after this one
+    # (users derive their own), and its last word on a name that nobody knows does not say what
+    # would be allowed; this does.
     hint = hint_for_unknown(name)
     if hint:
         print(hint, file=sys.stderr)

@@ -1,8 +1,10 @@
-"""Pretraining with Volume Fusion in nnU-Net's training loop, for the network of any trainer of this project.
+"""Pretraining with Volume Fusion in nnU-Net's training loop, for the network of any trainer of this
+project.
 
-Papers and formula: ``stunet_plugin.transforms.volume_fusion``. The optimizer is the published one for every network: with SGD as
-STU-Net is trained on labels, the features of the decoder collapse (docs/decisions.md). Epochs, schedule and batch size are those
-of the network's own trainer and plan.
+Papers and formula: ``stunet_plugin.pretraining.volume_fusion``. The optimizer is the published one
+    for every network: with SGD as
+STU-Net is trained on labels, the features of the decoder collapse (docs/decisions.md). Epochs,
+schedule and batch size are those of the network's own trainer and plan.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import (
+    DownsampleSegForDSTransform,
+)
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -26,16 +30,29 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed
 
-from stunet_plugin.checkpoints.starting_weights import read_checkpoint
 from stunet_plugin.errors import PluginError
-from stunet_plugin.figures import save_fusion_example, save_pretext_progress
-from stunet_plugin.options import VF_CLASSES, VF_LARGEST, VF_RATE, VF_SCHEME, VF_SMALLEST, VF_STANDARDISE, Options
-from stunet_plugin.preprocessed_cases import check_cases_complete, check_fold, describe_cases
-from stunet_plugin.pretext_score import RECORD, confusion_matrix, overlap_counts, pretext_score
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.options import (
+    VF_CLASSES,
+    VF_LARGEST,
+    VF_RATE,
+    VF_SCHEME,
+    VF_SMALLEST,
+    VF_STANDARDISE,
+    Options,
+)
+from stunet_plugin.pretraining.cases import check_cases_complete, check_fold, describe_cases
+from stunet_plugin.pretraining.score import RECORD, confusion_matrix, overlap_counts, pretext_score
+from stunet_plugin.pretraining.subvolumes import SubVolumeLoader
+from stunet_plugin.pretraining.volume_fusion import (
+    DEFAULT_SCHEME,
+    PUBLISHED_CLASSES,
+    SCHEMES,
+    VolumeFusion,
+)
 from stunet_plugin.trainers.misfm_optimizer import MISFMOptimizer
-from stunet_plugin.transforms.subvolumes import SubVolumeLoader
-from stunet_plugin.transforms.volume_fusion import DEFAULT_SCHEME, PUBLISHED_CLASSES, SCHEMES, VolumeFusion
+from stunet_plugin.utils.figures import save_fusion_example, save_pretext_progress
+from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.weights.pretrained import read_checkpoint
 
 SCORE_EPOCHS = 10
 """The score at the end is over this many epochs' worth of validation batches."""
@@ -44,7 +61,8 @@ SCORE_FILE = "pretext_score.json"
 
 
 class VolumeFusionMixin(MISFMOptimizer):
-    """Trains a network to tell fusion classes instead of labels; stands before the network's trainer among the bases.
+    """Trains a network to tell fusion classes instead of labels; stands before the network's
+    trainer among the bases.
 
     Attributes:
         segmentation_trainer: the trainer that fine-tunes what this one pretrained.
@@ -53,17 +71,27 @@ class VolumeFusionMixin(MISFMOptimizer):
     segmentation_trainer: ClassVar[str]
 
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
     ) -> None:
         options = Options()
         self.fusion = fusion_from(options)
-        super().__init__(plans, configuration, fold, pretext_dataset(dataset_json, self.fusion), device)
+        super().__init__(
+            plans, configuration, fold, pretext_dataset(dataset_json, self.fusion), device
+        )
         self.initial_lr = options.fraction(VF_RATE, self.initial_lr)
-        # From the global generator, which STUNET_SEED seeds; processes of one training draw differently.
-        self._fusion_draws = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + self.local_rank)
+        # From the global generator, which STUNET_SEED seeds; processes of one training draw
+        # differently.
+        self._fusion_draws = torch.Generator().manual_seed(
+            int(torch.randint(2**62, ())) + self.local_rank
+        )
         self._example: dict[str, Any] | None = None
 
-    # --- the network ----------------------------------------------------------------------------------------------------
+    # --- the network
 
     @classmethod
     def build_network_architecture(
@@ -74,36 +102,49 @@ class VolumeFusionMixin(MISFMOptimizer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> torch.nn.Module:
-        """Build the network for training; refuse to for prediction, which nnU-Net does without deep supervision."""
+        """Build the network for training; refuse to for prediction, which nnU-Net does without deep
+        supervision."""
         if not enable_deep_supervision:
             raise PluginError(
-                f"This model was pretrained with Volume Fusion ({cls.__name__}): it tells how two scans were blended and knows no "
-                f"anatomy, so its predictions would mean nothing. Fine-tune it on labelled cases and predict with that: "
-                f"nnUNetv2_train DATASET CONFIGURATION FOLD -tr {cls.segmentation_trainer} -pretrained_weights "
-                f".../{cls.__name__}__.../fold_.../checkpoint_final.pth"
+                f"This model was pretrained with Volume Fusion ({cls.__name__}): it tells how two"
+                " scans were blended and knows no anatomy, so its predictions would mean nothing."
+                " Fine-tune it on labelled cases and predict with that: nnUNetv2_train DATASET"
+                f" CONFIGURATION FOLD -tr {cls.segmentation_trainer} -pretrained_weights"
+                f" .../{cls.__name__}__.../fold_.../checkpoint_final.pth"
             )
         return super().build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
         )
 
     def _build_loss(self) -> torch.nn.Module:
-        """The network trainer's loss; class 0 counts in the Dice, since here it is a class like the others."""
+        """The network trainer's loss; class 0 counts in the Dice, since here it is a class like the
+        others."""
         loss = super()._build_loss()
         dice: Any = (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).dc
         getattr(dice, "_orig_mod", dice).do_bg = True
         return loss
 
-    # --- data -------------------------------------------------------------------------------------------------------------
+    # --- data
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        # nnU-Net stores these in the checkpoint; no prediction follows, but its reader wants them there.
-        self.inference_allowed_mirroring_axes = tuple(range(len(self.configuration_manager.patch_size)))
+        # nnU-Net stores these in the checkpoint; no prediction follows, but its reader wants them
+        # there.
+        self.inference_allowed_mirroring_axes = tuple(
+            range(len(self.configuration_manager.patch_size))
+        )
         train, validation = self.get_tr_and_val_datasets()
         processes = get_allowed_n_proc_DA()
-        return self._load(train, processes, cached=6), self._load(validation, processes // 2, cached=3)
+        return self._load(train, processes, cached=6), self._load(
+            validation, processes // 2, cached=3
+        )
 
     def _load(self, dataset: nnUNetBaseDataset, processes: int, cached: int) -> Any:
-        """Load sub-volumes of a dataset, in background processes unless nnU-Net is told to use none."""
+        """Load sub-volumes of a dataset, in background processes unless nnU-Net is told to use
+        none."""
         loader = SubVolumeLoader(dataset, self.batch_size, self.configuration_manager.patch_size)
         if get_allowed_n_proc_DA() == 0:
             batches = SingleThreadedAugmenter(loader, None)
@@ -121,7 +162,8 @@ class VolumeFusionMixin(MISFMOptimizer):
 
     @torch.no_grad()
     def _fuse(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Turn a batch of sub-volumes into one of fused images and class maps, one per output, on the training device."""
+        """Turn a batch of sub-volumes into one of fused images and class maps, one per output, on
+        the training device."""
         foreground, background = batch["data"].to(self.device, non_blocking=True).chunk(2)
         image, class_map = self.fusion(foreground, background, self._fusion_draws)
         scales = self._get_deep_supervision_scales()
@@ -131,15 +173,22 @@ class VolumeFusionMixin(MISFMOptimizer):
         targets = DownsampleSegForDSTransform(scales)(segmentation=class_map)["segmentation"]
         return {"data": image, "target": [target[:, None] for target in targets]}
 
-    # --- training and validation --------------------------------------------------------------------------------------------
+    # --- training and validation
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for line in describe_cases(Path(self.preprocessed_dataset_folder), self.fold, self.dataset_json.get("numTraining")):
+        for line in describe_cases(
+            Path(self.preprocessed_dataset_folder), self.fold, self.dataset_json.get("numTraining")
+        ):
             self.print_to_log_file(line)
         smallest, largest = self.fusion.scheme.size_range(self.configuration_manager.patch_size)
-        self.print_to_log_file(f"Volume Fusion: alpha {', '.join(self.fusion.class_names())}; {self.fusion.scheme}")
-        self.print_to_log_file(f"Blocks of {smallest} to {largest} voxels in patches of {self.configuration_manager.patch_size}")
+        self.print_to_log_file(
+            f"Volume Fusion: alpha {', '.join(self.fusion.class_names())}; {self.fusion.scheme}"
+        )
+        self.print_to_log_file(
+            f"Blocks of {smallest} to {largest} voxels in patches of"
+            f" {self.configuration_manager.patch_size}"
+        )
         self._example = self._fuse(next(self.dataloader_val))
         self._save_example()
 
@@ -157,7 +206,9 @@ class VolumeFusionMixin(MISFMOptimizer):
         with self._autocast():
             outputs = self.network(fused["data"])
             loss = self.loss(outputs, fused["target"])
-        return loss.cpu().numpy(), confusion_matrix(_full_resolution(outputs), _full_resolution(fused["target"])[:, 0])
+        return loss.cpu().numpy(), confusion_matrix(
+            _full_resolution(outputs), _full_resolution(fused["target"])[:, 0]
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """As in nnU-Net's steps: half precision on CUDA alone."""
@@ -166,11 +217,16 @@ class VolumeFusionMixin(MISFMOptimizer):
     def on_epoch_end(self) -> None:
         names = self.fusion.class_names()
         dice = self.logger.get_value("dice_per_class_or_region", step=-1)
-        self.print_to_log_file("Pretext Dice", {name: round(float(value), 4) for name, value in zip(names, dice, strict=True)})
+        self.print_to_log_file(
+            "Pretext Dice",
+            {name: round(float(value), 4) for name, value in zip(names, dice, strict=True)},
+        )
         super().on_epoch_end()
         if self.local_rank == 0:
             # In place of nnU-Net's own, which shows the mean alone.
-            save_pretext_progress(self.logger.get_checkpoint(), names, Path(self.output_folder, "progress.png"))
+            save_pretext_progress(
+                self.logger.get_checkpoint(), names, Path(self.output_folder, "progress.png")
+            )
         if self.current_epoch % self.save_every == 0 or self.current_epoch == self.num_epochs:
             self._save_example()
 
@@ -190,17 +246,25 @@ class VolumeFusionMixin(MISFMOptimizer):
         targets = _full_resolution(self._example["target"])[:EXAMPLE_SAMPLES, 0]
         path = Path(self.output_folder, f"volume_fusion_epoch_{self.current_epoch:04d}.png")
         save_fusion_example(
-            images[:, 0].cpu().numpy(), targets.cpu().numpy(), predictions.cpu().numpy(), self.fusion.class_names(), path
+            images[:, 0].cpu().numpy(),
+            targets.cpu().numpy(),
+            predictions.cpu().numpy(),
+            self.fusion.class_names(),
+            path,
         )
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Score the pretext task over many draws; there is nothing that a sliding window could segment."""
+        """Score the pretext task over many draws; there is nothing that a sliding window could
+        segment."""
         self.network.eval()
         self.set_deep_supervision_enabled(True)
         dataset = self.get_tr_and_val_datasets()[1]
         batches = self._load(dataset, get_allowed_n_proc_DA(), cached=6)
         with torch.no_grad():
-            counts = [self._validate(next(batches))[1] for _ in range(SCORE_EPOCHS * self.num_val_iterations_per_epoch)]
+            counts = [
+                self._validate(next(batches))[1]
+                for _ in range(SCORE_EPOCHS * self.num_val_iterations_per_epoch)
+            ]
         if isinstance(batches, NonDetMultiThreadedAugmenter):
             batches._finish()
         if self.is_ddp:
@@ -221,36 +285,66 @@ class VolumeFusionMixin(MISFMOptimizer):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / SCORE_FILE, json.dumps(score, indent=2))
         self.logger.log_summary("final_val/pretext_dice", score["mean_dice"])
-        kind = "held-out cases" if score["held_out"] else "the training cases (fold all holds none out)"
-        self.print_to_log_file(f"Pretext Dice on {kind}: {score['mean_dice']:.4f}, written to {folder / SCORE_FILE}")
+        kind = (
+            "held-out cases"
+            if score["held_out"]
+            else "the training cases (fold all holds none out)"
+        )
+        self.print_to_log_file(
+            f"Pretext Dice on {kind}: {score['mean_dice']:.4f}, written to {folder / SCORE_FILE}"
+        )
 
-    # --- checks -----------------------------------------------------------------------------------------------------------
+    # --- checks
 
     @classmethod
-    def _check_before_anything_is_written(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+    def _check_before_anything_is_written(
+        cls, plans: dict, configuration: str, dataset_json: dict
+    ) -> None:
         super()._check_before_anything_is_written(plans, configuration, dataset_json)
         manager = PlansManager(plans)
         chosen = manager.get_configuration(configuration)
         if chosen.previous_stage_name is not None:
             raise PluginError(
-                f"{configuration} is the second stage of a cascade: its network also takes the first stage's segmentation, which "
-                f"unlabelled scans do not have. Pretrain {chosen.previous_stage_name} or 3d_fullres."
+                f"{configuration} is the second stage of a cascade: its network also takes the"
+                " first stage's segmentation, which unlabelled scans do not have. Pretrain"
+                f" {chosen.previous_stage_name} or 3d_fullres."
             )
         fusion_from(Options()).scheme.size_range(chosen.patch_size)
-        check_cases_complete(Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier))
+        check_cases_complete(
+            Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier)
+        )
 
     @classmethod
     def _check_fold(cls, plans: dict, configuration: str, fold: int | str) -> None:
         manager = PlansManager(plans)
-        folder = Path(nnUNet_preprocessed, manager.dataset_name, manager.get_configuration(configuration).data_identifier)
-        check_fold(folder, fold, f"nnUNetv2_train {manager.dataset_name} {configuration} all -tr {cls.__name__}")
+        folder = Path(
+            nnUNet_preprocessed,
+            manager.dataset_name,
+            manager.get_configuration(configuration).data_identifier,
+        )
+        check_fold(
+            folder,
+            fold,
+            f"nnUNetv2_train {manager.dataset_name} {configuration} all -tr {cls.__name__}",
+        )
 
     def _check_checkpoint_to_continue(self, file: str) -> None:
-        dataset_json = read_checkpoint(file, "The checkpoint to continue from,").get("init_args", {}).get("dataset_json", {})
+        dataset_json = (
+            read_checkpoint(file, "The checkpoint to continue from,")
+            .get("init_args", {})
+            .get("dataset_json", {})
+        )
         was, now = dataset_json.get(RECORD), describe_fusion(self.fusion)
         if was is not None and was != now:
-            changed = ", ".join(f"{key} {was.get(key)}, now {value}" for key, value in now.items() if was.get(key) != value)
-            raise PluginError(f"Cannot continue from {file}: that training had {changed}. Set the STUNET_VF_ options as they were.")
+            changed = ", ".join(
+                f"{key} {was.get(key)}, now {value}"
+                for key, value in now.items()
+                if was.get(key) != value
+            )
+            raise PluginError(
+                f"Cannot continue from {file}: that training had {changed}. Set the STUNET_VF_"
+                " options as they were."
+            )
         super()._check_checkpoint_to_continue(file)
 
 
@@ -263,7 +357,9 @@ def fusion_from(options: Options) -> VolumeFusion:
         largest=options.fraction(VF_LARGEST, published.largest),
     )
     return VolumeFusion(
-        classes=options.whole(VF_CLASSES, PUBLISHED_CLASSES), scheme=scheme, standardise=bool(options.whole(VF_STANDARDISE, 0))
+        classes=options.whole(VF_CLASSES, PUBLISHED_CLASSES),
+        scheme=scheme,
+        standardise=bool(options.whole(VF_STANDARDISE, 0)),
     )
 
 
@@ -273,9 +369,13 @@ def describe_fusion(fusion: VolumeFusion) -> dict[str, Any]:
 
 
 def pretext_dataset(dataset_json: dict[str, Any], fusion: VolumeFusion) -> dict[str, Any]:
-    """Return a dataset's description with the fusion classes in place of its labels, regions and ignore label."""
+    """Return a dataset's description with the fusion classes in place of its labels, regions and
+    ignore label."""
     names = fusion.class_names()
-    labels = {"background": 0, **{f"alpha {name}": value for value, name in enumerate(names) if value}}
+    labels = {
+        "background": 0,
+        **{f"alpha {name}": value for value, name in enumerate(names) if value},
+    }
     kept = {key: value for key, value in dataset_json.items() if key != "regions_class_order"}
     return {**kept, "labels": labels, RECORD: describe_fusion(fusion)}
 

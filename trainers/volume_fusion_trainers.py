@@ -1,6 +1,8 @@
-"""VolumeFusionTrainer, for the network of the plan, and one trainer for each network and size of this project.
+"""VolumeFusionTrainer, for the network of the plan, and one trainer for each network and size of
+this project.
 
-A table of networks, and one mixin that turns a segmentation trainer into its pretraining: ``VolumeFusionTrainer_STUNet_base``
+A table of networks, and one mixin that turns a segmentation trainer into its pretraining:
+    ``VolumeFusionTrainer_STUNet_base``
 and so on.
 """
 
@@ -11,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stunet_plugin.errors import PluginError
-from stunet_plugin.plan_architecture import REPLAN
-from stunet_plugin.presets import PRESETS
-from stunet_plugin.spelling import did_you_mean
-from stunet_plugin.topology import as_strides
+from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.networks.from_plan import REPLAN
+from stunet_plugin.networks.presets import PRESETS
+from stunet_plugin.networks.topology import as_strides
+from stunet_plugin.trainers.base_trainer import PluginTrainer
 from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
-from stunet_plugin.trainers.plugin_trainer import PluginTrainer
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 from stunet_plugin.trainers.volume_fusion_mixin import VolumeFusionMixin
 
@@ -25,15 +26,18 @@ FAMILY = "VolumeFusionTrainer"
 
 
 class PlannedNetworkTrainer(PluginTrainer):
-    """Trains the network that the plan names: nnU-Net's U-Nets, or any other whose plan lists its strides."""
+    """Trains the network that the plan names: nnU-Net's U-Nets, or any other whose plan lists its
+    strides."""
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
         architecture = configuration.get("architecture")
-        if not isinstance(architecture, Mapping) or "strides" not in (architecture.get("arch_kwargs") or {}):
+        if not isinstance(architecture, Mapping) or "strides" not in (
+            architecture.get("arch_kwargs") or {}
+        ):
             raise PluginError(
-                f"{cls.__name__} needs a plan whose network has one output per resolution stage, with its strides under "
-                f"arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"
+                f"{cls.__name__} needs a plan whose network has one output per resolution stage,"
+                f" with its strides under arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"
             )
         as_strides(architecture["arch_kwargs"]["strides"])
         return dict(architecture)
@@ -56,7 +60,10 @@ class Network:
 
 NETWORKS = (
     Network("", PlannedNetworkTrainer, "nnUNetTrainer"),
-    *(Network(f"_STUNet_{size}", STUNET[f"STUNetTrainer_{size}"], f"STUNetTrainer_{size}_ft") for size in PRESETS),
+    *(
+        Network(f"_STUNet_{size}", STUNET[f"STUNetTrainer_{size}"], f"STUNetTrainer_{size}_ft")
+        for size in PRESETS
+    ),
     Network("_PCTNet", MISFM["PCTNetTrainer"], "PCTNetTrainer_ft"),
     Network("_FMUNet", MISFM["FMUNetTrainer"], "FMUNetTrainer_ft"),
 )
@@ -72,17 +79,23 @@ def make_trainer(network: Network) -> type[VolumeFusionMixin]:
     return type(FAMILY + network.suffix, (VolumeFusionMixin, network.trainer), attributes)
 
 
-TRAINERS: dict[str, type[VolumeFusionMixin]] = {trainer.__name__: trainer for trainer in map(make_trainer, NETWORKS)}
+TRAINERS: dict[str, type[VolumeFusionMixin]] = {
+    trainer.__name__: trainer for trainer in map(make_trainer, NETWORKS)
+}
 globals().update(TRAINERS)
 
 __all__ = list(TRAINERS)
 
 
 def hint_for_unknown(name: str) -> str | None:
-    """Return a line for someone who asked for a trainer of this family that does not exist, or None if it is no such name."""
+    """Return a line for someone who asked for a trainer of this family that does not exist, or None
+    if it is no such name."""
     if not name.startswith(FAMILY) or name in TRAINERS:
         return None
-    return f"stunet-plugin has no trainer {name}. Of this family: {', '.join(TRAINERS)}.{did_you_mean(name, TRAINERS)}"
+    return (
+        f"stunet-plugin has no trainer {name}. Of this family:"
+        f" {', '.join(TRAINERS)}.{did_you_mean(name, TRAINERS)}"
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""FixedBatchesTrainer: the same global batches whatever the number of processes, to compare trainings with each other.
+"""FixedBatchesTrainer: the same global batches whatever the number of processes, to compare
+trainings with each other.
 
-nnU-Net draws its batches at random, so two trainings never see the same. For ``nnUNet_extTrainer``, in tests/test_launch.py and
-benchmarks/two_processes.py. Environment:
+nnU-Net draws its batches at random, so two trainings never see the same. For ``nnUNet_extTrainer``,
+in tests/test_launch.py and benchmarks/two_processes.py. Environment:
 
 * FIXED_BATCHES_KILL=RANK:EPOCH: that process kills itself (SIGKILL) when that epoch begins.
 * FIXED_BATCHES_VALIDATE=1: do the final validation too.
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import (
+    DownsampleSegForDSTransform,
+)
 from torch import distributed
 
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
@@ -29,12 +32,18 @@ VALIDATION = 10_000
 
 
 class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,name-defined]
-    """STU-Net tiny on random images whose labels are where they are bright; a checkpoint after every epoch."""
+    """STU-Net tiny on random images whose labels are where they are bright; a checkpoint after
+    every epoch."""
 
     learning_rate = 1e-3
 
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.save_every = 1
@@ -65,7 +74,9 @@ class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,
         images = images[first : first + self.batch_size]
         # Samples stand where that transform has channels, which it treats alike.
         labels = (images[:, 0] > 0.5).to(torch.int16) + (images[:, 0] > 1.5).to(torch.int16)
-        targets = DownsampleSegForDSTransform(self._get_deep_supervision_scales())(segmentation=labels)["segmentation"]
+        targets = DownsampleSegForDSTransform(self._get_deep_supervision_scales())(
+            segmentation=labels
+        )["segmentation"]
         return {"data": images, "target": [target[:, None] for target in targets]}
 
     def on_epoch_start(self) -> None:
@@ -77,8 +88,12 @@ class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,
         super().on_epoch_end()
         if not self.sharded:
             weights = self._bare_network().state_dict().values()
-            digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()
-            with Path(self.output_folder, f"weights_of_rank_{self.local_rank}.txt").open("a") as file:
+            digest = hashlib.sha256(
+                b"".join(value.numpy().tobytes() for value in weights)
+            ).hexdigest()
+            with Path(self.output_folder, f"weights_of_rank_{self.local_rank}.txt").open(
+                "a"
+            ) as file:
                 file.write(f"{self.current_epoch} {digest}\n")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

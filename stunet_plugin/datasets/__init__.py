@@ -1,1 +1,2 @@
-"""Datasets in nnU-Net's raw format: reading them, and making new ones of predictions and of other datasets."""
+"""Datasets in nnU-Net's raw format: reading them, and making new ones of predictions and of other
+datasets."""

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-FOLDS = 5
-"""nnU-Net's number."""
+from stunet_plugin.nnunet.names import FOLDS
 
 
-def balanced_folds(cases: Mapping[str, Sequence[str]], train_only: Sequence[str], seed: int) -> list[dict[str, list[str]]]:
-    """Return nnU-Net's ``splits_final.json``: folds of as equal a size as can be, for each dataset and altogether.
+def balanced_folds(
+    cases: Mapping[str, Sequence[str]], train_only: Sequence[str], seed: int
+) -> list[dict[str, list[str]]]:
+    """Return nnU-Net's ``splits_final.json``: folds of as equal a size as can be, for each dataset
+    and altogether.
 
     Args:
         cases: dataset to its cases, in their order.
@@ -32,4 +34,7 @@ def balanced_folds(cases: Mapping[str, Sequence[str]], train_only: Sequence[str]
     if turn < FOLDS:
         return []
     everything = [name for names in cases.values() for name in names]
-    return [{"train": sorted(set(everything) - set(validation)), "val": sorted(validation)} for validation in dealt]
+    return [
+        {"train": sorted(set(everything) - set(validation)), "val": sorted(validation)}
+        for validation in dealt
+    ]

@@ -1,6 +1,7 @@
 """Making a dataset in nnUNet_raw: in a folder beside its place, which it takes when it is complete.
 
-A run that is interrupted leaves that folder with what is finished; the same command goes on from there.
+A run that is interrupted leaves that folder with what is finished; the same command goes on from
+there.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from stunet_plugin.datasets.raw_dataset import check_whole
-from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.errors import PluginError, last_line
+from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.unlabeled.dataset import new_raw_folder
-from stunet_plugin.unlabeled.placing import OutputError, link_or_copy
-from stunet_plugin.unlabeled.reading import last_line
+from stunet_plugin.utils.files import OutputError, check_whole, link_or_copy, write_atomically
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"
 SETTINGS = "settings.json"
@@ -49,16 +47,29 @@ class NewDataset:
         for variable in (RAW, PREPROCESSED, RESULTS):
             base = os.environ.get(variable)
             # nnU-Net's own look-up goes by this prefix.
-            taken = [path for path in sorted(Path(base).glob(f"Dataset{dataset_id:03d}*")) if path.is_dir()] if base else []
+            taken = (
+                [
+                    path
+                    for path in sorted(Path(base).glob(f"Dataset{dataset_id:03d}*"))
+                    if path.is_dir()
+                ]
+                if base
+                else []
+            )
             if taken:
-                raise PluginError(f"-d {dataset_id} is taken: {variable} has {taken[0].name}. Choose another. Nothing was written.")
+                raise PluginError(
+                    f"-d {dataset_id} is taken: {variable} has {taken[0].name}. Choose another."
+                    " Nothing was written."
+                )
 
     @contextlib.contextmanager
     def begun(self, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Make the unfinished folder, or go on with one that was left with the same settings; no second run may write to it.
+        """Make the unfinished folder, or go on with one that was left with the same settings; no
+        second run may write to it.
 
         Raises:
-            PluginError: it was left by a run with other settings, another run is writing to it, or it cannot be written to.
+            PluginError: it was left by a run with other settings, another run is writing to it, or
+                it cannot be written to.
         """
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         for part in (IMAGES, LABELS, RECORDS):
@@ -67,15 +78,18 @@ class NewDataset:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise PluginError(f"Another run is making {self.folder.name}. Wait for it to end.") from error
+                raise PluginError(
+                    f"Another run is making {self.folder.name}. Wait for it to end."
+                ) from error
             except OSError:
                 # Some network file systems have no locks.
                 pass
             file = self.unfinished / SETTINGS
             if file.is_file() and file.read_text() != text:
                 raise PluginError(
-                    f"{self.unfinished} was left by a run with other input or options ({_changed(file, settings)}). Run that "
-                    f"command again to complete it, or delete the folder to begin anew."
+                    f"{self.unfinished} was left by a run with other input or options"
+                    f" ({_changed(file, settings)}). Run that command again to complete it, or"
+                    " delete the folder to begin anew."
                 )
             write_atomically(file, text)
             try:
@@ -85,8 +99,8 @@ class NewDataset:
             except (OSError, OutputError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
                 raise PluginError(
-                    f"Cannot go on with {self.unfinished}: {reason}. What is finished stays. Once mended, the same command "
-                    f"continues."
+                    f"Cannot go on with {self.unfinished}: {reason}. What is finished stays. Once"
+                    " mended, the same command continues."
                 ) from error
 
     @property
@@ -105,7 +119,8 @@ class NewDataset:
         return self.unfinished / RECORDS / f"{case}.json"
 
     def finish(self, description: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-        """Write ``dataset.json`` and other JSON files (name to content), and give the dataset its place."""
+        """Write ``dataset.json`` and other JSON files (name to content), and give the dataset its
+        place."""
         for name, content in {**others, "dataset.json": description}.items():
             write_atomically(self.unfinished / name, json.dumps(content, indent=1) + "\n")
         shutil.rmtree(self.unfinished / RECORDS)
@@ -114,8 +129,12 @@ class NewDataset:
         os.rename(self.unfinished, self.folder)
 
     def closing_lines(self, more: str) -> str:
-        """Return what a command says last: where the dataset is and what comes next, with more of the latter."""
-        return f"Written: {self.folder}\nNext: nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c 3d_fullres{more}"
+        """Return what a command says last: where the dataset is and what comes next, with more of
+        the latter."""
+        return (
+            f"Written: {self.folder}\nNext: nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c"
+            f" 3d_fullres{more}"
+        )
 
 
 def _changed(file: Path, settings: Mapping[str, Any]) -> str:
@@ -128,7 +147,8 @@ def _changed(file: Path, settings: Mapping[str, Any]) -> str:
 
 
 def place_file(source: Path, target: Path, copy: bool) -> None:
-    """Link to a file, or copy it, under a name that appears when it is complete; nothing is done where that is there."""
+    """Link to a file, or copy it, under a name that appears when it is complete; nothing is done
+    where that is there."""
     if os.path.lexists(target):
         return
     partial = target.with_name(f".partial_{target.name}")
@@ -141,7 +161,8 @@ def place_file(source: Path, target: Path, copy: bool) -> None:
 
 
 def read_labels(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a label map with one of nnU-Net's readers; return whole numbers (z, y, x) and the geometry.
+    """Read a label map with one of nnU-Net's readers; return whole numbers (z, y, x) and the
+    geometry.
 
     Raises:
         PluginError: it cannot be read, or is incomplete.
@@ -150,7 +171,9 @@ def read_labels(reader: Any, file: Path) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         labels, properties = reader.read_seg(str(file))
     except Exception as error:  # each reader has its own
-        raise PluginError(f"{file} cannot be read: {last_line(error)}. Mend or remove the case.") from error
+        raise PluginError(
+            f"{file} cannot be read: {last_line(error)}. Mend or remove the case."
+        ) from error
     return np.rint(labels[0]).astype(np.int64), properties
 
 
@@ -174,7 +197,9 @@ def write_labels(reader: Any, labels: np.ndarray, properties: dict[str, Any], ta
         try:
             complete = np.array_equal(reader.read_seg(str(partial))[0][0], labels)
         except Exception as error:  # whatever a reader makes of half a file
-            raise OSError(f"{target.name} could not be written as a whole ({error}). Is the disk full?") from error
+            raise OSError(
+                f"{target.name} could not be written as a whole ({error}). Is the disk full?"
+            ) from error
         if not complete:
             raise OSError(f"{target.name} could not be written as a whole. Is the disk full?")
         os.replace(partial, target)

@@ -1,4 +1,5 @@
-"""``stunet pseudo-label``: a model's predictions on unlabelled images become a dataset to train on."""
+"""``stunet pseudo-label``: a model's predictions on unlabelled images become a dataset to train
+on."""
 
 from __future__ import annotations
 
@@ -13,19 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin import __version__
-from stunet_plugin.checkpoints.safe_loading import sha256_of
+from stunet_plugin.datasets.confidence_filter import Trust, parse_rules, probability
+from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
-from stunet_plugin.datasets.predicting import Model
 from stunet_plugin.datasets.raw_dataset import find_raw, list_images
-from stunet_plugin.datasets.trust import Trust, parse_rules, probability
-from stunet_plugin.devices import choose_device
 from stunet_plugin.errors import PluginError
-from stunet_plugin.evaluation.label_systems import LabelSystem
-from stunet_plugin.registration import host_version, write_atomically
-from stunet_plugin.unlabeled.progress import Progress
+from stunet_plugin.inference.predictor import Model
+from stunet_plugin.nnunet.registration import host_version
+from stunet_plugin.utils.device import choose_device
+from stunet_plugin.utils.files import sha256_of, write_atomically
+from stunet_plugin.utils.progress import Progress
 
 PROVENANCE = "pseudo_labels.json"
-KEPT_ENTRIES = ("channel_names", "modality", "regions_class_order", "overwrite_image_reader_writer", "file_ending")
+KEPT_ENTRIES = (
+    "channel_names",
+    "modality",
+    "regions_class_order",
+    "overwrite_image_reader_writer",
+    "file_ending",
+)
 """Of the model's dataset.json, for that of the new dataset."""
 
 
@@ -71,13 +78,22 @@ class _PseudoLabelling:
         self.target = NewDataset(options.dataset_id, options.name)
         device = choose_device(options.device)
         self.model = Model(
-            Path(options.model), options.folds, options.checkpoint, options.step_size, options.mirroring, device
+            Path(options.model),
+            options.folds,
+            options.checkpoint,
+            options.step_size,
+            options.mirroring,
+            device,
         )
         self.ending = str(self.model.dataset["file_ending"])
         self.cases = find_images(options.images, self.ending, self.model.channels)
         labels = dict(self.model.dataset["labels"])
         system = LabelSystem.from_table(self.model.dataset, f"the model {self.model.folder.name}")
-        ignore_below = None if options.ignore_below is None else probability(str(options.ignore_below), "--ignore-below")
+        ignore_below = (
+            None
+            if options.ignore_below is None
+            else probability(str(options.ignore_below), "--ignore-below")
+        )
         rules = parse_rules(system, options.min_confidence, options.size)
         ignore = max(system.values) + 1 if system.ignore is None else system.ignore
         self.trust = Trust(system, ignore, ignore_below, rules, options.drop_cases)
@@ -94,12 +110,15 @@ class _PseudoLabelling:
             "mirroring": options.mirroring,
             **self.trust.to_json(),
             "copy": options.copy,
-            "images": {case: [_state(file) for file in files] for case, files in self.cases.items()},
+            "images": {
+                case: [_state(file) for file in files] for case, files in self.cases.items()
+            },
         }
 
     def run(self) -> None:
         print(
-            f"{len(self.cases)} cases; {self.model.folder.name}, fold(s) {', '.join(self.model.folds)}; into {self.target.folder}",
+            f"{len(self.cases)} cases; {self.model.folder.name}, fold(s)"
+            f" {', '.join(self.model.folds)}; into {self.target.folder}",
             flush=True,
         )
         with self.target.begun(self.settings):
@@ -110,24 +129,37 @@ class _PseudoLabelling:
                     continue
                 progress.add(self._label(case, images))
             progress.end()
-            records = {case: json.loads(self.target.record_of(case).read_text()) for case in self.cases}
+            records = {
+                case: json.loads(self.target.record_of(case).read_text()) for case in self.cases
+            }
             kept = [case for case, record in records.items() if not record["left_out"]]
             self._say(records, kept)
             if not kept:
                 shutil.rmtree(self.target.unfinished)
-                raise PluginError("No case is left, so no dataset was made. Ask for less (--min-confidence, --size).")
-            self.target.finish(self._description(len(kept)), {PROVENANCE: self._provenance(records)})
+                raise PluginError(
+                    "No case is left, so no dataset was made. Ask for less (--min-confidence,"
+                    " --size)."
+                )
+            self.target.finish(
+                self._description(len(kept)), {PROVENANCE: self._provenance(records)}
+            )
         number = self.options.dataset_id
         joining = f"stunet merge-datasets LABELLED {number} --train-only {number} -d ID"
         print(self.target.closing_lines(f", or join it with labelled cases: {joining}"))
 
     def _label(self, case: str, images: tuple[Path, ...]) -> bool:
-        """Predict one case and write what is kept of it, its record last; return whether it is kept."""
+        """Predict one case and write what is kept of it, its record last; return whether it is
+        kept."""
         prediction = self.model.predict(images)
         verdict = self.trust.judge(prediction)
         if verdict.labels is not None:
             self.target.add_images(case, images, self.ending, self.options.copy)
-            write_labels(self.model.reader, verdict.labels, prediction.properties, self.target.label_of(case, self.ending))
+            write_labels(
+                self.model.reader,
+                verdict.labels,
+                prediction.properties,
+                self.target.label_of(case, self.ending),
+            )
         record = {
             "images": [str(image) for image in images],
             "left_out": verdict.reason,
@@ -153,7 +185,10 @@ class _PseudoLabelling:
             "labels": self.labels,
             "numTraining": cases,
             "name": self.target.folder.name,
-            "description": f"Predictions of {self.model.folder.name}, made a dataset by `stunet pseudo-label`. See {PROVENANCE}.",
+            "description": (
+                f"Predictions of {self.model.folder.name}, made a dataset by `stunet pseudo-label`."
+                f" See {PROVENANCE}."
+            ),
         }
 
     def _provenance(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -180,7 +215,8 @@ def find_images(given: str, ending: str, channels: int) -> dict[str, tuple[Path,
         others = sorted({"".join(Path(file).suffixes[-2:]) for file in os.listdir(folder)} - {""})
         there = f" (it has files that end in {', '.join(others[:5])})" if others else ""
         raise PluginError(
-            f"-i {folder} has no images CASE_0000{ending}, which the model reads{there}. Name them so, and convert other formats."
+            f"-i {folder} has no images CASE_0000{ending}, which the model reads{there}. Name them"
+            " so, and convert other formats."
         )
     return cases
 

@@ -1,22 +1,19 @@
-"""A dataset in nnUNet_raw: its description, its cases, and where their files are. Imports nothing heavy."""
+"""A dataset in nnUNet_raw: its description, its cases, and where their files are. Imports nothing
+heavy."""
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.names import RAW
-from stunet_plugin.importing.plan_readers import read_json
+from stunet_plugin.nnunet.names import RAW
+from stunet_plugin.utils.files import read_json
 
-_PIECE = 2**20
-"""Bytes that are read at a time."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
@@ -69,13 +66,27 @@ def find_raw(given: str) -> Path:
         raise PluginError(f"{given} is not a folder.")
     root = os.environ.get(RAW)
     if not root:
-        raise PluginError(f"{RAW} is not set, so {given} cannot be found. Set it (export {RAW}=/path/to/{RAW}), or give a path.")
+        raise PluginError(
+            f"{RAW} is not set, so {given} cannot be found. Set it (export {RAW}=/path/to/{RAW}),"
+            " or give a path."
+        )
     prefix = f"Dataset{int(given):03d}_" if given.isdigit() else given
-    folders = sorted(path for path in Path(root).absolute().iterdir() if path.is_dir()) if Path(root).is_dir() else []
-    found = [path for path in folders if path.name == given or (given.isdigit() and path.name.startswith(prefix))]
+    folders = (
+        sorted(path for path in Path(root).absolute().iterdir() if path.is_dir())
+        if Path(root).is_dir()
+        else []
+    )
+    found = [
+        path
+        for path in folders
+        if path.name == given or (given.isdigit() and path.name.startswith(prefix))
+    ]
     if len(found) != 1:
         wanted = f"{prefix}*" if given.isdigit() else given
-        raise PluginError(f"Expected one {wanted} in {RAW} ({root}), found {len(found)}. Give its ID, its full name or a path.")
+        raise PluginError(
+            f"Expected one {wanted} in {RAW} ({root}), found {len(found)}. Give its ID, its full"
+            " name or a path."
+        )
     return found[0]
 
 
@@ -87,20 +98,35 @@ def read_raw(folder: Path) -> RawDataset:
     """
     file = folder / "dataset.json"
     if not file.is_file():
-        raise PluginError(f"{folder} is no dataset in nnU-Net's raw format: it has no dataset.json.")
+        raise PluginError(
+            f"{folder} is no dataset in nnU-Net's raw format: it has no dataset.json."
+        )
     description = read_json(file)
     names = _channel_names(description)
     ending = description.get("file_ending")
-    if not isinstance(names, dict) or not names or not isinstance(ending, str) or not isinstance(description.get("labels"), dict):
-        raise PluginError(f"{file} lacks channel_names, labels or file_ending, which nnU-Net v2 needs.")
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not isinstance(ending, str)
+        or not isinstance(description.get("labels"), dict)
+    ):
+        raise PluginError(
+            f"{file} lacks channel_names, labels or file_ending, which nnU-Net v2 needs."
+        )
     if "dataset" in description:
         cases = _listed_cases(folder, description["dataset"], file)
     else:
         images = list_images(folder / "imagesTr", ending, len(names))
-        cases = tuple(Case(name, files, folder / "labelsTr" / f"{name}{ending}") for name, files in images.items())
+        cases = tuple(
+            Case(name, files, folder / "labelsTr" / f"{name}{ending}")
+            for name, files in images.items()
+        )
     lacking = [case.label for case in cases if case.label is None or not case.label.is_file()]
     if lacking:
-        raise PluginError(f"{folder.name}: {len(lacking)} of {len(cases)} cases have no labels (for example {lacking[0]}).")
+        raise PluginError(
+            f"{folder.name}: {len(lacking)} of {len(cases)} cases have no labels (for example"
+            f" {lacking[0]})."
+        )
     if not cases:
         raise PluginError(f"{folder} has no cases: no images *_0000{ending} in imagesTr.")
     return RawDataset(folder, description, cases)
@@ -114,14 +140,22 @@ def _channel_names(description: dict[str, Any]) -> Any:
 def _listed_cases(folder: Path, listed: Any, file: Path) -> tuple[Case, ...]:
     """The cases where ``dataset.json`` lists their files itself, as nnU-Net allows."""
     try:
-        entries = [(name, files["images"], files["label"]) for name, files in sorted(listed.items())]
+        entries = [
+            (name, files["images"], files["label"]) for name, files in sorted(listed.items())
+        ]
         # An absolute path stays as it is.
         return tuple(
-            Case(name, tuple(folder / os.path.expandvars(image) for image in images), folder / os.path.expandvars(label))
+            Case(
+                name,
+                tuple(folder / os.path.expandvars(image) for image in images),
+                folder / os.path.expandvars(label),
+            )
             for name, images, label in entries
         )
     except (AttributeError, KeyError, TypeError) as error:
-        raise PluginError(f"{file}: 'dataset' is not as nnU-Net has it, {{case: {{images: [...], label: ...}}}}.") from error
+        raise PluginError(
+            f"{file}: 'dataset' is not as nnU-Net has it, {{case: {{images: [...], label: ...}}}}."
+        ) from error
 
 
 def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
@@ -134,7 +168,11 @@ def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
         raise PluginError(f"{folder} is not a folder.")
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()):
-        match = _CHANNEL.fullmatch(path.name.removesuffix(ending)) if path.name.endswith(ending) else None
+        match = (
+            _CHANNEL.fullmatch(path.name.removesuffix(ending))
+            if path.name.endswith(ending)
+            else None
+        )
         if match and not path.name.startswith("."):
             found.setdefault(match["case"], {})[int(match["channel"])] = path
     wanted: Sequence[int] = range(channels)
@@ -143,20 +181,3 @@ def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
             names = ", ".join(f"{case}_{channel:04d}{ending}" for channel in wanted)
             raise PluginError(f"{folder}: case {case} has {len(files)} image(s), expected {names}.")
     return {case: tuple(files[channel] for channel in wanted) for case, files in found.items()}
-
-
-def check_whole(path: Path) -> None:
-    """Read a compressed image to its end, where the checksum is: ITK fills what is missing of one with zeros and says nothing.
-
-    Raises:
-        PluginError: it is cut off or damaged.
-    """
-    try:
-        with path.open("rb") as raw:
-            compressed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            with gzip.GzipFile(fileobj=raw) as file:
-                while compressed and file.read(_PIECE):
-                    pass
-    except (OSError, EOFError, zlib.error) as error:
-        raise PluginError(f"{path} cannot be read: it is damaged or incomplete ({error}). Mend or remove the case.") from error

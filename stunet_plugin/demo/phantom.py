@@ -1,5 +1,6 @@
-"""A small CT-like data set, made from a seed: an abdomen of ellipsoids and tubes with Hounsfield values, noise and unequal
-spacing. No anatomy to learn medicine from; enough to show that planning, training and prediction work.
+"""A small CT-like data set, made from a seed: an abdomen of ellipsoids and tubes with Hounsfield
+values, noise and unequal spacing. No anatomy to learn medicine from; enough to show that planning,
+training and prediction work.
 """
 
 from __future__ import annotations
@@ -51,17 +52,25 @@ def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> No
             name = f"phantom_{index:03d}"
             _write(image.astype(np.int16), spacing, unfinished / "imagesTr" / f"{name}_0000.nii.gz")
             _write(labels, spacing, unfinished / "labelsTr" / f"{name}.nii.gz")
-        description = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_cases, "file_ending": ".nii.gz"}
+        description = {
+            "channel_names": {"0": "CT"},
+            "labels": LABELS,
+            "numTraining": num_cases,
+            "file_ending": ".nii.gz",
+        }
         (unfinished / "dataset.json").write_text(json.dumps(description, indent=2))
         shutil.copymode(folder.parent, unfinished)
         os.replace(unfinished, folder)
 
 
-def make_case(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+def make_case(
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
     """Return one phantom.
 
     Returns:
-        Image in Hounsfield units (float32) and labels (uint8), both with axes (z, y, x), and the spacing in mm, (z, y, x).
+        Image in Hounsfield units (float32) and labels (uint8), both with axes (z, y, x), and the
+        spacing in mm, (z, y, x).
     """
     in_plane = generator.uniform(4.6, 5.4)
     spacing = (generator.uniform(4.5, 6.0), in_plane, in_plane)
@@ -69,16 +78,22 @@ def make_case(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, t
     grid = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
 
     def jitter(centre: Sequence[float], radii: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(centre) + generator.normal(0, 0.03, 3), np.asarray(radii) * generator.uniform(0.85, 1.15, 3)
+        return np.asarray(centre) + generator.normal(0, 0.03, 3), np.asarray(
+            radii
+        ) * generator.uniform(0.85, 1.15, 3)
 
     def ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
         moved, scaled = jitter(centre, radii)
-        return sum(((axis - c) / r) ** 2 for axis, c, r in zip(grid, moved, scaled, strict=True)) < 1
+        return (
+            sum(((axis - c) / r) ** 2 for axis, c, r in zip(grid, moved, scaled, strict=True)) < 1
+        )
 
     def tube(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
         moved, scaled = jitter(centre, radii)
         bend = 0.04 * np.sin(grid[0] * generator.uniform(1, 3) + generator.uniform(0, 6))
-        return ((grid[1] - moved[1]) / scaled[1]) ** 2 + ((grid[2] - moved[2] - bend) / scaled[2]) ** 2 < 1
+        return ((grid[1] - moved[1]) / scaled[1]) ** 2 + (
+            (grid[2] - moved[2] - bend) / scaled[2]
+        ) ** 2 < 1
 
     image = np.full(shape, HOUNSFIELD["air"])
     labels = np.zeros(shape, dtype=np.uint8)
@@ -88,7 +103,8 @@ def make_case(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, t
     organs = {
         "liver": ellipsoid((0.15, -0.1, -0.36), (0.62, 0.42, 0.30)),
         "spleen": ellipsoid((0.25, 0.1, 0.50), (0.40, 0.24, 0.15)),
-        "kidneys": ellipsoid((-0.3, 0.28, -0.32), (0.38, 0.17, 0.13)) | ellipsoid((-0.25, 0.28, 0.32), (0.38, 0.17, 0.13)),
+        "kidneys": ellipsoid((-0.3, 0.28, -0.32), (0.38, 0.17, 0.13))
+        | ellipsoid((-0.25, 0.28, 0.32), (0.38, 0.17, 0.13)),
         "aorta": tube((0, 0.16, 0.04), (1, 0.10, 0.075)),
         "vertebrae": tube((0, 0.44, 0), (1, 0.17, 0.14)),
     }

@@ -1,4 +1,5 @@
-"""The demonstration: the embedded data set (or a user's) through the stock nnU-Net commands, with a table and a picture."""
+"""The demonstration: the embedded data set (or a user's) through the stock nnU-Net commands, with a
+table and a picture."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ from stunet_plugin.demo.phantom import write_dataset
 from stunet_plugin.demo.settings import ITERATIONS_PER_EPOCH, DemoSettings, user_dataset
 from stunet_plugin.demo.stock import StockCommandError, run_stock
 from stunet_plugin.errors import PluginError
-from stunet_plugin.figures import OverlayCase, save_overlays
-from stunet_plugin.registration import find_host, trainers_folder, write_atomically
-from stunet_plugin.stock_commands import terminate_as_interrupt
+from stunet_plugin.nnunet.commands import terminate_as_interrupt
+from stunet_plugin.nnunet.registration import find_host, trainers_folder
+from stunet_plugin.utils.figures import OverlayCase, save_overlays
+from stunet_plugin.utils.files import write_atomically
 
 EMBEDDED_ID = 999
 EMBEDDED_NAME = "Dataset999_StunetDemo"
@@ -41,7 +43,8 @@ def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
 
     Args:
         settings: what to run.
-        out: folder for everything; new, or with ``resume`` the one of an interrupted demo with the same settings.
+        out: folder for everything; new, or with ``resume`` the one of an interrupted demo with the
+            same settings.
         resume: skip what is done.
     """
     if not out.strip():
@@ -60,9 +63,15 @@ def run_demo(settings: DemoSettings, out: str, resume: bool) -> int:
         print(f"\nInterrupted. Continue with: {demo.resume_command()}", file=sys.stderr)
         return 130
     except StockCommandError as error:
-        print(f"\nstunet demo: {error}\nOnce mended, continue with: {demo.resume_command()}", file=sys.stderr)
+        print(
+            f"\nstunet demo: {error}\nOnce mended, continue with: {demo.resume_command()}",
+            file=sys.stderr,
+        )
         return 1
-    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes on {settings.device}. Everything is in {folder}")
+    print(
+        f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes on {settings.device}."
+        f" Everything is in {folder}"
+    )
     return 0
 
 
@@ -80,55 +89,71 @@ class Demo:
         self.held_out = folder / "held_out"
         self.done: list[str] = []
 
-    # --- state --------------------------------------------------------------------------------------------------------------
+    # --- state
 
     def open(self, resume: bool) -> None:
         """Make the folder, or check that it is an interrupted demo with the same settings."""
         state_file = self.folder / STATE_FILE
         if resume:
             if not state_file.is_file():
-                raise PluginError(f"--resume: there is no interrupted demo in {self.folder}. Start one without --resume.")
+                raise PluginError(
+                    f"--resume: there is no interrupted demo in {self.folder}. Start one without"
+                    " --resume."
+                )
             try:
                 state = json.loads(state_file.read_text())
                 settings, done = DemoSettings(**state["settings"]), list(state["done"])
             except (ValueError, TypeError, KeyError) as error:
-                raise PluginError(f"{state_file} is damaged. Start a new demo in another folder with --out.") from error
+                raise PluginError(
+                    f"{state_file} is damaged. Start a new demo in another folder with --out."
+                ) from error
             if settings != self.settings:
                 raise PluginError(
-                    f"--resume: the demo in {self.folder} was started with {state['settings']}, not {asdict(self.settings)}."
+                    f"--resume: the demo in {self.folder} was started with {state['settings']}, not"
+                    f" {asdict(self.settings)}."
                 )
             self.done = done
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             advice = "Continue it with --resume, or choose" if state_file.is_file() else "Choose"
-            raise PluginError(f"{self.folder} is there already and not empty. {advice} another folder with --out.")
+            raise PluginError(
+                f"{self.folder} is there already and not empty. {advice} another folder with --out."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save_state()
         except OSError as error:
-            raise PluginError(f"Cannot write to {self.folder} ({error.strerror}). Choose another folder with --out.") from error
+            raise PluginError(
+                f"Cannot write to {self.folder} ({error.strerror}). Choose another folder with"
+                " --out."
+            ) from error
 
     def _save_state(self) -> None:
-        write_atomically(self.folder / STATE_FILE, json.dumps({"settings": asdict(self.settings), "done": self.done}, indent=2))
+        write_atomically(
+            self.folder / STATE_FILE,
+            json.dumps({"settings": asdict(self.settings), "done": self.done}, indent=2),
+        )
 
     def lock(self) -> None:
-        """Let no second demo into the folder while this one, or a command that it left behind, is running."""
+        """Let no second demo into the folder while this one, or a command that it left behind, is
+        running."""
         self._lock = (self.folder / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise PluginError(
-                f"A demo is running in {self.folder}. Wait for it to end, or choose another folder with --out."
+                f"A demo is running in {self.folder}. Wait for it to end, or choose another folder"
+                " with --out."
             ) from error
 
     def resume_command(self) -> str:
         dataset = f" --dataset {self.settings.dataset}" if self.settings.dataset is not None else ""
         return (
-            f"stunet demo{dataset} --size {self.settings.size} --epochs {self.settings.epochs} --device {self.settings.device} "
-            f"--out {shlex.quote(str(self.folder))} --resume"
+            f"stunet demo{dataset} --size {self.settings.size} --epochs {self.settings.epochs}"
+            f" --device {self.settings.device} --out {shlex.quote(str(self.folder))} --resume"
         )
 
-    # --- steps --------------------------------------------------------------------------------------------------------------
+    # --- steps
 
     def run(self) -> None:
         steps: list[tuple[str, str, Callable[[], None]]] = [
@@ -164,47 +189,98 @@ class Demo:
     def _preprocess(self) -> None:
         processes = str(_processes())
         self._stock(
-            "nnUNetv2_plan_and_preprocess", "-d", str(self.dataset_id), "-c", CONFIGURATION, "-npfp", processes, "-np", processes
+            "nnUNetv2_plan_and_preprocess",
+            "-d",
+            str(self.dataset_id),
+            "-c",
+            CONFIGURATION,
+            "-npfp",
+            processes,
+            "-np",
+            processes,
         )
 
     def _train(self) -> None:
-        arguments = [str(self.dataset_id), CONFIGURATION, str(FOLD), "-tr", self.settings.trainer, "-device", self.settings.device]
+        arguments = [
+            str(self.dataset_id),
+            CONFIGURATION,
+            str(FOLD),
+            "-tr",
+            self.settings.trainer,
+            "-device",
+            self.settings.device,
+        ]
         checkpoints = list(self.model_folder.glob(f"fold_{FOLD}/checkpoint_*.pth"))
         if checkpoints and all(zipfile.is_zipfile(checkpoint) for checkpoint in checkpoints):
             arguments.append("--c")
         elif checkpoints:
-            # A kill in the middle of a write. nnU-Net overwrites it, so nothing needs to be moved away.
+            # A kill in the middle of a write. nnU-Net overwrites it, so nothing needs to be moved
+            # away.
             print("  the interrupted training left a damaged checkpoint: training starts anew")
         self._stock("nnUNetv2_train", *arguments)
 
     def _hold_out(self) -> None:
-        """Link the fold's validation cases into a folder, so that prediction takes them as any new images."""
-        splits = json.loads((self.folder / "nnUNet_preprocessed" / self.dataset_name / "splits_final.json").read_text())
+        """Link the fold's validation cases into a folder, so that prediction takes them as any new
+        images."""
+        splits = json.loads(
+            (
+                self.folder / "nnUNet_preprocessed" / self.dataset_name / "splits_final.json"
+            ).read_text()
+        )
         cases = set(splits[FOLD]["val"])
         ending = self.dataset_json["file_ending"]
         shutil.rmtree(self.held_out, ignore_errors=True)
         for kind in ("images", "labels"):
             (self.held_out / kind).mkdir(parents=True)
         for image in (self.raw / "imagesTr").iterdir():
-            if image.name.endswith(ending) and image.name[: -len(ending)].rpartition("_")[0] in cases:
+            if (
+                image.name.endswith(ending)
+                and image.name[: -len(ending)].rpartition("_")[0] in cases
+            ):
                 (self.held_out / "images" / image.name).symlink_to(image)
         for case in cases:
-            (self.held_out / "labels" / f"{case}{ending}").symlink_to(self.raw / "labelsTr" / f"{case}{ending}")
-        print(f"  fold {FOLD} holds out {len(cases)}: {', '.join(sorted(cases)[:6])}{' ...' if len(cases) > 6 else ''}")
+            (self.held_out / "labels" / f"{case}{ending}").symlink_to(
+                self.raw / "labelsTr" / f"{case}{ending}"
+            )
+        print(
+            f"  fold {FOLD} holds out {len(cases)}:"
+            f" {', '.join(sorted(cases)[:6])}{' ...' if len(cases) > 6 else ''}"
+        )
 
     def _predict(self) -> None:
         # Each starts Python and torch anew, which takes longer than a small image.
         workers = str(min(max(_processes() // 2, 1), 3))
         self._stock(
-            "nnUNetv2_predict", "-i", str(self.held_out / "images"), "-o", str(self.predictions), "-d", str(self.dataset_id),
-            "-c", CONFIGURATION, "-f", str(FOLD), "-tr", self.settings.trainer, "-device", self.settings.device,
-            "-npp", workers, "-nps", workers,
-        )  # fmt: skip
+            "nnUNetv2_predict",
+            "-i",
+            str(self.held_out / "images"),
+            "-o",
+            str(self.predictions),
+            "-d",
+            str(self.dataset_id),
+            "-c",
+            CONFIGURATION,
+            "-f",
+            str(FOLD),
+            "-tr",
+            self.settings.trainer,
+            "-device",
+            self.settings.device,
+            "-npp",
+            workers,
+            "-nps",
+            workers,
+        )
 
     def _evaluate(self) -> None:
         folders = [str(self.held_out / "labels"), str(self.predictions)]
         if self.has_regions:
-            files = ["-djfile", str(self.model_folder / "dataset.json"), "-pfile", str(self.model_folder / "plans.json")]
+            files = [
+                "-djfile",
+                str(self.model_folder / "dataset.json"),
+                "-pfile",
+                str(self.model_folder / "plans.json"),
+            ]
             self._stock("nnUNetv2_evaluate_folder", *folders, *files)
         else:
             self._stock("nnUNetv2_evaluate_simple", *folders, "-l", *map(str, self.class_names))
@@ -217,14 +293,24 @@ class Demo:
         for case in summary["metric_per_case"]:
             dice = [metrics["Dice"] for metrics in case["metrics"].values()]
             name = Path(case["prediction_file"]).name.removesuffix(self.dataset_json["file_ending"])
-            print(f"{name[:23]:<24}" + "".join(f"{value:>13.3f}" for value in dice) + f"{np.nanmean(dice):>9.3f}")
+            print(
+                f"{name[:23]:<24}"
+                + "".join(f"{value:>13.3f}" for value in dice)
+                + f"{np.nanmean(dice):>9.3f}"
+            )
         mean = [metrics["Dice"] for metrics in summary["mean"].values()]
-        print(f"{'mean Dice':<24}" + "".join(f"{value:>13.3f}" for value in mean) + f"{summary['foreground_mean']['Dice']:>9.3f}")
+        print(
+            f"{'mean Dice':<24}"
+            + "".join(f"{value:>13.3f}" for value in mean)
+            + f"{summary['foreground_mean']['Dice']:>9.3f}"
+        )
         # matplotlib keeps a font cache, by default in the home directory.
         os.environ.setdefault("MPLCONFIGDIR", self._environment()["MPLCONFIGDIR"])
         picture = self.folder / "overlay.png"
         save_overlays(list(self._overlay_cases()), self.class_names, picture)
-        print(f"\nOverlay: {picture}\nCurve:   {self.model_folder / f'fold_{FOLD}' / 'progress.png'}")
+        print(
+            f"\nOverlay: {picture}\nCurve:   {self.model_folder / f'fold_{FOLD}' / 'progress.png'}"
+        )
 
     def _overlay_cases(self) -> Iterator[OverlayCase]:
         import SimpleITK as sitk
@@ -233,10 +319,15 @@ class Demo:
         for label in sorted((self.held_out / "labels").iterdir())[:OVERLAY_ROWS]:
             name = label.name.removesuffix(ending)
             image = sitk.ReadImage(str(self.held_out / "images" / f"{name}_0000{ending}"))
-            arrays = [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in (label, self.predictions / label.name)]
-            yield OverlayCase(name, sitk.GetArrayFromImage(image), arrays[0], arrays[1], image.GetSpacing()[::-1])
+            arrays = [
+                sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+                for path in (label, self.predictions / label.name)
+            ]
+            yield OverlayCase(
+                name, sitk.GetArrayFromImage(image), arrays[0], arrays[1], image.GetSpacing()[::-1]
+            )
 
-    # --- what the steps share -----------------------------------------------------------------------------------------------
+    # --- what the steps share
 
     @property
     def dataset_json(self) -> dict[str, Any]:
@@ -249,17 +340,32 @@ class Demo:
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Label value to name, background and ignore label left out; a region stands under its first label."""
+        """Label value to name, background and ignore label left out; a region stands under its
+        first label."""
         labels = self.dataset_json["labels"]
-        first = {name: value[0] if isinstance(value, list) else value for name, value in labels.items()}
-        return {value: name for name, value in sorted(first.items(), key=lambda item: item[1]) if value != 0 and name != "ignore"}
+        first = {
+            name: value[0] if isinstance(value, list) else value for name, value in labels.items()
+        }
+        return {
+            value: name
+            for name, value in sorted(first.items(), key=lambda item: item[1])
+            if value != 0 and name != "ignore"
+        }
 
     @property
     def model_folder(self) -> Path:
-        return self.folder / "nnUNet_results" / self.dataset_name / f"{self.settings.trainer}__nnUNetPlans__{CONFIGURATION}"
+        return (
+            self.folder
+            / "nnUNet_results"
+            / self.dataset_name
+            / f"{self.settings.trainer}__nnUNetPlans__{CONFIGURATION}"
+        )
 
     def _environment(self) -> dict[str, str]:
-        folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        folders = {
+            name: str(self.folder / name)
+            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        }
         for path in folders.values():
             Path(path).mkdir(parents=True, exist_ok=True)
         processes = str(_processes())
@@ -284,7 +390,14 @@ class Demo:
         }
 
     def _stock(self, command: str, *arguments: str) -> None:
-        run_stock(command, arguments, self.folder, self._environment(), self._lock.fileno(), self.settings.epochs)
+        run_stock(
+            command,
+            arguments,
+            self.folder,
+            self._environment(),
+            self._lock.fileno(),
+            self.settings.epochs,
+        )
 
 
 def _processes() -> int:

@@ -1,4 +1,5 @@
-"""Running a stock command: its progress on the screen, its output in a log, its workers stopped with it."""
+"""Running a stock command: its progress on the screen, its output in a log, its workers stopped
+with it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from stunet_plugin.demo.progress import Progress
 from stunet_plugin.errors import PluginError
-from stunet_plugin.stock_commands import find_command
+from stunet_plugin.nnunet.commands import find_command
 
 
 class StockCommandError(PluginError):
@@ -19,15 +20,22 @@ class StockCommandError(PluginError):
 
 
 def run_stock(
-    command: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], lock: int, epochs: int
+    command: str,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    lock: int,
+    epochs: int,
 ) -> None:
-    """Run a stock command in a folder, show its progress, and append its output to ``logs/COMMAND.log`` there.
+    """Run a stock command in a folder, show its progress, and append its output to
+    ``logs/COMMAND.log`` there.
 
     Args:
         command, arguments: what to run.
         folder: of the demo.
         environment: all variables.
-        lock: file descriptor that the command keeps open, so that the lock lives as long as anything that writes into the folder.
+        lock: file descriptor that the command keeps open, so that the lock lives as long as
+            anything that writes into the folder.
         epochs: of the training.
 
     Raises:
@@ -67,5 +75,10 @@ def run_stock(
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     if code != 0:
-        tail = "".join(f"    {line}" for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:])
-        raise StockCommandError(f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}")
+        tail = "".join(
+            f"    {line}"
+            for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:]
+        )
+        raise StockCommandError(
+            f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}"
+        )

@@ -1,9 +1,10 @@
 """Predicting on the CPU: the same functions in another order of memory.
 
-On the CPU, three things cost more than they look. Its convolutions are up to three times faster with the channels last in
-memory. Every large new tensor has to be paged in by the system, which takes longer than to compute its values. And what does
-not fit the cache is read from memory anew at each step. So where no gradient is wanted, the networks keep the channels
-last, go through feature maps slab by slab with all steps at a time, and overwrite what nothing else reads any more.
+On the CPU, three things cost more than they look. Its convolutions are up to three times faster
+with the channels last in memory. Every large new tensor has to be paged in by the system, which
+takes longer than to compute its values. And what does not fit the cache is read from memory anew at
+each step. So where no gradient is wanted, the networks keep the channels last, go through feature
+maps slab by slab with all steps at a time, and overwrite what nothing else reads any more.
 Measurements: docs/decisions.md.
 
 Axes of feature maps: (batch, channel, depth, height, width).
@@ -28,8 +29,13 @@ SMALLEST_VOLUME = 48**3
 
 
 def applies(module: nn.Module, x: Tensor) -> bool:
-    """Return whether this is a prediction on the CPU in full precision (torch.compile makes its own order)."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or _mixed_precision():
+    """Return whether this is a prediction on the CPU in full precision (torch.compile makes its own
+    order)."""
+    if (
+        x.device.type != "cpu"
+        or x.dtype not in (torch.float32, torch.float64)
+        or _mixed_precision()
+    ):
         return False
     return not module.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -61,8 +67,11 @@ def slab_length(x: Tensor, axis: int) -> int:
     return max(SLAB_ELEMENTS * x.shape[axis] // max(x.numel(), 1), 1)
 
 
-def norm_and_activation(norms: list[nn.Module], act: Callable[[Tensor], Tensor], inputs: list[Tensor], overwrite: bool) -> Tensor:
-    """Return ``act(norm(x))`` of all inputs, concatenated along the channels; the list of inputs is emptied.
+def norm_and_activation(
+    norms: list[nn.Module], act: Callable[[Tensor], Tensor], inputs: list[Tensor], overwrite: bool
+) -> Tensor:
+    """Return ``act(norm(x))`` of all inputs, concatenated along the channels; the list of inputs is
+    emptied.
 
     Args:
         norms: batch or instance norm, one per input.
@@ -88,7 +97,10 @@ def norm_and_activation(norms: list[nn.Module], act: Callable[[Tensor], Tensor],
 
 
 def norm_sum_activation(
-    norm: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, shortcut: Callable[[int, int], Tensor]
+    norm: nn.Module,
+    act: Callable[[Tensor], Tensor],
+    x: Tensor,
+    shortcut: Callable[[int, int], Tensor],
 ) -> Tensor:
     """Overwrite ``x`` with ``act(norm(x) + shortcut)`` and return it.
 
@@ -109,7 +121,8 @@ def norm_sum_activation(
 
 
 def scale_and_shift(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a batch or instance norm multiplies by and adds in a prediction, (1 or batch, channel, 1, 1, 1) each."""
+    """Return what a batch or instance norm multiplies by and adds in a prediction, (1 or batch,
+    channel, 1, 1, 1) each."""
     everywhere = (-1, x.shape[1], 1, 1, 1)
     if isinstance(norm, _BatchNorm):
         mean, variance = norm.running_mean, norm.running_var
@@ -143,8 +156,11 @@ def repeat_and_join(x: Tensor, skip: Tensor) -> Tensor:
     return result
 
 
-def in_place(function: Callable[[Tensor], Tensor], x: Tensor, axis: int, add: bool = False) -> Tensor:
-    """Overwrite ``x`` with ``function(x)``, or add that to it, slab by slab along an axis; return it."""
+def in_place(
+    function: Callable[[Tensor], Tensor], x: Tensor, axis: int, add: bool = False
+) -> Tensor:
+    """Overwrite ``x`` with ``function(x)``, or add that to it, slab by slab along an axis; return
+    it."""
     for slab in x.split(slab_length(x, axis), axis):
         if add:
             slab += function(slab)

@@ -1,10 +1,12 @@
 """FMUNet: a pre-activation residual U-Net in one of three anisotropy modes.
 
-Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Published code: github.com/openmedlab/MIS-FM and
-github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not copied. Same function as published; the published code builds
-the network of one mode, too.
+Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Published code:
+    github.com/openmedlab/MIS-FM and
+github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not copied. Same function as published; the
+published code builds the network of one mode, too.
 
-Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose (axis 0 is the coarse one).
+Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
+    (axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stunet_plugin.anisotropy import Triple
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.preactivation import (
+from stunet_plugin.networks.anisotropy import Triple
+from stunet_plugin.networks.preactivation_unet import (
     Decoder,
     Encoder,
     PreActivation,
@@ -38,8 +40,9 @@ NEGATIVE_SLOPE = 1e-2
 
 
 class InstanceNorm(nn.InstanceNorm3d):
-    """torch's, with weights. In training on the CPU by way of group norm: with a channel per group it is the same function for
-    less time. Predictions keep to torch's own, so that they round as the published ones do."""
+    """torch's, with weights. In training on the CPU by way of group norm: with a channel per group
+    it is the same function for less time. Predictions keep to torch's own, so that they round as
+    the published ones do."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=True)
@@ -59,7 +62,8 @@ def unit(
     inputs: int = 1,
     last_reader: bool = False,
 ) -> PreActivation:
-    """InstanceNorm - LeakyReLU - (dropout) - convolution, of one or more inputs with ``in_channels`` each."""
+    """InstanceNorm - LeakyReLU - (dropout) - convolution, of one or more inputs with
+    ``in_channels`` each."""
     return PreActivation(
         [InstanceNorm(in_channels) for _ in range(inputs)],
         # In place is safe: the norm keeps its input, not its output.
@@ -75,7 +79,9 @@ class ResidualLevel(nn.Module):
 
     def __init__(self, channels: int, kernel_size: Triple, dropout: float) -> None:
         super().__init__()
-        self.units = nn.ModuleList(unit(channels, channels, kernel_size, dropout=dropout) for _ in range(DEPTH))
+        self.units = nn.ModuleList(
+            unit(channels, channels, kernel_size, dropout=dropout) for _ in range(DEPTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for residual in self.units:
@@ -86,20 +92,21 @@ class ResidualLevel(nn.Module):
 
 
 class FMUNet(PreActivationUNet):
-    """The network. A plans file can name it by its dotted path ``stunet_plugin.networks.fmunet.FMUNet``.
+    """The network. A plans file can name it by its dotted path
+    ``stunet_plugin.networks.fmunet.FMUNet``.
 
     Args:
         input_channels: image channels (and one-hot channels of a previous stage).
         num_classes: outputs of each head.
-        mode: 0, 1 or 2, see :mod:`stunet_plugin.anisotropy`.
+        mode: 0, 1 or 2, see :mod:`stunet_plugin.networks.anisotropy`.
         strides: as nnU-Net reads them off a plan; they must be the mode's.
         features_per_stage: channels of each level, full resolution first.
         dropout_per_stage: before the residual convolutions of each level.
         deep_supervision: see :class:`Decoder`.
 
-    Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction, with more than one voxel
-    left at the deepest level (instance normalisation). Output (batch, num_classes, *spatial), or a list of four, levels 0
-    to 3, full resolution first.
+    Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction,
+    with more than one voxel left at the deepest level (instance normalisation). Output (batch,
+    num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
 
     Raises:
         ValueError: arguments that do not fit together, with what is allowed.
@@ -128,7 +135,12 @@ class FMUNet(PreActivationUNet):
             """Into a level; its convolution has the kernel of the level above."""
             if level == 0:
                 return Stem(input_channels, features[0], kernels[0])
-            return unit(features[level - 1], features[level], kernels[level - 1], as_triple(self.strides[level]))
+            return unit(
+                features[level - 1],
+                features[level],
+                kernels[level - 1],
+                as_triple(self.strides[level]),
+            )
 
         def up(level: int) -> nn.Sequential:
             """From the level below."""
@@ -138,26 +150,36 @@ class FMUNet(PreActivationUNet):
                 nn.Upsample(scale_factor=scale, mode="trilinear", align_corners=True),
             )
 
-        self.encoder = Encoder((nn.Sequential(down(level), residual_level(level)) for level in levels), features, self.mode)
+        self.encoder = Encoder(
+            (nn.Sequential(down(level), residual_level(level)) for level in levels),
+            features,
+            self.mode,
+        )
         steps = levels[-2::-1]
         self.decoder = Decoder(
             bottom=residual_level(levels[-1]),
             ups=map(up, steps),
-            merges=(unit(features[level], features[level], kernels[level], inputs=2) for level in steps),
+            merges=(
+                unit(features[level], features[level], kernels[level], inputs=2) for level in steps
+            ),
             blocks=map(residual_level, steps),
-            heads=(unit(features[level], num_classes, kernels[level], last_reader=level == 0) for level in steps),
+            heads=(
+                unit(features[level], num_classes, kernels[level], last_reader=level == 0)
+                for level in steps
+            ),
             deep_supervision=deep_supervision,
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if tuple(x.shape[2:]) == self.mode.reduction:
             raise PluginError(
-                f"{self._name}: the patch {list(x.shape[2:])} leaves a single voxel at the deepest level, where instance norm "
-                f"has nothing to normalise. Double at least one axis."
+                f"{self._name}: the patch {list(x.shape[2:])} leaves a single voxel at the deepest"
+                " level, where instance norm has nothing to normalise. Double at least one axis."
             )
         return super().forward(x)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation of the published code: negative slope 1e-2, biases zero. For ``network.apply``."""
+        """He initialisation of the published code: negative slope 1e-2, biases zero. For
+        ``network.apply``."""
         InitWeights_He(NEGATIVE_SLOPE)(module)

@@ -12,7 +12,8 @@ EPSILON = 1e-5
 class InstanceNorm(nn.Module):
     """Instance norm of any number of spatial axes, always affine, without running statistics.
 
-    On the CPU by way of group norm, which with a channel per group is the same: torch has a kernel for it there, while its
+    On the CPU by way of group norm, which with a channel per group is the same: torch has a kernel
+        for it there, while its
     instance norm goes the long way through batch norm (measured: half the time).
 
     Args:

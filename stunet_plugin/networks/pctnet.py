@@ -1,14 +1,19 @@
-"""PCT-Net: a U of pre-activation convolutions whose three deep levels run window attention in parallel (the pyramid).
+"""PCT-Net: a U of pre-activation convolutions whose three deep levels run window attention in
+parallel (the pyramid).
 
-Paper: MIS-FM, arXiv:2306.16925. Published code: github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied.
+Paper: MIS-FM, arXiv:2306.16925. Published code: github.com/openmedlab/MIS-FM (Apache-2.0), read for
+    facts, not copied.
 Same function as published; what differs:
 
-* The published network builds the stem and the head of all three anisotropy modes around the pyramid and uses one of
-  them; here only those of the mode in use exist, so every parameter gets a gradient.
-* Input of any size that the mode's reduction divides; the published network takes the size it was built with.
+* The published network builds the stem and the head of all three anisotropy modes around the
+  pyramid and uses one of them; here only those of the mode in use exist, so every parameter gets a
+  gradient.
+* Input of any size that the mode's reduction divides; the published network takes the size it was
+  built with.
 * A LayerNorm in every PCT block that the published forward never uses is not built.
 
-Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose (axis 0 is the coarse one).
+Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
+    (axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -18,9 +23,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stunet_plugin.anisotropy import Triple
-from stunet_plugin.networks.computing_again import compute_again_in_backward
-from stunet_plugin.networks.preactivation import (
+from stunet_plugin.networks.activation_checkpointing import compute_again_in_backward
+from stunet_plugin.networks.anisotropy import Triple
+from stunet_plugin.networks.preactivation_unet import (
     Decoder,
     Encoder,
     PreActivation,
@@ -46,7 +51,11 @@ FIRST_PYRAMID_LEVEL = 2
 
 
 def unit(
-    in_channels: int, out_channels: int, kernel_size: Triple, dropout: float = 0.0, last_reader: bool = False
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Triple,
+    dropout: float = 0.0,
+    last_reader: bool = False,
 ) -> PreActivation:
     """BatchNorm - PReLU (one weight) - (dropout) - convolution."""
     conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
@@ -65,7 +74,9 @@ def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivatio
     return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, last_reader=True)
 
 
-def conv_block(channels: int, kernel_size: Triple, dropout: float, last_reader: bool = True) -> nn.Sequential:
+def conv_block(
+    channels: int, kernel_size: Triple, dropout: float, last_reader: bool = True
+) -> nn.Sequential:
     """Two units; dropout in the second."""
     first = unit(channels, channels, kernel_size, last_reader=last_reader)
     return nn.Sequential(first, unit(channels, channels, kernel_size, dropout, last_reader=True))
@@ -80,7 +91,14 @@ class PCTBlock(nn.Module):
         transformer: further arguments of :class:`WindowTransformer`.
     """
 
-    def __init__(self, channels: int, kernel_size: Triple, dropout: float, checkpointing: bool, **transformer: Any) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Triple,
+        dropout: float,
+        checkpointing: bool,
+        **transformer: Any,
+    ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.conv = conv_block(channels, kernel_size, dropout, last_reader=False)
@@ -98,30 +116,34 @@ class PCTBlock(nn.Module):
 
 
 class PCTNet(PreActivationUNet):
-    """The network. A plans file can name it by its dotted path ``stunet_plugin.networks.pctnet.PCTNet``.
+    """The network. A plans file can name it by its dotted path
+    ``stunet_plugin.networks.pctnet.PCTNet``.
 
-    It needs no patch size: windows follow from each input, and the relative position tables have the same shape whatever
+    It needs no patch size: windows follow from each input, and the relative position tables have
+        the same shape whatever
     the patch (see :class:`~stunet_plugin.networks.window_attention.WindowAttention`).
 
     Args:
         input_channels: image channels (and one-hot channels of a previous stage).
         num_classes: outputs of each head.
-        mode: 0, 1 or 2, see :mod:`stunet_plugin.anisotropy`.
+        mode: 0, 1 or 2, see :mod:`stunet_plugin.networks.anisotropy`.
         strides: as nnU-Net reads them off a plan; they must be the mode's.
         features_per_stage: channels of each level, full resolution first.
-        dropout_per_stage: of each level: before the second convolution of a block, and all dropouts of a transformer.
-        window_size: voxels per axis of an attention window; where the smallest axis of a level is not larger, the window
-            becomes that axis.
+        dropout_per_stage: of each level: before the second convolution of a block, and all dropouts
+            of a transformer.
+        window_size: voxels per axis of an attention window; where the smallest axis of a level is
+            not larger, the window becomes that axis.
         num_heads: attention heads of levels 2, 3 and 4.
         depth: transformer blocks per PCT block, every second one shifted.
         mlp_ratio: hidden width of a transformer's MLP over its channels.
         drop_path: probability that a sample skips a residual branch of a transformer in training.
         deep_supervision: see :class:`Decoder`.
-        checkpoint_pyramid: in training, compute the PCT blocks again in the backward pass instead of keeping what is
+        checkpoint_pyramid: in training, compute the PCT blocks again in the backward pass instead
+            of keeping what is
             inside them: less memory, more time, the same gradients.
 
-    Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction. Output
-    (batch, num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
+    Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction.
+    Output (batch, num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
 
     Raises:
         ValueError: arguments that do not fit together, with what is allowed.
@@ -172,22 +194,33 @@ class PCTNet(PreActivationUNet):
                 stem = Stem(input_channels, features[0], kernels[0])
                 return nn.Sequential(stem, block(0))
             pool = nn.MaxPool3d(as_triple(self.strides[level]))
-            return nn.Sequential(pool, unit(features[level - 1], features[level], kernels[level], last_reader=True), block(level))
+            return nn.Sequential(
+                pool,
+                unit(features[level - 1], features[level], kernels[level], last_reader=True),
+                block(level),
+            )
 
         self.encoder = Encoder(map(stage, levels), features, self.mode)
         steps = levels[-2::-1]
         self.decoder = Decoder(
             bottom=nn.Identity(),
-            ups=(up_unit(features[level + 1], features[level], as_triple(self.strides[level + 1])) for level in steps),
+            ups=(
+                up_unit(features[level + 1], features[level], as_triple(self.strides[level + 1]))
+                for level in steps
+            ),
             merges=(merge_unit(features[level], kernels[level]) for level in steps),
             blocks=map(block, steps),
-            heads=(unit(features[level], num_classes, (1, 1, 1), last_reader=level == 0) for level in steps),
+            heads=(
+                unit(features[level], num_classes, (1, 1, 1), last_reader=level == 0)
+                for level in steps
+            ),
             deep_supervision=deep_supervision,
         )
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """The published initialisation: torch's own of every layer, tables from a normal distribution. For ``network.apply``."""
+        """The published initialisation: torch's own of every layer, tables from a normal
+        distribution. For ``network.apply``."""
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
@@ -196,8 +229,11 @@ class PCTNet(PreActivationUNet):
 def _check_heads(num_heads: Sequence[int], features: Sequence[int]) -> None:
     pyramid = features[FIRST_PYRAMID_LEVEL:]
     numbers = list(num_heads) if isinstance(num_heads, Sequence) else []
-    whole = len(numbers) == len(pyramid) and all(isinstance(heads, int) and heads >= 1 for heads in numbers)
+    whole = len(numbers) == len(pyramid) and all(
+        isinstance(heads, int) and heads >= 1 for heads in numbers
+    )
     if not whole or any(channels % heads for heads, channels in zip(numbers, pyramid, strict=True)):
         raise ValueError(
-            f"num_heads must be {len(pyramid)} whole numbers that divide the channels {list(pyramid)}, not {num_heads!r}."
+            f"num_heads must be {len(pyramid)} whole numbers that divide the channels"
+            f" {list(pyramid)}, not {num_heads!r}."
         )

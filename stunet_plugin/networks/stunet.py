@@ -1,12 +1,16 @@
 """STU-Net: a residual U-Net with six stages whose weights never depend on the plan.
 
-Paper: Huang et al., arXiv:2304.06716, section 3. Published code: github.com/uni-medical/STU-Net (Apache-2.0), read for
-facts, not copied. Same function as published; what differs is how it is computed and what else it can do:
+Paper: Huang et al., arXiv:2304.06716, section 3. Published code: github.com/uni-medical/STU-Net
+    (Apache-2.0), read for
+facts, not copied. Same function as published; what differs is how it is computed and what else it
+can do:
 
-* The decoder convolves before it upsamples (a 1x1x1 convolution and a nearest upsampling commute), which saves the work
-  and the memory of one full-resolution tensor with twice the channels.
-* Any number of stages, strides and odd kernels, in 3D and 2D; the published code knows six stages in 3D.
-* Activations that no gradient needs are overwritten in place (``residual.py``, where the blocks are).
+* The decoder convolves before it upsamples (a 1x1x1 convolution and a nearest upsampling commute),
+  which saves the work and the memory of one full-resolution tensor with twice the channels.
+* Any number of stages, strides and odd kernels, in 3D and 2D; the published code knows six stages
+  in 3D.
+* Activations that no gradient needs are overwritten in place (``residual.py``, where the blocks
+  are).
 * Activation checkpointing by stage or by block (``STUNet.checkpointing``).
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose.
@@ -19,18 +23,26 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
+from dynamic_network_architectures.architectures.abstract_arch import (
+    AbstractDynamicNetworkArchitectures,
+)
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from stunet_plugin.checkpointing import OFF, SETTINGS
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.residual import NEGATIVE_SLOPE, ConvOp, compute_stage_again, predicts_on_cpu, residual_stage
-from stunet_plugin.topology import Strides, as_strides, check_patch_size, stage_shapes
+from stunet_plugin.networks.checkpointing_settings import OFF, SETTINGS
+from stunet_plugin.networks.residual_block import (
+    NEGATIVE_SLOPE,
+    ConvOp,
+    compute_stage_again,
+    predicts_on_cpu,
+    residual_stage,
+)
+from stunet_plugin.networks.topology import Strides, as_strides, check_patch_size, stage_shapes
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -38,7 +50,8 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 class STUNetEncoder(nn.Module):
-    """Residual stages, the first at full resolution. Returns the output of every stage, full resolution first."""
+    """Residual stages, the first at full resolution. Returns the output of every stage, full
+    resolution first."""
 
     def __init__(
         self,
@@ -50,7 +63,8 @@ class STUNetEncoder(nn.Module):
         n_blocks_per_stage: tuple[int, ...],
     ) -> None:
         super().__init__()
-        # Named as in dynamic_network_architectures' encoders, where decoders and tools look for them.
+        # Named as in dynamic_network_architectures' encoders, where decoders and tools look for
+        # them.
         self.conv_op = conv_op
         self.output_channels = features_per_stage
         self.kernel_sizes = kernel_sizes
@@ -58,24 +72,33 @@ class STUNetEncoder(nn.Module):
         inputs = (input_channels, *features_per_stage[:-1])
         self.stages = nn.ModuleList(
             residual_stage(*arguments[:3], conv_op, *arguments[3:])
-            for arguments in zip(inputs, features_per_stage, n_blocks_per_stage, kernel_sizes, strides, strict=True)
+            for arguments in zip(
+                inputs, features_per_stage, n_blocks_per_stage, kernel_sizes, strides, strict=True
+            )
         )
 
     def forward(self, x: Tensor, checkpointing: str = OFF) -> list[Tensor]:
         skips = []
         for stage in self.stages:
-            x = stage(x) if checkpointing == OFF else compute_stage_again(stage, checkpointing, _unchanged, x)
+            x = (
+                stage(x)
+                if checkpointing == OFF
+                else compute_stage_again(stage, checkpointing, _unchanged, x)
+            )
             skips.append(x)
         return skips
 
 
 class STUNetDecoder(nn.Module):
-    """Upsampling steps from the deepest stage to full resolution, with a segmentation head after each.
+    """Upsampling steps from the deepest stage to full resolution, with a segmentation head after
+    each.
 
     Attributes:
-        deep_supervision: return all heads' outputs (a list, full resolution first) or the full-resolution one alone.
-            All heads are always built, so that one checkpoint serves both.
-        seg_layers: the heads, deepest first; stock ``-pretrained_weights`` skips keys with ``.seg_layers.``.
+        deep_supervision: return all heads' outputs (a list, full resolution first) or the
+            full-resolution one alone. All heads are always built, so that one checkpoint serves
+            both.
+        seg_layers: the heads, deepest first; stock ``-pretrained_weights`` skips keys with
+            ``.seg_layers.``.
     """
 
     def __init__(
@@ -92,15 +115,20 @@ class STUNetDecoder(nn.Module):
         below = encoder.output_channels[:0:-1]
         skip = encoder.output_channels[-2::-1]
         no_stride = (1,) * len(encoder.strides[0])
-        self.upsample_convs = nn.ModuleList(conv_op(*channels, 1) for channels in zip(below, skip, strict=True))
+        self.upsample_convs = nn.ModuleList(
+            conv_op(*channels, 1) for channels in zip(below, skip, strict=True)
+        )
         self.stages = nn.ModuleList(
             residual_stage(2 * channels, channels, blocks, conv_op, kernel_size, no_stride)
-            for channels, blocks, kernel_size in zip(skip, n_blocks_per_stage, encoder.kernel_sizes[-2::-1], strict=True)
+            for channels, blocks, kernel_size in zip(
+                skip, n_blocks_per_stage, encoder.kernel_sizes[-2::-1], strict=True
+            )
         )
         self.seg_layers = nn.ModuleList(conv_op(channels, num_classes, 1) for channels in skip)
 
     def forward(self, skips: list[Tensor], checkpointing: str = OFF) -> Tensor | list[Tensor]:
-        """Decode the encoder's outputs; the list is emptied on the way, so that at inference nothing lives longer than needed."""
+        """Decode the encoder's outputs; the list is emptied on the way, so that at inference
+        nothing lives longer than needed."""
         x = skips.pop()
         outputs = []
         for step, stage in enumerate(self.stages):
@@ -109,7 +137,9 @@ class STUNetDecoder(nn.Module):
                 x = stage(x)
             else:
                 # With the concatenation, which repeats what is kept anyway.
-                x = compute_stage_again(stage, checkpointing, functools.partial(self._join, step), x, skips.pop())
+                x = compute_stage_again(
+                    stage, checkpointing, functools.partial(self._join, step), x, skips.pop()
+                )
             if self.deep_supervision:
                 outputs.append(self._segment(step, x))
         if self.deep_supervision:
@@ -123,14 +153,19 @@ class STUNetDecoder(nn.Module):
     def _join(self, step: int, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample the output of the stage below and put the encoder's output behind it."""
         if predicts_on_cpu(self, skip):
-            return cpu_inference.repeat_and_join(cpu_inference.convolve(self.upsample_convs[step], x), skip)
+            return cpu_inference.repeat_and_join(
+                cpu_inference.convolve(self.upsample_convs[step], x), skip
+            )
         # Convolve first, then repeat voxels: the same function as the other way round, for less.
-        x = functional.interpolate(self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest")
+        x = functional.interpolate(
+            self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest"
+        )
         return torch.cat((x, skip), dim=1)
 
 
 class STUNet(AbstractDynamicNetworkArchitectures):
-    """The network. A plans file can name it by its dotted path ``stunet_plugin.networks.stunet.STUNet``.
+    """The network. A plans file can name it by its dotted path
+    ``stunet_plugin.networks.stunet.STUNet``.
 
     Args:
         input_channels: image channels (and one-hot channels of a previous stage).
@@ -141,16 +176,19 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         kernel_sizes: odd, per stage and axis; one number stands for all.
         strides: per stage and axis, the first all ones.
         n_blocks_per_stage: residual blocks of each encoder stage; one number stands for all.
-        n_blocks_per_stage_decoder: of each decoder stage, deepest first (one fewer); one number stands for all.
+        n_blocks_per_stage_decoder: of each decoder stage, deepest first (one fewer); one number
+            stands for all.
         deep_supervision: see :class:`STUNetDecoder`.
 
     Attributes:
-        checkpointing: a setting of ``stunet_plugin.checkpointing``: which activations the backward pass computes again instead
-            of having them kept. The same outputs and gradients for less memory and one more forward pass; no part of a
+        checkpointing: a setting of ``stunet_plugin.networks.checkpointing_settings``: which
+            activations the backward pass computes again instead of having them kept. The same
+            outputs and gradients for less memory and one more forward pass; no part of a
             checkpoint, and of no effect where no gradient is computed.
 
-    Input (batch, input_channels, *spatial), each spatial size divisible by the product of the strides. Output
-    (batch, num_classes, *spatial), or a list of them, one per decoder stage, full resolution first.
+    Input (batch, input_channels, *spatial), each spatial size divisible by the product of the
+    strides. Output (batch, num_classes, *spatial), or a list of them, one per decoder stage, full
+    resolution first.
 
     Raises:
         ValueError: arguments that do not fit together, with what is allowed.
@@ -171,13 +209,16 @@ class STUNet(AbstractDynamicNetworkArchitectures):
     ) -> None:
         super().__init__()
         self._checkpointing = OFF
-        # Where nnssl and other loaders of pretrained weights find the encoder, its stem, and what depends on the channels.
+        # Where nnssl and other loaders of pretrained weights find the encoder, its stem, and what
+        # depends on the channels.
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = ("encoder.stages.0.0.conv1", "encoder.stages.0.0.shortcut")
 
         if conv_op not in (nn.Conv2d, nn.Conv3d):
-            raise ValueError(f"conv_op must be torch.nn.Conv2d or torch.nn.Conv3d, not {conv_op!r}.")
+            raise ValueError(
+                f"conv_op must be torch.nn.Conv2d or torch.nn.Conv3d, not {conv_op!r}."
+            )
         dimensions = convert_conv_op_to_dim(conv_op)
         for name, number, least in (
             ("n_stages", n_stages, 2),
@@ -185,19 +226,31 @@ class STUNet(AbstractDynamicNetworkArchitectures):
             ("num_classes", num_classes, 1),
         ):
             if not isinstance(number, int) or number < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {number!r}.")
+                raise ValueError(
+                    f"{name} must be a whole number of at least {least}, not {number!r}."
+                )
         features = _per_stage("features_per_stage", features_per_stage, n_stages)
         self.strides = _per_axis("strides", strides, n_stages, dimensions)
         kernels = _per_axis("kernel_sizes", kernel_sizes, n_stages, dimensions)
         if any(step != 1 for step in self.strides[0]):
-            raise ValueError(f"The first stage works at full resolution: strides[0] must be all ones, not {self.strides[0]}.")
+            raise ValueError(
+                "The first stage works at full resolution: strides[0] must be all ones, not"
+                f" {self.strides[0]}."
+            )
         if any(size % 2 == 0 for kernel in kernels for size in kernel):
             raise ValueError(f"Kernel sizes must be odd so that shapes are kept, not {kernels}.")
 
         self.encoder = STUNetEncoder(
-            input_channels, features, conv_op, kernels, self.strides, _per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages)
+            input_channels,
+            features,
+            conv_op,
+            kernels,
+            self.strides,
+            _per_stage("n_blocks_per_stage", n_blocks_per_stage, n_stages),
         )
-        decoder_blocks = _per_stage("n_blocks_per_stage_decoder", n_blocks_per_stage_decoder, n_stages - 1)
+        decoder_blocks = _per_stage(
+            "n_blocks_per_stage_decoder", n_blocks_per_stage_decoder, n_stages - 1
+        )
         self.decoder = STUNetDecoder(self.encoder, num_classes, decoder_blocks, deep_supervision)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -211,28 +264,43 @@ class STUNet(AbstractDynamicNetworkArchitectures):
     @checkpointing.setter
     def checkpointing(self, setting: str) -> None:
         if setting not in SETTINGS:
-            raise ValueError(f"checkpointing must be one of {', '.join(SETTINGS)}, not {setting!r}.")
+            raise ValueError(
+                f"checkpointing must be one of {', '.join(SETTINGS)}, not {setting!r}."
+            )
         self._checkpointing = setting
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Return the number of elements that all convolutions put out for one sample of ``input_size`` voxels.
+        """Return the number of elements that all convolutions put out for one sample of
+        ``input_size`` voxels.
 
-        nnU-Net's planners use it as a measure of memory. The sum counts each convolution where it runs, so the
-        decoder's 1x1x1 convolutions count at the resolution before upsampling.
+        nnU-Net's planners use it as a measure of memory. The sum counts each convolution where it
+        runs, so the decoder's 1x1x1 convolutions count at the resolution before upsampling.
         """
         check_patch_size(input_size, self.strides, "This STU-Net")
-        voxels = [int(np.prod(shape, dtype=np.int64)) for shape in stage_shapes(input_size, self.strides)]
+        voxels = [
+            int(np.prod(shape, dtype=np.int64)) for shape in stage_shapes(input_size, self.strides)
+        ]
         # Decoder step u runs at the stage above the one it comes from: deepest first.
         decoder = self.decoder
-        total = sum(_conv_outputs(stage) * size for stage, size in zip(self.encoder.stages, voxels, strict=True))
-        total += sum(_conv_outputs(conv) * size for conv, size in zip(decoder.upsample_convs, voxels[:0:-1], strict=True))
-        total += sum(_conv_outputs(stage) * size for stage, size in zip(decoder.stages, voxels[-2::-1], strict=True))
+        total = sum(
+            _conv_outputs(stage) * size
+            for stage, size in zip(self.encoder.stages, voxels, strict=True)
+        )
+        total += sum(
+            _conv_outputs(conv) * size
+            for conv, size in zip(decoder.upsample_convs, voxels[:0:-1], strict=True)
+        )
+        total += sum(
+            _conv_outputs(stage) * size
+            for stage, size in zip(decoder.stages, voxels[-2::-1], strict=True)
+        )
         heads = voxels[-2::-1] if decoder.deep_supervision else voxels[:1]
         return total + decoder.num_classes * sum(heads)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation of the published code: negative slope 1e-2, biases zero. For ``network.apply``."""
+        """He initialisation of the published code: negative slope 1e-2, biases zero. For
+        ``network.apply``."""
         InitWeights_He(NEGATIVE_SLOPE)(module)
 
 
@@ -242,21 +310,35 @@ def _conv_outputs(module: nn.Module) -> int:
 
 
 def _per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    values = (value,) * count if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    values = (
+        (value,) * count
+        if isinstance(value, int)
+        else tuple(value)
+        if isinstance(value, Sequence)
+        else ()
+    )
     if len(values) != count or any(not isinstance(entry, int) or entry < 1 for entry in values):
-        raise ValueError(f"{name} must be one positive whole number or {count} of them, not {value!r}.")
+        raise ValueError(
+            f"{name} must be one positive whole number or {count} of them, not {value!r}."
+        )
     return values
 
 
-def _per_axis(name: str, value: int | Sequence[int] | Sequence[Sequence[int]], count: int, dimensions: int) -> Strides:
-    """Normalise per-stage, per-axis numbers: an int for everything, ints for stages, or sequences for stages and axes."""
+def _per_axis(
+    name: str, value: int | Sequence[int] | Sequence[Sequence[int]], count: int, dimensions: int
+) -> Strides:
+    """Normalise per-stage, per-axis numbers: an int for everything, ints for stages, or sequences
+    for stages and axes."""
     stages: Sequence[int | Sequence[int]] = [value] * count if isinstance(value, int) else value
     try:
-        full = as_strides([(entry,) * dimensions if isinstance(entry, int) else entry for entry in stages])
+        full = as_strides(
+            [(entry,) * dimensions if isinstance(entry, int) else entry for entry in stages]
+        )
     except (TypeError, PluginError) as error:
         raise ValueError(f"{name}: {error}") from error
     if len(full) != count or any(len(entry) != dimensions or min(entry) < 1 for entry in full):
         raise ValueError(
-            f"{name} must be one positive number, or {count} entries (one per stage) of {dimensions} (one per axis), not {value!r}."
+            f"{name} must be one positive number, or {count} entries (one per stage) of"
+            f" {dimensions} (one per axis), not {value!r}."
         )
     return full

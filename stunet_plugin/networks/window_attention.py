@@ -1,11 +1,15 @@
 """Window attention on volumes: the transformer that PCT-Net runs beside its convolutions.
 
-Paper: MIS-FM, arXiv:2306.16925, after Liu et al., Swin Transformer, arXiv:2103.14030. Published code:
-github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied. Same function as published; what differs:
+Paper: MIS-FM, arXiv:2306.16925, after Liu et al., Swin Transformer, arXiv:2103.14030. Published
+    code:
+github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied. Same function as published;
+what differs:
 
 * Fused attention (``scaled_dot_product_attention``) with bias and shift mask as an additive mask.
-* Which token stands in which window, which windows need a mask, and which row of the bias table a pair of tokens reads
-  depend on the shape alone: they are computed once per shape (:func:`window_layout`), not in every forward.
+* Which token stands in which window, which windows need a mask, and which row of the bias table a
+  pair of tokens reads
+  depend on the shape alone: they are computed once per shape (:func:`window_layout`), not in every
+      forward.
 * Windows follow from the input, so a network takes volumes of any size.
 * A bias table has one row per offset, see :class:`WindowAttention`.
 
@@ -24,25 +28,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stunet_plugin.anisotropy import Triple
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.computing_again import compute_again_in_backward
+from stunet_plugin.networks.activation_checkpointing import compute_again_in_backward
+from stunet_plugin.networks.anisotropy import Triple
 
 WINDOW_SIZE = 6
 """Voxels per axis of the published windows."""
 
 TABLE_STD = 0.02
-"""Standard deviation of the published initialisation of the bias tables (a normal distribution cut at +-2)."""
+"""Standard deviation of the published initialisation of the bias tables (a normal distribution cut
+at +-2)."""
 
 MASKED = -100.0
 """Added to the attention between regions that the cyclic shift has put side by side."""
 
 
 class WindowLayout(NamedTuple):
-    """How the tokens of a padded volume stand in windows; windows with the same mask stand together.
+    """How the tokens of a padded volume stand in windows; windows with the same mask stand
+    together.
 
     Attributes:
-        order: (tokens,) where the tokens of all windows, in turn, come from in the flattened volume.
+        order: (tokens,) where the tokens of all windows, in turn, come from in the flattened
+            volume.
         inverse: (tokens,) where the tokens of the flattened volume come from in the windows.
         masks: (mask, token, token), 0 or ``MASKED``.
     """
@@ -53,8 +60,8 @@ class WindowLayout(NamedTuple):
 
 
 def window_in_use(shape: Triple, window_size: int, shift: int) -> tuple[int, int]:
-    """Return window size and shift for a volume: where its smallest axis is not larger than the window, the window becomes
-    that axis and nothing is shifted."""
+    """Return window size and shift for a volume: where its smallest axis is not larger than the
+    window, the window becomes that axis and nothing is shifted."""
     smallest = min(shape)
     return (smallest, 0) if smallest <= window_size else (window_size, shift)
 
@@ -68,7 +75,8 @@ def padded_shape(shape: Triple, window: int) -> Triple:
 def windows_per_mask(grid: list[int], shift: int) -> list[int]:
     """Return how many windows share each mask, in the order of :class:`WindowLayout`.
 
-    With a shift, the last window of an axis holds what has come around from its start, so windows are of eight kinds: last
+    With a shift, the last window of an axis holds what has come around from its start, so windows
+        are of eight kinds: last
     along none of the axes, along the first, the second, ...
     """
     if shift == 0:
@@ -78,7 +86,12 @@ def windows_per_mask(grid: list[int], shift: int) -> list[int]:
 
 def window_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
     """Return the layout of a padded volume, computed once per shape."""
-    return WindowLayout(*[_layout_part(part, *shape, window, shift, device) for part in range(len(WindowLayout._fields))])
+    return WindowLayout(
+        *[
+            _layout_part(part, *shape, window, shift, device)
+            for part in range(len(WindowLayout._fields))
+        ]
+    )
 
 
 # A constant to torch.compile, which would otherwise build the layout again in every forward.
@@ -91,18 +104,23 @@ def _layout_part(
 
 @functools.lru_cache(maxsize=64)
 def _build_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
-    # Ordinary tensors even when first asked for in inference mode, or a later training could not use them.
+    # Ordinary tensors even when first asked for in inference mode, or a later training could not
+    # use them.
     with torch.inference_mode(False):
         grid = [size // window for size in shape]
         tokens = torch.arange(prod(shape)).reshape(shape)
-        # One bit per axis: the voxel has come around, so its neighbours in the window are no neighbours in the volume.
+        # One bit per axis: the voxel has come around, so its neighbours in the window are no
+        # neighbours in the volume.
         region = torch.zeros(shape, dtype=torch.long)
         for axis, size in enumerate(shape):
             came_around = (torch.arange(size) >= size - shift).long() << len(shape) - 1 - axis
-            region += came_around.reshape([size if other == axis else 1 for other in range(len(shape))])
+            region += came_around.reshape(
+                [size if other == axis else 1 for other in range(len(shape))]
+            )
         rolled = torch.roll(tokens, [-shift] * len(shape), (0, 1, 2))
         order, region = _partition(rolled, grid, window), _partition(region, grid, window)
-        # The last voxel of a window lies in as many regions as any, so it tells the kind of the window.
+        # The last voxel of a window lies in as many regions as any, so it tells the kind of the
+        # window.
         kinds = region[:, -1]
         sorting = kinds.argsort(stable=True)
         order = order[sorting].flatten()
@@ -119,10 +137,11 @@ def _partition(volume: Tensor, grid: list[int], window: int) -> Tensor:
 
 
 def offset_rows(window: int, window_size: int) -> Tensor:
-    """Return which row of a table for windows of ``window_size`` each offset between two tokens reads.
+    """Return which row of a table for windows of ``window_size`` each offset between two tokens
+    reads.
 
-    Rows are in the order of the offsets (axis 0, 1, 2), each from ``1 - window_size`` to ``window_size - 1``; a smaller
-    window reads the rows of the offsets that it knows.
+    Rows are in the order of the offsets (axis 0, 1, 2), each from ``1 - window_size`` to
+    ``window_size - 1``; a smaller window reads the rows of the offsets that it knows.
 
     Returns:
         (window^3, window^3): row of the offset of token i from token j.
@@ -132,7 +151,9 @@ def offset_rows(window: int, window_size: int) -> Tensor:
     offsets = places[:, None] - places[None, :] + window_size - 1
     code = torch.zeros((window,) * 6, dtype=torch.long)
     for axis in range(3):
-        code = code * rows + offsets.reshape([window if other % 3 == axis else 1 for other in range(6)])
+        code = code * rows + offsets.reshape(
+            [window if other % 3 == axis else 1 for other in range(6)]
+        )
     return code.reshape(window**3, window**3)
 
 
@@ -148,8 +169,8 @@ def _build_offset_rows(window: int, window_size: int, device: torch.device) -> T
 
 
 class _Reorder(torch.autograd.Function):
-    """Take the tokens (axis 1) in another order. The gradient goes back by the inverse order, where index_select's own would
-    add up token by token."""
+    """Take the tokens (axis 1) in another order. The gradient goes back by the inverse order, where
+    index_select's own would add up token by token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -165,13 +186,14 @@ class _Reorder(torch.autograd.Function):
 class WindowAttention(nn.Module):
     """Multi-head attention within windows, with a learned bias for the offset between two tokens.
 
-    The table holds one row per offset that a full window knows, (2 * window_size - 1)^3 of them, whatever the window in use:
-    a smaller window reads the rows of its offsets. So the state dict has the same shapes for every patch size, an offset in
+    The table holds one row per offset that a full window knows, (2 * window_size - 1)^3 of them,
+    whatever the window in use: a smaller window reads the rows of its offsets. So the state dict
+        has the same shapes for every patch size, an offset in
     voxels means the same in windows of all sizes, and weights fit any plan.
 
-    The published table depends on the window that the network was built for, and its index has a quirk that lets different
-    offsets share a row. :mod:`stunet_plugin.checkpoints.relative_positions` translates such tables to this one, function
-    for function.
+    The published table depends on the window that the network was built for, and its index has a
+    quirk that lets different offsets share a row. :mod:`stunet_plugin.weights.relative_positions`
+    translates such tables to this one, function for function.
 
     Args:
         channels: of the tokens.
@@ -181,13 +203,17 @@ class WindowAttention(nn.Module):
         dropout: of attention weights and of the output.
     """
 
-    def __init__(self, channels: int, num_heads: int, window_size: int, shift: int, dropout: float) -> None:
+    def __init__(
+        self, channels: int, num_heads: int, window_size: int, shift: int, dropout: float
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
         self.shift = shift
         self.dropout = dropout
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 3, num_heads))
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty((2 * window_size - 1) ** 3, num_heads)
+        )
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.reset_parameters()
@@ -197,17 +223,23 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, depth, height, width, channel) to the same shape."""
-        # Numbers, not symbols: torch.compile makes a graph per shape, with the layout as a constant.
+        # Numbers, not symbols: torch.compile makes a graph per shape, with the layout as a
+        # constant.
         shape = depth, height, width = index(x.shape[1]), index(x.shape[2]), index(x.shape[3])
         window, shift = window_in_use(shape, self.window_size, self.shift)
         padded = padded_shape(shape, window)
-        # Padded voxels are zeros that take part in attention as in the published code; only regions are masked.
+        # Padded voxels are zeros that take part in attention as in the published code; only regions
+        # are masked.
         if padded != shape:
-            x = functional.pad(x, (0, 0, 0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth))
+            x = functional.pad(
+                x, (0, 0, 0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth)
+            )
         layout = window_layout(padded, window, shift, x.device)
         tokens = _Reorder.apply(x.flatten(1, 3), layout.order, layout.inverse)
 
-        parts = tokens.unflatten(1, (-1, window**3)).split(windows_per_mask([size // window for size in padded], shift), 1)
+        parts = tokens.unflatten(1, (-1, window**3)).split(
+            windows_per_mask([size // window for size in padded], shift), 1
+        )
         bias = self._bias(window)
         if cpu_inference.applies(self, x):
             for part, mask in zip(parts, bias + layout.masks[:, None], strict=True):
@@ -215,9 +247,12 @@ class WindowAttention(nn.Module):
         else:
             attend = self._attend
             if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
-                # torch's fused attention of the CPU has no dropout and no gradient of the mask, so it would keep all weights.
+                # torch's fused attention of the CPU has no dropout and no gradient of the mask, so
+                # it would keep all weights.
                 attend = functools.partial(compute_again_in_backward, self, self._attend)
-            attended = [attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)]
+            attended = [
+                attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)
+            ]
             tokens = (attended[0] if len(attended) == 1 else torch.cat(attended, 1)).flatten(1, 2)
 
         x = _Reorder.apply(tokens, layout.inverse, layout.order).unflatten(1, padded)
@@ -229,18 +264,28 @@ class WindowAttention(nn.Module):
         """Return the bias of all pairs of tokens, (head, token, token)."""
         tokens = window**3
         rows = _offset_rows_on(window, self.window_size, self.relative_position_bias_table.device)
-        return self.relative_position_bias_table.index_select(0, rows).t().reshape(self.num_heads, tokens, tokens)
+        return (
+            self.relative_position_bias_table.index_select(0, rows)
+            .t()
+            .reshape(self.num_heads, tokens, tokens)
+        )
 
     def _attend(self, windows: Tensor, mask: Tensor) -> Tensor:
-        """(batch, window, token, channel) and an additive mask (head, token, token) to the first shape."""
-        q, k, v = self.qkv(windows.flatten(0, 1)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        """(batch, window, token, channel) and an additive mask (head, token, token) to the first
+        shape."""
+        q, k, v = (
+            self.qkv(windows.flatten(0, 1))
+            .unflatten(-1, (3, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         dropout = self.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(q, k, v, mask[None].to(q.dtype), dropout)
         return attended.transpose(1, 2).reshape(windows.shape)
 
 
 class DropPath(nn.Module):
-    """In training, drop whole samples of a residual branch and scale up the others, so that the mean is kept."""
+    """In training, drop whole samples of a residual branch and scale up the others, so that the
+    mean is kept."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -256,7 +301,14 @@ class DropPath(nn.Module):
 class TransformerBlock(nn.Module):
     """LayerNorm - window attention, plus the input; LayerNorm - MLP, plus its input."""
 
-    def __init__(self, attention: WindowAttention, channels: int, mlp_ratio: int, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        attention: WindowAttention,
+        channels: int,
+        mlp_ratio: int,
+        dropout: float,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attention = attention
@@ -274,7 +326,9 @@ class TransformerBlock(nn.Module):
         y = self.drop_path(self.attention(self.norm1(x)))
         y += x
         if cpu_inference.applies(self, x):
-            return cpu_inference.in_place(lambda slab: self.mlp(self.norm2(slab)), y, axis=1, add=True)
+            return cpu_inference.in_place(
+                lambda slab: self.mlp(self.norm2(slab)), y, axis=1, add=True
+            )
         return y + self.drop_path(self.mlp(self.norm2(y)))
 
 
@@ -291,14 +345,25 @@ class WindowTransformer(nn.Module):
     """
 
     def __init__(
-        self, channels: int, dropout: float, num_heads: int, depth: int, window_size: int, mlp_ratio: int, drop_path: float
+        self,
+        channels: int,
+        dropout: float,
+        num_heads: int,
+        depth: int,
+        window_size: int,
+        mlp_ratio: int,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         shifts = [0 if block % 2 == 0 else window_size // 2 for block in range(depth)]
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                WindowAttention(channels, num_heads, window_size, shift, dropout), channels, mlp_ratio, dropout, drop_path
+                WindowAttention(channels, num_heads, window_size, shift, dropout),
+                channels,
+                mlp_ratio,
+                dropout,
+                drop_path,
             )
             for shift in shifts
         )

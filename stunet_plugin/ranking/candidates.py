@@ -1,4 +1,5 @@
-"""The weights to rank: model folders of nnU-Net, their checkpoints, pretext checkpoints, and random weights to compare with."""
+"""The weights to rank: model folders of nnU-Net, their checkpoints, pretext checkpoints, and random
+weights to compare with."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from stunet_plugin.checkpoints.safe_loading import load_checkpoint
-from stunet_plugin.checkpoints.starting_weights import describe_misfits
 from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.plan_readers import read_json
-from stunet_plugin.networks_of_trainers import build_network
+from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.ranking.features import head_modules
 from stunet_plugin.ranking.options import Named, check_configuration
+from stunet_plugin.utils.files import read_json
+from stunet_plugin.weights.pretrained import describe_misfits
+from stunet_plugin.weights.safe_loading import load_checkpoint
 
 HEADS = ".seg_layers."
 """Names that fine-tuning does not take over, nor do we."""
@@ -27,7 +28,8 @@ DECISIVE = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm
 
 @dataclass(frozen=True)
 class Plan:
-    """How images are prepared and the network is built: plans of nnU-Net and one of their configurations."""
+    """How images are prepared and the network is built: plans of nnU-Net and one of their
+    configurations."""
 
     plans: dict[str, Any] = field(repr=False)
     configuration: str
@@ -45,18 +47,21 @@ class Plan:
         return f"{self.plans.get('plans_name', 'plans')}, {self.configuration}"
 
     def check(self, where: str) -> None:
-        """Raise a PluginError unless the configuration is there and its network takes images alone."""
+        """Raise a PluginError unless the configuration is there and its network takes images
+        alone."""
         check_configuration(self.plans, self.configuration, where)
         if self.chosen.previous_stage_name is not None:
             raise PluginError(
-                f"{self.configuration} of {where} is the second stage of a cascade, which also takes the first stage's "
-                f"segmentation. Rank {self.chosen.previous_stage_name} instead: -c {self.chosen.previous_stage_name}"
+                f"{self.configuration} of {where} is the second stage of a cascade, which also"
+                f" takes the first stage's segmentation. Rank {self.chosen.previous_stage_name}"
+                f" instead: -c {self.chosen.previous_stage_name}"
             )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights in a file, or random ones (``file`` is None), of the network that a trainer builds for a plan."""
+    """Weights in a file, or random ones (``file`` is None), of the network that a trainer builds
+    for a plan."""
 
     name: str
     file: Path | None
@@ -67,7 +72,8 @@ class Candidate:
         return replace(self, name=name, file=None)
 
     def build(self, channels: int, seed: int) -> nn.Module:
-        """Return the network, with heads at random and everything else as in the file, in evaluation mode.
+        """Return the network, with heads at random and everything else as in the file, in
+        evaluation mode.
 
         Raises:
             PluginError: the weights do not fit the network.
@@ -78,11 +84,14 @@ class Candidate:
             misfits = describe_misfits(network, weights, heads_too=False)
             if misfits:
                 raise PluginError(
-                    f"{self.name}: the weights in {self.file} do not fit the network of {self.plan.name}: {misfits}. Give the "
-                    f"plans that you would fine-tune them with (-p), or leave -p out to take their own."
+                    f"{self.name}: the weights in {self.file} do not fit the network of"
+                    f" {self.plan.name}: {misfits}. Give the plans that you would fine-tune them"
+                    " with (-p), or leave -p out to take their own."
                 )
             own = {name for name in network.state_dict() if HEADS not in name}
-            network.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
+            network.load_state_dict(
+                {name: value for name, value in weights.items() if name in own}, strict=False
+            )
         return network.eval()
 
     def architecture(self, channels: int, seed: int) -> nn.Module:
@@ -91,7 +100,14 @@ class Candidate:
             torch.manual_seed(seed)
             try:
                 # Outputs do not matter, as heads are not looked at: one takes the least memory.
-                return build_network(self.trainer, self.plan.manager, self.plan.chosen, channels, 1, deep_supervision=True)
+                return build_network(
+                    self.trainer,
+                    self.plan.manager,
+                    self.plan.chosen,
+                    channels,
+                    1,
+                    deep_supervision=True,
+                )
             except PluginError as error:
                 raise PluginError(f"{self.name}: {error}") from error
 
@@ -100,7 +116,8 @@ def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candida
     """Return the candidates that a user names.
 
     Args:
-        given: weights, random ones for every network among the others, or random ones of a trainer's network.
+        given: weights, random ones for every network among the others, or random ones of a
+            trainer's network.
         target: the plan that all are to be fine-tuned with; None takes each model's own.
 
     Raises:
@@ -129,14 +146,15 @@ def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     weights = checkpoint.get("network_weights")
     if not isinstance(weights, Mapping) or not checkpoint.get("trainer_name"):
         raise PluginError(
-            f"{file} is no checkpoint of nnU-Net v2. Published STU-Net, PCT-Net and FMUNet weights become one with "
-            f"`stunet import`; `stunet inspect` says what a file is."
+            f"{file} is no checkpoint of nnU-Net v2. Published STU-Net, PCT-Net and FMUNet weights"
+            " become one with `stunet import`; `stunet inspect` says what a file is."
         )
     return checkpoint, dict(weights)
 
 
 def own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
-    """Return the plan that a model was trained with: ``plans.json`` of its folder, or what its checkpoint keeps.
+    """Return the plan that a model was trained with: ``plans.json`` of its folder, or what its
+    checkpoint keeps.
 
     Raises:
         PluginError: it has none.
@@ -145,14 +163,18 @@ def own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
     beside = file.parent.parent / "plans.json"
     plans = read_json(beside) if beside.is_file() else arguments.get("plans")
     if not isinstance(plans, dict) or not plans.get("configurations"):
-        raise PluginError(f"{file} has no plan of its own (weights of a pretext task, perhaps). Give the dataset's plans: -p PLANS")
+        raise PluginError(
+            f"{file} has no plan of its own (weights of a pretext task, perhaps). Give the"
+            " dataset's plans: -p PLANS"
+        )
     plan = Plan(plans, str(arguments.get("configuration", "")))
     plan.check(str(file))
     return plan
 
 
 def _random_ones(found: list[Candidate], name: str) -> list[Candidate]:
-    """One candidate with random weights for each network among the others, where images are prepared in one way."""
+    """One candidate with random weights for each network among the others, where images are
+    prepared in one way."""
     different: dict[Any, Candidate] = {}
     for candidate in found:
         if candidate.file is None:
@@ -161,7 +183,10 @@ def _random_ones(found: list[Candidate], name: str) -> list[Candidate]:
         different.setdefault((*entries, *_shapes(candidate)), candidate)
     if len(different) == 1:
         return [candidate.with_random_weights(name) for candidate in different.values()]
-    return [candidate.with_random_weights(f"{name}, like {candidate.name}") for candidate in different.values()]
+    return [
+        candidate.with_random_weights(f"{name}, like {candidate.name}")
+        for candidate in different.values()
+    ]
 
 
 def _shapes(candidate: Candidate) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -172,7 +197,8 @@ def _shapes(candidate: Candidate) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
-    """Return the names of the candidates with one architecture (names and shapes of the weights), for each architecture."""
+    """Return the names of the candidates with one architecture (names and shapes of the weights),
+    for each architecture."""
     groups: dict[Any, list[str]] = {}
     for candidate in candidates:
         groups.setdefault(_shapes(candidate), []).append(candidate.name)
@@ -180,7 +206,8 @@ def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
 
 
 def count_levels(candidates: list[Candidate], wanted: int | None, default: int) -> int:
-    """Return how many levels to compare: as many as asked for, or the default where all networks have them.
+    """Return how many levels to compare: as many as asked for, or the default where all networks
+    have them.
 
     Raises:
         PluginError: a network has fewer heads than asked for.
@@ -191,5 +218,8 @@ def count_levels(candidates: list[Candidate], wanted: int | None, default: int) 
             heads[candidate.name] = len(head_modules(candidate.architecture(1, 0)))
     fewest = min(heads, key=lambda name: heads[name])
     if wanted is not None and not 1 <= wanted <= heads[fewest]:
-        raise PluginError(f"--levels must be from 1 to {heads[fewest]}, the segmentation heads that {fewest} has, not {wanted}.")
+        raise PluginError(
+            f"--levels must be from 1 to {heads[fewest]}, the segmentation heads that {fewest} has,"
+            f" not {wanted}."
+        )
     return wanted or min(default, heads[fewest])

@@ -1,11 +1,13 @@
 """CCFV, a score of pretrained weights on a labelled dataset: consistent classes, varied features.
 
-Paper: Yang et al., arXiv:2307.11958 (MICCAI 2023). Published code: github.com/EndoluminalSurgicalVision-IMR/CCFV, read for
+Paper: Yang et al., arXiv:2307.11958 (MICCAI 2023). Published code:
+    github.com/EndoluminalSurgicalVision-IMR/CCFV, read for
 facts, not copied. Per decoder level,
 
-* W, the consistency (small is good): the 2-Wasserstein distance between the Gaussians of one class in two cases, averaged
-  over pairs of cases and over classes;
-* F, the variety: of one mean feature vector per case, the mean over pairs of 1 / sqrt(squared distance + 1e-3);
+* W, the consistency (small is good): the 2-Wasserstein distance between the Gaussians of one class
+  in two cases, averaged over pairs of cases and over classes;
+* F, the variety: of one mean feature vector per case, the mean over pairs of 1 / sqrt(squared
+  distance + 1e-3);
 * the score log(F / W); those of the levels are added up.
 
 This module knows features alone, not where they come from. Everything is computed in float64.
@@ -19,7 +21,7 @@ from itertools import combinations
 
 import numpy as np
 
-from stunet_plugin.ranking.arguments import VARIETIES
+from stunet_plugin.commands.rank_arguments import VARIETIES
 
 ENERGY_EPSILON = 1e-3
 """Added to squared distances in the variety, as published."""
@@ -27,8 +29,9 @@ MINIMUM_SAMPLES = 2
 """Voxels of a class in a case from which on its covariance is defined."""
 
 ENERGY, SPREAD = VARIETIES
-"""log(F / W) with F as in the published code, an energy, which is high where the cases' mean features are alike; or with its
-inverse, log(1 / (F W)), which is high where they differ, and the same whatever the scale of the features."""
+"""log(F / W) with F as in the published code, an energy, which is high where the cases' mean
+features are alike; or with its inverse, log(1 / (F W)), which is high where they differ, and the
+same whatever the scale of the features."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Definition:
     """Which of the definitions is computed.
 
     Attributes:
-        published_sums: W as the published script adds it up, where the paper averages: the distances of all pairs so far,
-            plus, after each class, that sum once more divided by the number of pairs and classes.
+        published_sums: W as the published script adds it up, where the paper averages: the
+            distances of all pairs so far, plus, after each class, that sum once more divided by the
+            number of pairs and classes.
         variety: one of ``VARIETIES``.
     """
 
@@ -51,7 +55,8 @@ class Gaussian:
 
     Attributes:
         mean: (channel,).
-        factor: (rank, channel), at most as many rows as there were samples; ``factor.T @ factor`` is the covariance.
+        factor: (rank, channel), at most as many rows as there were samples; ``factor.T @ factor``
+            is the covariance.
     """
 
     mean: np.ndarray
@@ -59,36 +64,51 @@ class Gaussian:
 
     @classmethod
     def fit(cls, features: np.ndarray) -> Gaussian:
-        """Fit mean and unbiased covariance to features (sample, channel), of which there may be fewer than channels.
+        """Fit mean and unbiased covariance to features (sample, channel), of which there may be
+        fewer than channels.
 
         Raises:
             ValueError: fewer than two samples.
         """
         features = np.asarray(features, dtype=np.float64)
         if features.ndim != 2 or len(features) < MINIMUM_SAMPLES:
-            raise ValueError(f"Expected features of at least {MINIMUM_SAMPLES} samples, (sample, channel), not {features.shape}.")
+            raise ValueError(
+                f"Expected features of at least {MINIMUM_SAMPLES} samples, (sample, channel), not"
+                f" {features.shape}."
+            )
         mean = features.mean(axis=0)
-        _, values, directions = np.linalg.svd((features - mean) / np.sqrt(len(features) - 1), full_matrices=False)
+        _, values, directions = np.linalg.svd(
+            (features - mean) / np.sqrt(len(features) - 1), full_matrices=False
+        )
         return cls(mean, values[:, None] * directions)
 
 
 def wasserstein(first: Gaussian, second: Gaussian) -> float:
-    """Return the 2-Wasserstein distance, sqrt(|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))).
+    """Return the 2-Wasserstein distance, sqrt(|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2
+    C1^(1/2))^(1/2))).
 
-    The trace is the least squared distance between factors of the two covariances, one turned to meet the other (orthogonal
-    Procrustes). So nothing is subtracted that could cancel, no root is drawn of a singular matrix, and the distance of equal
-    Gaussians is zero to the last digits.
+    The trace is the least squared distance between factors of the two covariances, one turned to
+    meet the other (orthogonal Procrustes). So nothing is subtracted that could cancel, no root is
+    drawn of a singular matrix, and the distance of equal Gaussians is zero to the last digits.
     """
     rank = max(len(first.factor), len(second.factor))
-    one, other = (np.pad(gaussian.factor, ((0, rank - len(gaussian.factor)), (0, 0))) for gaussian in (first, second))
+    one, other = (
+        np.pad(gaussian.factor, ((0, rank - len(gaussian.factor)), (0, 0)))
+        for gaussian in (first, second)
+    )
     left, _, right = np.linalg.svd(one @ other.T)
     between_covariances = np.sum((one - left @ right @ other) ** 2)
     return float(np.sqrt(np.sum((first.mean - second.mean) ** 2) + between_covariances))
 
 
 def variety_energy(means: Sequence[np.ndarray]) -> float:
-    """Return F: of mean feature vectors (channel,), one per case, the mean over pairs of 1 / sqrt(squared distance + 1e-3)."""
-    return float(np.mean([1 / np.sqrt(np.sum((a - b) ** 2) + ENERGY_EPSILON) for a, b in combinations(means, 2)]))
+    """Return F: of mean feature vectors (channel,), one per case, the mean over pairs of 1 /
+    sqrt(squared distance + 1e-3)."""
+    return float(
+        np.mean(
+            [1 / np.sqrt(np.sum((a - b) ** 2) + ENERGY_EPSILON) for a, b in combinations(means, 2)]
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,8 @@ class LevelScore:
         consistency: W.
         class_distances: class to its mean distance over pairs of cases.
         energy: F.
-        score: their logarithm; None where W is zero or anything is not finite (features that do not vary, broken weights).
+        score: their logarithm; None where W is zero or anything is not finite (features that do not
+            vary, broken weights).
     """
 
     consistency: float
@@ -108,7 +129,9 @@ class LevelScore:
     score: float | None
 
 
-def score_level(classes: Mapping[int, Sequence[Gaussian]], means: Sequence[np.ndarray], definition: Definition) -> LevelScore:
+def score_level(
+    classes: Mapping[int, Sequence[Gaussian]], means: Sequence[np.ndarray], definition: Definition
+) -> LevelScore:
     """Score one level.
 
     Args:
@@ -116,7 +139,10 @@ def score_level(classes: Mapping[int, Sequence[Gaussian]], means: Sequence[np.nd
         means: mean feature vector (channel,) of each case, at least two.
         definition: which one.
     """
-    distances = {label: [wasserstein(*pair) for pair in combinations(cases, 2)] for label, cases in classes.items()}
+    distances = {
+        label: [wasserstein(*pair) for pair in combinations(cases, 2)]
+        for label, cases in classes.items()
+    }
     class_distances = {label: float(np.mean(values)) for label, values in distances.items()}
     if definition.published_sums:
         consistency = 0.0

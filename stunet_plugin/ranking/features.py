@@ -1,7 +1,9 @@
-"""Features of a network at voxels of a case: what its segmentation heads take in, read at sampled voxels alone.
+"""Features of a network at voxels of a case: what its segmentation heads take in, read at sampled
+voxels alone.
 
-The voxels are chosen first, from the labels; a sliding window then goes only where there are some, each voxel being read
-where a window has it nearest to its middle. Nothing of a window is kept but the features of its voxels.
+The voxels are chosen first, from the labels; a sliding window then goes only where there are some,
+each voxel being read where a window has it nearest to its middle. Nothing of a window is kept but
+the features of its voxels.
 """
 
 from __future__ import annotations
@@ -21,18 +23,23 @@ from torch.nn import functional
 from stunet_plugin.errors import PluginError
 
 FINEST_SAMPLES, FEWEST_SAMPLES = 400, 100
-"""Voxels per class and case at full resolution, and how few it becomes when halved from level to level (as published)."""
+"""Voxels per class and case at full resolution, and how few it becomes when halved from level to
+level (as published)."""
 
 
 def samples_of_levels(levels: int) -> list[int]:
-    """Return the number of sampled voxels per class and case of each level, the coarsest first: 100, 200, 400."""
+    """Return the number of sampled voxels per class and case of each level, the coarsest first:
+    100, 200, 400."""
     return [max(FINEST_SAMPLES >> step, FEWEST_SAMPLES) for step in range(levels)][::-1]
 
 
-def sample_voxels(segmentation: np.ndarray, labels: Sequence[int], case: str, seed: int) -> dict[int, np.ndarray]:
+def sample_voxels(
+    segmentation: np.ndarray, labels: Sequence[int], case: str, seed: int
+) -> dict[int, np.ndarray]:
     """Draw voxels of each label, without replacement; labels that the case lacks are left out.
 
-    The draw depends on seed, case and label alone, so that every network is asked about the same voxels.
+    The draw depends on seed, case and label alone, so that every network is asked about the same
+    voxels.
 
     Args:
         segmentation: (z, y, x).
@@ -41,7 +48,8 @@ def sample_voxels(segmentation: np.ndarray, labels: Sequence[int], case: str, se
         seed: of all draws.
 
     Returns:
-        Label to indices (voxel, 3), at most ``FINEST_SAMPLES``, in random order: the first ones serve the coarser levels.
+        Label to indices (voxel, 3), at most ``FINEST_SAMPLES``, in random order: the first ones
+        serve the coarser levels.
     """
     found = {}
     for label in labels:
@@ -54,7 +62,12 @@ def sample_voxels(segmentation: np.ndarray, labels: Sequence[int], case: str, se
 
 
 def read_features(
-    network: nn.Module, image: Tensor, voxels: Mapping[int, np.ndarray], patch_size: Sequence[int], step: float, levels: int
+    network: nn.Module,
+    image: Tensor,
+    voxels: Mapping[int, np.ndarray],
+    patch_size: Sequence[int],
+    step: float,
+    levels: int,
 ) -> list[dict[int, np.ndarray]]:
     """Return the features of sampled voxels at the finest levels of the decoder.
 
@@ -85,17 +98,29 @@ def read_features(
     with torch.inference_mode(), HeadInputs(network, levels) as heads:
         for start in np.unique(starts, axis=0):
             here = np.flatnonzero((starts == start).all(axis=1))
-            window = padded[(slice(None), *(slice(first, first + size) for first, size in zip(start, patch, strict=True)))]
+            window = padded[
+                (
+                    slice(None),
+                    *(slice(first, first + size) for first, size in zip(start, patch, strict=True)),
+                )
+            ]
             if len(patch_size) == 2:
                 window = window[:, 0]
-            places = torch.from_numpy((points[here] - start + 0.5) / patch).to(device, torch.float32)
+            places = torch.from_numpy((points[here] - start + 0.5) / patch).to(
+                device, torch.float32
+            )
             chosen = [here[rank[here] < count] for count in counts]
-            heads.places = [places[torch.from_numpy(rank[here] < count)][:, -len(patch_size) :] for count in counts]
+            heads.places = [
+                places[torch.from_numpy(rank[here] < count)][:, -len(patch_size) :]
+                for count in counts
+            ]
             network(window[None].to(device))
             for level, (found, indices) in enumerate(zip(heads.found, chosen, strict=True)):
                 all_of_them = features[level]
                 if all_of_them is None:
-                    all_of_them = features[level] = np.zeros((len(points), found.shape[1]), np.float32)
+                    all_of_them = features[level] = np.zeros(
+                        (len(points), found.shape[1]), np.float32
+                    )
                 all_of_them[indices] = found
     return [
         {value: of_level[(label == value) & (rank < count)] for value in voxels}
@@ -104,8 +129,11 @@ def read_features(
     ]
 
 
-def _window_starts(points: np.ndarray, size: Sequence[int], patch: Sequence[int], step: float) -> np.ndarray:
-    """For each point (point, 3) the first corner of the window that has it nearest to its middle."""
+def _window_starts(
+    points: np.ndarray, size: Sequence[int], patch: Sequence[int], step: float
+) -> np.ndarray:
+    """For each point (point, 3) the first corner of the window that has it nearest to its
+    middle."""
     # Along an axis with windows of one voxel (the slices of 2D networks) every voxel has its own.
     grid = compute_steps_for_sliding_window(tuple(size), tuple(patch), step)
     nearest = []
@@ -117,10 +145,12 @@ def _window_starts(points: np.ndarray, size: Sequence[int], patch: Sequence[int]
 
 
 class HeadInputs:
-    """Reads, at given places, what the finest segmentation heads of a network take in while it runs.
+    """Reads, at given places, what the finest segmentation heads of a network take in while it
+    runs.
 
     Attributes:
-        places: per level, coarsest first, (place, axis): fractions of the window, from 0 to 1; to be set before each run.
+        places: per level, coarsest first, (place, axis): fractions of the window, from 0 to 1; to
+            be set before each run.
         found: per level (place, channel), after the run.
     """
 
@@ -132,19 +162,31 @@ class HeadInputs:
 
     def __enter__(self) -> HeadInputs:
         for level, head in enumerate(self.heads):
-            self._hooks.append(head.register_forward_pre_hook(lambda _, inputs, level=level: self._read(level, inputs[0])))
+            self._hooks.append(
+                head.register_forward_pre_hook(
+                    lambda _, inputs, level=level: self._read(level, inputs[0])
+                )
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def _read(self, level: int, features: Tensor) -> None:
         """Interpolate features (1, channel, *spatial) at the places of a level."""
-        # grid_sample counts from -1 to 1 and from the last axis to the first; this is the rule of torch's interpolate.
+        # grid_sample counts from -1 to 1 and from the last axis to the first; this is the rule of
+        # torch's interpolate.
         grid = (2 * self.places[level] - 1).flip(1)
         grid = grid.view(1, *(1,) * (grid.shape[1] - 1), *grid.shape)
-        values = functional.grid_sample(features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        values = functional.grid_sample(
+            features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
         self.found[level] = values[0].flatten(1).T.cpu().numpy()
 
 
@@ -157,7 +199,7 @@ def head_modules(network: nn.Module) -> list[nn.Module]:
     heads = getattr(getattr(network, "decoder", None), "seg_layers", None)
     if not isinstance(heads, nn.ModuleList) or not len(heads):
         raise PluginError(
-            f"{type(network).__name__} has no segmentation heads in decoder.seg_layers, so there are no levels to compare. Rank "
-            f"networks of this plugin, or nnU-Net's own U-Nets."
+            f"{type(network).__name__} has no segmentation heads in decoder.seg_layers, so there"
+            " are no levels to compare. Rank networks of this plugin, or nnU-Net's own U-Nets."
         )
     return list(heads)

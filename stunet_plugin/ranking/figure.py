@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stunet_plugin.figures import plain_style, save_atomically
+from stunet_plugin.utils.figures import plain_style, save_atomically
 
 
 def save_ranking(scores: Sequence[tuple[str, float | None]], dataset: str, path: Path) -> None:
@@ -31,7 +31,13 @@ def save_ranking(scores: Sequence[tuple[str, float | None]], dataset: str, path:
         for place, (_, score) in zip(places, scores, strict=True):
             value = floor if score is None else score
             axis.barh(place, value - floor, left=floor, color="tab:blue")
-            axis.text(value + 0.01 * reach, place, "n/a" if score is None else f"{score:.2f}", va="center", fontsize=8)
+            axis.text(
+                value + 0.01 * reach,
+                place,
+                "n/a" if score is None else f"{score:.2f}",
+                va="center",
+                fontsize=8,
+            )
         axis.set_yticks(list(places), [name for name, _ in scores], fontsize=8)
         axis.set_xlim(floor, floor + 1.25 * reach)
         axis.set(xlabel="CCFV (higher ranks better)", title=f"Pretrained weights for {dataset}")

@@ -1,4 +1,5 @@
-"""What a user asked ``stunet rank`` for, checked as far as that goes without torch, so that a slip is told at once."""
+"""What a user asked ``stunet rank`` for, checked as far as that goes without torch, so that a slip
+is told at once."""
 
 from __future__ import annotations
 
@@ -12,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from stunet_plugin.checkpoints.file_formats import recognise
 from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
-from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.model_source import find_model
-from stunet_plugin.importing.names import PREPROCESSED
-from stunet_plugin.importing.plan_readers import read_json
-from stunet_plugin.importing.sources import HUB_PREFIX
-from stunet_plugin.spelling import did_you_mean
+from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.nnunet.names import PREPROCESSED
+from stunet_plugin.utils.files import read_json
+from stunet_plugin.weights.file_formats import recognise
+from stunet_plugin.weights.locate import HUB_PREFIX
+from stunet_plugin.weights.model_source import find_model
 
 RANDOM = "random"
 FEWEST_CASES = 2
@@ -28,11 +28,13 @@ FEWEST_CASES = 2
 
 @dataclass(frozen=True)
 class Named:
-    """Weights as the user gave them: a path (a folder, a file, or on the hub), or the trainer of a network with random ones.
+    """Weights as the user gave them: a path (a folder, a file, or on the hub), or the trainer of a
+    network with random ones.
 
     Attributes:
         name: in the ranking.
-        path, trainer: one of them is empty, both are for ``random``: random weights for every network among the others.
+        path, trainer: one of them is empty, both are for ``random``: random weights for every
+            network among the others.
     """
 
     name: str
@@ -60,7 +62,9 @@ class Named:
         """
         file = find_model(self.path).checkpoint
         if not file.is_file():
-            raise PluginError(f"{file}: there is no such file. Name a model folder of nnU-Net, or a checkpoint.")
+            raise PluginError(
+                f"{file}: there is no such file. Name a model folder of nnU-Net, or a checkpoint."
+            )
         return file
 
 
@@ -88,7 +92,8 @@ class RankOptions:
         """Take the options and check them.
 
         Raises:
-            PluginError: anything in them is wrong, or a file, dataset, case or plan that they name is not there.
+            PluginError: anything in them is wrong, or a file, dataset, case or plan that they name
+                is not there.
         """
         options = cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
         options._check_numbers_and_files()
@@ -114,7 +119,8 @@ class RankOptions:
 
     @cached_property
     def chosen_cases(self) -> tuple[str, ...]:
-        """The cases to look at, in the order of their names: those that are named, or drawn with the seed.
+        """The cases to look at, in the order of their names: those that are named, or drawn with
+        the seed.
 
         Raises:
             PluginError: the dataset lacks one, or they are fewer than two.
@@ -123,15 +129,26 @@ class RankOptions:
         if self.names is not None:
             unknown = sorted(set(self.names) - set(known))
             if unknown or len(set(self.names)) < FEWEST_CASES:
-                wrong = f"{self.raw.name} has no case {unknown[0]}" if unknown else f"{len(set(self.names))} case(s) make no pair"
+                wrong = (
+                    f"{self.raw.name} has no case {unknown[0]}"
+                    if unknown
+                    else f"{len(set(self.names))} case(s) make no pair"
+                )
                 hint = did_you_mean(unknown[0], known) if unknown else ""
-                raise PluginError(f"--names: {wrong}. Name at least {FEWEST_CASES} of its {len(known)} cases.{hint}")
+                raise PluginError(
+                    f"--names: {wrong}. Name at least {FEWEST_CASES} of its {len(known)}"
+                    f" cases.{hint}"
+                )
             return tuple(sorted(set(self.names)))
         if self.cases < FEWEST_CASES:
-            raise PluginError(f"--cases must be at least {FEWEST_CASES}, as pairs of cases are compared, not {self.cases}.")
+            raise PluginError(
+                f"--cases must be at least {FEWEST_CASES}, as pairs of cases are compared, not"
+                f" {self.cases}."
+            )
         if len(known) < FEWEST_CASES:
             raise PluginError(
-                f"{self.raw.name} has {len(known)} labelled case(s); at least {FEWEST_CASES} are needed, better ten."
+                f"{self.raw.name} has {len(known)} labelled case(s); at least {FEWEST_CASES} are"
+                " needed, better ten."
             )
         drawn = np.random.default_rng(self.seed).permutation(len(known))[: self.cases]
         return tuple(known[index] for index in sorted(drawn))
@@ -147,12 +164,16 @@ class RankOptions:
             return None
         file = self.preprocessed / f"{self.plans}.json" if self.preprocessed else None
         if file is None or not file.is_file():
-            others = sorted(path.stem for path in self.preprocessed.glob("*lans*.json")) if self.preprocessed else []
+            others = (
+                sorted(path.stem for path in self.preprocessed.glob("*lans*.json"))
+                if self.preprocessed
+                else []
+            )
             there = f" It has: {', '.join(others)}." if others else ""
             raise PluginError(
-                f"-p {self.plans}: {self.raw.name} has no such plans in {PREPROCESSED}.{there} Plan it "
-                f"(nnUNetv2_plan_and_preprocess, `stunet plan` or `stunet plan-like`), or leave -p out: each model then sees the "
-                f"images as in its own training."
+                f"-p {self.plans}: {self.raw.name} has no such plans in {PREPROCESSED}.{there} Plan"
+                " it (nnUNetv2_plan_and_preprocess, `stunet plan` or `stunet plan-like`), or leave"
+                " -p out: each model then sees the images as in its own training."
             )
         plans = read_json(file)
         check_configuration(plans, self.configuration, f"-p {self.plans}")
@@ -160,7 +181,9 @@ class RankOptions:
 
     def _check_numbers_and_files(self) -> None:
         if not 0 < self.step_size <= 1:
-            raise PluginError(f"--step-size must be above 0 and at most 1 patch, not {self.step_size:g}.")
+            raise PluginError(
+                f"--step-size must be above 0 and at most 1 patch, not {self.step_size:g}."
+            )
         if self.seed < 0:
             raise PluginError(f"--seed must be at least 0, not {self.seed}.")
         if self.levels is not None and self.levels < 1:
@@ -172,18 +195,28 @@ class RankOptions:
     def _check_candidates(self) -> None:
         for candidate in self.candidates:
             if candidate.trainer and self.plans is None:
-                raise PluginError(f"{RANDOM}:{candidate.trainer} has no plan of its own. Give one: -p PLANS (those of the dataset)")
+                raise PluginError(
+                    f"{RANDOM}:{candidate.trainer} has no plan of its own. Give one: -p PLANS"
+                    " (those of the dataset)"
+                )
             if candidate.path and not candidate.path.startswith(HUB_PREFIX):
                 recognise(candidate.file)
         alone = any(not candidate.path and not candidate.trainer for candidate in self.candidates)
         if alone and not any(candidate.path for candidate in self.candidates):
-            raise PluginError(f"'{RANDOM}' is to compare other weights with. Name some, or a network: {RANDOM}:TRAINER -p PLANS")
+            raise PluginError(
+                f"'{RANDOM}' is to compare other weights with. Name some, or a network:"
+                f" {RANDOM}:TRAINER -p PLANS"
+            )
         names = [candidate.name for candidate in self.candidates]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise PluginError(f"Two candidates are called {twice[0]}. Give them names of their own: NAME=PATH")
+            raise PluginError(
+                f"Two candidates are called {twice[0]}. Give them names of their own: NAME=PATH"
+            )
         if len(names) < 2:
-            raise PluginError(f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'.")
+            raise PluginError(
+                f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'."
+            )
 
 
 def check_configuration(plans: Mapping[str, Any], configuration: str, where: str) -> None:
@@ -191,4 +224,7 @@ def check_configuration(plans: Mapping[str, Any], configuration: str, where: str
     available = plans.get("configurations", {})
     if configuration not in available:
         hint = did_you_mean(configuration, available)
-        raise PluginError(f"{where} has no configuration {configuration!r}. Available: {', '.join(available)}. Set it: -c{hint}")
+        raise PluginError(
+            f"{where} has no configuration {configuration!r}. Available: {', '.join(available)}."
+            f" Set it: -c{hint}"
+        )

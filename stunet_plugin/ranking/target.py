@@ -1,4 +1,5 @@
-"""The labelled dataset that weights are ranked for: a few of its cases, prepared as a plan says, one at a time."""
+"""The labelled dataset that weights are ranked for: a few of its cases, prepared as a plan says,
+one at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +15,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from stunet_plugin.datasets.raw_dataset import RawDataset
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
-from stunet_plugin.unlabeled.reading import last_line
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,15 @@ class Target:
 
     @property
     def labels(self) -> dict[int, str]:
-        """Label values to names, background included and the ignore label left out; regions count by their labels."""
+        """Label values to names, background included and the ignore label left out; regions count
+        by their labels."""
         entries: dict[str, Any] = self.raw.description["labels"]
         manager = LabelManager(entries, self.raw.description.get("regions_class_order"))
-        names = {int(value): name for name, value in entries.items() if not isinstance(value, (list, tuple))}
+        names = {
+            int(value): name
+            for name, value in entries.items()
+            if not isinstance(value, (list, tuple))
+        }
         return {int(value): names.get(int(value), f"label {value}") for value in manager.all_labels}
 
     def cases(self, plan: Plan) -> Iterator[tuple[str, Tensor, np.ndarray]]:
@@ -50,7 +55,11 @@ class Target:
         if ready is not None:
             for name in self.chosen:
                 data, segmentation, _, _ = ready.load_case(name)
-                yield name, torch.from_numpy(np.asarray(data[:], dtype=np.float32)), np.asarray(segmentation[0])
+                yield (
+                    name,
+                    torch.from_numpy(np.asarray(data[:], dtype=np.float32)),
+                    np.asarray(segmentation[0]),
+                )
             return
         preprocessor = plan.chosen.preprocessor_class(verbose=False)
         by_name = {case.name: case for case in self.raw.cases}
@@ -58,15 +67,23 @@ class Target:
             images = [str(image) for image in by_name[name].images]
             label = str(by_name[name].label)
             try:
-                data, segmentation, _ = preprocessor.run_case(images, label, plan.manager, plan.chosen, self.raw.description)
+                data, segmentation, _ = preprocessor.run_case(
+                    images, label, plan.manager, plan.chosen, self.raw.description
+                )
             except Exception as error:  # each reader has its own
                 raise PluginError(
-                    f"Case {name} of {self.raw.name} cannot be prepared ({last_line(error)}). Mend it, or take others: --names"
+                    f"Case {name} of {self.raw.name} cannot be prepared ({last_line(error)}). Mend"
+                    " it, or take others: --names"
                 ) from error
-            yield name, torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), segmentation[0]
+            yield (
+                name,
+                torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)),
+                segmentation[0],
+            )
 
     def _preprocessed_cases(self, plan: Plan) -> Any:
-        """nnU-Net's dataset of preprocessed cases, None where it is not there or lacks one of ours."""
+        """nnU-Net's dataset of preprocessed cases, None where it is not there or lacks one of
+        ours."""
         # Of another dataset's plan the identifier may be the same, the data are not.
         if self.preprocessed is None or plan.plans.get("dataset_name") != self.raw.name:
             return None
@@ -84,6 +101,6 @@ def check_channels(raw: RawDataset, plans: Sequence[Plan]) -> None:
         schemes = plan.chosen.normalization_schemes
         if len(schemes) != len(raw.channels):
             raise PluginError(
-                f"{raw.name} has {len(raw.channels)} channel(s) ({', '.join(raw.channels)}), the plan {plan.name} is for "
-                f"{len(schemes)}. Give the dataset's own plans: -p PLANS"
+                f"{raw.name} has {len(raw.channels)} channel(s) ({', '.join(raw.channels)}), the"
+                f" plan {plan.name} is for {len(schemes)}. Give the dataset's own plans: -p PLANS"
             )

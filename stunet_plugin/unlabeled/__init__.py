@@ -1,1 +1,2 @@
-"""``stunet unlabeled``: folders of scans without labels become a dataset of nnU-Net, for pretraining."""
+"""``stunet unlabeled``: folders of scans without labels become a dataset of nnU-Net, for
+pretraining."""

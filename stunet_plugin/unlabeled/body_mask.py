@@ -1,18 +1,23 @@
-"""The body (foreground) of a scan as a mask, so that nnU-Net's intensity statistics and its sampling of patches rest on
-tissue rather than on air.
+"""The body (foreground) of a scan as a mask, so that nnU-Net's intensity statistics and its
+sampling of patches rest on tissue rather than on air.
 
 Steps, after the usual recipe (threshold, largest component, filled holes):
 
-1. Means over blocks of about 3 mm: the body is large, so the rest runs on a few million voxels whatever the scan, and noise
+1. Means over blocks of about 3 mm: the body is large, so the rest runs on a few million voxels
+whatever the scan, and noise
    is averaged out.
-2. A threshold: ``CT_THRESHOLD`` Hounsfield units for CT; for MR Otsu's on the square root of the intensities, because bright
+2. A threshold: ``CT_THRESHOLD`` Hounsfield units for CT; for MR Otsu's on the square root of the
+intensities, because bright
    fat would otherwise push dark muscle and liver to the side of the air.
-3. CT: an opening within the axial slices, which takes away the thin shells of the table and what lies on it, then a
+3. CT: an opening within the axial slices, which takes away the thin shells of the table and what
+lies on it, then a
    dilation within the threshold that gives the skin back.
-4. Components of at least ``COMPONENT_SHARE`` of the largest: two legs are a body, an arm's tourniquet is none.
-5. Holes filled slice by slice in the axial plane. In 3D the lungs and the bowel often are no holes: airways, and the first and
+4. Components of at least ``COMPONENT_SHARE`` of the largest: two legs are a body, an arm's
+tourniquet is none. 5. Holes filled slice by slice in the axial plane. In 3D the lungs and the bowel
+often are no holes: airways, and the first and
    last slice, connect them with the outside.
-6. Back to voxels: blocks whose neighbours all agree as a whole, those on the surface voxel by voxel, by the threshold.
+6. Back to voxels: blocks whose neighbours all agree as a whole, those on the surface voxel by
+voxel, by the threshold.
 """
 
 from __future__ import annotations
@@ -32,12 +37,15 @@ OPENING_RADIUS = 6.0
 """Millimetres."""
 COMPONENT_SHARE = 0.25
 AIR_TO_TISSUE = 0.3
-"""An MR whose dark voxels are on average brighter than this share of its bright ones shows no air: a crop within the body."""
+"""An MR whose dark voxels are on average brighter than this share of its bright ones shows no air:
+a crop within the body."""
 MINIMUM_SHARE = 0.005
 """Of all voxels; less is no body."""
 
 
-def body_mask(array: np.ndarray, spacing: Sequence[float], axial: int, modality: str) -> np.ndarray | None:
+def body_mask(
+    array: np.ndarray, spacing: Sequence[float], axial: int, modality: str
+) -> np.ndarray | None:
     """Return the body.
 
     Args:
@@ -49,7 +57,10 @@ def body_mask(array: np.ndarray, spacing: Sequence[float], axial: int, modality:
     Returns:
         Mask of the same shape, uint8 with 0 and 1, or None if there is no body.
     """
-    factors = [max(1, min(int(WORKING_SPACING / step), size)) for step, size in zip(spacing, array.shape, strict=True)]
+    factors = [
+        max(1, min(int(WORKING_SPACING / step), size))
+        for step, size in zip(spacing, array.shape, strict=True)
+    ]
     means = block_means(array, factors)
     threshold = CT_THRESHOLD if modality == CT else mr_threshold(means)
     if threshold is None:
@@ -69,11 +80,15 @@ def block_means(array: np.ndarray, factors: Sequence[int]) -> np.ndarray:
     """Return the means over blocks of voxels, float32; the last block of an axis may be smaller."""
     starts = [np.arange(0, size, factor) for size, factor in zip(array.shape, factors, strict=True)]
     means = np.empty([len(start) for start in starts], dtype=np.float32)
-    rows, columns = (np.diff(start, append=size) for start, size in zip(starts[1:], array.shape[1:], strict=True))
+    rows, columns = (
+        np.diff(start, append=size) for start, size in zip(starts[1:], array.shape[1:], strict=True)
+    )
     area = np.outer(rows, columns).astype(np.float32)
     for index, start in enumerate(starts[0]):
         slab = array[start : start + factors[0]].mean(axis=0, dtype=np.float32)
-        means[index] = np.add.reduceat(np.add.reduceat(slab, starts[1], axis=0), starts[2], axis=1) / area
+        means[index] = (
+            np.add.reduceat(np.add.reduceat(slab, starts[1], axis=0), starts[2], axis=1) / area
+        )
     return means
 
 
@@ -95,8 +110,8 @@ def mr_threshold(means: np.ndarray) -> float | None:
 
 
 def otsu(values: np.ndarray, bins: int = 256) -> float:
-    """Return the threshold with the largest variance between the two classes (N. Otsu, IEEE Trans. SMC 9, 1979), for values
-    in [0, 1]."""
+    """Return the threshold with the largest variance between the two classes (N. Otsu, IEEE Trans.
+    SMC 9, 1979), for values in [0, 1]."""
     counts, edges = np.histogram(values, bins=bins, range=(0, 1))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1].astype(np.float64)
@@ -111,13 +126,19 @@ def otsu(values: np.ndarray, bins: int = 256) -> float:
 
 
 def _without_table(tissue: np.ndarray, steps: Sequence[float], axial: int) -> np.ndarray:
-    radii = [0 if axis == axial else max(1, round(OPENING_RADIUS / step)) for axis, step in enumerate(steps)]
+    radii = [
+        0 if axis == axial else max(1, round(OPENING_RADIUS / step))
+        for axis, step in enumerate(steps)
+    ]
     opened = ndimage.binary_opening(tissue, _ellipsoid(radii))
     if not opened.any():
         # Nothing is thicker than the table: a finger, an animal.
         return tissue
     kept = _large_components(opened)
-    return ndimage.binary_dilation(kept, _ellipsoid([radius + (radius > 0) for radius in radii])) & tissue
+    return (
+        ndimage.binary_dilation(kept, _ellipsoid([radius + (radius > 0) for radius in radii]))
+        & tissue
+    )
 
 
 def _ellipsoid(radii: Sequence[int]) -> np.ndarray:
@@ -137,10 +158,14 @@ def _large_components(mask: np.ndarray) -> np.ndarray:
 
 
 def _fill_slices(mask: np.ndarray, axial: int) -> np.ndarray:
-    return np.stack([ndimage.binary_fill_holes(part) for part in np.moveaxis(mask, axial, 0)], axis=axial)
+    return np.stack(
+        [ndimage.binary_fill_holes(part) for part in np.moveaxis(mask, axial, 0)], axis=axial
+    )
 
 
-def _to_voxels(body: np.ndarray, array: np.ndarray, factors: Sequence[int], threshold: float) -> np.ndarray:
+def _to_voxels(
+    body: np.ndarray, array: np.ndarray, factors: Sequence[int], threshold: float
+) -> np.ndarray:
     if max(factors) == 1:
         return body.astype(np.uint8)
     block = np.ones((3, 3, 3), dtype=bool)
@@ -159,6 +184,9 @@ def _slabs(
     """Both masks at full resolution, one layer of blocks at a time."""
     for index, layers in enumerate(zip(inside, surface, strict=True)):
         whole, edge = (
-            np.repeat(np.repeat(layer, factors[1], axis=0), factors[2], axis=1)[: shape[1], : shape[2]] for layer in layers
+            np.repeat(np.repeat(layer, factors[1], axis=0), factors[2], axis=1)[
+                : shape[1], : shape[2]
+            ]
+            for layer in layers
         )
         yield index * factors[0], whole, edge

@@ -1,5 +1,6 @@
-"""What makes a scan unusable, seen from its header or its voxels. Each check raises :class:`UnusableError` with a reason that the
-report counts by and a detail that says what was found."""
+"""What makes a scan unusable, seen from its header or its voxels. Each check raises
+:class:`UnusableError` with a reason that the report counts by and a detail that says what was
+found."""
 
 from __future__ import annotations
 
@@ -11,14 +12,16 @@ import numpy as np
 from stunet_plugin.unlabeled.names import CT, MR
 
 MINIMUM_SIZE = 5
-"""Voxels on every axis; an image of one slice is no volume, and one of a few has nothing to learn from in 3D."""
+"""Voxels on every axis; an image of one slice is no volume, and one of a few has nothing to learn
+from in 3D."""
 MAXIMUM_VOXELS = 2**31
 SPACING_LIMITS = (0.05, 20.0)
 """Millimetres; outside of them the header is wrong or the image not one of a patient."""
 LABEL_MAP_VALUES = 16
 """An image with fewer values than this among the sampled voxels is a label map, not a scan."""
 MANY_LABELS, EQUAL_NEIGHBOURS = 256, 0.6
-"""With fewer values than the first, one is a label map if more than the second of neighbouring voxels are equal (real scans of
+"""With fewer values than the first, one is a label map if more than the second of neighbouring
+voxels are equal (real scans of
 8 bits: under 0.1; maps of organs: over 0.8)."""
 COMPARED_SLICES = 16
 SAMPLED_VOXELS = 200_000
@@ -56,13 +59,17 @@ def check_header(size: Sequence[int], spacing: Sequence[float], components: int)
     """
     text = " x ".join(map(str, size))
     if components > 1:
-        raise UnusableError("several values per voxel", f"{components} (colour, vector or complex image)")
+        raise UnusableError(
+            "several values per voxel", f"{components} (colour, vector or complex image)"
+        )
     if len(size) > 3:
         raise UnusableError("more than three axes", text)
     if len(size) < 3 or min(size) == 1:
         raise UnusableError("one slice", text)
     if min(size) < MINIMUM_SIZE:
-        raise UnusableError("too few slices", f"{text} voxels; at least {MINIMUM_SIZE} on every axis are needed")
+        raise UnusableError(
+            "too few slices", f"{text} voxels; at least {MINIMUM_SIZE} on every axis are needed"
+        )
     if math.prod(size) > MAXIMUM_VOXELS:
         raise UnusableError("too large", f"{text} voxels")
     low, high = SPACING_LIMITS
@@ -72,29 +79,34 @@ def check_header(size: Sequence[int], spacing: Sequence[float], components: int)
 
 
 def check_voxels(array: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Refuse images that hold no scan; return the lowest and highest value and a sample of the voxels (1D, about
-    ``SAMPLED_VOXELS``).
+    """Refuse images that hold no scan; return the lowest and highest value and a sample of the
+    voxels (1D, about ``SAMPLED_VOXELS``).
 
     Args:
         array: (z, y, x).
     """
     # NaN spreads through min and max, so they see all values that are not finite.
     low, high = float(array.min()), float(array.max())
-    if not (math.isfinite(low) and math.isfinite(high)) or max(abs(low), abs(high)) > np.finfo(np.float32).max:
+    if (
+        not (math.isfinite(low) and math.isfinite(high))
+        or max(abs(low), abs(high)) > np.finfo(np.float32).max
+    ):
         raise UnusableError("not finite", "NaN or infinite values")
     if low == high:
         raise UnusableError("constant", f"every voxel is {low:g}")
     step = max(1, int((array.size / SAMPLED_VOXELS) ** (1 / 3)))
     sample = array[::step, ::step, ::step].ravel()
     values = np.unique(sample).size
-    if values < LABEL_MAP_VALUES or (values < MANY_LABELS and _equal_neighbours(array, low, high) > EQUAL_NEIGHBOURS):
+    if values < LABEL_MAP_VALUES or (
+        values < MANY_LABELS and _equal_neighbours(array, low, high) > EQUAL_NEIGHBOURS
+    ):
         raise UnusableError("label map", f"{values} different values in large areas")
     return low, high, sample
 
 
 def _equal_neighbours(array: np.ndarray, low: float, high: float) -> float:
-    """Share of neighbours within slices that are equal, of those that are neither at the lowest nor the highest value (cut off
-    there)."""
+    """Share of neighbours within slices that are equal, of those that are neither at the lowest nor
+    the highest value (cut off there)."""
     slices = array[:: max(1, len(array) // COMPARED_SLICES)]
     shares = []
     for one, other in ((slices[:, 1:], slices[:, :-1]), (slices[:, :, 1:], slices[:, :, :-1])):
@@ -104,7 +116,8 @@ def _equal_neighbours(array: np.ndarray, low: float, high: float) -> float:
 
 
 def looks_like(low: float, sample: np.ndarray) -> str | None:
-    """Return ``CT`` or ``MR`` (also: anything else without Hounsfield units), or None where the values do not tell."""
+    """Return ``CT`` or ``MR`` (also: anything else without Hounsfield units), or None where the
+    values do not tell."""
     if ((sample >= AIR[0]) & (sample <= AIR[1])).mean() >= AIR_SHARE:
         return CT
     return MR if low > HIGHEST_CT_MINIMUM else None
@@ -116,7 +129,10 @@ def check_modality(modality: str, low: float, sample: np.ndarray) -> None:
     if seen is None or seen == modality:
         return
     if modality == CT:
-        raise UnusableError("not in Hounsfield units", f"lowest value {low:g}: another modality, or a CT stored with an offset")
+        raise UnusableError(
+            "not in Hounsfield units",
+            f"lowest value {low:g}: another modality, or a CT stored with an offset",
+        )
     raise UnusableError("another modality", "looks like CT: much of it is air in Hounsfield units")
 
 

@@ -1,4 +1,5 @@
-"""A picture of some cases with the outline of the body, for a look at what became of a folder of scans."""
+"""A picture of some cases with the outline of the body, for a look at what became of a folder of
+scans."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class SheetCase:
 
 
 def save_contact_sheet(cases: Sequence[SheetCase], modality: str, path: Path) -> str:
-    """Write a PNG with a row per case: the middle slices along each axis, in storage order, with the outline of the body.
+    """Write a PNG with a row per case: the middle slices along each axis, in storage order, with
+    the outline of the body.
 
     Args:
         cases: at least one.
@@ -58,7 +60,13 @@ def _draw(row: Sequence[Any], case: SheetCase, modality: str) -> None:
         middle = array.shape[axis] // 2
         vertical, horizontal = (spacing[other] for other in range(3) if other != axis)
         outline = np.take(mask, middle, axis=axis)
-        plot.imshow(np.take(array, middle, axis=axis), cmap="gray", vmin=low, vmax=high, aspect=vertical / horizontal)
+        plot.imshow(
+            np.take(array, middle, axis=axis),
+            cmap="gray",
+            vmin=low,
+            vmax=high,
+            aspect=vertical / horizontal,
+        )
         if outline.min() != outline.max():
             plot.contour(outline, levels=[0.5], colors="red", linewidths=0.8)
         title = f"{case.name}: body {mask.mean():.0%}" if axis == 0 else f"{plane}, slice {middle}"

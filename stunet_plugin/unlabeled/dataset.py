@@ -1,4 +1,5 @@
-"""The data set in nnUNet_raw: its folder, who may write to it, and giving the files of a case their places."""
+"""The data set in nnUNet_raw: its folder, who may write to it, and giving the files of a case their
+places."""
 
 from __future__ import annotations
 
@@ -13,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.importing.names import PREPROCESSED, RAW, RESULTS
-from stunet_plugin.registration import write_atomically
+from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.unlabeled.discovery import Source
+from stunet_plugin.unlabeled.image_files import is_in_place, points_to
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
 from stunet_plugin.unlabeled.names import DATASET_ENDINGS, DUPLICATE, MODALITIES
-from stunet_plugin.unlabeled.placing import LINK, is_in_place, points_to
-from stunet_plugin.unlabeled.prepare import Prepared, Settings
+from stunet_plugin.unlabeled.prepare_case import Prepared, Settings
+from stunet_plugin.utils.files import LINK, write_atomically, write_if_new
 
 LABELS = {"background": 0, "body": 1}
 READER = "SimpleITKIO"
-"""The reader that the scans were checked with; it takes files of all kinds, and the choice by ending would not take .nii."""
+"""The reader that the scans were checked with; it takes files of all kinds, and the choice by
+ending would not take .nii."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FORMAT = 1
 _MANIFEST = "manifest.jsonl"
@@ -59,17 +61,22 @@ class Dataset:
             if not base:
                 continue
             # nnU-Net's own look-up goes by this prefix.
-            others = [path.name for path in sorted(Path(base).glob(f"Dataset{self.dataset_id:03d}*")) if path.is_dir()]
+            others = [
+                path.name
+                for path in sorted(Path(base).glob(f"Dataset{self.dataset_id:03d}*"))
+                if path.is_dir()
+            ]
             others = [other for other in others if other != self.folder.name]
             if others:
                 raise PluginError(
-                    f"-d {self.dataset_id} is taken: {variable} has {others[0]}. Choose another -d"
-                    f"{', or its name with -n if it is one of unlabelled scans' if variable == RAW else ''}. Nothing was written."
+                    f"-d {self.dataset_id} is taken: {variable} has {others[0]}. Choose another"
+                    f" -d{', or its name with -n if it is one of unlabelled scans' if variable == RAW else ''}."
+                    " Nothing was written."
                 )
         if self.folder.exists() and not self._settings_file.is_file():
             raise PluginError(
-                f"-d {self.dataset_id} is taken: {self.folder} is there, and `stunet unlabeled` did not make it. Choose another "
-                "-d. Nothing was written."
+                f"-d {self.dataset_id} is taken: {self.folder} is there, and `stunet unlabeled` did"
+                " not make it. Choose another -d. Nothing was written."
             )
 
     @property
@@ -87,17 +94,27 @@ class Dataset:
         try:
             content = json.loads(self._settings_file.read_text())
             choice = Choice(content["modality"], content["file_ending"])
-            if choice.modality not in MODALITIES or choice.file_ending not in DATASET_ENDINGS or content["format"] != _FORMAT:
+            if (
+                choice.modality not in MODALITIES
+                or choice.file_ending not in DATASET_ENDINGS
+                or content["format"] != _FORMAT
+            ):
                 raise ValueError(f"not understood: {content}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PluginError(
-                f"{self._settings_file} is damaged ({error}). Move {self.folder} away, or choose another -d."
+                f"{self._settings_file} is damaged ({error}). Move {self.folder} away, or choose"
+                " another -d."
             ) from error
         return choice
 
     def begin(self, choice: Choice) -> None:
-        """Make the folder, which appears with its settings in it, so that it is known for ours; or begin anew in an empty one."""
-        content = {"format": _FORMAT, "modality": choice.modality, "file_ending": choice.file_ending}
+        """Make the folder, which appears with its settings in it, so that it is known for ours; or
+        begin anew in an empty one."""
+        content = {
+            "format": _FORMAT,
+            "modality": choice.modality,
+            "file_ending": choice.file_ending,
+        }
         text = json.dumps(content, indent=2) + "\n"
         if self.folder.exists():
             if self.choice() != choice:
@@ -121,7 +138,9 @@ class Dataset:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise PluginError(f"Another `stunet unlabeled` is writing to {self.folder}. Wait for it to end.") from error
+                raise PluginError(
+                    f"Another `stunet unlabeled` is writing to {self.folder}. Wait for it to end."
+                ) from error
             except OSError:
                 # Some network file systems have no locks.
                 pass
@@ -143,7 +162,10 @@ class Dataset:
 
     def files_of(self, case: str, choice: Choice) -> tuple[Path, Path]:
         """Image and label of a case."""
-        return self.images / f"{case}_0000{choice.file_ending}", self.labels / f"{case}{choice.file_ending}"
+        return (
+            self.images / f"{case}_0000{choice.file_ending}",
+            self.labels / f"{case}{choice.file_ending}",
+        )
 
     def has(self, case: str, choice: Choice) -> bool:
         """Whether the files of a case are in place."""
@@ -153,15 +175,19 @@ class Dataset:
         return Manifest(self.records / _MANIFEST, lambda record: self._is_complete(record, choice))
 
     def _is_complete(self, record: Record, choice: Choice) -> bool:
-        """Whether the files of a case are those of its record: its image may still lead to where the scan was before."""
+        """Whether the files of a case are those of its record: its image may still lead to where
+        the scan was before."""
         if not self.has(record.case, choice):
             return False
         leads_to = points_to(self.files_of(record.case, choice)[0])
-        expected = record.source if record.facts.get("image") == LINK else os.path.dirname(record.source)
+        expected = (
+            record.source if record.facts.get("image") == LINK else os.path.dirname(record.source)
+        )
         return leads_to is None or leads_to.startswith(expected)
 
     def is_done(self, source: Source, manifest: Manifest, choice: Choice) -> bool:
-        """Whether there is nothing left to do for a source; a duplicate is needed when the case that it equals leads nowhere."""
+        """Whether there is nothing left to do for a source; a duplicate is needed when the case
+        that it equals leads nowhere."""
         if not manifest.is_done(source.key, source.signature):
             return False
         duplicate = manifest.duplicate(source.key)
@@ -173,7 +199,8 @@ class Dataset:
     def commit(self, prepared: Prepared, manifest: Manifest, choice: Choice) -> Record:
         """Record what became of a source and give its files their places; return the record.
 
-        The record comes first and the image last: a kill in between leaves a last record without files, which the next run
+        The record comes first and the image last: a kill in between leaves a last record without
+            files, which the next run
         takes back, and never an image without a label.
         """
         record = prepared.record
@@ -185,13 +212,17 @@ class Dataset:
             is_new = False
             record = self._known_case(record, before, manifest.of_case(record.case))
         elif record.status == CASE and not is_new:
-            # The case with the same voxels, which the worker saw, was removed since: its source has changed.
-            record = replace(record, status=FAILED, case="", reason="changed during the run", detail="run again")
+            # The case with the same voxels, which the worker saw, was removed since: its source has
+            # changed.
+            record = replace(
+                record, status=FAILED, case="", reason="changed during the run", detail="run again"
+            )
         if record.status == FAILED and before is not None and before.status == CASE:
             # Out of reach for now; what was made of it stays.
             return record
         if before is not None and before.status == CASE and before.case != record.case:
-            # The file has other content now. Its old case would show the new voxels under the old label.
+            # The file has other content now. Its old case would show the new voxels under the old
+            # label.
             for path in self.files_of(before.case, choice):
                 path.unlink(missing_ok=True)
         manifest.append(record)
@@ -204,14 +235,21 @@ class Dataset:
         return record
 
     def _known_case(self, record: Record, before: Record | None, owner: Record | None) -> Record:
-        """The record of a source whose voxels are those of a case that is in place, and whose record so far is ``owner``."""
+        """The record of a source whose voxels are those of a case that is in place, and whose
+        record so far is ``owner``."""
         if before is not None and before.case == record.case:
             # The source of that case itself: its times have changed, its voxels have not.
             return replace(before, signature=record.signature)
         if owner is not None and not os.path.exists(owner.source):
             # It was moved.
             return replace(record, facts=owner.facts)
-        return replace(record, status=SKIPPED, reason=DUPLICATE, detail=f"same voxels as {record.case}", facts={})
+        return replace(
+            record,
+            status=SKIPPED,
+            reason=DUPLICATE,
+            detail=f"same voxels as {record.case}",
+            facts={},
+        )
 
     def write_description(self, choice: Choice, cases: int) -> None:
         """Write ``dataset.json``."""
@@ -222,7 +260,10 @@ class Dataset:
             "file_ending": choice.file_ending,
             "overwrite_image_reader_writer": READER,
             "name": self.folder.name,
-            "description": "Scans without labels, collected by `stunet unlabeled`. The label is a mask of the body.",
+            "description": (
+                "Scans without labels, collected by `stunet unlabeled`. The label is a mask of the"
+                " body."
+            ),
         }
         write_if_new(self.folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
@@ -233,12 +274,6 @@ class Dataset:
             return 0
         with os.scandir(self.images) as listing:
             return sum(entry.name.endswith(ending) for entry in listing)
-
-
-def write_if_new(path: Path, text: str) -> None:
-    """Write a text file, unless it says the same already."""
-    if not (path.is_file() and path.read_text() == text):
-        write_atomically(path, text)
 
 
 def new_raw_folder(dataset_id: int, name: str) -> Path:
@@ -253,5 +288,8 @@ def new_raw_folder(dataset_id: int, name: str) -> Path:
     if not 1 <= dataset_id <= 999:
         raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
     if not _NAME.fullmatch(name):
-        raise PluginError(f"-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not {name!r}.")
+        raise PluginError(
+            "-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not"
+            f" {name!r}."
+        )
     return Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"

@@ -1,5 +1,5 @@
-"""The series of a folder of DICOM files, from their headers. Every file is opened once, however many series there are: a
-folder may hold a whole archive."""
+"""The series of a folder of DICOM files, from their headers. Every file is opened once, however
+many series there are: a folder may hold a whole archive."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class _Slice:
 
 
 def series_of(folder: Source) -> list[Source]:
-    """Return the series of a folder, each with its slices in their order in space and with what is wrong with it.
+    """Return the series of a folder, each with its slices in their order in space and with what is
+    wrong with it.
 
-    Images of one series that differ in size or orientation, such as the planes of a localizer, become several.
+    Images of one series that differ in size or orientation, such as the planes of a localizer,
+    become several.
 
     Raises:
         UnusableError: the folder cannot be read at all, or none of its files is an image.
@@ -57,7 +59,10 @@ def series_of(folder: Source) -> list[Source]:
         stack, image = _image(reader, name)
         stacks[uid][stack].append(image)
     if not stacks:
-        raise UnusableError("no image", f"none of {len(others)} DICOM files can be read as one, for example {others[0]}")
+        raise UnusableError(
+            "no image",
+            f"none of {len(others)} DICOM files can be read as one, for example {others[0]}",
+        )
     series = []
     for uid, parts in sorted(stacks.items()):
         for number, (_, slices) in enumerate(sorted(parts.items()), start=1):
@@ -80,14 +85,19 @@ def _image(reader: Any, name: str) -> tuple[tuple[Any, ...], _Slice]:
         position = float(np.dot(normal, reader.GetOrigin()))
     # Written with few digits, so that noise in the last one does not make another stack.
     stack = (size[:2], tuple(np.round(direction.ravel(), 2) + 0.0))
-    return stack, _Slice(name, position, size, reader.GetNumberOfComponents(), _tag(reader, MODALITY))
+    return stack, _Slice(
+        name, position, size, reader.GetNumberOfComponents(), _tag(reader, MODALITY)
+    )
 
 
 def _series(folder: Source, label: str, slices: Sequence[_Slice], others: int) -> Source:
     ordered = sorted(slices, key=lambda one: (one.position, one.name))
     problem = _problem(ordered)
     if problem and others:
-        problem = problem[0], f"{problem[1]}; {others} of the folder's files cannot be read as images"
+        problem = (
+            problem[0],
+            f"{problem[1]}; {others} of the folder's files cannot be read as images",
+        )
     return replace(
         folder,
         kind=DICOM_SERIES,

@@ -1,4 +1,5 @@
-"""Finding scans: a walk through folders that holds one folder's listing at a time, however many scans there are."""
+"""Finding scans: a walk through folders that holds one folder's listing at a time, however many
+scans there are."""
 
 from __future__ import annotations
 
@@ -85,11 +86,16 @@ def scan_ending(name: str) -> str:
     return next((ending for ending in SCAN_ENDINGS if lower.endswith(ending)), "")
 
 
-def walk(folders: Sequence[str], exclude: Sequence[str], avoid: str | None = None, tally: Tally | None = None) -> Iterator[Source]:
+def walk(
+    folders: Sequence[str],
+    exclude: Sequence[str],
+    avoid: str | None = None,
+    tally: Tally | None = None,
+) -> Iterator[Source]:
     """Yield what may be scans, in an order that depends on the names alone.
 
-    Links to folders are followed, but not back into a folder that they lie in. Hidden files and folders (a leading dot) are
-    left out.
+    Links to folders are followed, but not back into a folder that they lie in. Hidden files and
+    folders (a leading dot) are left out.
 
     Args:
         folders: absolute paths.
@@ -97,7 +103,9 @@ def walk(folders: Sequence[str], exclude: Sequence[str], avoid: str | None = Non
         avoid: a folder to stay out of: the dataset that is being made.
         tally: is told what the walk meets.
     """
-    walker = _Walker(exclude, _identity(avoid) if avoid and os.path.isdir(avoid) else None, tally or Tally())
+    walker = _Walker(
+        exclude, _identity(avoid) if avoid and os.path.isdir(avoid) else None, tally or Tally()
+    )
     for folder in folders:
         yield from walker.walk(folder, ())
 
@@ -114,9 +122,14 @@ class _Walker:
             if identity in above or identity == self.avoid:
                 return
             with os.scandir(folder) as listing:
-                entries = sorted((entry for entry in listing if self._wanted(entry.name)), key=lambda entry: entry.name)
+                entries = sorted(
+                    (entry for entry in listing if self._wanted(entry.name)),
+                    key=lambda entry: entry.name,
+                )
         except OSError as error:
-            yield Source(folder, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True)
+            yield Source(
+                folder, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True
+            )
             return
         folders, dicom = [], []
         for entry in entries:
@@ -136,7 +149,9 @@ class _Walker:
             yield from self.walk(path, (*above, identity))
 
     def _wanted(self, name: str) -> bool:
-        return not name.startswith(".") and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        return not name.startswith(".") and not any(
+            fnmatchcase(name, pattern) for pattern in self.exclude
+        )
 
     def _dicom(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[Source]:
         if not _is_dicom(entries):
@@ -148,12 +163,18 @@ class _Walker:
         try:
             for entry in entries:
                 status = entry.stat()
-                digest.update(f"{entry.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+                digest.update(
+                    f"{entry.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode(
+                        errors="surrogateescape"
+                    )
+                )
         except OSError as error:
             problem = (CANNOT_OPEN, f"{entry.name}: {error.strerror}")
             yield Source(folder, DICOM_FOLDER, problem=problem, unreachable=True)
             return
-        yield Source(folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entry.name for entry in entries))
+        yield Source(
+            folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entry.name for entry in entries)
+        )
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -172,7 +193,9 @@ def _file_source(entry: os.DirEntry[str]) -> Source:
     try:
         status = entry.stat()
     except OSError as error:
-        return Source(entry.path, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True)
+        return Source(
+            entry.path, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True
+        )
     if not stat.S_ISREG(status.st_mode):
         # Opening a pipe would wait for ever.
         return Source(entry.path, problem=(CANNOT_OPEN, "not a file"), unreachable=True)

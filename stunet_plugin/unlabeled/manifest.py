@@ -1,4 +1,5 @@
-"""The record of what was done with every source: a line of JSON each, appended, so that a run can be killed at any moment.
+"""The record of what was done with every source: a line of JSON each, appended, so that a run can
+be killed at any moment.
 
 In memory stay a few numbers per source (hashes instead of names), never the lines.
 """
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 from stunet_plugin.unlabeled.names import DUPLICATE
 
 CASE, SKIPPED, FAILED, FOLDER = "case", "skipped", "failed", "folder"
-"""A case of the data set; unusable; not usable this time (tried again at the next run); a DICOM folder that is done."""
+"""A case of the data set; unusable; not usable this time (tried again at the next run); a DICOM
+folder that is done."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Record:
         return f"{self.source}\n{self.series}" if self.series else self.source
 
     def to_line(self) -> bytes:
-        content = {name: value for name, value in asdict(self).items() if value or name == "signature"}
+        content = {
+            name: value for name, value in asdict(self).items() if value or name == "signature"
+        }
         return json.dumps(content).encode() + b"\n"
 
     @classmethod
@@ -73,13 +77,15 @@ class _Known(NamedTuple):
 
 
 class Manifest:
-    """The records of a data set. The last one of a source is the valid one, and so is the last one of a case: a scan that was moved
-    is recorded anew, and what is known of its old place is forgotten."""
+    """The records of a data set. The last one of a source is the valid one, and so is the last one
+    of a case: a scan that was moved is recorded anew, and what is known of its old place is
+        forgotten."""
 
     def __init__(self, path: Path, is_complete: Callable[[Record], bool]) -> None:
         """Read what is there and make it ready for more.
 
-        A last line that was torn by a kill is cut off, and so is a last case whose files were not yet in place.
+        A last line that was torn by a kill is cut off, and so is a last case whose files were not
+        yet in place.
 
         Args:
             path: of the file, which need not exist.
@@ -147,7 +153,11 @@ class Manifest:
         """Whether a source was dealt with as it is now, for good."""
         number = _number(key)
         known = self._known.get(number)
-        return known is not None and known.signature == _number(signature) and number not in self._failures
+        return (
+            known is not None
+            and known.signature == _number(signature)
+            and number not in self._failures
+        )
 
     def last(self, key: str) -> Record | None:
         """The valid record of a source."""
@@ -177,7 +187,10 @@ class Manifest:
         Raises:
             OSError: the disk is full.
         """
-        if record.status == FAILED and self._failures.get(_number(record.key)) == record.reason + record.detail:
+        if (
+            record.status == FAILED
+            and self._failures.get(_number(record.key)) == record.reason + record.detail
+        ):
             return
         line = record.to_line()
         if self._file.write(line) != len(line):
@@ -210,4 +223,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _number(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
+    )

@@ -1,4 +1,5 @@
-"""Names and defaults of ``stunet unlabeled``. Imports nothing: every ``stunet`` command reads it."""
+"""Names and defaults of ``stunet unlabeled``. Imports nothing: every ``stunet`` command reads
+it."""
 
 from __future__ import annotations
 

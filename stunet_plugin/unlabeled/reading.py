@@ -1,7 +1,8 @@
 """Reading one scan: first bytes, header, voxels; each step refuses what the next need not see.
 
-nnU-Net will read the scans with SimpleITK, and so do we, but for the voxels of NIfTI files: ITK takes a NIfTI file that ends
-too early, or whose compressed stream is damaged, for a good one and leaves the rest of the voxels to chance.
+nnU-Net will read the scans with SimpleITK, and so do we, but for the voxels of NIfTI files: ITK
+takes a NIfTI file that ends too early, or whose compressed stream is damaged, for a good one and
+leaves the rest of the voxels to chance.
 """
 
 from __future__ import annotations
@@ -15,32 +16,14 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from stunet_plugin.errors import last_line
 from stunet_plugin.unlabeled.checks import UnreachableError, UnusableError, check_header
 from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source, scan_ending
 from stunet_plugin.unlabeled.names import CANNOT_OPEN, NIFTI, NIFTI_GZ
+from stunet_plugin.utils.geometry import Geometry
 
 GZIP_MAGIC = b"\x1f\x8b"
 READ_ON = 1 << 20
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the voxels are, in ITK's terms (millimetres, LPS, x first)."""
-
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    @property
-    def axial(self) -> int:
-        """The axis of an array (z, y, x) that runs most along the patient."""
-        return 2 - int(np.argmax(np.abs(self.direction[6:9])))
-
-    def apply_to(self, image: Any) -> None:
-        image.SetSpacing(self.spacing)
-        image.SetOrigin(self.origin)
-        image.SetDirection(self.direction)
 
 
 @dataclass(frozen=True)
@@ -87,7 +70,9 @@ def _read_file(path: str) -> Scan:
         reader.ReadImageInformation()
     except RuntimeError as error:
         if "orthonormal" in str(error):
-            raise UnusableError("skewed axes", "nnU-Net's reader takes axes at right angles only") from error
+            raise UnusableError(
+                "skewed axes", "nnU-Net's reader takes axes at right angles only"
+            ) from error
         raise UnusableError("unreadable", last_line(error)) from error
     size = reader.GetSize()
     while len(size) > 3 and size[-1] == 1:
@@ -103,7 +88,9 @@ def _read_file(path: str) -> Scan:
     except Exception as error:
         # Damaged files raise whatever they happen to break.
         what = f"{type(error).__name__}: {last_line(error)}"
-        raise UnusableError("unreadable", f"its header can be read, its voxels cannot ({what})") from error
+        raise UnusableError(
+            "unreadable", f"its header can be read, its voxels cannot ({what})"
+        ) from error
     return Scan(array, geometry, as_it_is=reader.GetDimension() == 3)
 
 
@@ -122,7 +109,10 @@ def _geometry(size: tuple[int, ...], image: Any) -> Geometry:
     axes = image.GetDimension()
     direction = np.reshape(image.GetDirection(), (axes, axes))[:3, :3]
     return Geometry(
-        tuple(size), tuple(image.GetSpacing()[:3]), tuple(image.GetOrigin()[:3]), tuple(float(value) for value in direction.ravel())
+        tuple(size),
+        tuple(image.GetSpacing()[:3]),
+        tuple(image.GetOrigin()[:3]),
+        tuple(float(value) for value in direction.ravel()),
     )
 
 
@@ -132,12 +122,15 @@ def _itk_voxels(path: str) -> np.ndarray:
 
 
 def _nifti_voxels(path: str) -> np.ndarray:
-    """Return the voxels with axes (z, y, x); reads to the end of the stream, where the checksum is."""
+    """Return the voxels with axes (z, y, x); reads to the end of the stream, where the checksum
+    is."""
     with open(path, "rb") as raw:
         compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
         raw.seek(0)
         file: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
-        image = nibabel.Nifti1Image.from_file_map(nibabel.Nifti1Image.make_file_map({"image": file}), mmap=False)
+        image = nibabel.Nifti1Image.from_file_map(
+            nibabel.Nifti1Image.make_file_map({"image": file}), mmap=False
+        )
         voxels = image.dataobj
         scaled = (voxels.slope, voxels.inter) != (1, 0)
         array = np.asarray(voxels, dtype=np.float32) if scaled else voxels.get_unscaled()
@@ -161,9 +154,3 @@ def _read_series(source: Source) -> Scan:
         raise UnusableError("unreadable", last_line(error)) from error
     check_header(image.GetSize(), image.GetSpacing(), image.GetNumberOfComponentsPerPixel())
     return Scan(sitk.GetArrayFromImage(image), _geometry(image.GetSize(), image), as_it_is=False)
-
-
-def last_line(error: BaseException) -> str:
-    """ITK's messages are long; the last line says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -1,4 +1,5 @@
-"""What people look at after a run: tables of cases and of what was left out, a summary, a picture."""
+"""What people look at after a run: tables of cases and of what was left out, a summary, a
+picture."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.unlabeled.contact_sheet import SheetCase, save_contact_sheet
-from stunet_plugin.unlabeled.dataset import Choice, Dataset, write_if_new
+from stunet_plugin.unlabeled.dataset import Choice, Dataset
 from stunet_plugin.unlabeled.discovery import Tally
+from stunet_plugin.unlabeled.image_files import is_in_place
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest, Record
 from stunet_plugin.unlabeled.names import CANNOT_OPEN
-from stunet_plugin.unlabeled.placing import is_in_place
-from stunet_plugin.unlabeled.pool import run_ordered
+from stunet_plugin.utils.files import write_if_new
+from stunet_plugin.utils.workers import run_ordered
 
 CASES, SKIPPED, SUMMARY, PICTURE = "cases.csv", "skipped.csv", "summary.json", "contact_sheet.png"
 SHEET_ROWS = 6
@@ -29,21 +31,29 @@ CASE_COLUMNS = ("case", "source", "series", "image", "size", "spacing", "lowest"
 SKIPPED_COLUMNS = ("source", "series", "reason", "detail", "tried_again")
 
 
-def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: Tally) -> Counter[str]:
+def write_reports(
+    dataset: Dataset, choice: Choice, manifest: Manifest, tally: Tally
+) -> Counter[str]:
     """Write the tables and the summary; return how many sources were left out, by reason.
 
-    Files that are right already are not touched. Cases that somebody removed from the data set are left out.
+    Files that are right already are not touched. Cases that somebody removed from the data set are
+    left out.
     """
     reasons: Counter[str] = Counter()
     number = missing = broken = 0
-    with _table(dataset.records / CASES, CASE_COLUMNS) as cases, _table(dataset.records / SKIPPED, SKIPPED_COLUMNS) as skipped:
+    with (
+        _table(dataset.records / CASES, CASE_COLUMNS) as cases,
+        _table(dataset.records / SKIPPED, SKIPPED_COLUMNS) as skipped,
+    ):
         for record in manifest.records():
             if record.status == CASE:
                 if not dataset.has(record.case, choice):
                     continue
                 number += 1
                 facts = {name: _flat(value) for name, value in record.facts.items()}
-                cases({"case": record.case, "source": record.source, "series": record.series, **facts})
+                cases(
+                    {"case": record.case, "source": record.source, "series": record.series, **facts}
+                )
                 if not os.path.exists(record.source):
                     missing += 1
                     broken += not is_in_place(dataset.files_of(record.case, choice)[0])
@@ -64,9 +74,10 @@ def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: T
     write_if_new(dataset.records / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if broken:
         print(
-            f"{broken} of the cases lead to scans that are not there any more. nnU-Net leaves such cases out without a word, or "
-            f"stops at them. Bring the scans back to where {dataset.records / CASES} says, or give the folder where they are now "
-            "with -i: the cases then lead there."
+            f"{broken} of the cases lead to scans that are not there any more. nnU-Net leaves such"
+            " cases out without a word, or stops at them. Bring the scans back to where"
+            f" {dataset.records / CASES} says, or give the folder where they are now with -i: the"
+            " cases then lead there."
         )
     return reasons
 
@@ -74,7 +85,8 @@ def write_reports(dataset: Dataset, choice: Choice, manifest: Manifest, tally: T
 def write_picture(dataset: Dataset, choice: Choice, manifest: Manifest) -> bool:
     """Draw some cases with their masks, in a worker process; return whether that worked.
 
-    The cases with the first names: names are hashes, so that is a random choice, and the same one every time.
+    The cases with the first names: names are hashes, so that is a random choice, and the same one
+        every time.
     """
     cases = (record.case for record in manifest.records() if record.status == CASE)
     names = heapq.nsmallest(SHEET_ROWS, (case for case in cases if dataset.has(case, choice)))
@@ -109,7 +121,8 @@ def _table(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[dict[str,
 
 
 def _opens_now(record: Record) -> bool:
-    """Whether this is about a folder that an earlier run could not open, and that can be opened now."""
+    """Whether this is about a folder that an earlier run could not open, and that can be opened
+    now."""
     of_folder = record.reason == CANNOT_OPEN and os.path.isdir(record.source)
     return of_folder and os.access(record.source, os.R_OK | os.X_OK)
 

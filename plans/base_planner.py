@@ -1,0 +1,272 @@
+"""What all planners of this project share on top of nnU-Net's own: an honest memory target, and
+data shared with nnUNetPlans.
+
+nnU-Net's planner does the planning (spacing, patch shape, cascade, normalisation). These classes
+replace its measure of memory, which knows U-Nets of at most 320 channels, by an estimate of the
+network's training step, and its architecture by that network. So a stock ``nnUNetTrainer`` trains
+from these plans too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
+    ExperimentPlanner,
+)
+from nnunetv2.paths import nnUNet_preprocessed
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.memory import GIGABYTE
+
+MIN_BATCH_SIZE = 2
+HOST_PLANS = "nnUNetPlans"
+"""Plans of nnU-Net's default planner, whose preprocessed data other planners of nnU-Net share."""
+
+
+class PluginPlanner(ExperimentPlanner):
+    """Base of the planners of this project.
+
+    A subclass says which network it plans for (:meth:`fit`) and what a training step of it takes
+    (:meth:`training_bytes`).
+
+    Args:
+        dataset_name_or_id: as everywhere in nnU-Net.
+        gpu_memory_target_in_gb: what a training step may take; None is the network's default.
+        preprocessor_name, overwrite_target_spacing, suppress_transpose: nnU-Net's own.
+        plans_name: None is the planner's own name for them.
+
+    Attributes:
+        network_name: what messages call the network.
+        default_plans_name: the planner's own name for its plans.
+        default_memory_gb: of the memory target.
+
+    Raises:
+        PluginError: the memory target is too small for this network, or an argument makes no sense.
+    """
+
+    network_name: ClassVar[str]
+    default_plans_name: ClassVar[str]
+    default_memory_gb: ClassVar[float]
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float | None = None,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str | None = None,
+        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        target = (
+            self.default_memory_gb if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb
+        )
+        if not 0 < target < np.inf:
+            raise PluginError(
+                f"-gpu_memory_target must be a number of gigabytes above 0, not {target}."
+            )
+        if overwrite_target_spacing is not None and not all(
+            0 < step < np.inf for step in overwrite_target_spacing
+        ):
+            raise PluginError(
+                "-overwrite_target_spacing takes three millimetres above 0, not"
+                f" {list(overwrite_target_spacing)}."
+            )
+        name = plans_name or self.default_plans_name
+        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith(
+            "."
+        ):
+            raise PluginError(
+                f"-overwrite_plans_name may hold letters, digits, '_', '-' and '.', not {name!r}."
+            )
+        super().__init__(
+            dataset_name_or_id,
+            target,
+            preprocessor_name,
+            name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
+        self._refuse_to_replace_plans_of_others()
+        self.UNet_min_batch_size = MIN_BATCH_SIZE
+        # nnU-Net shrinks the patch while estimate / reference_batch * 2 > reference, then takes
+        # reference / estimate * reference_batch as the batch. With an estimate in bytes of a batch
+        # of two, the target in bytes and a reference batch of two, that reads: shrink until a batch
+        # of two fits.
+        self.UNet_reference_val_corresp_bs_2d = self.UNet_reference_val_corresp_bs_3d = (
+            MIN_BATCH_SIZE
+        )
+        self.UNet_reference_val_corresp_GB = self.UNet_vram_target_GB
+        self.UNet_reference_val_2d = self.UNet_reference_val_3d = (
+            self.UNet_vram_target_GB * GIGABYTE
+        )
+        self._spacing: Sequence[float] = ()
+
+    # --- what a subclass says
+
+    def fit(
+        self,
+        spacing: Sequence[float],
+        patch_size: Sequence[int],
+        host_strides: Sequence[Sequence[int]],
+    ) -> tuple[list[int], dict[str, Any]]:
+        """Return the patch size and the ``architecture`` entry for what nnU-Net would plan.
+
+        Args:
+            spacing: of the configuration, mm, in the plan's axis order.
+            patch_size, host_strides: that nnU-Net's planner has in mind.
+        """
+        raise NotImplementedError
+
+    def training_bytes(
+        self,
+        architecture: dict[str, Any],
+        patch_size: Sequence[int],
+        batch_size: int,
+        input_channels: int,
+        output_channels: int,
+    ) -> float:
+        """Return the estimated peak of a training step."""
+        raise NotImplementedError
+
+    def advice_for_small_memory(self) -> str:
+        """What else to do than to raise the memory target; appended to a sentence."""
+        return ""
+
+    # --- nnU-Net's planner with these answers
+
+    def static_estimate_VRAM_usage(
+        self,
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict[str, Any],
+        arch_kwargs_req_import: Sequence[str],
+    ) -> float:
+        """Return the bytes of a training step with a batch of two (a method, so that it knows the
+        network)."""
+        fitted, architecture = self.fit(self._spacing, patch_size, arch_kwargs["strides"])
+        estimate = self.training_bytes(
+            architecture, fitted, MIN_BATCH_SIZE, input_channels, output_channels
+        )
+        # nnU-Net would go on shrinking to patches of no voxels.
+        if (
+            estimate > self.UNet_reference_val_3d
+            and max(patch_size) < 4 * self.UNet_featuremap_min_edge_length
+        ):
+            raise PluginError(
+                f"{self.network_name} does not fit into {self.UNet_vram_target_GB:g} GB: even a"
+                f" patch of {[int(size) for size in fitted]} with a batch of {MIN_BATCH_SIZE} takes"
+                f" about {estimate / GIGABYTE:.1f} GB. Raise -gpu_memory_target (default for this"
+                f" network: {self.default_memory_gb:g}){self.advice_for_small_memory()}."
+            )
+        return estimate
+
+    def get_plans_for_configuration(
+        self,
+        spacing: np.ndarray | tuple[float, ...] | list[float],
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict[str, Any]:
+        self._spacing = [float(step) for step in spacing]
+        # An empty cache: nnU-Net's knows an estimate by patch and strides, ours depends on the
+        # spacing too.
+        plan = super().get_plans_for_configuration(
+            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, {}
+        )
+        strides = plan["architecture"]["arch_kwargs"]["strides"]
+        plan["patch_size"], plan["architecture"] = self.fit(
+            self._spacing, plan["patch_size"], strides
+        )
+        plan["batch_size"] = self._batch_size(plan, approximate_n_voxels_dataset)
+        return plan
+
+    def _batch_size(self, plan: dict[str, Any], dataset_voxels: float) -> int:
+        """Largest batch that fits the target, within nnU-Net's share of the dataset and at least
+        two."""
+        channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+        patch, outputs = plan["patch_size"], len(self.dataset_json["labels"])
+        target = self.UNet_vram_target_GB * GIGABYTE
+        two, three = (
+            self.training_bytes(plan["architecture"], patch, batch, channels, outputs)
+            for batch in (2, 3)
+        )
+        fits = 2 + int(max(target - two, 0) / (three - two))
+        share = round(dataset_voxels * self.max_dataset_covered / np.prod(patch, dtype=np.float64))
+        if share < fits:
+            print(
+                f"{self.network_name}: a batch of {fits} would fit {self.UNet_vram_target_GB:g} GB,"
+                f" but nnU-Net allows {max(share, MIN_BATCH_SIZE)} (5 % of the voxels of the data"
+                f" set, and at least {MIN_BATCH_SIZE})."
+            )
+        return max(min(fits, share), MIN_BATCH_SIZE)
+
+    # --- names and data
+
+    def _refuse_to_replace_plans_of_others(self) -> None:
+        """Keep plans that this planner did not write, nnU-Net's own above all."""
+        file = Path(nnUNet_preprocessed, self.dataset_name, f"{self.plans_identifier}.json")
+        planner = load_json(str(file)).get("experiment_planner_used", "") if file.is_file() else ""
+        family = type(self).__name__.partition("_")[0]
+        if self.plans_identifier.startswith("nnUNet") or (
+            file.is_file() and not planner.startswith(family)
+        ):
+            raise PluginError(
+                f"The name {self.plans_identifier} belongs to plans of {planner or 'nnU-Net'},"
+                " which are kept. Choose another -overwrite_plans_name (default:"
+                f" {self.default_plans_name})."
+            )
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        """Share the data of ``nnUNetPlans`` where this plan preprocesses alike, as nnU-Net's ResEnc
+        planners do."""
+        own = f"{self.plans_identifier}_{configuration_name}"
+        if (
+            configuration_name not in ("2d", "3d_fullres")
+            or self.preprocessor_name != "DefaultPreprocessor"
+        ):
+            return own
+        if not np.allclose(
+            self._host_spacing(configuration_name), self._planned_spacing(configuration_name)
+        ):
+            return own
+        return f"{HOST_PLANS}_{configuration_name}"
+
+    def _planned_spacing(self, configuration_name: str) -> np.ndarray:
+        """Target spacing of this plan, in nnU-Net's transposed axis order."""
+        transpose, _ = self.determine_transpose()
+        spacing = np.asarray(self.determine_fullres_target_spacing())[transpose]
+        return spacing[1:] if configuration_name == "2d" else spacing
+
+    def _host_spacing(self, configuration_name: str) -> np.ndarray:
+        """Target spacing of ``nnUNetPlans``: from the file where there is one, else what the
+        default planner would take."""
+        file = Path(nnUNet_preprocessed, self.dataset_name, f"{HOST_PLANS}.json")
+        if file.is_file():
+            configuration = load_json(str(file))["configurations"].get(configuration_name)
+            if configuration and "spacing" in configuration:
+                return np.asarray(configuration["spacing"])
+        default = ExperimentPlanner(self.dataset_name, suppress_transpose=self.suppress_transpose)
+        transpose, _ = default.determine_transpose()
+        spacing = np.asarray(default.determine_fullres_target_spacing())[transpose]
+        return spacing[1:] if configuration_name == "2d" else spacing
+
+
+def hint_for_unknown(name: str, planners: Iterable[str]) -> str | None:
+    """Return a line for someone who asked for a planner of ours that does not exist, or None if it
+    is no such name."""
+    known = list(planners)
+    families = {planner.partition("Planner")[0] + "Planner" for planner in known}
+    if name in known or not name.startswith(tuple(families)):
+        return None
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    return f"stunet-plugin has no planner {name}. Planners: {', '.join(known)}.{hint}"

@@ -1,1 +1,0 @@
-"""Translation of published checkpoints, apart from the networks that they fit."""

@@ -1,0 +1,1 @@
+"""Commands of ``stunet``, one light file each."""

@@ -1,0 +1,1 @@
+"""``stunet crosseval``: models compared across datasets."""

@@ -1,1 +1,0 @@
-"""Published weights as nnU-Net v2 model folders: ``stunet import``, ``stunet inspect``, ``stunet plan-like``."""

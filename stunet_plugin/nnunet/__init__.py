@@ -1,0 +1,1 @@
+"""nnU-Net, as installed: registration, checks, commands, names."""

@@ -1,0 +1,1 @@
+"""Volume Fusion: pretraining without labels."""

@@ -1,0 +1,71 @@
+"""How well a network tells the fusion classes apart: counts over many draws, and the score that
+goes into a JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RECORD = "volume_fusion"
+"""Where dataset.json, and with it every pretext checkpoint, says how blocks were drawn; a
+segmentation's has no such entry."""
+
+
+def confusion_matrix(logits: Tensor, class_map: Tensor) -> Tensor:
+    """Count voxels by true and predicted class.
+
+    Args:
+        logits: (batch, class, *spatial).
+        class_map: (batch, *spatial), whole numbers.
+
+    Returns:
+        (true class, predicted class), int64, on the CPU.
+    """
+    classes = logits.shape[1]
+    pairs = class_map.flatten().long() * classes + logits.argmax(1).flatten()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
+
+
+def overlap_counts(confusion: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return true positives, false positives and false negatives of every class."""
+    hits = confusion.diagonal()
+    return hits.numpy(), (confusion.sum(0) - hits).numpy(), (confusion.sum(1) - hits).numpy()
+
+
+def dice_per_class(confusion: Tensor) -> list[float]:
+    """Return the Dice of every class; NaN for one that is neither there nor predicted."""
+    hits = confusion.diagonal().double()
+    return (2 * hits / (confusion.sum(0) + confusion.sum(1))).tolist()
+
+
+def pretext_score(confusions: Sequence[Tensor], class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the score over many draws, ready for a JSON.
+
+    Args:
+        confusions: one matrix per batch.
+        class_names: alpha of every class, as text.
+    """
+    total = torch.stack(list(confusions)).sum(0)
+    dice = dice_per_class(total)
+    means = [float(np.nanmean(dice_per_class(confusion))) for confusion in confusions]
+    share = torch.arange(len(total), dtype=torch.float64) / (len(total) - 1)
+    error = (share[:, None] - share[None]).abs()
+    return {
+        "dice_per_alpha": {
+            name: None if np.isnan(value) else value
+            for name, value in zip(class_names, dice, strict=True)
+        },
+        "mean_dice": float(np.nanmean(dice)),
+        "mean_dice_of_batches": {
+            "mean": float(np.mean(means)),
+            "standard_deviation": float(np.std(means)),
+            "batches": len(means),
+        },
+        "accuracy": float(total.diagonal().sum() / total.sum()),
+        "mean_absolute_error_of_alpha": float((total * error).sum() / total.sum()),
+        "confusion": {"rows": "true alpha", "columns": "predicted alpha", "voxels": total.tolist()},
+    }

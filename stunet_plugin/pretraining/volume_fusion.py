@@ -1,0 +1,350 @@
+"""Volume Fusion: two sub-volumes blended block by block; the network tells which share of a voxel
+is foreground.
+
+Papers: Wang et al., arXiv:2306.16925, section 3 ("2023" below), and IEEE TIP 34 (2025), doi
+    10.1109/TIP.2025.3610249
+("2025"). Published code: github.com/HiLab-git/PyMIC, read for facts, not copied.
+
+With K fusion classes beside the background, class map k(v) in {0, ..., K} and alpha = k / K::
+
+    image(v) = alpha(v) * foreground(v) + (1 - alpha(v)) * background(v)        target(v) = k(v) = K
+    * alpha(v)
+
+The network is trained on it as on a segmentation with K + 1 outputs. Random numbers are drawn in
+one place (``draw``), class maps (``class_maps``) and images (``fuse``) follow from them without
+chance.
+
+What differs from the published code: sizes are fractions of the patch, which the published numbers
+    are of [64, 128, 128],
+so that any patch works; a batch is fused at once, on the device where its sub-volumes are.
+
+Example::
+
+    fusion = VolumeFusion(classes=4, scheme=SCHEMES[2025])
+    image, class_map = fusion(foreground, background, torch.Generator().manual_seed(0))
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stunet_plugin.errors import PluginError
+
+Fraction = float | tuple[float, ...]
+"""Of a patch's axes: one number for all of them, or one for each."""
+
+PUBLISHED_CLASSES = 4
+INVERTED = 0.25
+"""Probability that both sub-volumes of a sample are inverted."""
+
+
+def _per_axis(fraction: Fraction, axes: int) -> tuple[float, ...]:
+    return fraction if isinstance(fraction, tuple) else (fraction,) * axes
+
+
+class Layout(Protocol):
+    """Where which fusion class is in one sample; drawn, and ready to be painted."""
+
+    def paint(self, class_map: Tensor) -> None:
+        """Write the classes into a class map of zeros, shape (*spatial), uint8."""
+
+
+class Scheme(Protocol):
+    """How layouts are drawn."""
+
+    def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Layout:
+        """Draw the layout of one sample."""
+
+    def size_range(self, patch_size: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the smallest and the largest size of a block in voxels, per axis."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes in the order of painting; ``lower`` and ``upper`` (exclusive) are voxels, one entry per
+    axis."""
+
+    lower: tuple[tuple[int, ...], ...]
+    upper: tuple[tuple[int, ...], ...]
+    classes: tuple[int, ...]
+
+    def paint(self, class_map: Tensor) -> None:
+        for lower, upper, fusion_class in zip(self.lower, self.upper, self.classes, strict=True):
+            class_map[tuple(map(slice, lower, upper))] = fusion_class
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of one size; ``classes`` holds the class of each, shape (tiles along each axis)."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    classes: Tensor
+
+    def paint(self, class_map: Tensor) -> None:
+        tiles = self.classes.to(device=class_map.device, dtype=class_map.dtype)
+        for axis, size in enumerate(self.size):
+            tiles = tiles.repeat_interleave(size, dim=axis)
+        inside = tuple(
+            slice(start, start + length)
+            for start, length in zip(self.offset, tiles.shape, strict=True)
+        )
+        class_map[inside] = tiles
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Sizes of blocks, uniform between two fractions of each axis of the patch, in whole voxels.
+
+    Raises:
+        PluginError: fractions that are not 0 < smallest <= largest <= 1.
+    """
+
+    smallest: Fraction
+    largest: Fraction
+
+    def __post_init__(self) -> None:
+        axes = max(
+            len(fraction) if isinstance(fraction, tuple) else 1
+            for fraction in (self.smallest, self.largest)
+        )
+        pairs = zip(_per_axis(self.smallest, axes), _per_axis(self.largest, axes), strict=True)
+        if not all(0 < smallest <= largest <= 1 for smallest, largest in pairs):
+            raise PluginError(
+                "Blocks of Volume Fusion need 0 < smallest <= largest <= 1 (fractions of the"
+                f" patch), not smallest {self.smallest} and largest {self.largest}. Set"
+                " STUNET_VF_SMALLEST and STUNET_VF_LARGEST, or unset them."
+            )
+
+    def size_range(self, patch_size: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the smallest and the largest size in voxels, per axis.
+
+        Raises:
+            PluginError: not even the largest block has a voxel on some axis.
+        """
+        smallest, largest = (
+            [
+                fraction * axis
+                for fraction, axis in zip(
+                    _per_axis(fractions, len(patch_size)), patch_size, strict=True
+                )
+            ]
+            for fractions in (self.smallest, self.largest)
+        )
+        # 0.29 * 100 is a little less than 29.
+        largest_voxels = [int(size + 1e-6) for size in largest]
+        if min(largest_voxels) < 1:
+            raise PluginError(
+                f"A patch of {list(patch_size)} voxels is too small for Volume Fusion: the largest"
+                f" block, {self.largest} of an axis, has no voxel. Plan a larger patch, or set"
+                f" STUNET_VF_LARGEST to {1 / min(patch_size):.2g} or more."
+            )
+        smallest_voxels = [
+            min(max(round(size), 1), most)
+            for size, most in zip(smallest, largest_voxels, strict=True)
+        ]
+        return smallest_voxels, largest_voxels
+
+    def draw_sizes(
+        self, count: int, patch_size: Sequence[int], generator: torch.Generator
+    ) -> list[list[int]]:
+        """Draw the sizes of ``count`` blocks, voxels per axis."""
+        smallest, largest = self.size_range(patch_size)
+        return _whole_numbers((count, len(patch_size)), smallest, largest, generator)
+
+
+@dataclass(frozen=True)
+class OverlappingBoxes(BlockSizes):
+    """Scheme of 2023: M boxes, M uniform, each with a class 1..K; later ones cover earlier ones,
+    the rest is class 0.
+
+    Centres are uniform over the voxels of the patch and boxes are cut at its border, as in the
+    published code.
+    Published: M from 10 to 40, in patch [64, 128, 128] depth 8 to 40 and the other axes 8 to 80.
+    """
+
+    smallest: Fraction = 1 / 16
+    largest: Fraction = 5 / 8
+    fewest: int = 10
+    most: int = 40
+
+    def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Boxes:
+        count = int(torch.randint(self.fewest, self.most + 1, (), generator=generator))
+        sizes = self.draw_sizes(count, patch_size, generator)
+        centres = _whole_numbers(
+            (count, len(patch_size)),
+            [0] * len(patch_size),
+            [axis - 1 for axis in patch_size],
+            generator,
+        )
+        starts = [
+            [centre - side // 2 for centre, side in zip(*box, strict=True)]
+            for box in zip(centres, sizes, strict=True)
+        ]
+        return Boxes(
+            lower=tuple(tuple(max(start, 0) for start in box) for box in starts),
+            upper=tuple(
+                tuple(
+                    min(start + side, axis)
+                    for start, side, axis in zip(*box, patch_size, strict=True)
+                )
+                for box in zip(starts, sizes, strict=True)
+            ),
+            classes=tuple(torch.randint(1, classes + 1, (count,), generator=generator).tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class TiledBlocks(BlockSizes):
+    """Scheme of 2025: one block size per sample tiles the patch; a share of the tiles (at least
+    one) gets a class 1..K, the rest is class 0.
+
+    Whole tiles only: as many as fit, at a random offset within what is left over, which stays class
+        0.
+    Published: 70 % of the tiles; each axis 8 to 32 voxels in patch [64, 128, 128]. As one fraction
+        for all axes that is 5/64
+    to 5/16, which gives blocks of the same volume on average.
+    """
+
+    smallest: Fraction = 5 / 64
+    largest: Fraction = 5 / 16
+    foreground: float = 0.7
+
+    def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Tiles:
+        size = self.draw_sizes(1, patch_size, generator)[0]
+        left_over = [axis % side for axis, side in zip(patch_size, size, strict=True)]
+        offset = _whole_numbers((1, len(size)), [0] * len(size), left_over, generator)[0]
+        grid = [axis // side for axis, side in zip(patch_size, size, strict=True)]
+        tiles = torch.zeros(grid, dtype=torch.uint8)
+        # Where a tile takes more than half of every axis there is only one, and 70 % of it would be
+        # none, in all samples.
+        blended = max(int(tiles.numel() * self.foreground), 1)
+        chosen = torch.randperm(tiles.numel(), generator=generator)[:blended]
+        tiles.view(-1)[chosen] = torch.randint(
+            1, classes + 1, (len(chosen),), generator=generator, dtype=torch.uint8
+        )
+        return Tiles(offset=tuple(offset), size=tuple(size), classes=tiles)
+
+
+SCHEMES: dict[int, OverlappingBoxes | TiledBlocks] = {2023: OverlappingBoxes(), 2025: TiledBlocks()}
+"""The published schemes, by the year of their paper."""
+DEFAULT_SCHEME = 2025
+
+
+@dataclass(frozen=True)
+class FusionDraw:
+    """Everything that is random about the fusion of a batch: a layout per sample, and which samples
+    are inverted."""
+
+    layouts: tuple[Layout, ...]
+    inverted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class VolumeFusion:
+    """Fuses batches of sub-volume pairs.
+
+    Attributes:
+        classes: K, fusion classes beside the background; 4 in every published run.
+        scheme: how blocks are drawn.
+        inverted: probability that a sample's two sub-volumes are both inverted (x to 1 - x).
+        standardise: turn every channel of a fused sample to mean 0 and standard deviation 1, as
+            nnU-Net's images have them, instead of the published range 0 to 1.
+
+    Raises:
+        PluginError: K is not from 1 to 255 (class maps are uint8).
+    """
+
+    classes: int = PUBLISHED_CLASSES
+    scheme: Scheme = SCHEMES[DEFAULT_SCHEME]
+    inverted: float = INVERTED
+    standardise: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.classes <= 255:
+            raise PluginError(
+                f"Volume Fusion needs 1 to 255 fusion classes, not {self.classes}. Published:"
+                f" {PUBLISHED_CLASSES}."
+            )
+
+    def __call__(
+        self, foreground: Tensor, background: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse a batch.
+
+        Args:
+            foreground, background: sub-volumes, (batch, channel, *spatial), values from 0 to 1. The
+                same alpha for all channels.
+            generator: on the CPU; the same state gives the same result on any device.
+
+        Returns:
+            image (batch, channel, *spatial), class map (batch, *spatial) uint8.
+        """
+        drawn = self.draw(len(foreground), foreground.shape[2:], generator)
+        class_map = self.class_maps(drawn, foreground.shape[2:], foreground.device)
+        return self.fuse(foreground, background, class_map, drawn.inverted), class_map
+
+    def draw(
+        self, batch_size: int, patch_size: Sequence[int], generator: torch.Generator
+    ) -> FusionDraw:
+        """Draw all random numbers for a batch."""
+        layouts = tuple(
+            self.scheme.draw(patch_size, self.classes, generator) for _ in range(batch_size)
+        )
+        inverted = torch.rand(batch_size, generator=generator) < self.inverted
+        return FusionDraw(layouts, tuple(inverted.tolist()))
+
+    @staticmethod
+    def class_maps(drawn: FusionDraw, patch_size: Sequence[int], device: torch.device) -> Tensor:
+        """Return k of every voxel, (batch, *spatial) uint8."""
+        class_maps = torch.zeros(
+            (len(drawn.layouts), *patch_size), dtype=torch.uint8, device=device
+        )
+        for class_map, layout in zip(class_maps, drawn.layouts, strict=True):
+            layout.paint(class_map)
+        return class_maps
+
+    def fuse(
+        self, foreground: Tensor, background: Tensor, class_map: Tensor, inverted: Sequence[bool]
+    ) -> Tensor:
+        """Return the images, (batch, channel, *spatial).
+
+        Where alpha is 0 or 1 they equal the background or foreground bit for bit: torch.lerp starts
+            from the nearer end.
+        """
+        alpha = class_map[:, None].to(foreground.dtype) / self.classes
+        images = torch.lerp(background, foreground, alpha)
+        for index in itertools.compress(range(len(images)), inverted):
+            # Inverting the blend is the same as blending the inverted sub-volumes.
+            images[index] = 1 - images[index]
+        if self.standardise:
+            spread, mean = torch.std_mean(images.flatten(2), dim=2)
+            shape = (*spread.shape, *[1] * (images.ndim - 2))
+            # A constant channel stays constant: a standard deviation far below any image's counts
+            # as none.
+            images = (images - mean.view(shape)) / spread.clamp(min=1e-6).view(shape)
+        return images
+
+    def class_names(self) -> list[str]:
+        """Return the alpha of each class as text: 0, 1/4, ..., 1."""
+        return ["0", *(f"{index}/{self.classes}" for index in range(1, self.classes)), "1"]
+
+
+def _whole_numbers(
+    shape: tuple[int, int],
+    lowest: Sequence[int],
+    highest: Sequence[int],
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Draw whole numbers, uniform from ``lowest`` to ``highest`` (included) of each column."""
+    low, high = torch.tensor(lowest), torch.tensor(highest)
+    # In float64 a draw just below 1 cannot round up to the next whole number.
+    shares = torch.rand(shape, generator=generator, dtype=torch.float64)
+    numbers: list[list[int]] = (low + shares * (high - low + 1)).long().tolist()
+    return numbers

@@ -1,0 +1,1 @@
+"""Files, geometry, workers, progress, validation, figures and devices."""

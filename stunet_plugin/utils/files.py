@@ -1,0 +1,133 @@
+"""Files: read, hashed, linked and written whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+
+MAX_JSON_BYTES = 16 * 1024**2
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is there as a whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".stunet_", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1024**2):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        PluginError: missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise PluginError(
+                f"{path} is refused: such files take a few kB, this one {path.stat().st_size}"
+                " bytes."
+            )
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PluginError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise PluginError(f"{path} holds a {type(content).__name__}, not a JSON object.")
+    return content
+
+
+_PIECE = 2**20
+"""Bytes that are read at a time."""
+
+
+def check_whole(path: Path) -> None:
+    """Read a compressed image to its end, where the checksum is: ITK fills what is missing of one
+    with zeros and says nothing.
+
+    Raises:
+        PluginError: it is cut off or damaged.
+    """
+    try:
+        with path.open("rb") as raw:
+            compressed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) as file:
+                while compressed and file.read(_PIECE):
+                    pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise PluginError(
+            f"{path} cannot be read: it is damaged or incomplete ({error}). Mend or remove the"
+            " case."
+        ) from error
+
+
+def link_or_copy(path: str, target: Path) -> str:
+    """Link to a file; where the file system has no symbolic links make a hard link, where it has
+    none either, a copy."""
+    for how, make in ((LINK, os.symlink), (HARD_LINK, os.link)):
+        try:
+            make(path, target)
+        except FileExistsError:
+            raise
+        except (OSError, NotImplementedError):
+            continue
+        return how
+    return copy_file(path, target)
+
+
+LINK, HARD_LINK, COPY = "link", "hard link", "copy"
+
+
+class OutputError(Exception):
+    """The data set cannot be written: a matter of the disk, not of the scan."""
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """Write a text file, unless it says the same already."""
+    if not (path.is_file() and path.read_text() == text):
+        write_atomically(path, text)
+
+
+def guarded(write: Any) -> None:
+    try:
+        write()
+    except (OSError, RuntimeError) as error:
+        strerror = getattr(error, "strerror", None)
+        raise OutputError(strerror or str(error).strip().splitlines()[-1]) from error
+
+
+def flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def copy_file(path: str, target: Path) -> str:
+    def copy() -> None:
+        shutil.copyfile(path, target)
+        flush(target)
+
+    guarded(copy)
+    return COPY

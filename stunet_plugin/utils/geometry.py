@@ -1,0 +1,170 @@
+"""Whether a prediction and its reference lie on the same voxels, and what to do where they do
+not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from stunet_plugin.errors import PluginError, last_line
+from stunet_plugin.utils.files import check_whole
+
+NEAR = 1e-3
+"""Headers agree if spacings, directions and (in voxels) origins do to this; programs write other
+last digits."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels are, in ITK's terms (millimetres, LPS, x first)."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    @property
+    def axial(self) -> int:
+        """The axis of an array (z, y, x) that runs most along the patient."""
+        return 2 - int(np.argmax(np.abs(self.direction[6:9])))
+
+    def apply_to(self, image: Any) -> None:
+        image.SetSpacing(self.spacing)
+        image.SetOrigin(self.origin)
+        image.SetDirection(self.direction)
+
+
+class Grid(Geometry):
+    """Where the voxels of an image lie, and whether another one's lie there too."""
+
+    @classmethod
+    def of(cls, image: Any) -> Grid:
+        """Of an image, or of a reader that has read the header."""
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+    def agrees(self, other: Grid) -> bool:
+        """Whether both have the same voxels in the same order."""
+        return self.size == other.size and all(
+            np.allclose(mine, theirs, rtol=0, atol=NEAR * scale)
+            for mine, theirs, scale in (
+                (self.spacing, other.spacing, min(self.spacing)),
+                (self.origin, other.origin, 10 * min(self.spacing)),
+                (self.direction, other.direction, 1.0),
+            )
+        )
+
+    @property
+    def orientation(self) -> str:
+        """Three letters such as LPS, as ITK names them: where each axis of the file comes closest
+        to."""
+        return (
+            sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
+            if len(self.size) == 3
+            else "2D"
+        )
+
+    def __str__(self) -> str:
+        shown = (
+            f"{' x '.join(map(str, self.size))} voxels",
+            f"spacing {_short(self.spacing)}",
+            f"origin {_short(self.origin)}",
+        )
+        return ", ".join((*shown, f"orientation {self.orientation}"))
+
+
+def grid_of(path: Path) -> Grid:
+    """Read the header of an image.
+
+    Raises:
+        PluginError: it cannot be read.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise PluginError(f"{path} cannot be read: {last_line(error)}") from error
+    return Grid.of(reader)
+
+
+def read_labels(path: Path) -> Any:
+    """Read a label map.
+
+    Raises:
+        PluginError: it cannot be read, is incomplete, or its values are no whole numbers.
+    """
+    check_whole(path)
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise PluginError(f"{path} cannot be read: {last_line(error)}") from error
+    if image.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64):
+        values = sitk.GetArrayViewFromImage(image)
+        if not np.array_equal(values, np.round(values)):
+            raise PluginError(
+                f"{path} is no label map: it holds values such as"
+                f" {values[values != np.round(values)][0]:g}."
+            )
+        image = sitk.Cast(image, sitk.sitkInt32)
+    return image
+
+
+def on_grid_of(prediction: Any, reference: Any) -> Any | None:
+    """Return the prediction in the order of the reference's voxels if they have the same voxels,
+    else None.
+
+    Axes that are stored in another order or direction (RAS against LPS) are turned, which changes
+    no voxel.
+    """
+    wanted = Grid.of(reference)
+    if Grid.of(prediction).agrees(wanted):
+        return prediction
+    if reference.GetDimension() != 3 or prediction.GetDimension() != 3:
+        return None
+    turned = sitk.DICOMOrient(prediction, wanted.orientation)
+    return turned if Grid.of(turned).agrees(wanted) else None
+
+
+def resampled(prediction: Any, reference: Any) -> Any:
+    """Return the prediction on the reference's grid, each voxel with the label of the nearest one;
+    0 outside."""
+    return sitk.Resample(
+        prediction,
+        reference,
+        sitk.Transform(),
+        sitk.sitkNearestNeighbor,
+        0,
+        prediction.GetPixelID(),
+    )
+
+
+def can_be_turned(one: Grid, other: Grid) -> bool:
+    """Whether two grids have the same voxels, perhaps in another order; from headers alone."""
+    if one.agrees(other):
+        return True
+    if len(one.size) != 3 or len(other.size) != 3:
+        return False
+    # The outermost voxels lie in the same places, whatever order they are stored in.
+    distances = np.linalg.norm(_corners(one)[:, None] - _corners(other)[None], axis=-1)
+    return sorted(one.size) == sorted(other.size) and bool(
+        distances.min(axis=0).max() <= 10 * NEAR * min(one.spacing)
+    )
+
+
+def _corners(grid: Grid) -> np.ndarray:
+    """Centres of the eight outermost voxels in mm, one per row."""
+    ends = np.array(np.meshgrid(*((0, size - 1) for size in grid.size))).reshape(3, -1)
+    steps = ends * np.reshape(grid.spacing, (3, 1))
+    places: np.ndarray = np.reshape(grid.direction, (3, 3)) @ steps + np.reshape(
+        grid.origin, (3, 1)
+    )
+    return places.T
+
+
+def _short(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"

@@ -1,0 +1,143 @@
+"""Taking values out of plans that nobody vouches for: each is checked for type and size where it is
+read."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+
+MAX_ENTRIES = 10_000
+"""No list in a plan that is read here has more entries."""
+
+
+class Fields:
+    """A dict of a file, with the file's name for messages.
+
+    Args:
+        values: the dict.
+        where: what messages call it, for example ``base_ep4k.model.pkl``.
+
+    Every getter raises :class:`PluginError` where the value is missing (unless a default is given)
+    or not what it must be.
+    """
+
+    _REQUIRED = object()
+
+    def __init__(self, values: object, where: str) -> None:
+        if not isinstance(values, Mapping):
+            raise PluginError(
+                f"{where} is a {type(values).__name__}, not a table of names and values."
+            )
+        self.values = values
+        self.where = where
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.values
+
+    def get(self, key: Any, default: Any = _REQUIRED) -> Any:
+        if key in self.values:
+            return self.values[key]
+        if default is Fields._REQUIRED:
+            names = ", ".join(str(name) for name in list(self.values)[:12])
+            raise PluginError(f"{self.where} has no {key!r}; its entries are: {names or 'none'}.")
+        return default
+
+    def fields(self, key: Any, default: Any = _REQUIRED) -> Fields:
+        return Fields(self.get(key, default), f"{self.where}, {key}")
+
+    def wrong(self, key: Any, expected: str) -> PluginError:
+        return PluginError(
+            f"{self.where}: {key} must be {expected}, not {reprlib.repr(self.values.get(key))}."
+        )
+
+    def integer(self, key: Any, minimum: int, default: Any = _REQUIRED) -> int:
+        value = self.get(key, default)
+        if not is_whole(value) or value < minimum:
+            raise self.wrong(key, f"a whole number of at least {minimum}")
+        return int(value)
+
+    def boolean(self, key: Any, default: Any = _REQUIRED) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, (bool, int)):
+            raise self.wrong(key, "true or false")
+        return bool(value)
+
+    def choice(self, key: Any, allowed: Collection[str], default: Any = _REQUIRED) -> str:
+        value = self.get(key, default)
+        if not isinstance(value, str) or value not in allowed:
+            raise self.wrong(key, f"one of {', '.join(allowed)}")
+        return value
+
+    def number(self, key: Any, default: Any = _REQUIRED) -> float:
+        value = self.get(key, default)
+        if not is_number(value):
+            raise self.wrong(key, "a finite number")
+        return float(value)
+
+    def positives(
+        self, key: Any, count: int, whole: bool, default: Any = _REQUIRED
+    ) -> tuple[Any, ...]:
+        """Return ``count`` positive numbers, whole ones as int."""
+        value = self.get(key, default)
+        kind = is_whole if whole else is_number
+        if (
+            not is_list(value)
+            or len(value) != count
+            or not all(kind(entry) and entry > 0 for entry in value)
+        ):
+            raise self.wrong(key, f"{count} positive {'whole ' if whole else ''}numbers")
+        return tuple(int(entry) if whole else float(entry) for entry in value)
+
+    def strides(self, key: Any, axes: int) -> tuple[tuple[int, ...], ...]:
+        value = self.get(key)
+        rows = (
+            [Fields({key: row}, self.where).positives(key, axes, whole=True) for row in value]
+            if is_list(value)
+            else []
+        )
+        if not rows:
+            raise self.wrong(key, f"a list with {axes} whole numbers for each pooling")
+        return tuple(rows)
+
+    def permutation(self, key: Any, axes: int, default: Any = _REQUIRED) -> tuple[int, ...]:
+        value = self.get(key, default)
+        if (
+            not is_list(value)
+            or not all(map(is_whole, value))
+            or sorted(value) != list(range(axes))
+        ):
+            raise self.wrong(key, f"an order of the axes {list(range(axes))}")
+        return tuple(int(axis) for axis in value)
+
+    def per_channel(self, key: Any, default: Any = _REQUIRED) -> dict[str, Any]:
+        """Return a table by channel; v1 keys channels by number, JSON by text, v2 lists them."""
+        value = self.get(key, default)
+        if is_list(value):
+            value = dict(enumerate(value))
+        if not isinstance(value, Mapping) or not value or len(value) > MAX_ENTRIES:
+            raise self.wrong(key, "one entry per channel")
+        table = {str(channel): entry for channel, entry in value.items()}
+        if set(table) != {str(channel) for channel in range(len(table))}:
+            raise self.wrong(key, "entries for the channels 0, 1, ...")
+        return {str(channel): table[str(channel)] for channel in range(len(table))}
+
+
+def is_list(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, (str, bytes))
+        and len(value) <= MAX_ENTRIES
+    )
+
+
+def is_whole(value: Any) -> bool:
+    # v1 plans hold sizes as floats at times (128.0).
+    return is_number(value) and float(value).is_integer()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,1 @@
+"""Weights: untrusted checkpoints read, identified, imported."""

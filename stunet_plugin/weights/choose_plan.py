@@ -1,0 +1,215 @@
+"""Which plan and which label names an imported checkpoint gets: the user's word first, then what
+lies nearest to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.topology import Strides
+from stunet_plugin.nnunet.names import AS_IN_FILE, CONFIGURATION, NIFTI_ENDINGS, TO_RAS
+from stunet_plugin.utils.validation import Fields
+from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights, Origin
+from stunet_plugin.weights.locate import PLANS_SUFFIX, Source
+from stunet_plugin.weights.misfm import PYMIC_ORIGINS
+from stunet_plugin.weights.output_labels import Labels
+from stunet_plugin.weights.published import published_checkpoint, published_labels, published_plan
+from stunet_plugin.weights.read_plans import (
+    plan_from_v1,
+    plan_from_v2,
+    read_plans_file,
+    with_dataset,
+)
+from stunet_plugin.weights.safe_loading import load_plans_pickle, plain_copy, plain_dict
+from stunet_plugin.weights.source_plan import ZSCORE, SourcePlan
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Plan options of ``stunet import``; each that is given replaces that part of the plan that is
+    found.
+
+    Attributes:
+        plans_file: plans.json of nnU-Net v2 or .pkl of v1.
+        spacing: mm per axis, in nnU-Net's order (z, y, x).
+        patch_size: voxels per axis.
+        strides: one text "2,2,2" per pooling, full resolution first.
+        mask_for_norm: normalise within the nonzero region alone.
+        reader: nnU-Net's reader and writer.
+    """
+
+    plans_file: str | None = None
+    spacing: Sequence[float] | None = None
+    patch_size: Sequence[int] | None = None
+    strides: Sequence[str] | None = None
+    mask_for_norm: bool = False
+    reader: str | None = None
+
+    @property
+    def says_how_images_were_prepared(self) -> bool:
+        return bool(self.plans_file or self.spacing or self.patch_size)
+
+    def apply(self, plan: SourcePlan) -> SourcePlan:
+        """Return the plan with the options in place of its own values."""
+        fields = Fields(
+            {"--spacing": self.spacing, "--patch-size": self.patch_size}, "the command line"
+        )
+        changes: dict[str, Any] = {}
+        if self.spacing is not None:
+            changes["spacing"] = fields.positives("--spacing", DIMENSIONS, whole=False)
+        if self.patch_size is not None:
+            changes["patch_size"] = fields.positives("--patch-size", DIMENSIONS, whole=True)
+        if self.strides is not None:
+            changes["poolings"] = parse_strides(self.strides)
+        if self.mask_for_norm:
+            changes["mask_for_norm"] = (True,) * plan.channels
+        if self.reader is not None:
+            changes["reader"] = self.reader
+            if self.reader.startswith("Nibabel") and plan.file_ending not in NIFTI_ENDINGS:
+                changes["file_ending"] = NIFTI_ENDINGS[0]
+        if set(changes) & {"spacing", "patch_size", "poolings"}:
+            changes["origin"] = (
+                f"{plan.origin}, with options" if plan.origin else "the command line"
+            )
+        return replace(plan, **changes)
+
+
+def choose_plan(
+    source: Source, checkpoint: Mapping[str, Any], weights: FoundWeights, options: PlanOptions
+) -> SourcePlan:
+    """Return the plan: ``--plans``, the ``.pkl`` beside the file, the checkpoint's own, the
+    published one, or the options.
+
+    Raises:
+        PluginError: none of them, with what to give.
+    """
+    dictated = weights.poolings
+    if dictated and options.strides:
+        network = weights.description.partition(" (")[0]
+        raise PluginError(
+            f"{network} has the strides {[list(step) for step in dictated]}. Leave --strides out."
+        )
+    plan = find_plan(source, checkpoint, weights, options.plans_file)
+    if plan is None and options.spacing and options.patch_size and (options.strides or dictated):
+        plan = _blank(weights)
+    if plan is not None:
+        plan = options.apply(plan)
+        return replace(plan, poolings=dictated) if dictated else plan
+    if dictated:
+        raise PluginError(
+            f"{source.checkpoint} does not say how its images were prepared. Give the spacing and"
+            " the patch size of that training: --spacing Z Y X --patch-size Z Y X (or --plans"
+            " FILE, a plans.json of nnU-Net v2)."
+        )
+    raise PluginError(
+        f"{source.checkpoint} does not say how its images were prepared: there is no"
+        f" {source.checkpoint.name}{PLANS_SUFFIX} beside it, no plan in it, and it is none of the"
+        " four published TotalSegmentator weights (small, base, large, huge; 1 channel, 105"
+        " outputs). Give --plans FILE (plans.json of nnU-Net v2, or the .pkl of v1), or all of"
+        " --spacing Z Y X --patch-size Z Y X --strides 2,2,2 2,2,2 ... (one per pooling)."
+    )
+
+
+def _blank(weights: FoundWeights) -> SourcePlan:
+    """Return a plan whose spacing, patch and strides are still to be set. Published trainings all
+    take a z-score per image."""
+    channels = weights.input_channels
+    return SourcePlan(
+        origin="",
+        spacing=(1.0,) * DIMENSIONS,
+        patch_size=(1,) * DIMENSIONS,
+        poolings=(),
+        normalization=(ZSCORE,) * channels,
+        mask_for_norm=(False,) * channels,
+        channel_names=tuple(f"channel_{channel}" for channel in range(channels)),
+        intensities=({},) * channels,
+        # PyMIC reads images as they lie in the file; TotalSegmentator's, which STU-Net was trained
+        # on, are all RAS.
+        reader=AS_IN_FILE if weights.origin in PYMIC_ORIGINS else TO_RAS,
+    )
+
+
+def find_plan(
+    source: Source,
+    checkpoint: Mapping[str, Any],
+    weights: FoundWeights,
+    plans_file: str | None = None,
+) -> SourcePlan | None:
+    """Return the plan that the user names, that lies beside or in the checkpoint, or the published
+    one; None if there is none."""
+    configuration = _configuration(checkpoint)
+    dataset = _entry_of_init(checkpoint, "dataset_json")
+    published = published_checkpoint(weights)
+    if plans_file:
+        found = read_plans_file(Path(plans_file), configuration)
+    elif source.plans_pickle and weights.origin is Origin.V1:
+        found = plan_from_v1(load_plans_pickle(source.plans_pickle), source.plans_pickle.name)
+    elif plans := _entry_of_init(checkpoint, "plans"):
+        found = plan_from_v2(plans, configuration, f"plans in {source.checkpoint.name}")
+    elif published and weights.origin is Origin.V1:
+        return published_plan(published)
+    else:
+        return None
+    if dataset:
+        return with_dataset(found, dataset, f"dataset_json in {source.checkpoint.name}")
+    # The .pkl of a published file says nothing about labels, but it is the published plan, whose
+    # labels are known.
+    same = published is not None and replace(found, origin="") == replace(
+        published_plan(published), origin="", published=False
+    )
+    return replace(found, published=same)
+
+
+def choose_labels(
+    source: Source,
+    checkpoint: Mapping[str, Any],
+    weights: FoundWeights,
+    plan: SourcePlan | None,
+    given: Sequence[str] | None,
+) -> Labels:
+    """Return the labels: ``--labels``, the checkpoint's own, the published ones, or numbers."""
+    if given:
+        return Labels.from_option(given)
+    dataset = _entry_of_init(checkpoint, "dataset_json")
+    if dataset:
+        return Labels.from_dataset(dataset, f"dataset_json in {source.checkpoint.name}")
+    if plan and plan.published:
+        return published_labels()
+    return Labels.numbered(weights.outputs)
+
+
+def parse_strides(texts: Sequence[str]) -> Strides:
+    """Read ``2,2,2`` and the like; a first entry of ones (v2 plans have one) is left out.
+
+    Raises:
+        PluginError: not three whole numbers each.
+    """
+    rows = []
+    for text in texts:
+        parts = text.split(",")
+        if len(parts) != DIMENSIONS or not all(
+            part.strip().isdigit() and int(part) > 0 for part in parts
+        ):
+            raise PluginError(f"--strides takes one entry such as 2,2,2 per pooling, not {text!r}.")
+        rows.append(tuple(int(part) for part in parts))
+    return tuple(rows[1:] if rows[0] == (1,) * DIMENSIONS else rows)
+
+
+def _entry_of_init(checkpoint: Mapping[str, Any], entry: str) -> dict[str, Any]:
+    """Return what an nnU-Net v2 checkpoint keeps of its trainer's arguments, empty where it has
+    none."""
+    value = _arguments(checkpoint).get(entry)
+    return plain_copy(value, f"{entry} in the checkpoint") if isinstance(value, dict) else {}
+
+
+def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = checkpoint.get("init_args")
+    return plain_dict(arguments) if isinstance(arguments, dict) else {}
+
+
+def _configuration(checkpoint: Mapping[str, Any]) -> str:
+    name = _arguments(checkpoint).get("configuration")
+    return name if isinstance(name, str) else CONFIGURATION

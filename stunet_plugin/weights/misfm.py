@@ -1,0 +1,253 @@
+"""Reading a PCT-Net or an FMUNet out of a checkpoint: of PyMIC, which trained the published
+weights, or of this plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.anisotropy import (
+    DIMENSIONS,
+    MODES,
+    NUM_LEVELS,
+    AnisotropyMode,
+    get_mode,
+)
+from stunet_plugin.networks.misfm_from_plan import FMUNET, PCTNET, MISFMNetwork, resolve_misfm
+from stunet_plugin.networks.misfm_presets import MODE_PURPOSES
+from stunet_plugin.networks.topology import Strides
+from stunet_plugin.weights.identify import (
+    FoundWeights,
+    Origin,
+    check_tensors,
+    find_origin,
+    plain_tensor,
+)
+from stunet_plugin.weights.input_channels import MEAN
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NETWORKS: dict[Origin, MISFMNetwork] = {
+    Origin.PCTNET: PCTNET,
+    Origin.OWN_PCTNET: PCTNET,
+    Origin.FMUNET: FMUNET,
+    Origin.OWN_FMUNET: FMUNET,
+}
+PYMIC_ORIGINS = (Origin.PCTNET, Origin.FMUNET)
+"""Checkpoints that say nothing of the plan they were trained with, nor what their outputs mean."""
+
+# Our modules whose convolutions show the width of each level, and where the attention heads of
+# levels 2 to 4 show.
+_STEM = "encoder.stages.0.0.weight"
+_WIDTHS = {
+    PCTNET: (_STEM, *(f"encoder.stages.{level}.1.conv.weight" for level in range(1, NUM_LEVELS))),
+    FMUNET: (_STEM, *(f"encoder.stages.{level}.0.conv.weight" for level in range(1, NUM_LEVELS))),
+}
+_TABLES = tuple(
+    f"encoder.stages.{level}.2.transformer.blocks.0.attention.relative_position_bias_table"
+    for level in range(2, NUM_LEVELS)
+)
+_KERNELS = {
+    PCTNET: (_STEM, "encoder.stages.1.1.conv.weight"),
+    FMUNET: (_STEM, "encoder.stages.1.1.units.0.conv.weight"),
+}
+_LAST_HEAD = f"decoder.seg_layers.{NUM_LEVELS - 2}.conv.weight"
+
+
+@dataclass(frozen=True)
+class MISFMWeights(FoundWeights):
+    """The weights of one mode's PCT-Net or FMUNet under this plugin's names.
+
+    Attributes:
+        network: which of the two.
+        mode: the anisotropy mode.
+        features: channels per level, full resolution first.
+        num_heads: attention heads of levels 2 to 4; empty for FMUNet.
+        outputs: 0 where the segmentation heads were left out, as an import of pretrained weights
+            does.
+    """
+
+    network: MISFMNetwork
+    mode: AnisotropyMode
+    features: tuple[int, ...]
+    num_heads: tuple[int, ...]
+
+    @property
+    def trainer(self) -> str:
+        return f"{self.network.name}Trainer"
+
+    @property
+    def plans_like(self) -> str:
+        return f"{self.network.plans}_like_mode{self.mode.number}"
+
+    @property
+    def published_size(self) -> bool:
+        return not self._unpublished()
+
+    @property
+    def description(self) -> str:
+        import torch
+
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in self.build().parameters())
+        size = "" if self.published_size else " of no published size"
+        return (
+            f"{self.network.name}{size} in mode {self.mode.number} (widths {list(self.features)}),"
+            f" {parameters:,} parameters, {self.input_channels} input channel(s),"
+            f" {f'{self.outputs} outputs' if self.outputs else 'heads left out'}"
+        )
+
+    @property
+    def stem_weights(self) -> tuple[str, ...]:
+        return (_STEM,)
+
+    @property
+    def default_stem(self) -> str:
+        return MEAN  # PCT-Net's batch norms have learned the stem's response, FMUNet's residuals pass it on
+
+    @property
+    def stages(self) -> int:
+        return NUM_LEVELS
+
+    @property
+    def poolings(self) -> Strides:
+        return self.mode.strides[1:]
+
+    def architecture(self, strides: Strides) -> dict[str, Any]:
+        entry = self.network.architecture(self.mode)
+        return {**entry, "arch_kwargs": {**entry["arch_kwargs"], **self._unpublished()}}
+
+    def check_plan(self, configuration: Mapping[str, Any]) -> None:
+        resolve_misfm(configuration, self.network, self.trainer)
+
+    def build(self) -> nn.Module:
+        """Return a network of these sizes with its initial weights."""
+        from torch import nn
+
+        network = _network_class(self.network)(
+            self.input_channels, self.outputs or 1, self.mode.number, **self._unpublished()
+        )
+        if not self.outputs:
+            network.decoder.seg_layers = nn.ModuleList()
+        return network
+
+    def without_heads(self) -> dict[str, Tensor]:
+        """Return the tensors that serve every task."""
+        return {name: tensor for name, tensor in self.tensors.items() if ".seg_layers." not in name}
+
+    def _unpublished(self) -> dict[str, Any]:
+        """Arguments of the network that are not its defaults."""
+        from stunet_plugin.networks import fmunet, pctnet
+
+        published = pctnet.FEATURES if self.network is PCTNET else fmunet.FEATURES
+        given: dict[str, Any] = (
+            {} if self.features == published else {"features_per_stage": list(self.features)}
+        )
+        if self.num_heads and self.num_heads != pctnet.NUM_HEADS:
+            given["num_heads"] = list(self.num_heads)
+        return given
+
+
+def read_misfm(checkpoint: Mapping[str, Any], path: Path, mode: int | None) -> MISFMWeights:
+    """Read a PCT-Net or an FMUNet out of a checkpoint.
+
+    Args:
+        checkpoint, path: as loaded, and its file.
+        mode: the anisotropy mode. A PyMIC checkpoint of PCT-Net holds all three, so it needs one;
+            all others hold one, which their kernels tell, so that None will do.
+
+    Raises:
+        PluginError: another network; unknown mode; missing, unknown or misshapen tensors.
+    """
+    origin, weights = find_origin(checkpoint, path)
+    network = NETWORKS[origin]
+    if mode is not None:
+        get_mode(mode)
+    elif origin is Origin.PCTNET:
+        raise PluginError(
+            f"{path} is a {origin.value}, which holds the stems and heads of all three anisotropy"
+            f" modes. Choose yours with --mode: {MODE_PURPOSES}. {network.name}Trainer prints the"
+            " mode that it takes for a plan."
+        )
+    try:
+        tensors = {str(name): value for name, value in weights.items()}
+        if origin in PYMIC_ORIGINS:
+            tensors = _translate(origin, tensors, mode)
+        found = _measure(
+            origin, network, {name: plain_tensor(name, value) for name, value in tensors.items()}
+        )
+        import torch
+
+        with torch.device("meta"):
+            check_tensors(
+                found.tensors, found.build(), f"a {network.name}", f"widths {list(found.features)}"
+            )
+    except PluginError as error:
+        raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
+    if mode is not None and found.mode.number != mode:
+        raise PluginError(
+            f"{path} holds a {network.name} in mode {found.mode.number}, not {mode}. Leave --mode"
+            " out."
+        )
+    return found
+
+
+def _translate(origin: Origin, published: dict[str, Any], mode: int | None) -> dict[str, Tensor]:
+    """Return the published tensors under our names, those of one mode."""
+    from stunet_plugin.weights import fmunet_keys, pctnet_keys
+
+    if origin is Origin.FMUNET:
+        return fmunet_keys.translate_state_dict(_plain(published))
+    return pctnet_keys.translate_state_dict(
+        _plain(pctnet_keys.used_in(published, mode or 0)), mode or 0
+    )
+
+
+def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: plain_tensor(name, value) for name, value in tensors.items()}
+
+
+def _network_class(network: MISFMNetwork) -> Any:
+    from stunet_plugin.networks.fmunet import FMUNet
+    from stunet_plugin.networks.pctnet import PCTNet
+
+    return PCTNet if network is PCTNET else FMUNet
+
+
+def _measure(origin: Origin, network: MISFMNetwork, tensors: dict[str, Tensor]) -> MISFMWeights:
+    """Read sizes and mode off names and shapes."""
+    tables = _TABLES if network is PCTNET else ()
+    has_heads = any(".seg_layers." in name for name in tensors)
+    convolutions = (*_WIDTHS[network], *_KERNELS[network], *((_LAST_HEAD,) if has_heads else ()))
+    missing = [name for name in (*convolutions, *tables) if name not in tensors]
+    if missing:
+        raise PluginError(
+            f"{len(missing)} tensors that tell its sizes are missing (for example {missing[0]})."
+        )
+    for name in convolutions:
+        if tensors[name].ndim != DIMENSIONS + 2:
+            raise PluginError(
+                f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with"
+                f" {DIMENSIONS} axes."
+            )
+    kernels = tuple(tuple(tensors[name].shape[2:]) for name in _KERNELS[network])
+    mode = next((mode for mode in MODES if mode.kernel_sizes[:2] == kernels), None)
+    if mode is None:
+        given = [list(kernel) for kernel in kernels]
+        raise PluginError(
+            f"the kernels of its first two levels are {given}, which are those of no mode."
+        )
+    return MISFMWeights(
+        origin,
+        tensors,
+        input_channels=int(tensors[_STEM].shape[1]),
+        outputs=int(tensors[_LAST_HEAD].shape[0]) if has_heads else 0,
+        network=network,
+        mode=mode,
+        features=tuple(int(tensors[name].shape[0]) for name in _WIDTHS[network]),
+        num_heads=tuple(int(tensors[name].shape[-1]) for name in tables),
+    )

@@ -1,0 +1,144 @@
+"""The weights that a training starts from: reading them, saying why they do not fit, and what was
+taken over."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from stunet_plugin.errors import PluginError
+
+
+def read_checkpoint(file: str, what: str) -> dict[str, Any]:
+    """Map a checkpoint of nnU-Net v2 into memory; weights are read when they are used.
+
+    nnU-Net's own loader unpickles the same file next, so nothing would be gained by a stricter
+    loader here.
+    """
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        checkpoint: dict[str, Any] = torch.load(
+            file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=False
+        )
+        if not all(
+            isinstance(value, torch.Tensor) for value in checkpoint["network_weights"].values()
+        ):
+            raise TypeError("network_weights holds something other than tensors")
+    except Exception as error:
+        raise PluginError(
+            f"{what} {file} is not a checkpoint of nnU-Net v2, or is damaged"
+            f" ({type(error).__name__}: {str(error)[:200]}). Published STU-Net weights become one"
+            " with `stunet import`; `stunet inspect` says what a file is."
+        ) from error
+    return checkpoint
+
+
+def describe_misfits(
+    network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool
+) -> str:
+    """Describe how weights differ from the network in names and shapes, and what to do; empty if
+    they fit.
+
+    Args:
+        network: to load them into; may be on the meta device.
+        weights: of a checkpoint.
+        heads_too: compare the segmentation heads as well, which fine-tuning leaves out.
+    """
+    own = {
+        name: tuple(value.shape)
+        for name, value in network.state_dict().items()
+        if heads_too or ".seg_layers." not in name
+    }
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    missing = [name for name in own if name not in given]
+    if missing:
+        return (
+            f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}). Are"
+            " these the weights of another network? `stunet inspect` says what a file is"
+        )
+    different = [name for name in own if given[name] != own[name]]
+    if not different:
+        surplus = [name for name in given if name not in own]
+        return (
+            f"it has tensors that this network lacks (for example {surplus[0]})"
+            if surplus and heads_too
+            else ""
+        )
+    name = different[0]
+    found = (
+        f"{len(different)} of {len(own)} tensors have another shape (for example {name}:"
+        f" {given[name]}, here {own[name]})"
+    )
+    if any(len(given[name]) != len(own[name]) for name in different):
+        return f"{found}. 2D weights do not fit a 3D configuration, nor the other way round"
+    stem = [f"{layer}.weight" for layer in getattr(network, "keys_to_in_proj", ())]
+    if all(name in stem for name in different):
+        return (
+            f"{found}. The weights take {given[name][1]} input channel(s), this data has"
+            f" {own[name][1]}: `stunet import --in-channels {own[name][1]}` makes weights that fit"
+        )
+    mode = getattr(network, "mode", None)
+    if mode is not None and any(given[name][:2] != own[name][:2] for name in different):
+        return (
+            f"{found}. The weights have other widths than the plan's network. `stunet inspect`"
+            " prints theirs; write them into the "
+            f'plans file, as "features_per_stage" in the arch_kwargs of the configuration\'s'
+            f" architecture"
+        )
+    if mode is not None:
+        return (
+            f"{found}. This network is in anisotropy mode {mode.number}: import weights for it"
+            f" (`stunet import --mode {mode.number}`; a FMUNet file holds one mode), or plan for"
+            " theirs"
+        )
+    return f"{found}. Use the trainer of the same size (its _ft variant), or weights of this size"
+
+
+def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any]) -> str:
+    """Say in one line what a network has taken over from a checkpoint; nnU-Net prints a page of
+    names instead.
+
+    A tensor counts as taken over if it equals the checkpoint's, so this says what is, not what was
+    meant.
+
+    Args:
+        own: weights of the network after loading, before the first step.
+        checkpoint: of nnU-Net v2.
+    """
+    given = checkpoint["network_weights"]
+    taken = [
+        name
+        for name, value in own.items()
+        if name in given
+        and given[name].shape == value.shape
+        and torch.equal(value.cpu(), given[name].to(value.dtype))
+    ]
+    left = [name for name in own if name not in taken]
+    others = [name for name in left if ".seg_layers." not in name]
+    share = sum(own[name].numel() for name in taken) / sum(value.numel() for value in own.values())
+    # Heads are small: rounding must not make "100 %" of all but them.
+    share = min(share, 0.999) if left else share
+    besides = f" and {len(others)} other(s), such as {others[0]}" if others else ""
+    return (
+        f"Pretrained weights: {len(taken)} of {len(own)} tensors ({share:.1%} of the weights) come"
+        f" from {checkpoint.get('trainer_name', 'an unknown trainer')}; {len(left)} start at"
+        f" random: {len(left) - len(others)} of the segmentation heads{besides}."
+    )
+
+
+def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
+    """Return the file after ``-pretrained_weights``, or None.
+
+    nnU-Net loads the file after it has initialised the trainer and does not tell the trainer which
+    one it is; the command line is the only place where a trainer can read it without patching
+    nnU-Net.
+    """
+    for index, argument in enumerate(arguments):
+        if argument == "-pretrained_weights" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("-pretrained_weights="):
+            return argument.partition("=")[2]
+    return None

@@ -1,0 +1,190 @@
+"""Reading an STU-Net out of a checkpoint of any origin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.from_plan import STUNET_CLASS, resolve_stunet
+from stunet_plugin.networks.presets import STUNetPreset, find_preset
+from stunet_plugin.networks.topology import Strides
+from stunet_plugin.weights.identify import (
+    DIMENSIONS,
+    FoundWeights,
+    Origin,
+    check_tensors,
+    find_origin,
+    plain_tensor,
+)
+from stunet_plugin.weights.input_channels import REPEAT
+from stunet_plugin.weights.stunet_keys import translate_state_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KERNEL_SIZE = 3
+
+STUNET_ORIGINS = (Origin.V1, Origin.V2_PORT, Origin.OWN)
+_HEAD = re.compile(r"decoder\.seg_layers\.(\d+)\.weight")
+_BLOCK = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.(\d+)\.conv1\.weight")
+
+
+@dataclass(frozen=True)
+class STUNetWeights(FoundWeights):
+    """The weights of an STU-Net under this plugin's names.
+
+    Attributes:
+        features: channels per stage, full resolution first.
+        blocks: residual blocks per encoder stage.
+        decoder_blocks: per decoder stage, deepest first.
+    """
+
+    features: tuple[int, ...]
+    blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+
+    @property
+    def preset(self) -> STUNetPreset | None:
+        """The size that these widths and depths are, None if they are none."""
+        preset = find_preset(self.features, self.blocks)
+        return preset if preset and self.decoder_blocks == preset.blocks_per_stage[:-1] else None
+
+    @property
+    def published_size(self) -> bool:
+        return self.preset is not None
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def trainer(self) -> str:
+        """The size's trainer, or the one that follows the plan."""
+        return f"STUNetTrainer_{self.preset.name}" if self.preset else "STUNetTrainer"
+
+    @property
+    def plans_like(self) -> str:
+        return f"STUNetPlans_like_{self.preset.name if self.preset else 'model'}"
+
+    @property
+    def description(self) -> str:
+        size = f"STU-Net {self.preset.name}" if self.preset else "an STU-Net of no published size"
+        return (
+            f"{size} (widths {list(self.features)}, blocks {list(self.blocks)}),"
+            f" {self.parameters:,} parameters, {self.input_channels} input channel(s),"
+            f" {self.outputs} outputs"
+        )
+
+    @property
+    def stem_weights(self) -> tuple[str, ...]:
+        return ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.shortcut.weight")
+
+    @property
+    def default_stem(self) -> str:
+        return REPEAT  # as the authors do
+
+    @property
+    def stages(self) -> int:
+        return len(self.features)
+
+    def architecture(self, strides: Strides) -> dict[str, Any]:
+        return {
+            "network_class_name": STUNET_CLASS,
+            "arch_kwargs": {
+                "n_stages": self.stages,
+                "features_per_stage": list(self.features),
+                "conv_op": f"torch.nn.modules.conv.Conv{DIMENSIONS}d",
+                "kernel_sizes": [[KERNEL_SIZE] * DIMENSIONS for _ in range(self.stages)],
+                "strides": [list(stage) for stage in strides],
+                "n_blocks_per_stage": list(self.blocks),
+                "n_blocks_per_stage_decoder": list(self.decoder_blocks),
+            },
+            "_kw_requires_import": ["conv_op"],
+        }
+
+    def check_plan(self, configuration: Mapping[str, Any]) -> None:
+        resolve_stunet(configuration, self.preset, self.trainer)
+
+
+def read_stunet(checkpoint: Mapping[str, Any], path: Path) -> STUNetWeights:
+    """Read the STU-Net out of a checkpoint.
+
+    Raises:
+        PluginError: another network; missing, unknown or misshapen tensors.
+    """
+    origin, weights = find_origin(checkpoint, path)
+    if origin not in STUNET_ORIGINS:
+        raise PluginError(
+            f"{path} is a {origin.value} ({len(weights)} tensors). This command takes STU-Net:"
+            " checkpoints of nnU-Net v1 (.model), of the published v2 port and of this plugin"
+            " (.pth)."
+        )
+    try:
+        translated = weights if origin is Origin.OWN else translate_state_dict(weights)
+        found = _measure(
+            origin,
+            {str(name): plain_tensor(str(name), value) for name, value in translated.items()},
+        )
+        _check_shapes(found)
+    except PluginError as error:
+        raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
+    return found
+
+
+def _measure(origin: Origin, tensors: dict[str, Tensor]) -> STUNetWeights:
+    """Read sizes off names and shapes."""
+    blocks: dict[tuple[str, int], set[int]] = {}
+    for part, stage, block in (match.groups() for match in map(_BLOCK.fullmatch, tensors) if match):
+        blocks.setdefault((part, int(stage)), set()).add(int(block))
+    stages = sum(part == "encoder" for part, _ in blocks)
+    expected = [("encoder", stage) for stage in range(stages)] + [
+        ("decoder", stage) for stage in range(stages - 1)
+    ]
+    if (
+        stages < 2
+        or sorted(blocks) != sorted(expected)
+        or any(found != set(range(len(found))) for found in blocks.values())
+    ):
+        raise PluginError(
+            f"its stages are not those of an STU-Net ({stages} in the encoder,"
+            f" {len(blocks) - stages} in the decoder)."
+        )
+    heads = {int(match.group(1)) for match in map(_HEAD.fullmatch, tensors) if match}
+    if heads != set(range(stages - 1)):
+        raise PluginError(
+            f"it has {len(heads)} segmentation heads; an STU-Net of {stages} stages has"
+            f" {stages - 1}."
+        )
+    firsts = [f"{part}.stages.{stage}.0.conv1.weight" for part, stage in expected]
+    for name in (*firsts, f"decoder.seg_layers.{stages - 2}.weight"):
+        if tensors[name].ndim != DIMENSIONS + 2:
+            raise PluginError(
+                f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with"
+                f" {DIMENSIONS} axes."
+            )
+    return STUNetWeights(
+        origin,
+        tensors,
+        input_channels=int(tensors[firsts[0]].shape[1]),
+        outputs=int(tensors[f"decoder.seg_layers.{stages - 2}.weight"].shape[0]),
+        features=tuple(int(tensors[name].shape[0]) for name in firsts[:stages]),
+        blocks=tuple(len(blocks["encoder", stage]) for stage in range(stages)),
+        decoder_blocks=tuple(len(blocks["decoder", stage]) for stage in range(stages - 1)),
+    )
+
+
+def _check_shapes(found: STUNetWeights) -> None:
+    """Hold names and shapes against the network of these sizes, built without memory."""
+    import torch
+
+    from stunet_plugin.networks.stunet import STUNet
+
+    no_strides = ((1,) * DIMENSIONS,) * found.stages
+    arguments = found.architecture(no_strides)["arch_kwargs"] | {"conv_op": torch.nn.Conv3d}
+    with torch.device("meta"):
+        network = STUNet(found.input_channels, found.outputs, **arguments)
+    check_tensors(found.tensors, network, "an STU-Net", f"widths {list(found.features)}")

@@ -1,0 +1,370 @@
+"""Parts of `stunet crosseval`: what is compared, scoring of files, statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import stats
+
+from stunet_plugin.crosseval.comparison import (
+    PAIR,
+    SHARED,
+    Rules,
+    ScoredClass,
+    describe,
+    dropped,
+    pair_up,
+)
+from stunet_plugin.crosseval.inputs import Case, Dataset, Model, read_dataset
+from stunet_plugin.crosseval.measures import ASSD, DSC, MEASURES, NSD
+from stunet_plugin.crosseval.results import PairScores, Results
+from stunet_plugin.crosseval.scoring import CaseScores, CaseTask, score_case
+from stunet_plugin.crosseval.statistics import estimate, holm, mean_by_case, wilcoxon
+from stunet_plugin.datasets.label_systems import LabelSystem, load_label_system, map_labels
+from stunet_plugin.errors import PluginError
+
+# --- which classes
+
+
+def model(name: str, labels: str | LabelSystem) -> Model:
+    system = load_label_system(labels) if isinstance(labels, str) else labels
+    return Model(name, Path(name), ("0",), "checkpoint_final.pth", True, 0.5, system, ("CT",))
+
+
+def dataset(name: str, labels: str | LabelSystem, cases: int = 1) -> Dataset:
+    files = tuple(Case(f"case{number}", (Path("i"),), Path("r")) for number in range(cases))
+    system = load_label_system(labels) if isinstance(labels, str) else labels
+    return Dataset(name, system, ".nii.gz", files)
+
+
+def test_shared_classes_and_those_of_each_pair() -> None:
+    models, datasets = (
+        [model("T", "TotalSegmentator-v2")],
+        [dataset("F", "FLARE22"), dataset("A", "AbdomenCT-1K")],
+    )
+    shared = pair_up(models, datasets, Rules(SHARED))
+    assert [{scored.name for scored in pair.classes} for pair in shared] == [
+        {"liver", "kidney", "spleen", "pancreas"}
+    ] * 2
+    kidney = next(scored for scored in shared[0].classes if scored.name == "kidney")
+    assert (kidney.in_reference, kidney.in_prediction, kidney.tolerance) == ((2, 13), (2, 3), 3)
+    assert "aorta" in shared[0].only_in_dataset
+    assert shared[1].only_in_dataset == ()
+    by_pair = pair_up(models, datasets, Rules(PAIR))
+    assert [len(pair.classes) for pair in by_pair] == [13, 4]
+    assert any(
+        line.startswith("Not scored, as it has no counterpart: model T: ")
+        for line in describe(by_pair)
+    )
+
+
+def test_misspelt_classes_are_told_from_classes_of_their_own() -> None:
+    """Near a class of another subject: a slip. A side or a number that differs, or a name that is
+    published: none."""
+    own = LabelSystem.numbered(
+        "own", ["livr", "kidney_left", "lesion 2", "Spleen", "hepatic veins"]
+    )
+    other = LabelSystem.numbered(
+        "other", ["liver", "kidney_right", "lesion 1", "spleen", "pancreas"]
+    )
+    pairs = pair_up([model("M", other)], [dataset("D", own)], Rules())
+    left = "livr (did you mean liver?), kidney_left, lesion_2, hepatic_veins"
+    assert describe(pairs)[1] == f"Not scored, as it has no counterpart: dataset D: {left}."
+    assert dropped(pairs) == f"Dropped, without a counterpart: D: {left}."
+    # The same slip in the labels of two datasets, which a model does not share.
+    both = [dataset(name, LabelSystem.numbered(name, ["livr", "spleen"])) for name in "DE"]
+    assert "D: livr (did you mean liver?); E: livr (did you mean" in dropped(
+        pair_up([model("M", other)], both, Rules())
+    )
+    alone = [LabelSystem.numbered(name, [name]) for name in ("pancraes", "pancreas")]
+    with pytest.raises(
+        PluginError,
+        match=r"share no class. D has: pancraes \(did you mean pancreas\?\). M has: pancreas",
+    ):
+        pair_up([model("M", alone[1])], [dataset("D", alone[0])], Rules())
+    assert dropped(pair_up([model("M", other)], [dataset("D", other)], Rules())) == ""
+
+
+def test_classes_that_are_named() -> None:
+    rules = Rules.from_table(
+        {"classes": ["Left kidney", "IVC"], "sliced": True, "tolerances": {"kidney": 1}}
+    )
+    pair = pair_up([model("T", "TotalSegmentator-v1")], [dataset("A", "AMOS")], rules)[0]
+    kidney, cava = (
+        ScoredClass("kidney_left", (3,), (3,), 1.0, False),
+        ScoredClass("inferior_vena_cava", (9,), (8,), 2.0, True),
+    )
+    assert pair.classes == (kidney, cava)
+    with pytest.raises(
+        PluginError, match=r"The dataset W has no class inferior_vena_cava; it has liver"
+    ):
+        pair_up([model("T", "TotalSegmentator-v1")], [dataset("W", "WORD")], rules)
+
+
+def test_datasets_by_name_and_with_files_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    folder = tmp_path / "Dataset007_Listed"
+    folder.mkdir()
+    for name in ("image.nii.gz", "label.nii.gz"):
+        (folder / name).touch()
+    files = {"one": {"images": ["image.nii.gz"], "label": "label.nii.gz"}}
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": {"liver": 1},
+        "file_ending": ".nii.gz",
+        "dataset": files,
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    for given in (7, folder.name, str(folder)):
+        found = read_dataset({"name": "D", "folder": given})
+        assert found.cases == (Case("one", (folder / "image.nii.gz",), folder / "label.nii.gz"),)
+    with pytest.raises(PluginError, match=r"Expected one Dataset008_\* in nnUNet_raw"):
+        read_dataset({"name": "D", "folder": 8})
+
+
+# --- scoring files
+
+SYSTEM = LabelSystem.numbered("test", ["liver", "aorta"], ignore=True)
+BOTH = (ScoredClass("liver", (1,), (1,), 2.0, False), ScoredClass("aorta", (2,), (2,), 2.0, False))
+
+
+def labels(seed: int = 0) -> np.ndarray:
+    """Axes (z, y, x)."""
+    values = np.zeros((6, 8, 10), np.uint8)
+    values[1:5, 2:6, 2:5] = 1
+    values[2:5, 3:6, 6:9] = 2
+    values[tuple(np.random.default_rng(seed).integers(1, 5, (3, 6)))] = 1
+    return values
+
+
+def image(values: np.ndarray) -> Any:
+    found = sitk.GetImageFromArray(values)
+    found.SetSpacing((1.0, 1.5, 2.0))
+    found.SetOrigin((3.0, -4.0, 5.0))
+    return found
+
+
+def scored(
+    folder: Path,
+    reference: Any,
+    prediction: Any,
+    classes: tuple[ScoredClass, ...] = BOTH,
+    resample: bool = False,
+) -> CaseScores:
+    paths = folder / "reference.nii.gz", folder / "prediction.nii.gz"
+    for path, one in zip(paths, (reference, prediction), strict=True):
+        sitk.WriteImage(one, str(path))
+    # As it is sent to a worker process.
+    task = pickle.loads(
+        pickle.dumps(CaseTask(("m", "d", "c"), *paths, classes, SYSTEM, SYSTEM, resample))
+    )
+    return score_case(task)
+
+
+def test_storage_order_does_not_matter(tmp_path: Path) -> None:
+    """A prediction in RAS against a reference in LPS: the same voxels, so the same numbers, and no
+    resampling."""
+    reference, prediction = image(labels()), image(labels(seed=1))
+    straight = scored(tmp_path, reference, prediction)
+    assert 0.5 < straight.values["liver"][DSC] < 1
+    for orientation in ("RAS", "PIR"):
+        turned = scored(tmp_path, reference, sitk.DICOMOrient(prediction, orientation))
+        assert turned == straight
+    back = scored(tmp_path, sitk.DICOMOrient(reference, "RAS"), prediction)
+    for name in straight.values:
+        assert [back.values[name][measure] for measure in MEASURES] == pytest.approx(
+            list(straight.values[name].values())
+        )
+
+
+def test_other_voxels_are_refused_or_resampled(tmp_path: Path) -> None:
+    reference = image(labels())
+    grid = (
+        (5, 8, 6),
+        sitk.Transform(),
+        sitk.sitkNearestNeighbor,
+        (3.5, -4, 5),
+        (2, 1.5, 2),
+        np.eye(3).ravel(),
+    )
+    coarse = sitk.Resample(reference, *grid)
+    found = scored(tmp_path, reference, coarse)
+    assert not found.values
+    assert (
+        "do not have the same voxels: reference 10 x 8 x 6 voxels, spacing (1, 1.5, 2)"
+        in found.problem
+    )
+    found = scored(tmp_path, reference, coarse, resample=True)
+    assert found.values["liver"][DSC] > 0.6
+    assert found.warnings[0].startswith(
+        "The prediction was resampled to the reference's grid: reference 10 x 8 x 6"
+    )
+    shifted = image(labels())
+    shifted.SetOrigin((3.2, -4.0, 5.0))
+    assert "do not have the same voxels" in scored(tmp_path, reference, shifted).problem
+
+
+def test_ignored_voxels_and_unknown_labels(tmp_path: Path) -> None:
+    reference, prediction = labels(), labels(seed=1)
+    reference[(labels() == 1) ^ (prediction == 1)] = 3
+    found = scored(tmp_path, image(reference), image(prediction))
+    assert found.values["liver"][DSC] == 1
+    prediction[0, 0, 0] = 9
+    problem = scored(tmp_path, image(reference), image(prediction)).problem
+    assert "prediction.nii.gz holds the label 9, which test does not have (0 to 3)" in problem
+    (tmp_path / "prediction.nii.gz").write_bytes(b"nothing")
+    task = CaseTask(
+        ("m", "d", "c"),
+        tmp_path / "reference.nii.gz",
+        tmp_path / "prediction.nii.gz",
+        BOTH,
+        SYSTEM,
+        SYSTEM,
+        False,
+    )
+    assert "cannot be read" in score_case(task).problem
+
+
+def test_tubular_organs_between_the_ends_of_the_reference(tmp_path: Path) -> None:
+    reference, prediction = np.zeros((8, 6, 6), np.uint8), np.zeros((8, 6, 6), np.uint8)
+    reference[2:5, 2:4, 2:4] = prediction[0:8, 2:4, 2:4] = 2
+    whole, sliced = (ScoredClass("aorta", (2,), (2,), 0.5, sliced) for sliced in (False, True))
+    assert scored(tmp_path, image(reference), image(prediction), (whole,)).values["aorta"][
+        DSC
+    ] == pytest.approx(2 * 3 / 11)
+    for orientation in ("LPS", "SRP"):
+        turned = sitk.DICOMOrient(image(reference), orientation)
+        values = scored(tmp_path, turned, image(prediction), (sliced,)).values["aorta"]
+        assert (values[DSC], values[NSD], values[ASSD]) == (1, 1, 0)
+
+
+@pytest.mark.shared
+def test_totalsegmentator_labels_of_a_ct_as_the_ten_organs_of_a_eval(
+    shared: Path, tmp_path: Path
+) -> None:
+    """Left and right stay apart whatever the storage order; labels of one system against the same
+    ones in another."""
+    file = shared / "data" / "examples" / "example_seg.nii.gz"
+    totalsegmentator, organs = load_label_system("TotalSegmentator-v2"), load_label_system("AEval")
+    source = sitk.ReadImage(str(file))
+    values = sitk.GetArrayFromImage(source).astype(np.int32)
+    mapped = map_labels(values, totalsegmentator, organs)
+    present = [name for name in organs.classes if (mapped == organs.classes[name][0]).any()]
+    assert len(present) >= 3
+    for name in organs.classes:
+        assert np.array_equal(
+            mapped == organs.classes[name][0], values == totalsegmentator.classes[name][0]
+        )
+    prediction = sitk.GetImageFromArray(mapped)
+    prediction.CopyInformation(source)
+    path = tmp_path / "lps.nii.gz"
+    sitk.WriteImage(sitk.DICOMOrient(prediction, "LPS"), str(path))
+    assert (
+        sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(source.GetDirection())
+        != "LPS"
+    )
+    classes = tuple(
+        ScoredClass(name, totalsegmentator.classes[name], organs.classes[name], 3.0, False)
+        for name in present
+    )
+    found = score_case(
+        CaseTask(("m", "d", "c"), file, path, classes, totalsegmentator, organs, False)
+    )
+    assert not found.problem
+    assert {found.values[name][DSC] for name in present} == {1.0}
+
+
+# --- statistics
+
+
+def test_holms_method_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1, 1]
+    corrected = holm([0.02, math.nan, 0.03])
+    assert corrected[::2] == pytest.approx([0.04, 0.04])
+    assert math.isnan(corrected[1])
+
+
+def test_paired_tests() -> None:
+    rng = np.random.default_rng(1)
+    one = rng.normal(0.8, 0.05, 20)
+    better = one + rng.normal(0.03, 0.01, 20)
+    assert wilcoxon(one, better) == stats.wilcoxon(one - better).pvalue < 0.001
+    assert wilcoxon(one, one) == 1
+    assert math.isnan(wilcoxon(one[:5], better[:5]))
+    one[3:] = np.nan
+    assert math.isnan(wilcoxon(one, better))
+
+
+def test_estimates_are_means_of_class_means_with_their_uncertainty() -> None:
+    rng = np.random.default_rng(2)
+    values = rng.normal((0.9, 0.5), 0.1, (40, 2))
+    values[0, 1] = np.nan
+    found = estimate(values)
+    assert found.mean == pytest.approx((values[:, 0].mean() + values[1:, 1].mean()) / 2)
+    # The interval of a mean: about two standard errors to each side.
+    error = math.sqrt(sum(np.nanvar(values[:, column]) / 40 for column in range(2))) / 2
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert estimate(values) == found
+    assert math.isnan(estimate(np.full((3, 2), np.nan)).mean)
+    assert mean_by_case(np.array([[1.0, np.nan], [np.nan, np.nan]]))[0] == 1
+
+
+def test_worst_cases_are_shared_out_between_the_models() -> None:
+    """A model that fails everywhere takes its share, and what the others have no cases for."""
+    pairs = pair_up(
+        [model("bad", "FLARE22"), model("good", "FLARE22")],
+        [dataset("F", "FLARE22", cases=8)],
+        Rules(),
+    )
+    scores = [PairScores(pair) for pair in pairs]
+    for one, level in zip(scores, (0.1, 0.8), strict=True):
+        one.values[DSC][:] = level + 0.01 * np.arange(8)[:, None]
+    scores[1].values[DSC][5:] = np.nan
+    results = Results(tuple(scores), ())
+    assert [(one.pair.model.name, row) for one, row in results.worst(4)] == [
+        ("bad", 0),
+        ("bad", 1),
+        ("good", 0),
+        ("good", 1),
+    ]
+    names = [one.pair.model.name for one, _ in results.worst(12)]
+    assert names == ["bad"] * 7 + ["good"] * 5
+    assert [row for one, row in Results((scores[0],), ()).worst(3)] == [0, 1, 2]
+
+
+def test_models_are_tested_on_the_classes_that_both_have() -> None:
+    pairs = pair_up(
+        [model("T", "TotalSegmentator-v2"), model("C", "CT-ORG")],
+        [dataset("F", "FLARE22", cases=8)],
+        Rules(PAIR),
+    )
+    rng = np.random.default_rng(3)
+    both = [PairScores(pair) for pair in pairs]
+    for one in both:
+        for measure in (DSC, NSD):
+            one.values[measure] = rng.random((8, len(one.classes)))
+    common = [name for name in both[0].classes if name in both[1].classes]
+    # The first was scored on both kidneys apart, the second on both together.
+    assert common == ["liver"]
+    results = Results.of(both)
+    assert [test.measure for test in results.tests] == [DSC, NSD]
+    first, second = (
+        mean_by_case(one.values[DSC][:, [one.classes.index(name) for name in common]])
+        for one in both
+    )
+    assert results.tests[0].p == stats.wilcoxon(first - second).pvalue
+    assert results.tests[0].difference == pytest.approx((first - second).mean())
+    worst, row = results.worst(1)[0]
+    assert mean_by_case(worst.values[DSC])[row] == min(
+        mean_by_case(one.values[DSC]).min() for one in both
+    )

@@ -1,0 +1,460 @@
+"""`stunet crosseval` from end to end on tiny models: what it writes, what it does not do twice,
+what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from stunet_plugin.cli import main
+from stunet_plugin.crosseval import predictions as predicting
+
+from import_helpers import make_network, published_weights, v1_plans, write_v1
+
+SHAPE = (10, 14, 12)
+KIDNEYS = {"background": 0, "kidney": 1, "spleen": 2, "bone": 3}
+
+
+def write_image(array: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((1.5, 1.5, 2.0))
+    sitk.WriteImage(image, str(path))
+
+
+def write_cases(
+    images: Path, references: Path, values: tuple[int, int, int], seed: int, channel: str = "_0000"
+) -> None:
+    """Three cases with a box of each label in noise."""
+    rng = np.random.default_rng(seed)
+    for number in range(3):
+        labels = np.zeros(SHAPE, np.uint8)
+        for place, value in enumerate(values):
+            labels[2:8, 2:12, 1 + 4 * place : 4 + 4 * place] = value
+        write_image(
+            (labels * 20 + rng.normal(0, 9, SHAPE)).astype(np.float32),
+            images / f"case{number}{channel}.nii.gz",
+        )
+        write_image(labels, references / f"case{number}.nii.gz")
+
+
+def make_model(folder: Path, name: str, labels: list[str], seed: int) -> None:
+    torch.manual_seed(seed)
+    weights = published_weights(make_network(outputs=len(labels)))
+    source = write_v1(folder / f"{name}.model", weights, v1_plans(classes=len(labels) - 1))
+    assert main(["import", str(source), "--out", str(folder / name), "--labels", *labels]) == 0
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, one that tells the kidneys apart and one that does not; a raw dataset, and
+    folders with FLARE22's labels."""
+    folder = tmp_path_factory.mktemp("subjects")
+    make_model(folder, "apart", ["background", "spleen", "left kidney", "right kidney"], seed=1)
+    make_model(folder, "joint", ["background", "kidney", "spleen", "gallbladder"], seed=2)
+    write_cases(folder / "raw" / "imagesTr", folder / "raw" / "labelsTr", (1, 2, 3), seed=3)
+    description = {"channel_names": {"0": "CT"}, "labels": KIDNEYS, "file_ending": ".nii.gz"}
+    (folder / "raw" / "dataset.json").write_text(json.dumps(description))
+    write_cases(
+        folder / "flare" / "images", folder / "flare" / "references", (2, 3, 13), seed=4, channel=""
+    )
+    return folder
+
+
+def setup_file(subjects: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A file of both models and datasets."""
+    flare = subjects / "flare"
+    content = {
+        "models": [
+            {
+                "name": "apart",
+                "folder": str(subjects / "apart"),
+                "mirroring": False,
+                "step_size": 1,
+            },
+            {
+                "name": "joint",
+                "folder": str(subjects / "joint"),
+                "mirroring": False,
+                "step_size": 1,
+            },
+        ],
+        "datasets": [
+            {"name": "Own", "folder": str(subjects / "raw")},
+            {
+                "name": "FLARE",
+                "images": str(flare / "images"),
+                "references": str(flare / "references"),
+                "labels": "FLARE22",
+            },
+        ],
+        **changes,
+    }
+    path = tmp_path / "setup.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def crosseval(*arguments: object) -> int:
+    return main(["crosseval", "--device", "cpu", "-np", "1", *map(str, arguments)])
+
+
+def rows_of(out: Path) -> dict[tuple[str, ...], str]:
+    with (out / "scores.csv").open() as file:
+        keys = ("model", "dataset", "case", "class", "measure")
+        return {tuple(row[key] for key in keys): row["value"] for row in csv.DictReader(file)}
+
+
+class Page(HTMLParser):
+    """Tags that must be closed, and what the page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_two_models_on_two_datasets(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    out = tmp_path / "out"
+    setup = setup_file(subjects, tmp_path)
+    assert crosseval(setup, "-o", out) == 0
+    said = capsys.readouterr().out
+    assert "Classes (2): kidney, spleen." in said
+    assert "Not scored, as it has no counterpart: dataset Own: bone." in said
+    assert "model joint: gallbladder" in said
+    assert "[12/12]" in said
+    assert said.splitlines()[-2].startswith(
+        "Dropped, without a counterpart: Own: bone; FLARE: liver, "
+    )
+    assert said.splitlines()[-1] == f"Report: {out / 'report.html'}"
+    assert not list(out.rglob("*partial*"))
+
+    rows = rows_of(out)
+    assert len(rows) == 2 * 2 * 3 * 2 * 6
+    # Against the files, worked out anew: FLARE22 has the kidneys as 2 and 13, "apart" as 2 and 3.
+    reference, prediction = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        for file in (
+            subjects / "flare/references/case1.nii.gz",
+            out / "predictions/apart/FLARE/case1.nii.gz",
+        )
+    )
+    wanted, found = np.isin(reference, (2, 13)), np.isin(prediction, (2, 3))
+    dice = 2 * (wanted & found).sum() / (wanted.sum() + found.sum())
+    assert float(rows["apart", "FLARE", "case1", "kidney", "DSC"]) == pytest.approx(dice, rel=1e-4)
+    assert float(rows["apart", "FLARE", "case1", "kidney", "reference_volume"]) == pytest.approx(
+        wanted.sum() * 4.5 / 1000
+    )
+
+    summary = json.loads((out / "summary.json").read_text())
+    pair = next(
+        pair for pair in summary["pairs"] if (pair["model"], pair["dataset"]) == ("apart", "FLARE")
+    )
+    values = [
+        float(rows["apart", "FLARE", f"case{number}", name, "DSC"])
+        for number in range(3)
+        for name in ("kidney", "spleen")
+    ]
+    assert pair["mean"]["DSC"]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+    assert pair["mean"]["DSC"]["low"] <= pair["mean"]["DSC"]["mean"] <= pair["mean"]["DSC"]["high"]
+    assert summary["tolerances_mm"] == {"kidney": 3, "spleen": 3}
+    assert len(summary["tests"]) == 4
+    assert "| apart |" in (out / "matrix.md").read_text()
+    for name in ("matrix.png", "boxes.png", "worst_cases.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert page.open == []
+    assert len(page.sources) == 3
+    check_what_was_compared(summary, (out / "report.html").read_text(), subjects)
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+
+    # Again: nothing is predicted or scored, and the same comes out.
+    monkeypatch.setattr(predicting, "load_predictor", lambda *_: pytest.fail("a model was loaded"))
+    assert crosseval(setup, "-o", out) == 0
+    said = capsys.readouterr().out
+    assert "Predictions: 12 of 12 are there." in said
+    assert "Scores: 12 of 12 are there." in said
+    assert rows_of(out) == rows
+
+
+def check_what_was_compared(summary: dict[str, Any], page: str, subjects: Path) -> None:
+    """Of the summary and of the report alone: which models and datasets these were, and how the
+    models predicted."""
+    model, flare, own = (
+        summary["models"]["apart"],
+        summary["datasets"]["FLARE"],
+        summary["datasets"]["Own"],
+    )
+    known = {
+        key: model[key]
+        for key in ("trainer", "configuration", "folds", "checkpoint", "mirroring", "step_size")
+    }
+    assert known == {
+        "trainer": "STUNetTrainer_tiny",
+        "configuration": "3d_fullres",
+        "folds": ["0"],
+        "checkpoint": "checkpoint_final.pth",
+        "mirroring": False,
+        "step_size": 1.0,
+    }
+    assert (flare["cases"], flare["labels_from"], flare["images"]) == (
+        3,
+        "FLARE22",
+        str(subjects / "flare" / "images"),
+    )
+    assert (own["folder"], own["part"], own["labels_from"]) == (
+        str(subjects / "raw"),
+        "Tr",
+        "dataset.json",
+    )
+    places = str(subjects / "apart"), str(subjects / "flare" / "references")
+    settings = "STUNetTrainer_tiny", model["plans"], "mirroring off", "step size 1"
+    for text in (*places, *settings, "dataset.json: kidney", "FLARE22: liver"):
+        assert text in page, text
+
+
+def test_only_what_changed_is_done_again(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"name": "apart", "folder": str(subjects / "apart"), "mirroring": False, "step_size": 1}
+    write_cases(tmp_path / "i", tmp_path / "r", (1, 2, 3), seed=6, channel="")
+    labels = tmp_path / "labels.yaml"
+    labels.write_text("labels: {spleen: 1, kidneys: [2, 3]}\n")
+    dataset = {
+        "name": "D",
+        "images": str(tmp_path / "i"),
+        "references": str(tmp_path / "r"),
+        "labels": str(labels),
+    }
+    out = tmp_path / "out"
+
+    def run(**changes: Any) -> str:
+        model = {**one, **changes}
+        assert (
+            crosseval(setup_file(subjects, tmp_path, models=[model], datasets=[dataset]), "-o", out)
+            == 0
+        )
+        return capsys.readouterr().out
+
+    def image(number: int) -> Path:
+        return tmp_path / "i" / f"case{number}.nii.gz"
+
+    assert "Predictions: 0 of 3 are there." in run()
+    # Another image, a cut prediction, another reference; then another setting.
+    write_image(np.random.default_rng(9).normal(size=SHAPE).astype(np.float32), image(0))
+    said = run()
+    assert "Predictions: 2 of 3 are there." in said
+    assert "[1/1] apart on D: case0" in said
+    prediction = out / "predictions" / "apart" / "D" / "case1.nii.gz"
+    prediction.write_bytes(prediction.read_bytes()[:200])
+    said = run()
+    assert "[1/1] apart on D: case1" in said
+    # The prediction came out as before, so its scores count.
+    assert "Scores: 3 of 3 are there." in said
+    write_image(np.full(SHAPE, 2, np.uint8), tmp_path / "r" / "case2.nii.gz")
+    said = run()
+    assert "Predictions: 3 of 3" in said
+    assert "Scores: 2 of 3 are there." in said
+    assert "Predictions: 0 of 3 are there." in run(step_size=0.9)
+
+
+def test_an_interrupted_run_goes_on(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    setup = setup_file(
+        subjects, tmp_path, datasets=[{"name": "Own", "folder": str(subjects / "raw")}]
+    )
+    out = tmp_path / "out"
+    whole = predicting._preprocessed
+
+    def two_then_interrupt(*arguments: Any) -> Any:
+        items = whole(*arguments)
+        yield next(items)
+        yield next(items)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "_preprocessed", two_then_interrupt)
+        assert crosseval(setup, "-o", out) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        last
+        == f"Interrupted. What is finished is in {out}. The same command goes on where it stopped."
+    )
+    assert sorted(path.name for path in out.rglob("*.nii.gz")) == ["case0.nii.gz", "case1.nii.gz"]
+    assert not list(out.rglob(".partial*"))
+    assert not (out / "report.html").exists()
+    capsys.readouterr()
+    assert crosseval(setup, "-o", out, "--classes", "pair") == 0
+    said = capsys.readouterr().out
+    assert "Predictions: 2 of 6 are there." in said
+    assert (out / "report.html").exists()
+
+
+def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: object) -> str:
+    capsys.readouterr()
+    assert crosseval(*arguments, "-o", out) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert not out.exists(), "a refused run left something behind"
+    return re.sub(r"\s+", " ", message)
+
+
+def test_wrong_input_is_refused(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    apart, own, flare = subjects / "apart", subjects / "raw", subjects / "flare"
+    model, dataset = ("--model", f"M={apart}"), ("--dataset", f"D={own}")
+    (tmp_path / "modles.json").write_text(json.dumps({"modles": []}))
+    wrong = tmp_path / "lables.yaml"
+    wrong.write_text("name: Own\nlables: {kidney: 1}\n")
+    for arguments, message in (
+        (dataset, "No models are given"),
+        ((*model, *model, *dataset), "Two models are called 'M'"),
+        (
+            ("--model", f"M x={apart}", "--model", f"m_X={apart}", *dataset),
+            "Two models are called 'M x' and 'm_X'",
+        ),
+        (("--model", "M", *dataset), "expected NAME=FOLDER"),
+        (
+            (*model, "--dataset", f"D,images={own}"),
+            "give folder (a raw dataset of nnU-Net), or images, references and",
+        ),
+        (("--model", f"M={own}", *dataset), "is no model folder of nnU-Net v2"),
+        (
+            ("--model", f"M={apart},fold=3", *dataset),
+            "fold_3/checkpoint_final.pth is not there. In",
+        ),
+        (("--model", f"M={apart},checkpoint=best.pth", *dataset), "no fold in"),
+        (
+            ("--model", f"M={apart},step=1", *dataset),
+            "unknown entry 'step'; there are name, folder",
+        ),
+        (("--model", f"M={apart},step-size=1", *dataset), "Did you mean step_size?"),
+        (
+            (tmp_path / "modles.json", *dataset),
+            "modles.json: unknown entry 'modles'; there are models, datasets, classes",
+        ),
+        ((tmp_path / "modles.json", *dataset), "Did you mean models?"),
+        (
+            (*model, "--dataset", f"D={own},labels={wrong}"),
+            f"{wrong}: unknown entry 'lables'; there are name, labels, groups",
+        ),
+        ((*model, "--dataset", f"D={own},labels={wrong}"), "Did you mean labels?"),
+        (("--model", f"M={apart},step_size=1.5", *dataset), "step_size must be a number above 0"),
+        ((*model, "--dataset", f"D={flare}"), "has no dataset.json that says what its labels mean"),
+        (
+            (*model, "--dataset", f"D={own},part=Ts"),
+            f"no folder of images {own / 'imagesTs'} (a part has images and references; ",
+        ),
+        (
+            (*model, "--dataset", f"D={own},part=Ts"),
+            "parts there are: part=Tr). Without references nothing can be scored",
+        ),
+        ((*model, "--dataset", f"D={own},labels=NOTHING"), "neither a published label system"),
+        (
+            (*model, *dataset, "--classes", "liver"),
+            "The dataset D has no class liver; it has kidney, spleen, bone",
+        ),
+        (
+            (*model, *dataset, "--classes", "spleeen"),
+            "Did you mean spleen? Take it off the list of classes, or leave",
+        ),
+        (
+            (*model, "--dataset", f"D={own},labels=MSD-Lung"),
+            "Model M and dataset D share no class. D has: lung_tumour",
+        ),
+        (
+            (*model, "--dataset", f"D={own},labels=MSD-Lung"),
+            "If they mean the same classes under other names, give one of them",
+        ),
+        (
+            (*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"),
+            "no class that all models and datasets have. D has: kidney,",
+        ),
+        ((*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"), "--classes pair."),
+        (
+            (*model, "--dataset", f"D={own},labels=MSD-Lung", "--classes", "pair"),
+            "Dataset D shares no class with any other",
+        ),
+        ((*model, *dataset, "--tolerance", "-1"), "Tolerances must be"),
+        ((*model, *dataset, "-np", "0"), "-np must be at least 1, not 0"),
+        ((tmp_path / "none.json",), "cannot be read"),
+    ):
+        assert message in refused(capsys, out, *arguments), message
+    references = tmp_path / "references"
+    write_image(np.zeros(SHAPE, np.uint8), references / "case0.nii.gz")
+    lacking = (*model, "--dataset", f"D={own},references={references}")
+    assert "2 of 3 images have no reference" in refused(capsys, out, *lacking)
+    for number in (1, 2):
+        write_image(np.zeros((9, 14, 12), np.uint8), references / f"case{number}.nii.gz")
+    message = refused(capsys, out, *lacking)
+    assert (
+        "2 of 3 references do not lie on the voxels of their image. case1: reference 12 x 14 x 9"
+        " voxels" in message
+    )
+
+
+def test_labels_that_the_system_does_not_have(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found when the files are read; what could be scored is kept."""
+    setup = setup_file(
+        subjects,
+        tmp_path,
+        datasets=[{"name": "Own", "folder": str(subjects / "raw"), "labels": "MSD-Spleen"}],
+    )
+    assert crosseval(setup, "-o", tmp_path / "out", "--classes", "pair") == 2
+    message = capsys.readouterr().err
+    assert "6 cases cannot be scored" in message
+    assert "holds the labels 2, 3, which MSD-Spleen does not have (0 to 1)" in message
+
+
+def test_check_writes_nothing(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert crosseval(setup_file(subjects, tmp_path), "-o", tmp_path / "out", "--check") == 0
+    assert "Classes (2)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_reads_all_files(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("images", "labels"):
+        shutil.copytree(subjects / "raw" / f"{kind}Tr", tmp_path / kind)
+    both = (
+        f"D,images={tmp_path / 'images'},references={tmp_path / 'labels'},labels={subjects / 'raw'}"
+    )
+    arguments = ("--model", f"M={subjects / 'apart'}", "--dataset", both, "-device", "cpu")
+    assert crosseval(*arguments, "-o", tmp_path / "out", "--check") == 0
+    image = next((tmp_path / "images").glob("*.nii.gz"))
+    image.write_bytes(image.read_bytes()[:-200])
+    # ITK would fill the rest with zeros.
+    for check in ([], ["--check"]):
+        capsys.readouterr()
+        assert crosseval(*arguments, "-o", tmp_path / "out", *check) == 2
+        assert f"{image} cannot be read: it is damaged or incomplete" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/**/*.nii.gz"))

@@ -1,0 +1,90 @@
+"""Strides cut and padded, deep-supervision scales, patch checks."""
+
+from __future__ import annotations
+
+import pytest
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.topology import (
+    check_patch_size,
+    deep_supervision_scales,
+    nearest_patch_sizes,
+    published_strides,
+    stage_shapes,
+    strides_for_patch,
+    total_stride,
+)
+
+ONE, TWO = [1, 1, 1], [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ([ONE, TWO, TWO, TWO], [ONE, TWO, TWO, TWO, ONE, ONE]),
+        ([ONE, TWO, TWO, TWO, TWO, TWO], [ONE, TWO, TWO, TWO, TWO, TWO]),
+        (
+            [ONE, [1, 2, 2], TWO, TWO, TWO, TWO, [1, 2, 2], TWO],
+            [ONE, [1, 2, 2], TWO, TWO, TWO, TWO],
+        ),
+        ([ONE], [ONE] * 6),
+        ([[1, 1]] + [[2, 2]] * 7, [[1, 1]] + [[2, 2]] * 5),
+    ],
+)
+def test_poolings_are_cut_or_padded_to_five(plan: list, expected: list) -> None:
+    assert published_strides(plan) == tuple(map(tuple, expected))
+
+
+def test_scales_follow_the_network_not_the_plan() -> None:
+    strides = published_strides([ONE, [1, 2, 2], TWO])
+    scales = deep_supervision_scales(strides)
+    assert scales == [
+        [1, 1, 1],
+        [1, 0.5, 0.5],
+        [0.5, 0.25, 0.25],
+        [0.5, 0.25, 0.25],
+        [0.5, 0.25, 0.25],
+    ]
+    shapes = stage_shapes((32, 64, 64), strides)[:-1]
+    assert [
+        tuple(round(32 * a) if i == 0 else round(64 * a) for i, a in enumerate(scale))
+        for scale in scales
+    ] == shapes
+
+
+def test_patch_size_message_names_what_works() -> None:
+    strides = published_strides([ONE, TWO, TWO, TWO, TWO, TWO])
+    assert total_stride(strides) == (32, 32, 32)
+    assert nearest_patch_sizes((100, 64, 8), strides) == ((96, 64, 32), (128, 64, 32))
+    check_patch_size((96, 64, 32), strides, "It")
+    with pytest.raises(
+        PluginError, match=r"\[32, 32, 32\].*\[100, 64, 32\].*\[96, 64, 32\] and \[128, 64, 32\]"
+    ):
+        check_patch_size((100, 64, 32), strides, "It")
+    with pytest.raises(PluginError, match="3 spatial axes"):
+        check_patch_size((64, 64), strides, "It")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        None,
+        3,
+        "222",
+        [2, 2],
+        [[1, 1, 1], [2, 2]],
+        [[1, 1, 1], [1.5, 2, 2]],
+        [[0, 1, 1]],
+        [["1"] * 3],
+    ],
+)
+def test_strides_that_are_none_are_refused(wrong: object) -> None:
+    with pytest.raises(PluginError, match="Expected"):
+        published_strides(wrong)  # type: ignore[arg-type]
+
+
+def test_poolings_that_a_patch_allows() -> None:
+    assert total_stride(strides_for_patch((128, 160, 256))) == (32, 32, 32)
+    assert total_stride(strides_for_patch((40, 56, 64))) == (8, 8, 16)
+    assert len(strides_for_patch((16, 16, 16))) == 6

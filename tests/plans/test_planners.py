@@ -1,0 +1,207 @@
+"""Planners: what they plan, that it fits the memory target, what they share with nnUNetPlans, and
+that stock trainers use it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from stunet_plugin import plans as planners
+from stunet_plugin.commands.plan import plan
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.from_plan import STUNET_CLASS
+from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
+from stunet_plugin.networks.presets import PRESETS
+from stunet_plugin.networks.stunet import STUNet
+from stunet_plugin.networks.topology import as_strides
+from stunet_plugin.plans.stunet_planners import PLANNERS
+
+from conftest import PHANTOM_ID, Workspace
+
+
+@pytest.fixture
+def big_dataset(nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The phantoms with the fingerprint of 300 large anisotropic scans: the planners read nothing
+    else."""
+    folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
+    fingerprint = json.loads((folder / "dataset_fingerprint.json").read_text())
+    fingerprint["shapes_after_crop"] = [[180, 512, 512]] * 6
+    fingerprint["spacings"] = [[2.5, 0.8, 0.8]] * 6
+    original = (folder / "dataset_fingerprint.json").read_text()
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    description = folder.parents[1] / "nnUNet_raw" / folder.name / "dataset.json"
+    raw = description.read_text()
+    description.write_text(json.dumps({**json.loads(raw), "numTraining": 300}))
+    host = (folder / "nnUNetPlans.json").read_text()
+    (folder / "nnUNetPlans.json").unlink()
+    yield nnunet_environment  # type: ignore[misc]
+    (folder / "dataset_fingerprint.json").write_text(original)
+    description.write_text(raw)
+    (folder / "nnUNetPlans.json").write_text(host)
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_plans_carry_the_published_network_and_fit_the_target(
+    big_dataset: Workspace, size: str
+) -> None:
+    preset = PRESETS[size]
+    plans: dict[str, Any] = PLANNERS[f"STUNetPlanner_{size}"](int(PHANTOM_ID)).plan_experiment()
+    assert plans["plans_name"] == f"STUNetPlans_{size}"
+    for name in ("2d", "3d_lowres", "3d_fullres"):
+        chosen = plans["configurations"][name]
+        architecture = chosen["architecture"]
+        assert architecture["network_class_name"] == STUNET_CLASS
+        kwargs = architecture["arch_kwargs"]
+        assert kwargs["features_per_stage"] == list(preset.features_per_stage)
+        assert kwargs["n_blocks_per_stage"] == [preset.blocks] * 6
+        assert len(kwargs["strides"]) == 6
+        shape = STUNetShape.of_preset(preset, as_strides(kwargs["strides"]), 1, 6)
+        target = preset.gpu_memory_gb * GIGABYTE
+        fits = [
+            shape.training_memory(chosen["patch_size"], chosen["batch_size"] + more).total <= target
+            for more in (0, 1)
+        ]
+        assert fits[0]
+        assert chosen["batch_size"] >= 2
+    full = plans["configurations"]["3d_fullres"]
+    assert full["data_identifier"] == "nnUNetPlans_3d_fullres"
+    assert (
+        plans["configurations"]["3d_lowres"]["data_identifier"] == f"STUNetPlans_{size}_3d_lowres"
+    )
+    assert plans["configurations"]["3d_cascade_fullres"]["inherits_from"] == "3d_fullres"
+
+
+def test_more_memory_gives_a_larger_patch(big_dataset: Workspace) -> None:
+    planner = PLANNERS["STUNetPlanner_base"]
+
+    def voxels(gigabytes: float) -> int:
+        plans = planner(
+            int(PHANTOM_ID), gpu_memory_target_in_gb=gigabytes, plans_name=f"Plans{gigabytes:g}"
+        ).plan_experiment()
+        patch = plans["configurations"]["3d_fullres"]["patch_size"]
+        return int(torch.tensor(patch).prod())
+
+    assert voxels(6) < voxels(12) < voxels(24)
+
+
+@pytest.mark.parametrize(("size", "gigabytes"), [("huge", 8.0), ("large", 5.0), ("small", 0.5)])
+def test_a_target_that_cannot_be_met_is_refused(
+    big_dataset: Workspace, size: str, gigabytes: float
+) -> None:
+    with pytest.raises(
+        PluginError,
+        match=rf"STU-Net {size} does not fit into {gigabytes:g} GB.*Raise -gpu_memory_target",
+    ):
+        PLANNERS[f"STUNetPlanner_{size}"](
+            int(PHANTOM_ID), gpu_memory_target_in_gb=gigabytes
+        ).plan_experiment()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"gpu_memory_target_in_gb": 0.0}, {"gpu_memory_target_in_gb": float("nan")}]
+)
+def test_numbers_that_make_no_sense_are_refused(
+    nnunet_environment: Workspace, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        PluginError, match="-gpu_memory_target must be a number of gigabytes above 0"
+    ):
+        PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), **wrong)
+    for name in ("nnUNetPlans", "../elsewhere"):
+        with pytest.raises(PluginError, match="-overwrite_plans_name"):
+            PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), plans_name=name)
+    with pytest.raises(
+        PluginError, match="-overwrite_target_spacing takes three millimetres above 0"
+    ):
+        PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), overwrite_target_spacing=[1.0, 0.0, 1.0])
+
+
+def test_own_data_where_spacing_differs(nnunet_environment: Workspace) -> None:
+    planner = PLANNERS["STUNetPlanner_small"]
+    shared = planner(int(PHANTOM_ID))
+    assert shared.generate_data_identifier("3d_fullres") == "nnUNetPlans_3d_fullres"
+    other = planner(int(PHANTOM_ID), overwrite_target_spacing=[6.0, 6.0, 6.0], plans_name="Coarse")
+    assert other.generate_data_identifier("3d_fullres") == "Coarse_3d_fullres"
+    assert other.generate_data_identifier("2d") == "Coarse_2d"
+    special = planner(int(PHANTOM_ID), preprocessor_name="MyPreprocessor")
+    assert special.generate_data_identifier("3d_fullres") == "STUNetPlans_small_3d_fullres"
+
+
+def test_stock_trainer_trains_from_the_plan(
+    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID)).plan_experiment()
+    patch = plans["configurations"]["3d_fullres"]["patch_size"]
+    description = json.loads(
+        (nnunet_environment.dataset_folder(nnunet_environment.raw) / "dataset.json").read_text()
+    )
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    trainer = nnUNetTrainer(
+        {**plans, "continue_training": False}, "3d_fullres", 0, description, torch.device("cpu")
+    )
+    trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+    trainer.run_training()
+    assert isinstance(trainer.network, STUNet)
+    assert list(trainer.configuration_manager.patch_size) == list(patch)
+    assert torch.isfinite(torch.tensor(trainer.logger.get_value("train_losses", step=-1)))
+
+
+def test_plan_command_without_registration(phantoms: Workspace) -> None:
+    result = phantoms.run(
+        "stunet",
+        "plan",
+        "-d",
+        PHANTOM_ID,
+        "-pl",
+        "STUNetPlanner_tiny",
+        "-overwrite_plans_name",
+        "Mine",
+    )
+    assert (
+        f"Next: nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name Mine -c 3d_fullres" in result.stdout
+    )
+    assert phantoms.plans("Mine")["experiment_planner_used"] == "STUNetPlanner_tiny"
+    wrong = phantoms.run(
+        "stunet", "plan", "-d", PHANTOM_ID, "-pl", "STUNetPlanner_big", check=False
+    )
+    assert wrong.returncode == 2
+    assert "Unknown planner 'STUNetPlanner_big'. Planners: STUNetPlanner_tiny" in wrong.stderr
+
+
+def test_plan_command_on_what_is_not_there(
+    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PluginError, match=r"There is no dataset 7 \(Dataset007_...\) in "):
+        plan([7], "STUNetPlanner_tiny", None, None, None, 1)
+    with pytest.raises(PluginError, match="-np must be at least 1, not 0"):
+        plan([int(PHANTOM_ID)], "STUNetPlanner_tiny", None, None, None, 0)
+    broken = nnunet_environment.raw / "Dataset008_Broken"
+    (broken / "imagesTr").mkdir(parents=True)
+    labels = '"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"'
+    for content, message in (
+        (None, "Dataset008_Broken has no dataset.json"),
+        ("{", "dataset.json cannot be read"),
+        ("{}", "lacks labels, file_ending"),
+        (f"{{{labels}}}", "lacks channel_names"),
+        (f'{{{labels}, "channel_names": {{"0": "CT"}}}}', r"imagesTr holds no \*.nii.gz files"),
+    ):
+        if content is not None:
+            (broken / "dataset.json").write_text(content)
+        with pytest.raises(PluginError, match=message):
+            plan([8], "STUNetPlanner_tiny", None, None, None, 1)
+    shutil.rmtree(broken)
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(PluginError, match="export nnUNet_raw="):
+        plan([7], "STUNetPlanner_tiny", None, None, None, 1)
+
+
+def test_hint_for_a_planner_that_does_not_exist(capsys: Any) -> None:
+    assert not hasattr(planners, "STUNetPlanner_medium")
+    assert (
+        "no planner STUNetPlanner_medium. Planners: STUNetPlanner_tiny" in capsys.readouterr().err
+    )

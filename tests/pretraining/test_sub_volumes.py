@@ -1,0 +1,185 @@
+"""Sub-volumes: crops, resizing, contrast, and pairs of different cases, as published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stunet_plugin.pretraining.subvolumes import (
+    HIGH_GRAY,
+    LOW_GRAY,
+    SAMPLED_VOXELS,
+    PercentileContrast,
+    ResizeToPatch,
+    SubVolumeLoader,
+    draw_crop,
+    draw_pair,
+    stretch,
+    sub_volume_transforms,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def test_crops_have_the_published_sizes_and_stay_in_the_scan() -> None:
+    scan, patch = (100, 90, 12), (40, 60, 20)
+    crops = [draw_crop(scan, patch) for _ in range(1000)]
+    starts = np.array([[axis.start for axis in crop] for crop in crops])
+    stops = np.array([[axis.stop for axis in crop] for crop in crops])
+    lengths = stops - starts
+    assert lengths.min(0).tolist() == [28, 42, 12]
+    assert lengths.max(0).tolist() == [59, 89, 12]
+    assert starts.min(0).tolist() == [0, 0, 0]
+    assert stops.max(0).tolist() == [100, 90, 12]
+
+
+def test_pairs_are_of_different_cases_where_there_are_two() -> None:
+    pairs = [draw_pair(4) for _ in range(2000)]
+    assert {first == second for first, second in pairs} == {False}
+    counts = np.bincount([4 * first + second for first, second in pairs], minlength=16)
+    assert np.sort(counts)[4:].min() > 110  # 12 ordered pairs, 167 each
+    assert draw_pair(1) == (0, 0)
+
+
+def test_a_crop_of_the_patchs_size_is_left_alone() -> None:
+    image = torch.rand(2, 8, 10, 12)
+    assert torch.equal(ResizeToPatch((8, 10, 12))(image=image)["image"], image)
+
+
+@pytest.mark.parametrize("shape", [(30, 14), (14, 9, 30)])
+def test_resizing_is_linear(shape: tuple[int, ...]) -> None:
+    patch = (20,) * len(shape)
+    grids = torch.meshgrid(*(torch.linspace(0, 1, size) for size in shape), indexing="ij")
+    resized = ResizeToPatch(patch)(image=torch.stack(grids))["image"]
+    assert resized.shape == (len(shape), *patch)
+    inner = resized[0].select(1, 10)[3:-3]
+    differences = (inner if inner.ndim == 1 else inner[:, 10]).diff()
+    torch.testing.assert_close(
+        differences, differences[:1].expand_as(differences), atol=1e-4, rtol=0
+    )
+
+
+def test_a_small_scan_is_padded_rather_than_stretched_beyond_the_published_scale() -> None:
+    image = 5 + torch.rand(2, 7, 20, 20)
+    image[1, 0, 0, 0] = -3
+    padded = ResizeToPatch((20, 20, 20))(image=image)["image"]
+    assert padded.shape == (2, 20, 20, 20)
+    # 7 / 0.7 = 10 voxels in the middle, the channel's minimum on both sides.
+    for channel in padded:
+        assert torch.equal(channel[[0, 4, 15, 19]], channel.min().expand(4, 20, 20))
+    assert (padded[0, 5:15] > padded[0].min()).float().mean() > 0.99
+
+
+def test_contrast_maps_the_four_marks_exactly_and_keeps_the_order() -> None:
+    image = torch.tensor([-10.0, -4.0, 0.0, 1.0, 2.0, 6.0, 8.0])
+    mapped = stretch(image, low=0.0, high=2.0)
+    assert mapped.tolist() == pytest.approx(
+        [0, 0.06, LOW_GRAY, 0.5, HIGH_GRAY, 0.9 + 0.1 * 4 / 6, 1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "low", "high", "expected"),
+    [
+        ([3.0, 3.0], 3.0, 3.0, [0.1, 0.1]),
+        ([0.0, 0.0, 1.0], 0.0, 1.0, [0.1, 0.1, 0.9]),
+        ([0.0, 0.0, 5.0], 0.0, 0.0, [0.1, 0.1, 1.0]),
+        ([-5.0, 0.0, 0.0], 0.0, 0.0, [0.0, 0.1, 0.1]),
+    ],
+)
+def test_contrast_of_images_with_few_gray_values(
+    image: list[float], low: float, high: float, expected: list[float]
+) -> None:
+    assert stretch(torch.tensor(image), low, high).tolist() == pytest.approx(expected)
+
+
+def test_percentiles_from_a_sample_are_those_of_the_channel() -> None:
+    transform = PercentileContrast()
+    image = torch.randn(2, 40, 40, 40)
+    parameters = transform.get_parameters(image=image)
+    assert len(parameters["sample"]) == SAMPLED_VOXELS
+    parameters["percentiles"] = [(2.0, 98.0), (0.5, 99.5)]
+    mapped, again = (
+        transform.apply({"image": image.clone()}, **parameters)["image"] for _ in range(2)
+    )
+    assert torch.equal(mapped, again)
+    for channel, percentile in zip(mapped, (2.0, 0.5), strict=True):
+        assert (channel <= LOW_GRAY).float().mean().item() * 100 == pytest.approx(
+            percentile, rel=0.2
+        )
+        assert (channel >= HIGH_GRAY).float().mean().item() * 100 == pytest.approx(
+            percentile, rel=0.2
+        )
+        assert (channel.min(), channel.max()) == (0, 1)
+
+
+def test_drawn_percentiles_are_the_published_ones() -> None:
+    drawn = np.array(
+        [
+            PercentileContrast().get_parameters(image=torch.zeros(1, 4))["percentiles"][0]
+            for _ in range(2000)
+        ]
+    )
+    assert drawn.min(0) == pytest.approx([0.1, 98.0], abs=0.01)
+    assert drawn.max(0) == pytest.approx([2.0, 99.9], abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 40, 20), (1, 40, 30)])
+def test_sub_volumes_are_patches_from_0_to_1(shape: tuple[int, ...]) -> None:
+    patch = (24,) * (len(shape) - 1)
+    sub_volume = sub_volume_transforms(patch)(image=torch.randn(shape) * 100)["image"]
+    assert sub_volume.shape == (shape[0], *patch)
+    for channel in sub_volume:
+        assert (channel.min(), channel.max()) == (0, 1)
+    constant = sub_volume_transforms(patch)(image=torch.full(shape, 7.0))["image"]
+    assert torch.isfinite(constant).all()
+
+
+class Cases:
+    """A dataset as nnU-Net's, of cases filled with their number; reading labels fails."""
+
+    def __init__(self, count: int, shape: Sequence[int]) -> None:
+        self.identifiers = [f"case{index}" for index in range(count)]
+        self.shape = shape
+
+    def load_case(self, identifier: str) -> tuple[np.ndarray, None, None, None]:
+        ramp = np.linspace(0, 0.5, int(np.prod(self.shape)), dtype=np.float32).reshape(self.shape)
+        return ramp + int(identifier.removeprefix("case")), None, None, None
+
+
+@pytest.mark.parametrize(
+    ("patch", "shape"), [((8, 8, 8), (2, 12, 14, 10)), ((8, 8), (1, 5, 12, 14))]
+)
+def test_a_batch_is_foregrounds_and_then_backgrounds_of_other_cases(
+    patch: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    dataset: Any = Cases(3, shape)
+    loader = SubVolumeLoader(dataset, 4, patch)
+    seen = set()
+    for _ in range(10):
+        batch = next(loader)
+        assert batch["data"].shape == (8, shape[0], *patch)
+        pairs = list(zip(batch["keys"][:4], batch["keys"][4:], strict=True))
+        assert all(first != second for first, second in pairs)
+        seen.update(pairs)
+    assert len(seen) == 6
+    alone = next(SubVolumeLoader(Cases(1, shape), 2, patch))  # type: ignore[arg-type]
+    assert set(alone["keys"]) == {"case0"}
+
+
+def test_workers_do_not_share_torchs_random_numbers() -> None:
+    dataset: Any = Cases(2, (1, 8, 8, 8))
+    drawn = []
+    for worker in range(2):
+        torch.manual_seed(0)  # what workers are forked with
+        SubVolumeLoader(dataset, 1, (8, 8, 8)).set_thread_id(worker)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] != drawn[1]

@@ -1,0 +1,417 @@
+"""Finding and reading scans: what is taken, and the reason for everything that is not."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from stunet_plugin.unlabeled.checks import (
+    UnusableError,
+    check_modality,
+    check_tag,
+    check_voxels,
+    looks_like,
+)
+from stunet_plugin.unlabeled.dicom import series_of
+from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source, Tally, walk
+from stunet_plugin.unlabeled.image_files import HEADER, place_image, write_image
+from stunet_plugin.unlabeled.names import CT, MR
+from stunet_plugin.unlabeled.prepare_case import case_name
+from stunet_plugin.unlabeled.reading import read_scan
+from stunet_plugin.utils.files import LINK, OutputError, link_or_copy
+
+from unlabeled_helpers import (
+    SHAPE,
+    SPACING,
+    ct_array,
+    mr_array,
+    to_image,
+    truncate,
+    write,
+    write_dicom,
+)
+
+
+def names(folder: Path, **options: object) -> list[str]:
+    found = walk([str(folder)], options.pop("exclude", ()), **options)  # type: ignore[arg-type]
+    return [os.path.relpath(source.path, folder) for source in found]
+
+
+# --- finding
+
+
+def touch(folder: Path, *paths: str) -> None:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
+def test_walk_goes_by_names_and_counts_the_rest(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "b/x.nrrd",
+        "a/deep/er/SCAN.NII.GZ",
+        "z.mha",
+        "a.nii",
+        "notes.txt",
+        "p.png",
+        "._a.nii",
+        ".h/x.nii",
+    )
+    tally = Tally()
+    assert names(tmp_path, tally=tally) == ["a.nii", "z.mha", "a/deep/er/SCAN.NII.GZ", "b/x.nrrd"]
+    assert tally.scans == {".nii": 1, ".mha": 1, ".nii.gz": 1, ".nrrd": 1}
+    assert tally.others == {".txt": 1, ".png": 1}
+
+
+def test_walk_leaves_out_patterns_and_the_dataset_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "imagesTr/a.nii", "labelsTr/a.nii", "a_seg.nii", "made/imagesTr/a.nii")
+    assert names(tmp_path, exclude=("labelsTr", "*_seg.nii"), avoid=str(tmp_path / "made")) == [
+        "imagesTr/a.nii"
+    ]
+
+
+def test_walk_follows_links_to_folders_but_not_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path, "elsewhere/a.nii", "here/b.nii")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "here" / "circle").symlink_to(tmp_path / "here", target_is_directory=True)
+    assert names(tmp_path / "here") == ["b.nii", "link/a.nii"]
+
+
+def test_what_cannot_be_opened_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "dangling.nii").symlink_to(tmp_path / "gone.nii")
+    os.mkfifo(tmp_path / "pipe.nii")
+    sources = list(walk([str(tmp_path), str(tmp_path / "gone")], ()))
+    assert [source.problem[0] for source in sources if source.problem] == ["cannot be opened"] * 3
+    assert all(source.unreachable for source in sources)
+
+
+def test_a_folder_of_dicom_is_found_by_name_or_by_content(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "named", mr_array(1), 1)
+    write_dicom(tmp_path / "bare", mr_array(1), 1)
+    for number, path in enumerate(sorted((tmp_path / "bare").iterdir())):
+        path.rename(path.with_name(f"IM{number:04d}"))
+    touch(tmp_path, "neither/README", "neither/1.2.3", "named/DICOMDIR")
+    tally = Tally()
+    found = list(walk([str(tmp_path)], (), tally=tally))
+    assert [
+        (os.path.basename(source.path), source.kind, len(source.files)) for source in found
+    ] == [("bare", DICOM_FOLDER, SHAPE[0]), ("named", DICOM_FOLDER, SHAPE[0])]
+    assert tally.candidates == 2
+    (tmp_path / "named" / "one_more.dcm").touch()
+    assert [source.signature for source in walk([str(tmp_path / "named")], ())] != [
+        found[1].signature
+    ]
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".NII.GZ"])
+def test_all_formats_give_the_same_voxels_name_and_geometry(tmp_path: Path, ending: str) -> None:
+    array = mr_array(1)
+    written = write(tmp_path / f"scan{ending.lower()}", array)
+    path = written.rename(tmp_path / f"scan{ending}")
+    scan = read_scan(Source(str(path)))
+    np.testing.assert_array_equal(scan.array, array)
+    assert case_name(scan.array) == case_name(array.astype(np.float64))
+    assert scan.geometry.size == SHAPE[::-1]
+    np.testing.assert_allclose(scan.geometry.spacing, SPACING, rtol=1e-6)
+    np.testing.assert_allclose(scan.geometry.origin, (-12.5, 30.25, 7.0), rtol=1e-6)
+    assert scan.geometry.axial == 0
+    assert scan.as_it_is
+
+
+def test_nifti_voxels_are_those_that_itk_reads(tmp_path: Path) -> None:
+    array = mr_array(2).T
+    image = nibabel.Nifti1Image(array, np.diag([2.0, 3.0, 4.0, 1.0]))
+    big_endian = tmp_path / "big_endian.nii.gz"
+    nibabel.Nifti1Image(array, image.affine, image.header.as_byteswapped(">")).to_filename(
+        big_endian
+    )
+    np.testing.assert_array_equal(read_scan(Source(str(big_endian))).array, array.T)
+    scaled = tmp_path / "scaled.nii"
+    nibabel.Nifti1Image(array, image.affine, image.header).to_filename(scaled)
+    content = bytearray(scaled.read_bytes())
+    content[112:120] = np.array([0.5, -20], dtype="<f4").tobytes()
+    scaled.write_bytes(content)
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(str(scaled)))
+    np.testing.assert_array_equal(read_scan(Source(str(scaled))).array, expected)
+    assert expected.min() < -10
+
+
+def test_an_axial_series_of_a_sagittal_image_is_known(tmp_path: Path) -> None:
+    image = to_image(mr_array(1))
+    image.SetDirection((0, 0, 1, 1, 0, 0, 0, 1, 0))
+    sitk.WriteImage(image, str(tmp_path / "sagittal.nii.gz"))
+    assert read_scan(Source(str(tmp_path / "sagittal.nii.gz"))).geometry.axial == 1
+
+
+def test_a_fourth_axis_of_one_is_taken_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "scan.nii.gz", mr_array(1)[None], spacing=(*SPACING, 1.0))
+    scan = read_scan(Source(str(path)))
+    np.testing.assert_array_equal(scan.array, mr_array(1))
+    np.testing.assert_allclose(scan.geometry.spacing, SPACING)
+
+
+def damaged_stream(path: Path) -> Path:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    path.write_bytes(content)
+    return path
+
+
+def text(path: Path) -> Path:
+    path.write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
+    return path
+
+
+def with_value(value: float) -> np.ndarray:
+    array = mr_array(1).astype(np.float32)
+    array[3, 4, 5] = value
+    return array
+
+
+def skewed(path: Path) -> Path:
+    affine = np.eye(4)
+    affine[0, 1] = 0.2
+    image = nibabel.Nifti1Image(mr_array(1), affine)
+    image.set_qform(None, 0)
+    image.to_filename(path)
+    return path
+
+
+def misnamed(path: Path) -> Path:
+    name = Path(os.fsdecode(bytes(path.parent) + b"/\xff.nii"))
+    write(path, mr_array(1)).rename(name)
+    return name
+
+
+def organs() -> np.ndarray:
+    """A map of some sixty labels."""
+    z, y, x = np.indices(SHAPE) // 6
+    return (z * 25 + y * 5 + x).astype(np.uint8)
+
+
+BAD = {
+    "text": ("unreadable", lambda folder: text(folder / "a.nii.gz")),
+    "empty": ("unreadable", lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0)),
+    "cut short nii.gz": (
+        "unreadable",
+        lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0.6),
+    ),
+    "without its checksum": (
+        "unreadable",
+        lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0.9999),
+    ),
+    "cut short nii": (
+        "unreadable",
+        lambda folder: truncate(write(folder / "a.nii", mr_array(1)), 0.6),
+    ),
+    "cut short nrrd": (
+        "unreadable",
+        lambda folder: truncate(write(folder / "a.nrrd", mr_array(1)), 0.6),
+    ),
+    "cut short mha": (
+        "unreadable",
+        lambda folder: truncate(write(folder / "a.mha", mr_array(1)), 0.6),
+    ),
+    "hole in the stream": (
+        "unreadable",
+        lambda folder: damaged_stream(write(folder / "a.nii.gz", mr_array(1))),
+    ),
+    "2D": ("one slice", lambda folder: write(folder / "a.nii", mr_array(1)[0])),
+    "one slice": ("one slice", lambda folder: write(folder / "a.nii", mr_array(1)[:1])),
+    "four slices": ("too few slices", lambda folder: write(folder / "a.nii", mr_array(1)[:4])),
+    "4D": (
+        "more than three axes",
+        lambda folder: write(folder / "a.nii", np.stack([mr_array(1)] * 2), spacing=(1.0,) * 4),
+    ),
+    "RGB": (
+        "several values per voxel",
+        lambda folder: write(
+            folder / "a.mha", np.stack([mr_array(1).astype(np.uint8)] * 3, -1), vector=True
+        ),
+    ),
+    "complex": (
+        "several values per voxel",
+        lambda folder: write(folder / "a.nii", mr_array(1).astype(np.complex64)),
+    ),
+    "microns": (
+        "absurd spacing",
+        lambda folder: write(folder / "a.nii", mr_array(1), spacing=(0.001, 0.001, 0.001)),
+    ),
+    "metres": (
+        "absurd spacing",
+        lambda folder: write(folder / "a.nii", mr_array(1), spacing=(500.0, 500.0, 500.0)),
+    ),
+    "skewed": ("skewed axes", lambda folder: skewed(folder / "a.nii.gz")),
+    "not UTF-8": ("name of the file", lambda folder: misnamed(folder / "a.nii")),
+    "NaN": ("not finite", lambda folder: write(folder / "a.nii", with_value(np.nan))),
+    "infinite": ("not finite", lambda folder: write(folder / "a.nii", with_value(-np.inf))),
+    "constant": (
+        "constant",
+        lambda folder: write(folder / "a.nii", np.full(SHAPE, 7, dtype=np.int16)),
+    ),
+    "mask": (
+        "label map",
+        lambda folder: write(folder / "a.nii", (mr_array(1) > 200).astype(np.uint8)),
+    ),
+    "organs": ("label map", lambda folder: write(folder / "a.nii", organs())),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_reason_for_a_bad_scan(tmp_path: Path, name: str) -> None:
+    reason, make = BAD[name]
+    with pytest.raises(UnusableError) as error:
+        check_voxels(read_scan(Source(str(make(tmp_path)))).array)
+    assert error.value.reason == reason
+    assert error.value.detail
+
+
+def test_a_scan_of_eight_bits_is_no_label_map() -> None:
+    check_voxels((mr_array(1) // 4).clip(0, 255).astype(np.uint8))
+
+
+def test_modalities_by_their_values() -> None:
+    for array, modality in ((ct_array(1), CT), (mr_array(1), MR)):
+        low, _, sample = check_voxels(array)
+        assert looks_like(low, sample) == modality
+        check_modality(modality, low, sample)
+        with pytest.raises(UnusableError):
+            check_modality(MR if modality == CT else CT, low, sample)
+    # Normalised: could be anything.
+    low, _, sample = check_voxels(mr_array(1) - 300.0)
+    assert looks_like(low, sample) is None
+    with pytest.raises(UnusableError, match="DICOM says PT"):
+        check_tag(CT, "PT")
+
+
+# --- DICOM
+
+
+def test_series_of_a_folder(tmp_path: Path) -> None:
+    """Two good series, one with a slice missing, one of two points in time, one of colour, and a
+    file that is none."""
+    write_dicom(tmp_path, mr_array(1), 1)
+    write_dicom(tmp_path, mr_array(2), 2, modality="CT")
+    places = [SPACING[2] * index for index in range(SHAPE[0])]
+    write_dicom(tmp_path, mr_array(3)[1:], 3, positions=[*places[:5], *places[6:]])
+    write_dicom(
+        tmp_path, mr_array(4), 4, positions=[places[index // 2] for index in range(SHAPE[0])]
+    )
+    write_dicom(tmp_path, mr_array(5)[:1], 5)
+    (tmp_path / "report.dcm").write_bytes(bytes(200))
+    (folder,) = walk([str(tmp_path)], ())
+    series = series_of(folder)
+    assert [one.problem and one.problem[0] for one in series] == [
+        None,
+        None,
+        "slices missing",
+        "several volumes in one series",
+        "one slice",
+    ]
+    assert series[2].problem is not None
+    assert series[2].problem[1].endswith("; 1 of the folder's files cannot be read as images"), (
+        "one may be the slice"
+    )
+    assert [one.modality for one in series[:2]] == [MR, CT]
+    assert len({one.key for one in series}) == 5
+    for seed, one in enumerate(series[:2], start=1):
+        scan = read_scan(one)
+        np.testing.assert_array_equal(scan.array, mr_array(seed))
+        np.testing.assert_allclose(scan.geometry.spacing, SPACING)
+        assert not scan.as_it_is
+
+
+def test_a_folder_of_dicom_without_images_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "report.dcm").write_bytes(bytes(200))
+    with pytest.raises(
+        UnusableError,
+        match="no image: none of 1 DICOM files can be read as one, for example report.dcm",
+    ):
+        series_of(next(walk([str(tmp_path)], ())))
+
+
+# --- placing
+
+
+def test_a_metaimage_in_two_files_is_linked_by_its_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "with space" / "scan.mhd", mr_array(1))
+    source = Source(str(path))
+    target = tmp_path / "case_0000.mha"
+    assert place_image(source, read_scan(source), target, copy=False) == HEADER
+    assert target.stat().st_size < 1000
+    linked = sitk.ReadImage(str(target))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(linked), mr_array(1))
+    assert linked.GetSpacing() == SPACING
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha", ".nii"])
+def test_conversion_keeps_voxels_and_geometry(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / "scan.mhd", mr_array(1).astype(np.int32))
+    source = Source(str(path))
+    target = tmp_path / f"case_0000{ending}"
+    assert place_image(source, read_scan(source), target, copy=True) == "converted"
+    converted, original = sitk.ReadImage(str(target)), sitk.ReadImage(str(path))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(converted), mr_array(1))
+    assert converted.GetPixelID() == sitk.sitkInt16
+    for one, other in (
+        (converted.GetOrigin(), original.GetOrigin()),
+        (converted.GetDirection(), original.GetDirection()),
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("missing", "how"), [((), LINK), (("symlink",), "hard link"), (("symlink", "link"), "copy")]
+)
+def test_links_where_the_file_system_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], how: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("not on this file system")
+
+    for name in missing:
+        monkeypatch.setattr(os, name, refuse)
+    source = tmp_path / "scan.nii"
+    source.write_bytes(b"content")
+    assert link_or_copy(str(source), tmp_path / "target.nii") == how
+    assert (tmp_path / "target.nii").read_bytes() == b"content"
+    assert source.read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("room", [0, 50_000])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".nrrd"])
+def test_a_full_disk_is_noticed(tmp_path: Path, ending: str, room: int) -> None:
+    """ITK writes a part of a NIfTI file and says nothing. A limit on the size of files stands for
+    the disk."""
+    resource = pytest.importorskip("resource")
+    import signal
+
+    array = np.random.default_rng(0).integers(0, 30000, (40, 40, 40)).astype(np.int16)
+    scan = read_scan(Source(str(write(tmp_path / "scan.nii", array))))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with pytest.raises(OutputError, match="part|written|large|failed|open"):
+            write_image(scan.array, scan.geometry, tmp_path / f"out{ending}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_written_gzip_is_the_same_every_time(tmp_path: Path) -> None:
+    scan = read_scan(Source(str(write(tmp_path / "scan.mha", mr_array(1)))))
+    for name in ("one", "other"):
+        write_image(scan.array, scan.geometry, tmp_path / f"{name}.nii.gz")
+    assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "other.nii.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "one.nii.gz").read_bytes())
