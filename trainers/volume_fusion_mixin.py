@@ -41,7 +41,7 @@ from stunet_plugin.options import (
     Options,
 )
 from stunet_plugin.pretraining.cases import check_cases_complete, check_fold, describe_cases
-from stunet_plugin.pretraining.score import RECORD, confusion_matrix, overlap_counts, pretext_score
+from stunet_plugin.pretraining.score import confusion_matrix, overlap_counts, pretext_score
 from stunet_plugin.pretraining.subvolumes import SubVolumeLoader
 from stunet_plugin.pretraining.volume_fusion import (
     DEFAULT_SCHEME,
@@ -52,7 +52,7 @@ from stunet_plugin.pretraining.volume_fusion import (
 from stunet_plugin.trainers.misfm_optimizer import MISFMOptimizer
 from stunet_plugin.utils.figures import save_fusion_example, save_pretext_progress
 from stunet_plugin.utils.files import write_atomically
-from stunet_plugin.weights.pretrained import read_checkpoint
+from stunet_plugin.weights.pretrained import RECORD, read_checkpoint
 
 SCORE_EPOCHS = 10
 """The score at the end is over this many epochs' worth of validation batches."""

@@ -1,94 +1,72 @@
-"""``stunet plan``: our planners where ``nnunetv2`` cannot be written to and nnU-Net therefore does
-not find them."""
+"""``stunet plan``: our planners, where nnU-Net cannot find them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
-from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.commands.command import NETWORKS, Command, argument
 
 
-def plan(
-    datasets: Sequence[int],
-    planner_name: str,
-    gpu_memory_target: float | None,
-    target_spacing: Sequence[float] | None,
-    plans_name: str | None,
-    processes: int,
-) -> int:
-    """Extract fingerprints where they are missing, plan, and say what to run next.
+@dataclass(frozen=True)
+class Plan(Command):
+    """Options of ``stunet plan``."""
 
-    Raises:
-        PluginError: unknown planner, unknown dataset, nnU-Net's variables not set.
-    """
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprint_dataset,
-        plan_experiment_dataset,
+    command: ClassVar = "plan"
+    group: ClassVar = NETWORKS
+    summary: ClassVar = (
+        "Plan an experiment with one of our planners without registration; what"
+        " nnUNetv2_plan_experiment -pl does with it."
     )
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+    example: ClassVar = (
+        "stunet plan -d 4 -pl STUNetPlanner_base && nnUNetv2_preprocess -d 4 -plans_name"
+        " STUNetPlans_base -c 3d_fullres"
+    )
 
-    from stunet_plugin.plans import PLANNERS
+    datasets: tuple[int, ...] = argument(
+        "-d", type=int, nargs="+", metavar="ID", help="dataset IDs"
+    )
+    planner: str = argument(
+        "-pl",
+        metavar="PLANNER",
+        help=(
+            "STUNetPlanner_tiny, STUNetPlanner_small, STUNetPlanner_base, STUNetPlanner_large,"
+            " STUNetPlanner_huge, PCTNetPlanner, FMUNetPlanner"
+        ),
+    )
+    gpu_memory_target: float | None = argument(
+        "-gpu_memory_target",
+        default=None,
+        type=float,
+        metavar="GB",
+        help="the network's own if not given",
+    )
+    overwrite_target_spacing: tuple[float, ...] | None = argument(
+        "-overwrite_target_spacing",
+        default=None,
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="spacing of 3d_fullres",
+    )
+    overwrite_plans_name: str | None = argument(
+        "-overwrite_plans_name",
+        default=None,
+        metavar="NAME",
+        help="the planner's own name for them if not given",
+    )
+    processes: int = argument(
+        "-np", default=2, type=int, help="processes for the dataset fingerprint"
+    )
 
-    if processes < 1:
-        raise PluginError(f"-np must be at least 1, not {processes}.")
-    if planner_name not in PLANNERS:
-        hint = did_you_mean(planner_name, PLANNERS, cutoff=0.8)
-        raise PluginError(
-            f"Unknown planner {planner_name!r}. Planners: {', '.join(PLANNERS)}.{hint}"
-        )
-    for variable, path in (
-        ("nnUNet_raw", nnUNet_raw),
-        ("nnUNet_preprocessed", nnUNet_preprocessed),
-    ):
-        if not path.is_set():
-            raise PluginError(
-                f"{variable} is not set. Set it to a folder: export {variable}=/path/to/{variable}"
-            )
-    for dataset in datasets:
-        try:
-            name = convert_id_to_dataset_name(dataset)
-        except RuntimeError as error:
-            raise PluginError(
-                f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}."
-            ) from error
-        _check_raw(Path(nnUNet_raw.get(), name))
-    for dataset in datasets:
-        extract_fingerprint_dataset(dataset, num_processes=processes, clean=False)
-        _, identifier = plan_experiment_dataset(
-            dataset,
-            PLANNERS[planner_name],
-            gpu_memory_target_in_gb=gpu_memory_target,
-            overwrite_target_spacing=tuple(target_spacing) if target_spacing else None,
-            overwrite_plans_name=plans_name,
-        )
-        print(f"Next: nnUNetv2_preprocess -d {dataset} -plans_name {identifier} -c 3d_fullres")
-    return 0
+    def run(self) -> int:
+        from stunet_plugin.plans.plan_experiment import plan
 
-
-def _check_raw(folder: Path) -> None:
-    """Raise unless a raw dataset has what nnU-Net's fingerprint reads."""
-    file = folder / "dataset.json"
-    try:
-        description = json.loads(file.read_text())
-        lacking = [key for key in ("labels", "file_ending") if key not in description]
-    except FileNotFoundError as error:
-        raise PluginError(
-            f"{folder} has no dataset.json. nnU-Net's raw format needs one beside imagesTr and"
-            " labelsTr."
-        ) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise PluginError(f"{file} cannot be read ({error}). Mend it.") from error
-    if lacking or not (description.get("channel_names") or description.get("modality")):
-        raise PluginError(
-            f"{file} lacks {', '.join(lacking) or 'channel_names'}, which nnU-Net needs."
-        )
-    if "dataset" not in description and not any(
-        (folder / "imagesTr").glob(f"*{description['file_ending']}")
-    ):
-        raise PluginError(
-            f"{folder / 'imagesTr'} holds no *{description['file_ending']} files (file_ending in"
-            " dataset.json)."
+        return plan(
+            self.datasets,
+            self.planner,
+            self.gpu_memory_target,
+            self.overwrite_target_spacing,
+            self.overwrite_plans_name,
+            self.processes,
         )

@@ -6,7 +6,6 @@ is not done again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ class Run:
     check: bool
 
     @classmethod
-    def from_arguments(cls, options: argparse.Namespace) -> Run:
+    def from_arguments(cls, options: Any) -> Run:
         """Read the file and the options; options win.
 
         Raises:

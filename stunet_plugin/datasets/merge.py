@@ -3,7 +3,6 @@ nnUNet_raw."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class MergeOptions:
     seed: int = 0
 
     @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> MergeOptions:
+    def from_arguments(cls, given: Any) -> MergeOptions:
         return cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from stunet_plugin.datasets.raw_dataset import new_raw_folder
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
-from stunet_plugin.unlabeled.dataset import new_raw_folder
 from stunet_plugin.utils.files import OutputError, check_whole, link_or_copy, write_atomically
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"

@@ -3,7 +3,6 @@ on."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -56,7 +55,7 @@ class PseudoLabelOptions:
     device: str = "auto"
 
     @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> PseudoLabelOptions:
+    def from_arguments(cls, given: Any) -> PseudoLabelOptions:
         return cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
 
 

@@ -181,3 +181,25 @@ def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
             names = ", ".join(f"{case}_{channel:04d}{ending}" for channel in wanted)
             raise PluginError(f"{folder}: case {case} has {len(files)} image(s), expected {names}.")
     return {case: tuple(files[channel] for channel in wanted) for case, files in found.items()}
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def new_raw_folder(dataset_id: int, name: str) -> Path:
+    """Return the folder in nnUNet_raw of a dataset that is to be made.
+
+    Raises:
+        PluginError: bad ID or name, or nnUNet_raw is not set.
+    """
+    raw = os.environ.get(RAW)
+    if not raw:
+        raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
+    if not 1 <= dataset_id <= 999:
+        raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
+    if not _NAME.fullmatch(name):
+        raise PluginError(
+            "-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not"
+            f" {name!r}."
+        )
+    return Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"

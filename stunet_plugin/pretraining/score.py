@@ -10,10 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RECORD = "volume_fusion"
-"""Where dataset.json, and with it every pretext checkpoint, says how blocks were drawn; a
-segmentation's has no such entry."""
-
 
 def confusion_matrix(logits: Tensor, class_map: Tensor) -> Tensor:
     """Count voxels by true and predicted class.

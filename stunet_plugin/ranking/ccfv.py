@@ -21,14 +21,12 @@ from itertools import combinations
 
 import numpy as np
 
-from stunet_plugin.commands.rank_arguments import VARIETIES
-
 ENERGY_EPSILON = 1e-3
 """Added to squared distances in the variety, as published."""
 MINIMUM_SAMPLES = 2
 """Voxels of a class in a case from which on its covariance is defined."""
 
-ENERGY, SPREAD = VARIETIES
+VARIETIES = ENERGY, SPREAD = ("energy", "spread")
 """log(F / W) with F as in the published code, an energy, which is high where the cases' mean
 features are alike; or with its inverse, log(1 / (F W)), which is high where they differ, and the
 same whatever the scale of the features."""

@@ -3,7 +3,6 @@ is told at once."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ class RankOptions:
     figure: str | None = None
 
     @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> RankOptions:
+    def from_arguments(cls, given: Any) -> RankOptions:
         """Take the options and check them.
 
         Raises:

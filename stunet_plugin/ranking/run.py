@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from stunet_plugin.commands.rank_arguments import DEFAULT_LEVELS
 from stunet_plugin.errors import PluginError
 from stunet_plugin.ranking.candidates import (
     Candidate,
@@ -39,6 +38,8 @@ from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import write_atomically
 
 BACKGROUND = 0
+
+DEFAULT_LEVELS = 3
 
 
 @dataclass

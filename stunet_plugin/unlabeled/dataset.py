@@ -7,12 +7,12 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stunet_plugin.datasets.raw_dataset import new_raw_folder
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.unlabeled.discovery import Source
@@ -26,7 +26,6 @@ LABELS = {"background": 0, "body": 1}
 READER = "SimpleITKIO"
 """The reader that the scans were checked with; it takes files of all kinds, and the choice by
 ending would not take .nii."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FORMAT = 1
 _MANIFEST = "manifest.jsonl"
 
@@ -274,22 +273,3 @@ class Dataset:
             return 0
         with os.scandir(self.images) as listing:
             return sum(entry.name.endswith(ending) for entry in listing)
-
-
-def new_raw_folder(dataset_id: int, name: str) -> Path:
-    """Return the folder in nnUNet_raw of a dataset that is to be made.
-
-    Raises:
-        PluginError: bad ID or name, or nnUNet_raw is not set.
-    """
-    raw = os.environ.get(RAW)
-    if not raw:
-        raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
-    if not 1 <= dataset_id <= 999:
-        raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
-    if not _NAME.fullmatch(name):
-        raise PluginError(
-            "-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not"
-            f" {name!r}."
-        )
-    return Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"

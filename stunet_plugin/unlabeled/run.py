@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import terminate_as_interrupt
@@ -52,7 +52,7 @@ class UnlabeledOptions:
     exclude: Sequence[str] = ()
 
     @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> UnlabeledOptions:
+    def from_arguments(cls, given: Any) -> UnlabeledOptions:
         choices = (given.modality, given.processes, given.file_ending, given.copy, given.exclude)
         return cls(given.folders, given.dataset_id, given.name, *choices)
 

@@ -17,7 +17,6 @@ from typing import Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.misfm_presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION
-from stunet_plugin.pretraining.score import RECORD
 from stunet_plugin.weights.checkpoint_file import checkpoint_writer
 from stunet_plugin.weights.import_record import ImportOptions, check_content, is_there, name_of_file
 from stunet_plugin.weights.locate import Source
@@ -29,6 +28,7 @@ from stunet_plugin.weights.model_folder import (
     was_imported,
     write_model_folder,
 )
+from stunet_plugin.weights.pretrained import RECORD
 
 PRETEXT = "pretext"
 

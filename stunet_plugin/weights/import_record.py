@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,7 @@ class ImportOptions:
             raise PluginError(f"--fold must be a number or 'all', not {self.fold!r}.")
 
     @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> ImportOptions:
+    def from_arguments(cls, given: Any) -> ImportOptions:
         plan = PlanOptions(
             given.plans,
             given.spacing,

@@ -142,3 +142,8 @@ def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
         if argument.startswith("-pretrained_weights="):
             return argument.partition("=")[2]
     return None
+
+
+RECORD = "volume_fusion"
+"""Where dataset.json, and with it every pretext checkpoint, says how blocks were drawn; a
+segmentation's has no such entry."""

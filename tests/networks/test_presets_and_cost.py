@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stunet_plugin.commands.size_table import size_table
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.memory import (
     ADAM_VALUES,
@@ -17,6 +16,7 @@ from stunet_plugin.networks.memory import (
     STUNetShape,
 )
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset, find_preset, get_preset
+from stunet_plugin.networks.size_table import size_table
 from stunet_plugin.networks.stunet import STUNet
 
 STRIDES = (

@@ -12,13 +12,13 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin import plans as planners
-from stunet_plugin.commands.plan import plan
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import STUNET_CLASS
 from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import as_strides
+from stunet_plugin.plans.plan_experiment import plan
 from stunet_plugin.plans.stunet_planners import PLANNERS
 
 from conftest import PHANTOM_ID, Workspace

@@ -1,17 +1,27 @@
-"""Arguments of ``stunet rank``. Imports nothing heavy: every ``stunet`` command reads it."""
+"""``stunet rank``: pretrained weights ranked for a labelled dataset."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import ClassVar
 
-DEFAULT_CASES, DEFAULT_LEVELS = 10, 3
-DEFAULT_STEP = 0.5
-VARIETIES = ("energy", "spread")
+from stunet_plugin.commands.command import EVALUATION, STARTS_AGAIN, Command, argument
 
 
-def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "weights",
+@dataclass(frozen=True)
+class Rank(Command):
+    """Options of ``stunet rank``."""
+
+    command: ClassVar = "rank"
+    group: ClassVar = EVALUATION
+    summary: ClassVar = "Rank pretrained weights for a labelled dataset without training (CCFV)."
+    example: ClassVar = (
+        "stunet rank ct=MODEL_FOLDER mr=checkpoint_final.pth random -d 4 -p nnUNetPlans --json"
+        " ranking.json"
+    )
+    interrupted: ClassVar = STARTS_AGAIN
+
+    weights: tuple[str, ...] = argument(
         nargs="+",
         metavar="[NAME=]WEIGHTS",
         help=(
@@ -20,80 +30,81 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
             " (with -p)"
         ),
     )
-    parser.add_argument(
-        "-d", dest="dataset", required=True, help="labelled dataset in nnUNet_raw: ID, name or path"
-    )
-    parser.add_argument(
+    dataset: str = argument("-d", help="labelled dataset in nnUNet_raw: ID, name or path")
+    plans: str | None = argument(
         "-p",
-        dest="plans",
         default=None,
         help=(
             "plans of the dataset to fine-tune with; if not given, each model sees the images as in"
             " its own training"
         ),
     )
-    parser.add_argument(
-        "-c", dest="configuration", default="3d_fullres", help="of the plans given with -p"
-    )
-    parser.add_argument(
+    configuration: str = argument("-c", default="3d_fullres", help="of the plans given with -p")
+    cases: int = argument(
         "--cases",
+        default=10,
         type=int,
-        default=DEFAULT_CASES,
         metavar="N",
         help="how many to look at, drawn with the seed",
     )
-    parser.add_argument(
+    names: tuple[str, ...] | None = argument(
         "--names",
-        nargs="+",
         default=None,
+        nargs="+",
         metavar="CASE",
         help="look at these cases instead, those of a training fold perhaps",
     )
-    parser.add_argument(
+    levels: int | None = argument(
         "--levels",
-        type=int,
         default=None,
-        metavar="N",
-        help=f"finest levels of the decoder; {DEFAULT_LEVELS} if not given",
-    )
-    parser.add_argument(
-        "--seed",
         type=int,
+        metavar="N",
+        help="finest levels of the decoder; 3 if not given",
+    )
+    seed: int = argument(
+        "--seed",
         default=0,
+        type=int,
         metavar="N",
         help="of the drawn cases, voxels and random weights",
     )
-    parser.add_argument(
+    step_size: float = argument(
         "--step-size",
+        default=0.5,
         type=float,
-        default=DEFAULT_STEP,
         metavar="X",
         help="of the sliding window, in patches",
     )
-    parser.add_argument(
+    published_sums: bool = argument(
         "--published-sums",
         action="store_true",
         help="add distances up as the published script does, not average",
     )
-    parser.add_argument(
+    variety: str = argument(
         "--variety",
-        choices=VARIETIES,
-        default=VARIETIES[0],
+        default="energy",
+        choices=("energy", "spread"),
         help=(
             "energy: as in the published code; spread: its inverse, which does not depend on the"
             " scale of the features"
         ),
     )
-    parser.add_argument(
+    device: str = argument(
         "--device",
         "-device",
-        choices=["auto", "cpu", "cuda"],
         default="auto",
+        choices=("auto", "cpu", "cuda"),
         help="auto takes a GPU where there is one",
     )
-    parser.add_argument(
+    json: str | None = argument(
         "--json", default=None, metavar="FILE", help="write everything that was computed"
     )
-    parser.add_argument(
+    figure: str | None = argument(
         "--figure", default=None, metavar="FILE", help="write the ranking as a bar chart, .png"
     )
+
+    def run(self) -> int:
+        from stunet_plugin.ranking.options import RankOptions
+        from stunet_plugin.ranking.run import run_rank
+
+        return run_rank(RankOptions.from_arguments(self))

@@ -1,0 +1,26 @@
+"""``stunet doctor``: checks of the installation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stunet_plugin.commands.command import INSTALL, Command
+
+
+@dataclass(frozen=True)
+class Doctor(Command):
+    """Options of ``stunet doctor``."""
+
+    command: ClassVar = "doctor"
+    group: ClassVar = INSTALL
+    summary: ClassVar = (
+        "Check the installation: versions, registration, GPU, environment variables. Exit code 1 if"
+        " something is wrong."
+    )
+    example: ClassVar = "stunet doctor"
+
+    def run(self) -> int:
+        from stunet_plugin.nnunet.doctor import examine
+
+        return examine()

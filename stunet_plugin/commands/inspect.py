@@ -1,0 +1,31 @@
+"""``stunet inspect``: what a checkpoint or a model folder is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stunet_plugin.commands.command import WEIGHTS, Command, argument
+
+
+@dataclass(frozen=True)
+class Inspect(Command):
+    """Options of ``stunet inspect``."""
+
+    command: ClassVar = "inspect"
+    group: ClassVar = WEIGHTS
+    summary: ClassVar = (
+        "Say what a checkpoint or a model folder is: format, size, channels, outputs, plan, labels,"
+        " provenance."
+    )
+    example: ClassVar = "stunet inspect base_ep4k.model"
+
+    file: str = argument(
+        metavar="FILE_OR_FOLDER",
+        help="checkpoint (.model, .pth, .pt), plans (.pkl) or model folder",
+    )
+
+    def run(self) -> int:
+        from stunet_plugin.weights.inspect import inspect
+
+        return inspect(self.file)
