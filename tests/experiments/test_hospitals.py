@@ -16,7 +16,7 @@ from stunet_plugin.utils.geometry import Grid
 
 @pytest.fixture
 def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
     return importlib.import_module("hospitals")
 
 

@@ -16,7 +16,7 @@ import pytest
 def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import a module of ``benchmarks/``, which as a script finds its neighbours in its own
     folder."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
     return importlib.import_module
 
 
@@ -76,7 +76,7 @@ def test_variants_follow_from_the_parts(benchmarks: Callable[[str], ModuleType])
 def test_dry_run_prints_the_commands_and_writes_nothing(
     benchmarks: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = benchmarks("ranking_experiment")
+    script = benchmarks("ranking")
     data = tmp_path / "data"
     (data / "labelsTr").mkdir(parents=True)
     for index in range(9):

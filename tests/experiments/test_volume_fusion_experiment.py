@@ -39,14 +39,14 @@ SETTINGS = {
 def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import a module of ``benchmarks/``, which as a script finds its neighbours in its own
     folder."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
     return importlib.import_module
 
 
 def test_splits_never_mix_and_depend_on_nothing_but_the_names(
     benchmarks: Callable[[str], ModuleType],
 ) -> None:
-    script = benchmarks("experiment")
+    script = benchmarks("common")
     settings = script.Settings(**SETTINGS)
     names = [f"case_{index:03d}" for index in range(217)]
     test, pool = script.hold_out(names, settings)
@@ -129,7 +129,7 @@ def test_table_averages_over_seeds_and_compares_with_scratch_of_the_same_seed(
 def test_dry_run_prints_the_commands_and_writes_nothing(
     benchmarks: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = benchmarks("volume_fusion_experiment")
+    script = benchmarks("volume_fusion")
     data = tmp_path / "data"
     (data / "labelsTr").mkdir(parents=True)
     for index in range(6):
@@ -157,7 +157,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
 def test_merged_labels_keep_geometry_and_are_written_once(
     benchmarks: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    script = benchmarks("volume_fusion_experiment")
+    script = benchmarks("volume_fusion")
     source, target = tmp_path / "case.nii.gz", tmp_path / "merged" / "case.nii.gz"
     label = sitk.GetImageFromArray(np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 2, 2))
     label.SetSpacing((0.5, 1, 2))
@@ -173,7 +173,7 @@ def test_merged_labels_keep_geometry_and_are_written_once(
 def test_work_folder_of_other_settings_is_refused(
     benchmarks: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    script = benchmarks("experiment")
+    script = benchmarks("common")
     script.keep_settings(tmp_path, script.Settings(**SETTINGS))
     script.keep_settings(tmp_path, script.Settings(**SETTINGS))
     with pytest.raises(PluginError, match="begun with other settings .batch was 2.*another --work"):

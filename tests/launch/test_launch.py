@@ -32,7 +32,7 @@ KILLED_IN = 2
 
 @pytest.fixture
 def launched(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "tests" / "tools"))
     return importlib.import_module("launched")
 
 

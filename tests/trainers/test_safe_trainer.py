@@ -326,7 +326,7 @@ def test_continuing_is_exact(
 def test_killed_at_any_moment_there_is_a_checkpoint_to_go_on_from(
     repository: Path, monkeypatch: pytest.MonkeyPatch, nnunet_environment: Workspace, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "tests" / "tools"))
     script = importlib.import_module("kill_training")
     counts = script.kill_many(3, nnunet_environment.plans(), tmp_path, seed=1)
     assert (counts["kills"], counts["did_not_load"], counts["epochs_lost"]) == (3, 0, 0)

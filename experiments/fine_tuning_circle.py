@@ -40,7 +40,7 @@ from stunet_plugin.nnunet.registration import host_version, trainers_folder
 from stunet_plugin.utils.files import write_atomically
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from hippocampus_figures import read_run
+from hippocampus import read_run
 
 from import_helpers import published_name, v1_checkpoint
 
@@ -333,11 +333,11 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "Example: python benchmarks/fine_tuning_circle.py --raw"
+            "Example: python experiments/fine_tuning_circle.py --raw"
             " $nnUNet_raw/Dataset004_Hippocampus --model"
             " results_1/Dataset004_Hippocampus/STUNetTrainer_small_ep5__nnUNetPlans__3d_fullres_bs2"
             ' --work circle --machine "2 CPU cores" --out docs/experiments --json'
-            " benchmarks/results/fine_tuning_circle.json"
+            " experiments/results/fine_tuning_circle.json"
         ),
     )
     parser.add_argument("--raw", type=Path, required=True, help="the raw dataset")

@@ -8,8 +8,8 @@ ones, resumed with another number of processes, and with one process killed. The
 network through nnU-Net's own data loading and final validation in two processes. Writes the largest
 differences as a JSON:
 
-    python benchmarks/two_processes.py --work /tmp/two_processes --out
-    benchmarks/results/two_processes.json
+    python tests/tools/two_processes.py --work /tmp/two_processes --out
+    tests/tools/results/two_processes.json
 
 Takes minutes: each process imports torch and nnU-Net. Exit codes: 0 all as it should be, 1
     something is not (the JSON says what).

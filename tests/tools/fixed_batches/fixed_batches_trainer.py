@@ -2,7 +2,7 @@
 trainings with each other.
 
 nnU-Net draws its batches at random, so two trainings never see the same. For ``nnUNet_extTrainer``,
-in tests/test_launch.py and benchmarks/two_processes.py. Environment:
+in tests/test_launch.py and tests/tools/two_processes.py. Environment:
 
 * FIXED_BATCHES_KILL=RANK:EPOCH: that process kills itself (SIGKILL) when that epoch begins.
 * FIXED_BATCHES_VALIDATE=1: do the final validation too.

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import SimpleITK as sitk
-from experiment import (
+from common import (
     BASE_CONFIGURATION,
     CONFIGURATION,
     Experiment,
@@ -271,7 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
             " from scratch."
         ),
         epilog=(
-            "Example: python benchmarks/volume_fusion_experiment.py --data"
+            "Example: python experiments/volume_fusion.py --data"
             " ../shared/data/Dataset004_Hippocampus --work vf --groups stunet scheme classes --json"
             " benchmarks/results/volume_fusion.json --figures docs/experiments"
         ),

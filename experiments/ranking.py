@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from experiment import (
+from common import (
     BASE_CONFIGURATION,
     CONFIGURATION,
     Settings,
@@ -37,13 +37,7 @@ from experiment import (
     link_all,
 )
 from ranking_report import scores_of_ranking, write_report
-from volume_fusion_experiment import (
-    LABELLED,
-    LABELLED_NAME,
-    UNLABELLED,
-    UNLABELLED_NAME,
-    FusionExperiment,
-)
+from volume_fusion import LABELLED, LABELLED_NAME, UNLABELLED, UNLABELLED_NAME, FusionExperiment
 from volume_fusion_report import mean_scores, score_run
 
 from stunet_plugin.errors import PluginError
@@ -293,9 +287,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="CCFV of pretrained weights on hippocampus against the Dice after fine-tuning.",
         epilog=(
-            "Example: python benchmarks/ranking_experiment.py --data"
+            "Example: python experiments/ranking.py --data"
             " ../shared/data/Dataset004_Hippocampus --work ranking --json"
-            " benchmarks/results/ranking.json --figure docs/experiments/ranking.png"
+            " experiments/results/ranking.json --figure docs/experiments/ranking.png"
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

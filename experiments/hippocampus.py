@@ -118,9 +118,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=(
-            "Example: python benchmarks/hippocampus_figures.py --raw"
+            "Example: python experiments/hippocampus.py --raw"
             ' $nnUNet_raw/Dataset004_Hippocampus --run "seed 1=results_1/.../fold_0" --out'
-            " docs/experiments --json benchmarks/results/hippocampus.json"
+            " docs/experiments --json experiments/results/hippocampus.json"
         ),
     )
     parser.add_argument(

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from experiment import (
+from common import (
     BASE_CONFIGURATION,
     CONFIGURATION,
     Experiment,
@@ -45,7 +45,7 @@ from volume_fusion_arms import Network
 from stunet_plugin.nnunet.registration import trainers_folder
 from stunet_plugin.utils.files import write_atomically
 
-HOST = Path(__file__).parent / "hospitals_host"
+HOST = Path(__file__).parent / "trainers"
 A, B, BOTH = (
     (911, "Dataset911_HospitalA"),
     (912, "Dataset912_HospitalB"),

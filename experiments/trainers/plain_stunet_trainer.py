@@ -1,7 +1,7 @@
 """A trainer with the plain transcription of the published network, for side-by-side training on the
 same cases.
 
-Use: ``nnUNet_extTrainer=benchmarks/published_host nnUNetv2_train 4 3d_fullres 0 -tr
+Use: ``nnUNet_extTrainer=experiments/trainers nnUNetv2_train 4 3d_fullres 0 -tr
     PlainSTUNetTrainer_small_ep5``. Not part of the
 package. As in the published v2 port, the strides are the plan's, cut or padded to five poolings,
 while the deep-supervision scales stay at the plan's own count.
@@ -21,7 +21,7 @@ from stunet_plugin.networks.topology import published_strides
 from stunet_plugin.options import SEED, Options
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from plain_stunet import PlainSTUNet
 
 OURS = TRAINERS["STUNetTrainer_small_ep5"]

@@ -173,9 +173,9 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "Example: python benchmarks/kill_training.py --plans"
+            "Example: python tests/tools/kill_training.py --plans"
             " $nnUNet_preprocessed/Dataset004_Hippocampus/nnUNetPlans.json --kills 300 --folder"
-            " killed --json benchmarks/results/kill_training.json"
+            " killed --json tests/tools/results/kill_training.json"
         ),
     )
     parser.add_argument(

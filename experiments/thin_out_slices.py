@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=(
-            "Example: python benchmarks/thin_out_slices.py --raw $nnUNet_raw/Dataset004_Hippocampus"
+            "Example: python experiments/thin_out_slices.py --raw $nnUNet_raw/Dataset004_Hippocampus"
             " --out $nnUNet_raw/Dataset024_HippocampusEvery4th --every 4 --axis 1"
         ),
     )
