@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import argparse
 import errno
+import multiprocessing
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from stunet_plugin import __version__
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import GROUPS, Command, CommandParser, HelpFormatter
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.commands import interruptible
 
 INTERRUPTED = 130
+WAIT_FOR_WORKERS = 5.0
+"""Seconds, for each."""
 WIDTH, NAME_WIDTH = 98, 16
 DESCRIPTION = "Large networks and large-scale pretraining for nnU-Net v2."
 EPILOG = "Example: stunet register && nnUNetv2_train 4 3d_fullres 0 -tr STUNetTrainer_base"
@@ -65,6 +70,30 @@ def run(command: Command) -> int:
         # On a line of its own: a counter or a worker may have left something on the one before.
         print(f"\nInterrupted. {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def interruptible(resume: str) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end a run, its worker processes first so that none prints last.
+
+    Args:
+        resume: how to resume; added to the KeyboardInterrupt's message, which is printed last.
+    """
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        for worker in multiprocessing.active_children():
+            # Not terminate: a forked worker has the handler above and would continue.
+            worker.kill()
+            worker.join(WAIT_FOR_WORKERS)
+        raise KeyboardInterrupt(" ".join(filter(None, (str(error), resume)))) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def build_parser() -> argparse.ArgumentParser:

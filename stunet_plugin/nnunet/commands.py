@@ -1,9 +1,7 @@
-"""Finding nnU-Net's commands, and ending what they and ours started. Light: the command line reads
-it."""
+"""nnU-Net's commands, found beside this Python or on the PATH."""
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import signal
 import sys
@@ -13,9 +11,6 @@ from pathlib import Path
 from types import FrameType
 
 from stunet_plugin.errors import PluginError
-
-WAIT_FOR_CHILDREN = 5.0
-"""Seconds, for each."""
 
 
 def find_command(name: str) -> str:
@@ -42,27 +37,3 @@ def terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def interruptible(how_it_goes_on: str) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a run, and its worker processes before it, so that none of them
-    has the last word.
-
-    Args:
-        how_it_goes_on: added to the message of the KeyboardInterrupt, which the command line prints
-            last.
-
-    Raises:
-        KeyboardInterrupt: as it came, with that message.
-    """
-    with terminate_as_interrupt():
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            for child in multiprocessing.active_children():
-                # Not terminate: a forked one has this very handler and would go on as the parent
-                # does.
-                child.kill()
-                child.join(WAIT_FOR_CHILDREN)
-            raise KeyboardInterrupt(" ".join(filter(None, (str(error), how_it_goes_on)))) from error
