@@ -1,49 +1,50 @@
-"""Where the memory of a training step goes: its peak by stage, what is kept for the backward pass,
-and single suspects.
+"""Memory of a training step of STU-Net: by stage, kept for the backward pass, by checkpointing.
 
-    python benchmarks/memory_of_step.py --out benchmarks/results/memory_of_step_cpu.json
+In float32 on the CPU, in bytes that torch allocates (``measure_step.py``), which no clock and no
+other program disturbs. Buffers inside of convolutions depend on the processor and the number of
+threads; the rest is the same on any device, but for mixed precision, which halves activations.
+Writes a JSON file and a Markdown table beside it.
 
-One STU-Net in float32 on the CPU, counted in bytes that torch allocates (``measure_step.py``),
-which no clock and no other program disturbs. Buffers inside of convolutions depend on the processor
-and the number of threads; the rest is the same on any device, but for mixed precision, which halves
-activations. Writes a JSON file and a Markdown table beside it.
+    python benchmarks/memory_of_step.py --out memory.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report as reports
 import torch
 from measure_step import (
     OURS,
-    SEED,
     TRAIN,
     Case,
     TrainingStep,
     allocation_peak,
     allocation_peaks,
+    build_loss,
+    make_step,
     storage_bytes,
 )
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SIZE, PATCH = "small", (64, 64, 64)
-OUTPUTS = (3, 15, 105)
-FORWARD, LOSS, BACKWARD, OPTIMIZER, VALIDATION = (
-    "forward",
-    "loss",
-    "backward",
-    "optimizer",
-    "validation",
-)
-STAGES = (FORWARD, LOSS, BACKWARD, OPTIMIZER, VALIDATION)
+from stunet_plugin.networks.checkpointing_settings import SETTINGS
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES, STUNetShape
+from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.stunet import STUNet
+from stunet_plugin.networks.topology import stage_shapes
+
+PATCH = (64, 64, 64)
+SIZE, OUTPUTS = "small", (3, 15, 105)
+STAGES = ("forward", "loss", "backward", "optimizer", "validation")
 MAKERS = {
     "convolution": "outputs of convolutions (inputs of the norms)",
     "leaky_relu_": "outputs of LeakyReLU (inputs of convolutions)",
@@ -51,6 +52,8 @@ MAKERS = {
 }
 """By the operation that made a tensor, what it is."""
 LOSS_KIND, OTHERS = "in the loss", "image and targets, statistics of norms, small maps"
+WIDTH, CHECKPOINTED = 8, ((1, 3), (2, 3), (3, 3), (2, 105))
+"""Of the networks with checkpointing: base width; blocks per stage and outputs."""
 MEBIBYTE = 2**20
 
 
@@ -66,27 +69,26 @@ class Makers(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            # Views are made by what made the whole; what works in place counts.
-            if isinstance(value, Tensor) and (
-                name.endswith("_") or value.untyped_storage().data_ptr() not in given
-            ):
-                self.maker[value.untyped_storage().data_ptr()] = name
+            if isinstance(value, Tensor):
+                place = value.untyped_storage().data_ptr()
+                # Views are made by what made the whole; what works in place counts.
+                if name.endswith("_") or place not in given:
+                    self.maker[place] = name
         return result
 
 
 def peaks_by_stage(step: TrainingStep, keep_gradients: bool) -> dict[str, int]:
-    """Return the peak in bytes of each stage of a training step and the validation step after it,
-    with all that stays."""
+    """Return the peak in bytes of each stage of a training step and of the validation after it."""
 
     def run() -> None:
         step.network.train()
-        with record_function(FORWARD):
+        with record_function("forward"):
             outputs = step.network(step.data)
-        with record_function(LOSS):
+        with record_function("loss"):
             loss = step.loss(outputs, step.targets)
-        with record_function(BACKWARD):
+        with record_function("backward"):
             loss.backward()
-        with record_function(OPTIMIZER):
+        with record_function("optimizer"):
             # nnU-Net's step has outputs and loss until it returns.
             nn.utils.clip_grad_norm_(step.parameters.parameters(), 12)
             step.optimizer.step()
@@ -94,7 +96,7 @@ def peaks_by_stage(step: TrainingStep, keep_gradients: bool) -> dict[str, int]:
         if not keep_gradients:
             step.optimizer.zero_grad(set_to_none=True)
         step.network.eval()
-        with record_function(VALIDATION), torch.no_grad():
+        with record_function("validation"), torch.no_grad():
             step.loss(step.network(step.data), step.targets)
 
     resident = storage_bytes(step.resident())
@@ -128,21 +130,18 @@ def kept_for_backward(step: TrainingStep) -> dict[str, int]:
 
 def optimizer_extra(step: TrainingStep) -> dict[str, int]:
     """Return the bytes that each implementation of the optimizer's step takes for itself."""
+    kinds = {
+        "foreach": {"foreach": True},
+        "one by one": {"foreach": False},
+        "fused": {"fused": True},
+    }
     extra = {}
-    for name, options in (
-        ("foreach", {"foreach": True}),
-        ("one by one", {"foreach": False}),
-        ("fused", {"fused": True}),
-    ):
+    for name, options in kinds.items():
+        parameters = list(step.parameters.parameters())
         optimizer = torch.optim.SGD(
-            step.parameters.parameters(),
-            1e-2,
-            weight_decay=3e-5,
-            momentum=0.99,
-            nesterov=True,
-            **options,
+            parameters, 1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True, **options
         )
-        for parameter in step.parameters.parameters():
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the momentum
         extra[name] = allocation_peak(optimizer.step)
@@ -151,13 +150,10 @@ def optimizer_extra(step: TrainingStep) -> dict[str, int]:
 
 
 def loss_extra(step: TrainingStep) -> dict[str, int]:
-    """Return what each term of the loss at full resolution alone takes above its logits and target,
-    forward and backward."""
-    criterion = step.loss.loss
-    target = step.targets[0]
-    logits = torch.randn(
-        len(target), step.parameters.decoder.num_classes, *target.shape[2:], requires_grad=True
-    )
+    """Return what each term of the loss at full resolution takes, forward and backward."""
+    criterion, target = step.loss.loss, step.targets[0]
+    outputs = step.parameters.decoder.num_classes
+    logits = torch.randn(len(target), outputs, *target.shape[2:], requires_grad=True)
 
     def run(term: Callable[[], Tensor]) -> None:
         term().backward()
@@ -168,67 +164,99 @@ def loss_extra(step: TrainingStep) -> dict[str, int]:
         "cross-entropy": lambda: criterion.ce(logits, target[:, 0].long()),
         "both": lambda: criterion(logits, target),
     }
-    return {
-        "logits": storage_bytes([logits]),
-        **{name: allocation_peak(partial(run, term)) for name, term in terms.items()},
-    }
+    extra = {name: allocation_peak(partial(run, term)) for name, term in terms.items()}
+    return {"logits": storage_bytes([logits]), **extra}
 
 
-def measure(outputs: int) -> dict[str, Any]:
-    """Measure one number of outputs."""
-    torch.manual_seed(SEED)
-    step = TrainingStep(Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, 1, outputs, 1))
+def measure(outputs: int) -> dict[str, int]:
+    """Return bytes by what they are, of one number of outputs."""
+    step: Any = make_step(Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, 1, outputs, 1))
     step()
-    parameters = list(step.parameters.parameters())
-    return {
-        "outputs": outputs,
-        "parameter_bytes": storage_bytes(parameters),
-        "peaks": peaks_by_stage(step, keep_gradients=True),
-        "validation_without_gradients": peaks_by_stage(step, keep_gradients=False)[VALIDATION],
-        "kept": kept_for_backward(step),
-        "optimizer_extra": optimizer_extra(step),
-        "loss_extra": loss_extra(step),
+    parts = {
+        "weights (gradients and momentum are as large)": storage_bytes(step.parameters.parameters())
     }
+    parts |= {f"peak of {stage}": size for stage, size in peaks_by_stage(step, True).items()}
+    without = peaks_by_stage(step, keep_gradients=False)["validation"]
+    parts["peak of validation, gradients discarded"] = without
+    groups = {
+        "kept for backward": kept_for_backward(step),
+        "optimizer's step above that": optimizer_extra(step),
+        "full resolution alone": loss_extra(step),
+    }
+    for title, group in groups.items():
+        parts |= {f"{title}: {name}": size for name, size in group.items()}
+    return parts
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Return the numbers as Markdown: one column per number of outputs, MiB."""
-    heads = [f"{row['outputs']} outputs" for row in rows]
-    lines = [f"| MiB | {' | '.join(heads)} |", f"|---|{'---:|' * len(rows)}"]
+def checkpointed_peak(shape: STUNetShape, arguments: dict[str, Any], setting: str) -> int:
+    """Return the peak in bytes of a step with one sample and a setting of checkpointing."""
+    torch.manual_seed(0)
+    arguments = {**arguments, "conv_op": nn.Conv3d, "deep_supervision": True}
+    network = STUNet(shape.input_channels, shape.output_channels, **arguments)
+    network.apply(network.initialize)
+    network.checkpointing = setting
+    shapes = stage_shapes(PATCH, shape.strides)[:-1]
+    loss = build_loss(len(shapes), compiled=False)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True)
+    data = torch.randn(1, 1, *PATCH)
+    outputs = shape.output_channels
+    targets = [torch.randint(outputs, (1, 1, *one), dtype=torch.int16) for one in shapes]
 
-    def add(name: str, value: Callable[[dict[str, Any]], int]) -> None:
-        lines.append(f"| {name} | {' | '.join(f'{value(row) / MEBIBYTE:.0f}' for row in rows)} |")
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(network(data), targets).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
 
-    add("weights (gradients and momentum are as large)", lambda row: row["parameter_bytes"])
-    for stage in STAGES:
-        add(f"peak of {stage}", lambda row, stage=stage: row["peaks"][stage])
-    add("peak of validation, gradients discarded", lambda row: row["validation_without_gradients"])
-    kinds = dict.fromkeys(kind for row in rows for kind in row["kept"])
-    for kind in kinds:
-        add(f"kept for backward: {kind}", lambda row, kind=kind: row["kept"].get(kind, 0))
-    for part, title in (
-        ("optimizer_extra", "optimizer's step above that"),
-        ("loss_extra", "full resolution alone"),
-    ):
-        for name in rows[0][part]:
-            add(f"{title}: {name}", lambda row, part=part, name=name: row[part][name])
-    return "\n".join(lines)
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
+    return storage_bytes([*network.parameters(), *momentum, data, *targets]) + allocation_peak(step)
+
+
+def checkpointed(blocks: int, outputs: int) -> dict[str, int]:
+    """Return the peak of a step and its estimate, for each setting of activation checkpointing."""
+    preset = dataclasses.replace(get_preset("tiny"), width=WIDTH, blocks=blocks)
+    shape = STUNetShape.of_preset(preset, PUBLISHED_STRIDES, 1, outputs)
+    arguments = stunet_architecture(preset, PUBLISHED_STRIDES)["arch_kwargs"]
+    found = {}
+    for setting in SETTINGS:
+        found[setting] = checkpointed_peak(shape, arguments, setting)
+        estimate = shape.training_memory(PATCH, 1, mixed_precision=False, checkpointing=setting)
+        found[f"{setting}, estimated"] = estimate.total
+    return found
+
+
+def markdown_tables(report: dict[str, Any]) -> str:
+    """Return the numbers in MiB: a column per number of outputs, a row per checkpointed network."""
+
+    def row(name: str, values: list[int]) -> list[str]:
+        return [name, *(f"{value / MEBIBYTE:.0f}" for value in values)]
+
+    parts = dict.fromkeys(name for found in report["parts"].values() for name in found)
+    rows = [row(name, [found.get(name, 0) for found in report["parts"].values()]) for name in parts]
+    first = reports.markdown(["MiB", *(f"{name} outputs" for name in report["parts"])], rows)
+    networks = report["checkpointing"]
+    rows = [row(name, list(found.values())) for name, found in networks.items()]
+    return first + "\n\n" + reports.markdown(["MiB", *next(iter(networks.values()))], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes to .md")
     out = parser.parse_args().out
-    rows = [measure(outputs) for outputs in OUTPUTS]
-    host = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    out.write_text(
-        json.dumps({"size": SIZE, "patch": PATCH, "batch": 1, **host, "rows": rows}, indent=1)
-        + "\n"
-    )
-    out.with_suffix(".md").write_text(markdown_table(rows) + "\n")
-    print(markdown_table(rows))
+    report = {
+        **reports.about(threads=torch.get_num_threads()),
+        "settings": {"size": SIZE, "patch": PATCH, "batch": 1, "checkpointed width": WIDTH},
+        "parts": {str(outputs): measure(outputs) for outputs in OUTPUTS},
+        "checkpointing": {
+            f"{blocks} blocks per stage, {outputs} outputs": checkpointed(blocks, outputs)
+            for blocks, outputs in CHECKPOINTED
+        },
+    }
+    reports.write(out, report, markdown_tables(report))
+    print(markdown_tables(report))
 
 
 if __name__ == "__main__":

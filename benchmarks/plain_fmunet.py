@@ -1,4 +1,4 @@
-"""The published FMUNet written down plainly, as the yardstick of ``misfm_step.py``.
+"""The published FMUNet written down plainly, as the yardstick of ``step.py``.
 
 Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Norm, activation, dropout and
     convolution one after the

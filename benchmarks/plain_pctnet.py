@@ -1,4 +1,4 @@
-"""The published PCT-Net written down plainly, as the yardstick of ``misfm_step.py``.
+"""The published PCT-Net written down plainly, as the yardstick of ``step.py``.
 
 Paper: MIS-FM, arXiv:2306.16925. The way the published network computes, step by step: stems and
     heads of all three anisotropy

@@ -1,4 +1,4 @@
-"""The published STU-Net written down plainly, as the yardstick of ``stunet_step.py``.
+"""The published STU-Net written down plainly, as the yardstick of ``step.py``.
 
 Paper: Huang et al., arXiv:2304.06716, section 3. The formula step by step, in the order in which it
     is published: the

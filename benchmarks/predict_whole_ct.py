@@ -1,9 +1,8 @@
-"""Time and memory of nnU-Net's prediction of a whole CT: with a model folder, or with an imported
-model of published architecture.
+"""Time and memory of nnU-Net's prediction of a whole CT.
 
-The latter's weights are random because published ones are not part of this repository; time and
-memory do not depend on them. Writes a JSON with the seconds and the peak memory of the command and
-all of its worker processes together.
+With a model folder (``--model``), or with a published architecture and random weights (``--size``),
+on which time and memory do not depend. Writes a JSON with the seconds and the peak memory of the
+command and all of its worker processes together. Linux.
 """
 
 from __future__ import annotations
@@ -11,47 +10,46 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import report as reports
 import SimpleITK as sitk
 import torch
 
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES
+from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.nnunet.commands import find_command
-from stunet_plugin.nnunet.registration import host_version, trainers_folder
+from stunet_plugin.nnunet.registration import trainers_folder
 from stunet_plugin.utils.files import write_atomically
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from import_helpers import make_network, published_weights, v1_checkpoint
 
 POLL_SECONDS = 0.5
 DATASET, DATASET_NAME = 998, "CT"
+PUBLISHED_SPACING, PUBLISHED_PATCH = 1.5, ["128"] * 3
 
 
 def memory_of_group(group: int) -> int:
-    """Bytes of all processes of a process group; memory that several share counts once."""
+    """Return the bytes of all processes of a process group; shared memory counts once."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if os.getpgid(int(process.name)) == group:
                 lines = (process / "smaps_rollup").read_text().splitlines()
-                total += next(
-                    int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")
-                )
+                total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
         except (OSError, StopIteration):
             continue  # It has just ended.
-    return total
+    return total * 1024
 
 
 def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
-    """Run a command and return its seconds and the peak of its memory."""
+    """Run a command and return its seconds and the peak of its memory in bytes."""
     start, peak = time.monotonic(), 0
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
@@ -64,54 +62,32 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int
     return time.monotonic() - start, peak
 
 
-def import_random_weights(
-    size: str, outputs: int, pickle: Path, work: Path, environment: dict[str, str]
-) -> Path:
-    """Import a checkpoint of published format with random weights; return the model folder."""
-    source = work / f"{size}_ep4k.model"
-    torch.save(v1_checkpoint(published_weights(make_network(size, outputs=outputs))), source)
-    shutil.copyfile(pickle, source.with_name(source.name + ".pkl"))
-    command = [
-        find_command("stunet"),
-        "import",
-        str(source),
-        "--dataset-id",
-        str(DATASET),
-        "--name",
-        DATASET_NAME,
-    ]
-    subprocess.run(command, env=environment, check=True)
+def import_random_weights(options: argparse.Namespace, work: Path, environment: Any) -> Path:
+    """Import a checkpoint of STU-Net with random weights; return the model folder."""
+    source = work / "random.pth"
+    arguments = stunet_architecture(get_preset(options.size), PUBLISHED_STRIDES)["arch_kwargs"]
+    network = STUNet(1, options.outputs, **{**arguments, "conv_op": torch.nn.Conv3d})
+    network.apply(network.initialize)
+    torch.save({"network_weights": network.state_dict()}, source)
+    names = ["background", *(f"class_{number}" for number in range(1, options.outputs))]
+    plan = ["--spacing", *[str(options.spacing)] * 3, "--patch-size", *PUBLISHED_PATCH]
+    strides = [",".join(map(str, stride)) for stride in PUBLISHED_STRIDES[1:]]
+    target = ["--dataset-id", str(DATASET), "--name", DATASET_NAME]
+    command = [find_command("stunet"), "import", str(source), *target, *plan, "--labels", *names]
+    subprocess.run([*command, "--strides", *strides], env=environment, check=True)
     source.unlink()
     return next((work / "results" / f"Dataset{DATASET}_{DATASET_NAME}").iterdir())
 
 
-def plan_at(folder: Path, spacing: float) -> None:
-    """Change the spacing of an imported model's plan, and with it how many patches a CT takes."""
-    file = folder / "plans.json"
-    plans = json.loads(file.read_text())
-    plans["configurations"]["3d_fullres"]["spacing"] = [spacing] * 3
-    file.write_text(json.dumps(plans))
-
-
 def prediction_command(model: Path, fold: str, sequential: bool, results: Path) -> list[str]:
-    """Return the command but for its folders of images; ``sequential`` is the one that takes the
-    least memory.
+    """Return the command without its folders of images; ``sequential`` takes the least memory.
 
-    nnU-Net has that option where models are found by name, so the model folder must be in
-    ``results``, or is linked there.
+    nnU-Net has that option where models are found by name, so the model is linked into ``results``.
     """
     common = ["-f", fold, "-device", "cpu", "--disable_tta"]
     if not sequential:
-        return [
-            "nnUNetv2_predict_from_modelfolder",
-            "-m",
-            str(model),
-            *common,
-            "-npp",
-            "1",
-            "-nps",
-            "1",
-        ]
+        workers = ["-npp", "1", "-nps", "1"]
+        return ["nnUNetv2_predict_from_modelfolder", "-m", str(model), *common, *workers]
     link = results / f"Dataset{DATASET}_{DATASET_NAME}" / model.name
     if not link.exists():
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -122,104 +98,63 @@ def prediction_command(model: Path, fold: str, sequential: bool, results: Path) 
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """Return the network, outputs and configurations (patch size, spacing in mm) of a model
-    folder."""
+    """Return network, outputs, patch size and spacing (mm) of a model folder."""
     plans = json.loads((folder / "plans.json").read_text())
-    labels = json.loads((folder / "dataset.json").read_text())["labels"]
     full = plans["configurations"]["3d_fullres"]
     return {
         "network": full["architecture"]["network_class_name"].rpartition(".")[2],
         "trainer": folder.name.partition("__")[0],
-        "outputs": len(labels),
+        "outputs": len(json.loads((folder / "dataset.json").read_text())["labels"]),
         "patch_size": full["patch_size"],
         "spacing_mm": full["spacing"],
     }
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "Example: python benchmarks/predict_whole_ct.py --image example_ct.nii.gz --pickle"
-            ' small_ep4k.model.pkl --machine "2 CPU cores" --json'
-            " benchmarks/results/predict_whole_ct.json"
-        ),
+        description="Time and memory of nnU-Net's prediction of a whole CT.",
+        epilog="Example: python benchmarks/predict_whole_ct.py --image ct.nii.gz --json ct.json",
     )
-    parser.add_argument("--image", type=Path, required=True, help="a CT")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--model", type=Path, help="model folder of nnU-Net, with a 3d_fullres configuration"
-    )
-    source.add_argument(
-        "--pickle", type=Path, help="published .model.pkl of --size, to import random weights with"
-    )
-    parser.add_argument("--fold", default="0", help="of --model")
-    parser.add_argument("--size", default="small", help="of STU-Net, with --pickle")
-    parser.add_argument(
-        "--outputs",
-        type=int,
-        default=105,
-        help="of the network, background included, with --pickle",
-    )
-    parser.add_argument(
-        "--spacing",
-        type=float,
-        metavar="MM",
-        help="of the plan, with --pickle, instead of the published 1.5 mm",
-    )
-    parser.add_argument(
-        "--sequential",
-        action="store_true",
-        help="nnUNetv2_predict -npp 0 -nps 0: no workers, less memory",
-    )
-    parser.add_argument("--machine", required=True, help="what it runs on, in words")
-    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--image", type=Path, required=True, help="a CT")
+    add("--model", type=Path, help="model folder of nnU-Net with a 3d_fullres configuration")
+    add("--fold", default="0", help="of --model")
+    add("--size", default="small", help="of STU-Net, without --model")
+    add("--outputs", type=int, default=105, help="background included, without --model")
+    add("--spacing", type=float, default=PUBLISHED_SPACING, metavar="MM", help="without --model")
+    add("--sequential", action="store_true", help="no worker processes, less memory")
+    add("--json", type=Path, required=True, help="file for the numbers")
+    return parser
+
+
+def main() -> int:
+    options = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "results").mkdir()
-        environment = {
-            **os.environ,
-            "nnUNet_results": str(work / "results"),
-            "nnUNet_extTrainer": str(trainers_folder()),
-        }
-        if options.model is None:
-            model = import_random_weights(
-                options.size, options.outputs, options.pickle, work, environment
-            )
-            if options.spacing is not None:
-                plan_at(model, options.spacing)
-        else:
-            model = options.model
+        work, results = Path(folder), Path(folder, "results")
         (work / "images").mkdir()
+        results.mkdir()
         shutil.copyfile(options.image, work / "images" / "ct_0000.nii.gz")
-        command = prediction_command(model, options.fold, options.sequential, work / "results")
+        environment = {**os.environ, "nnUNet_results": str(results)}
+        environment["nnUNet_extTrainer"] = str(trainers_folder())
+        model = options.model or import_random_weights(options, work, environment)
+        command = prediction_command(model, options.fold, options.sequential, results)
         folders = ["-i", str(work / "images"), "-o", str(work / "out")]
         seconds, peak = measure([find_command(command[0]), *command[1:], *folders], environment)
-        image, predicted = (
-            sitk.ReadImage(str(options.image)),
-            sitk.ReadImage(str(work / "out" / "ct.nii.gz")),
-        )
+        image = sitk.ReadImage(str(options.image))
+        predicted = sitk.ReadImage(str(work / "out" / "ct.nii.gz"))
         description = describe_model(model)
     if predicted.GetSize() != image.GetSize():
         sys.exit(f"The prediction has the shape {predicted.GetSize()}, the image {image.GetSize()}")
     report = {
-        "date": datetime.now(timezone.utc).isoformat(),
-        "machine": options.machine,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "nnunetv2": host_version(),
-        },
+        **reports.about(),
         "model": description,
         "image": {"voxels": image.GetSize(), "spacing_mm": image.GetSpacing()},
         "command": " ".join(word for word in command if word != str(model)),
         "seconds": round(seconds, 1),
-        "peak_memory_gib": round(peak / 1024**3, 2),
+        "peak_memory_gib": round(peak / reports.GIBIBYTE, 2),
     }
-    write_atomically(options.json, json.dumps(report, indent=2))
-    print(json.dumps(report, indent=2))
+    write_atomically(options.json, json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
     return 0
 
 

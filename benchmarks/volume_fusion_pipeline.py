@@ -1,12 +1,9 @@
-"""How long one sample of Volume Fusion takes to make: ours beside a plain transcription of the
-published pipeline.
+"""Time per sample of Volume Fusion: ours beside a transcription of the published pipeline.
 
 Both make samples of the same scans: the plain one from memory, ours as in a training, from a folder
-    that nnU-Net's dataset
-reads (blosc2), a batch of pairs at a time, fused on the training device. The two alternate for
-several rounds, so that a drift of the machine's speed meets both. Measured with one process on one
-thread (what a background worker does), and with two processes at once (two cores). Writes a JSON
-file and prints a Markdown table.
+that nnU-Net's dataset reads (blosc2), a batch of pairs at a time, fused on the training device. The
+two alternate for several rounds. Measured with one process on one thread (a background worker), and
+with two at once. Writes a JSON file and a Markdown table beside it.
 
 Exit codes: 0 done, 2 wrong input, 130 interrupted.
 """
@@ -14,15 +11,12 @@ Exit codes: 0 done, 2 wrong input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,41 +25,35 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import report as reports
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from plain_volume_fusion import fused_sample
+from report import seconds_text, spread
 from scipy.ndimage import gaussian_filter
-from side_by_side import cpu_model
-from step_report import ratio_text, seconds_text, spread
 
-from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.pretraining.subvolumes import SubVolumeLoader
 from stunet_plugin.pretraining.volume_fusion import SCHEMES, VolumeFusion
-from stunet_plugin.utils.files import write_atomically
 
 SCANS = 3
 BATCH = 2
+Pipeline = Callable[..., Iterator[None]]
 
 
 def make_scans(shape: Sequence[int], folder: Path) -> list[np.ndarray]:
-    """Make smooth scans with noise and air around, and write them as nnU-Net's preprocessing
-    does."""
+    """Make smooth scans with noise and air around, and write them as nnU-Net does."""
     generator = np.random.default_rng(0)
+    grid = np.meshgrid(*(np.linspace(-1, 1, axis) for axis in shape), indexing="ij")
     scans = []
     for index in range(SCANS):
-        tissue = (
-            gaussian_filter(generator.normal(size=shape), 4) * 30
-            + generator.normal(size=shape) * 0.1
-        )
-        grid = np.meshgrid(*(np.linspace(-1, 1, axis) for axis in shape), indexing="ij")
+        tissue = gaussian_filter(generator.normal(size=shape), 4) * 30
+        tissue += generator.normal(size=shape) * 0.1
         tissue[sum(axis**2 for axis in grid[1:]) > 0.8] = -2
         scan = tissue[None].astype(np.float32)
         blocks, chunks = comp_blosc2_params(scan.shape, shape)
-        labels = np.zeros(scan.shape, np.int8)
-        nnUNetDatasetBlosc2.save_case(
-            scan, labels, {}, str(folder / f"scan{index}"), chunks=chunks, blocks=blocks
-        )
+        file, labels = str(folder / f"scan{index}"), np.zeros(scan.shape, np.int8)
+        nnUNetDatasetBlosc2.save_case(scan, labels, {}, file, chunks=chunks, blocks=blocks)
         scans.append(scan)
     return scans
 
@@ -92,14 +80,10 @@ def seconds_per_sample(samples: Iterator[None], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-Pipeline = Callable[..., Iterator[None]]
-
-
 def measure_in_process(
     make: Pipeline, arguments: tuple[Any, ...], count: int, barrier: Any, queue: Any
 ) -> None:
-    """Make samples in a process of its own: a batch to warm up, then ``count`` once all processes
-    are ready."""
+    """Make a batch to warm up, then ``count`` samples once all processes are ready."""
     torch.set_num_threads(1)
     samples = make(*arguments)
     seconds_per_sample(samples, BATCH)
@@ -111,10 +95,9 @@ def measure(make: Pipeline, arguments: tuple[Any, ...], count: int, processes: i
     """Return seconds per sample: the slowest process's time, shared by all that ran at once."""
     context = get_context("fork")
     barrier, queue = context.Barrier(processes), context.Queue()
+    given = make, arguments, count, barrier, queue
     workers = [
-        context.Process(
-            target=measure_in_process, args=(make, arguments, count, barrier, queue), daemon=True
-        )
+        context.Process(target=measure_in_process, args=given, daemon=True)
         for _ in range(processes)
     ]
     for worker in workers:
@@ -125,161 +108,93 @@ def measure(make: Pipeline, arguments: tuple[Any, ...], count: int, processes: i
     return slowest / processes
 
 
-def measure_fusion(patch: Sequence[int], device: torch.device, count: int) -> dict[str, float]:
+def measure_fusion(patch: Sequence[int], device: str, count: int) -> dict[str, float]:
     """Return seconds per sample of the fusion alone, per scheme, on a device."""
     foreground, background = torch.rand(2, BATCH, 1, *patch, device=device)
     seconds = {}
     for year, scheme in SCHEMES.items():
         fusion, generator = VolumeFusion(scheme=scheme), torch.Generator().manual_seed(0)
-        for warm_up in (True, False):
+        for repeats in (2, count):  # the first to warm up
             start = time.perf_counter()
-            for _ in range(2 if warm_up else count):
+            for _ in range(repeats):
                 fusion(foreground, background, generator)
-            if device.type == "cuda":
+            if device == "cuda":
                 torch.cuda.synchronize()
-            seconds[str(year)] = (time.perf_counter() - start) / count / BATCH
+            seconds[str(year)] = (time.perf_counter() - start) / repeats / BATCH
     return seconds
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and return the report."""
     torch.set_num_threads(1)
+    results = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        scans = make_scans(options.volume, folder)
+        scans = make_scans(options.volume, Path(temporary))
         pipelines: dict[str, tuple[Pipeline, tuple[Any, ...]]] = {
             "plain": (plain_samples, (scans, options.patch)),
-            "ours": (our_samples, (folder, options.patch)),
+            "ours": (our_samples, (Path(temporary), options.patch)),
         }
-        results = []
         for processes in options.processes:
             rounds: dict[str, list[float]] = {name: [] for name in pipelines}
             for _ in range(options.repeats):
-                for name, (make, arguments) in pipelines.items():
-                    rounds[name].append(measure(make, arguments, options.samples, processes))
-            ratios = [
-                ours / plain for ours, plain in zip(rounds["ours"], rounds["plain"], strict=True)
-            ]
-            results.append(
-                {
-                    "processes": processes,
-                    "seconds_per_sample": {name: spread(values) for name, values in rounds.items()},
-                    "ours_over_plain": spread(ratios),
-                }
-            )
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "versions": (
-            {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "numpy", "scipy", "nnunetv2")
-            }
-            | {"stunet-plugin": __version__}
-        ),
-        "settings": {
-            "patch": options.patch,
-            "volume": options.volume,
-            "samples": options.samples,
-            "repeats": options.repeats,
-        },
-        "results": results,
-        "fusion_alone_seconds_per_sample": {
-            device.type: measure_fusion(options.patch, device, options.samples)
-            for device in devices
-        },
-    }
+                for name, pipeline in pipelines.items():
+                    rounds[name].append(measure(*pipeline, options.samples, processes))
+            seconds = {name: spread(values) for name, values in rounds.items()}
+            ratios = reports.ratios(rounds["ours"], rounds["plain"])
+            result = {"seconds_per_sample": seconds, "ours_over_plain": ratios}
+            results.append({"processes": processes, **result})
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    fusion = {device: measure_fusion(options.patch, device, options.samples) for device in devices}
+    settings = {key: getattr(options, key) for key in ("patch", "volume", "samples", "repeats")}
+    report = {**reports.about(), "settings": settings, "results": results}
+    return {**report, "fusion_alone_seconds_per_sample": fusion}
 
 
 def markdown_table(report: dict[str, Any]) -> str:
     """Return the report as a Markdown table with a line on how it came about."""
-    lines = ["| processes | ours | plain | ours / plain |", "|---:|---:|---:|---:|"]
+    rows = []
     for result in report["results"]:
-        times = [
-            seconds_text(result["seconds_per_sample"][name]["median"]) for name in ("ours", "plain")
-        ]
-        lines.append(
-            f"| {result['processes']} | {times[0]} | {times[1]} |"
-            f" {ratio_text(result['ours_over_plain'])} |"
-        )
+        seconds = result["seconds_per_sample"]
+        times = [seconds_text(seconds[name]["median"]) for name in ("ours", "plain")]
+        ratio = reports.ratio_text(result["ours_over_plain"])
+        rows.append([result["processes"], *times, ratio])
     settings, machine = report["settings"], report["machine"]
-    fusion = {
-        device: ", ".join(f"{year}: {seconds_text(seconds)}" for year, seconds in years.items())
+    fusion = "; ".join(
+        f"{device} {', '.join(f'{year}: {seconds_text(one)}' for year, one in years.items())}"
         for device, years in report["fusion_alone_seconds_per_sample"].items()
-    }
-    lines += [
-        "",
+    )
+    note = (
         f"{machine['cpu']}, {machine['cores']} cores; {report['date'][:10]}. Seconds per sample of"
         f" {settings['patch']} from scans of {settings['volume']}, medians of {settings['repeats']}"
         f" rounds of {settings['samples']} samples; in brackets the lowest and highest ratio of a"
-        " round. The fusion alone, which ours does on the training device: "
-        + "; ".join(f"{device} {years}" for device, years in fusion.items())
-        + ".",
-    ]
-    return "\n".join(lines)
+        f" round. The fusion alone, which ours does on the training device: {fusion}."
+    )
+    table = reports.markdown(["processes", "ours", "plain", "ours / plain"], rows, texts=0)
+    return f"{table}\n\n{note}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=(
-            "Time per sample of Volume Fusion, ours beside a plain transcription of the published"
-            " pipeline."
-        ),
-        epilog=(
-            "Example: python benchmarks/volume_fusion_pipeline.py --out"
-            " benchmarks/results/volume_fusion_pipeline.json"
-        ),
+        description="Time per sample of Volume Fusion, ours beside the published pipeline.",
+        epilog="Example: python benchmarks/volume_fusion_pipeline.py --out pipeline.json",
     )
-    parser.add_argument(
-        "--patch",
-        type=int,
-        nargs=3,
-        default=[64, 128, 128],
-        metavar="N",
-        help="voxels per axis of a sample",
-    )
-    parser.add_argument(
-        "--volume",
-        type=int,
-        nargs=3,
-        default=[128, 200, 200],
-        metavar="N",
-        help="voxels per axis of a scan",
-    )
-    parser.add_argument("--samples", type=int, default=20, help="per round and process")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds in which the two alternate")
-    parser.add_argument(
-        "--processes", type=int, nargs="+", default=[1, 2], help="at once, each on one thread"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSON file; the table goes to .md beside it",
-    )
+    add, axes = parser.add_argument, {"type": int, "nargs": 3, "metavar": "N"}
+    add("--patch", default=[64, 128, 128], help="voxels per axis of a sample", **axes)
+    add("--volume", default=[128, 200, 200], help="voxels per axis of a scan", **axes)
+    add("--samples", type=int, default=20, help="per round and process")
+    add("--repeats", type=int, default=5, help="rounds in which the two alternate")
+    add("--processes", type=int, nargs="+", default=[1, 2], help="at once, each on one thread")
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON file; the table goes to .md")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        if (
-            min(
-                *options.patch,
-                *options.volume,
-                *options.processes,
-                options.samples,
-                options.repeats,
-            )
-            < 1
-        ):
+        counts = (*options.processes, options.samples, options.repeats)
+        if min(*options.patch, *options.volume, *counts) < 1:
             raise PluginError("All numbers must be at least 1.")
-        if not options.out.parent.is_dir():
-            raise PluginError(
-                f"--out {options.out}: there is no folder {options.out.parent}. Make it first."
-            )
+        reports.check_output(options.out)
         report = run(options)
     except PluginError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
@@ -287,10 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    table = markdown_table(report)
-    write_atomically(options.out, json.dumps(report, indent=2))
-    write_atomically(options.out.with_suffix(".md"), table + "\n")
-    print(table)
+    reports.write(options.out, report, markdown_table(report))
+    print(markdown_table(report))
     return 0
 
 

@@ -1,5 +1,7 @@
-"""What the step benchmarks compare: per name, our network and the plain transcription of the
-published way."""
+"""Networks of the step benchmarks: by name, ours and the plain transcription of the published one.
+
+A name is a size of STU-Net (``small``), or PCT-Net or FMUNet in a mode (``PCTNet-mode1``).
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,10 @@ from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet_keys
 
 INPUT_CHANNELS = 1
+MODE_PATCHES = {0: (96, 96, 96), 1: (64, 128, 128), 2: (32, 128, 128)}
+"""Anisotropy mode to the patch it is measured with; that of mode 1 is the published example."""
+MISFM = {f"{network.name}-mode{mode}": (network, mode) for network in NETWORKS for mode in range(3)}
+NAMES = (*PRESETS, *MISFM)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Subject:
 
     Attributes:
         strides: of both.
-        ours, plain: build them for a number of outputs and deep supervision (on or off); plain also
-            for a patch size.
+        ours: builds it from a number of outputs and deep supervision, as a trainer does.
+        plain: builds it from a number of outputs, deep supervision and a patch size.
         translate: turns plain's state dict into ours.
         optimizer: as the trainer of this network makes it.
     """
@@ -48,25 +54,16 @@ class Subject:
 
 
 def find_subject(name: str) -> Subject:
-    """Return a subject: the name of a size of STU-Net, or one of :func:`misfm_name`."""
-    if name in PRESETS:
-        return _stunet(name)
-    network, _, mode = name.partition("-mode")
-    return _misfm(network, int(mode))
-
-
-def misfm_name(network: str, mode: int) -> str:
-    """Name PCT-Net or FMUNet in one anisotropy mode."""
-    return f"{network}-mode{mode}"
+    """Return the network of a name in NAMES."""
+    return _misfm(*MISFM[name]) if name in MISFM else _stunet(name)
 
 
 def _stunet(size: str) -> Subject:
     preset = get_preset(size)
 
-    def plain(classes: int, deep_supervision: bool, _: tuple[int, ...]) -> nn.Module:
-        return PlainSTUNet(
-            preset, PUBLISHED_STRIDES, INPUT_CHANNELS, classes, deep_supervision
-        ).apply(STUNet.initialize)
+    def plain(outputs: int, deep_supervision: bool, _: tuple[int, ...]) -> nn.Module:
+        network = PlainSTUNet(preset, PUBLISHED_STRIDES, INPUT_CHANNELS, outputs, deep_supervision)
+        return network.apply(STUNet.initialize)
 
     return Subject(
         PUBLISHED_STRIDES,
@@ -77,17 +74,15 @@ def _stunet(size: str) -> Subject:
     )
 
 
-def _misfm(name: str, number: int) -> Subject:
-    network = next(network for network in NETWORKS if network.name == name)
-    mode = get_mode(number)
+def _misfm(network: Any, number: int) -> Subject:
+    mode, is_pctnet = get_mode(number), network is PCTNET
 
-    def plain(classes: int, deep_supervision: bool, patch: tuple[int, ...]) -> nn.Module:
-        if network is PCTNET:
-            sizes = patch, pctnet.FEATURES, pctnet.DROPOUT
-            return PlainPCTNet(INPUT_CHANNELS, classes, number, *sizes, deep_supervision)
-        built = PlainFMUNet(
-            INPUT_CHANNELS, classes, number, fmunet.FEATURES, fmunet.DROPOUT, deep_supervision
-        )
+    def plain(outputs: int, deep_supervision: bool, patch: tuple[int, ...]) -> nn.Module:
+        common = INPUT_CHANNELS, outputs, number
+        if is_pctnet:
+            widths = patch, pctnet.FEATURES, pctnet.DROPOUT
+            return PlainPCTNet(*common, *widths, deep_supervision)
+        built = PlainFMUNet(*common, fmunet.FEATURES, fmunet.DROPOUT, deep_supervision)
         return built.apply(fmunet.FMUNet.initialize)
 
     return Subject(
@@ -95,20 +90,16 @@ def _misfm(name: str, number: int) -> Subject:
         partial(_from_plan, network.architecture(mode)),
         plain,
         partial(pctnet_keys.translate_state_dict, mode=number)
-        if network is PCTNET
+        if is_pctnet
         else fmunet_keys.translate_state_dict,
         partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-5),
     )
 
 
-def _from_plan(architecture: dict[str, Any], classes: int, deep_supervision: bool) -> nn.Module:
-    """Build our network in the way a trainer does."""
+def _from_plan(architecture: dict[str, Any], outputs: int, deep_supervision: bool) -> nn.Module:
+    keys = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+    values = (architecture[key] for key in keys)
     network: nn.Module = get_network_from_plans(
-        architecture["network_class_name"],
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
-        INPUT_CHANNELS,
-        classes,
-        deep_supervision=deep_supervision,
+        *values, INPUT_CHANNELS, outputs, deep_supervision=deep_supervision
     )
     return network

@@ -1,0 +1,165 @@
+"""Benchmarks: the plain networks are the same functions, the memory meter is right, scripts run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from stunet_plugin.pretraining.subvolumes import stretch
+from stunet_plugin.pretraining.volume_fusion import TiledBlocks, VolumeFusion
+
+PATCH = (32, 32, 64)
+CLASSES = 3
+
+
+@pytest.fixture
+def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a script of benchmarks/, which finds its neighbours in its own folder."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def measure_step(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmarks("measure_step")
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "outputs", "limit"),
+    [
+        ("tiny", PATCH, 5, 1e-5),
+        ("PCTNet-mode1", (16, 64, 112), 4, 3e-5),
+        # Its instance norms magnify rounding: either network is 1e-5 off a float64 run.
+        ("FMUNet-mode2", (16, 64, 112), 4, 3e-5),
+    ],
+)
+def test_both_networks_are_the_same_function(
+    measure_step: ModuleType, name: str, patch: tuple[int, ...], outputs: int, limit: float
+) -> None:
+    case = measure_step.Case("ours", name, "inference", False, "cpu", patch, 1, CLASSES, 1)
+    found = measure_step.agreement(case)
+    assert found["outputs"] == outputs
+    assert found["largest_difference"] <= limit * found["largest_output"]
+
+
+def test_both_networks_have_the_same_gradients(measure_step: ModuleType) -> None:
+    ours, plain = (network.double() for network in measure_step.build_pair("tiny", CLASSES, PATCH))
+    data = torch.randn(1, 1, *PATCH, dtype=torch.float64)
+    for network in (ours, plain):
+        sum(output.square().mean() for output in network(data)).backward()
+    gradients = {name: value.grad for name, value in plain.named_parameters()}
+    translated = measure_step.find_subject("tiny").translate(gradients)
+    own = {name: value.grad for name, value in ours.named_parameters()}
+    assert own.keys() == translated.keys()
+    largest = max(gradient.abs().max() for gradient in own.values())
+    assert largest > 0
+    assert all((own[name] - translated[name]).abs().max() <= 1e-9 * largest for name in own)
+
+
+def test_allocation_peaks_count_what_lives_at_the_same_time(measure_step: ModuleType) -> None:
+    kept = []
+
+    def allocate() -> None:
+        with torch.profiler.record_function("first"):
+            kept.append(torch.empty(1000, dtype=torch.uint8))
+            torch.empty(5000, dtype=torch.uint8)
+        with torch.profiler.record_function("second"):
+            torch.empty(3000, dtype=torch.uint8)
+
+    peaks = measure_step.allocation_peaks(allocate, ["first", "second"])
+    assert peaks == {"first": 6000, "second": 4000}
+    assert measure_step.allocation_peak(allocate) == 6000
+
+
+def test_operations_have_kinds(benchmarks: Callable[[str], ModuleType]) -> None:
+    kinds = {
+        "aten::mkldnn_convolution": "convolution",
+        "aten::convolution_backward": "convolution backward",
+        "aten::_foreach_add_": "optimizer",
+        "aten::native_group_norm": "norm and activation",
+        "aten::add_": "sums and products",
+        "aten::argmax": "other",
+    }
+    assert {name: benchmarks("profile_step").kind_of(name) for name in kinds} == kinds
+
+
+@pytest.mark.slow
+def test_step_writes_a_report_and_its_table(
+    benchmarks: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, out = benchmarks("step"), tmp_path / "report.json"
+    options = f"--networks tiny --patch 32 32 64 --repeats 1 --steps 1 --device cpu --out {out}"
+    assert script.main(options.split()) == 0
+    report = json.loads(out.read_text())
+    assert [result["mode"] for result in report["results"]] == ["train", "inference"]
+    for result in report["results"]:
+        for key, ratio in (("seconds", "time"), ("peak_bytes", "memory")):
+            ours, plain = (result["networks"][one][key]["median"] for one in ("ours", "plain"))
+            assert min(ours, plain) > 0
+            assert result["ratios"][ratio]["median"] == pytest.approx(ours / plain)
+    # Less memory in training is what our order of operations is for.
+    assert report["results"][0]["ratios"]["memory"]["median"] < 0.95
+    assert "| tiny | train |" in out.with_suffix(".md").read_text()
+    assert script.main(["--table", str(out)]) == 0
+    assert "| tiny | train |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--table",
+        "--out",
+        "--steps 0 --out",
+        "--patch 32 32 32 --out",
+        "--networks PCTNet-mode0 --patch 24 32 32 --out",
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_measured(
+    benchmarks: Callable[[str], ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+) -> None:
+    file = tmp_path / "present.json"
+    file.write_text("{}")
+    out = file if options.startswith(("--table", "--out")) else tmp_path / "new.json"
+    assert benchmarks("step").main(["--device", "cpu", *options.split(), str(out)]) == 2
+    assert capsys.readouterr().err.startswith("step.py: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["present.json"]
+
+
+def test_published_pipeline_computes_what_ours_does(
+    benchmarks: Callable[[str], ModuleType],
+) -> None:
+    plain = benchmarks("plain_volume_fusion")
+    image = np.random.default_rng(0).normal(size=(1, 16, 16, 16))
+    low, high = np.percentile(image, [1.5, 99.0])
+    ours = stretch(torch.from_numpy(image), float(low), float(high))
+    assert ours.numpy() == pytest.approx(plain.contrast(image.copy(), 1.5, 99.0))
+
+    random.seed(0)
+    patch = (32, 64, 64)
+    published = np.mean([plain.tile_classes(patch) == 0 for _ in range(300)])
+    scheme = TiledBlocks(smallest=(8 / 32, 8 / 64, 8 / 64), largest=(1.0, 0.5, 0.5))
+    fusion, generator = VolumeFusion(4, scheme), torch.Generator().manual_seed(0)
+    drawn = fusion.class_maps(fusion.draw(300, patch, generator), patch, torch.device("cpu"))
+    assert float((drawn == 0).float().mean()) == pytest.approx(published, abs=0.02)
+
+
+def test_pipeline_reports_ours_beside_plain(
+    benchmarks: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    script, out = benchmarks("volume_fusion_pipeline"), tmp_path / "report.json"
+    size = "--patch 16 24 24 --volume 24 40 40 --samples 2 --repeats 1 --processes 1 --out"
+    assert script.main([*size.split(), str(out)]) == 0
+    assert json.loads(out.read_text())["results"][0]["ours_over_plain"]["median"] > 0
+    assert script.main(["--out", str(tmp_path / "nowhere" / "report.json")]) == 2
+    assert script.main(["--samples", "0", "--out", str(out)]) == 2
