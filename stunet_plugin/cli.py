@@ -1,7 +1,7 @@
-"""Command line of ``stunet``: parses, runs one command, and turns what goes wrong into a sentence.
+"""Command line ``stunet``: parses, runs one command, and turns errors into a sentence.
 
-Exit codes: 0 done, 1 something is wrong (``doctor``) or a stock command failed, 2 wrong input,
-130 interrupted. Imports nothing heavy.
+Exit codes: 0 done, 1 something is wrong (``doctor``), a command of nnU-Net failed or the disk is
+full, 2 wrong input, 130 interrupted. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -19,25 +19,34 @@ from types import FrameType
 
 from stunet_plugin import __version__
 from stunet_plugin.commands import COMMANDS
-from stunet_plugin.commands.command import GROUPS, Command, CommandParser, HelpFormatter
-from stunet_plugin.errors import PluginError
+from stunet_plugin.commands.command import GROUPS, Command
+from stunet_plugin.errors import PluginError, did_you_mean
 
 INTERRUPTED = 130
 WAIT_FOR_WORKERS = 5.0
 """Seconds, for each."""
 WIDTH, NAME_WIDTH = 98, 16
 DESCRIPTION = "Large networks and large-scale pretraining for nnU-Net v2."
-EPILOG = "Example: stunet register && nnUNetv2_train 4 3d_fullres 0 -tr STUNetTrainer_base"
+EPILOG = """\
+Help for one command: stunet COMMAND --help
+Example: stunet register && nnUNetv2_train 4 3d_fullres 0 -tr STUNetTrainer_base"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    name, *words = (sys.argv[1:] if arguments is None else arguments) or [""]
+    commands = {command.command: command for command in COMMANDS}
+    if name in commands:
+        return run(commands[name].parse(words))
     parser = build_parser()
-    if not (sys.argv[1:] if arguments is None else arguments):
+    if not name:
         parser.print_help()
         return 2
-    options = parser.parse_args(arguments)
-    return run(options.command_class.from_arguments(options))
+    if name.startswith("-"):
+        parser.parse_args([name])
+    parser.error(
+        f"there is no command {name!r}.{did_you_mean(name, commands)} All commands: stunet --help"
+    )
 
 
 def run(command: Command) -> int:
@@ -52,22 +61,22 @@ def run(command: Command) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # `stunet list | head`: the reader has had enough.
+        # `stunet list | head`: the reader needs no more.
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(
             f"{name}: no space left on the disk ({error.filename or 'output'}). Make room, and run"
             " it again.",
             file=sys.stderr,
         )
-        # What is left in the buffer cannot be written either; Python would complain at exit.
+        # The rest of the buffer cannot be written either; Python would complain at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         return 1
     except KeyboardInterrupt as error:
-        # On a line of its own: a counter or a worker may have left something on the one before.
+        # On a line of its own: a progress bar or a worker may have left something on the last.
         print(f"\nInterrupted. {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
 
@@ -97,39 +106,27 @@ def interruptible(resume: str) -> Iterator[None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser with all commands."""
+    """Return the parser of ``stunet`` itself, whose help lists the commands by group."""
+    description = "\n\n".join((DESCRIPTION, *map(_describe, GROUPS)))
     parser = argparse.ArgumentParser(
         prog="stunet",
         usage="stunet [-h] [--version] COMMAND ...",
-        description="\n\n".join((DESCRIPTION, *map(_describe, GROUPS))),
+        description=description,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"stunet-plugin {__version__}")
-    commands = parser.add_subparsers(
-        required=True, metavar="COMMAND", parser_class=CommandParser, prog="stunet"
-    )
-    for command in COMMANDS:
-        one = commands.add_parser(
-            command.command,
-            description=command.summary,
-            epilog=f"Example: {command.example}",
-            formatter_class=HelpFormatter,
-        )
-        one.set_defaults(command_class=command)
-        command.add_arguments(one)
     return parser
 
 
 def _describe(group: str) -> str:
-    """Return a group's commands with their summaries, as text for the help."""
+    """Return a group's commands with their summaries."""
     lines = [f"{group}:"]
     for command in COMMANDS:
         if command.group == group:
+            name = f"  {command.command:<{NAME_WIDTH}}"
+            indent = " " * len(name)
             lines += textwrap.wrap(
-                command.summary,
-                WIDTH,
-                initial_indent=f"  {command.command:<{NAME_WIDTH}}",
-                subsequent_indent=" " * (NAME_WIDTH + 2),
+                command.summary, WIDTH, initial_indent=name, subsequent_indent=indent
             )
     return "\n".join(lines)

@@ -1,28 +1,65 @@
-"""The parser of ``stunet``."""
+"""The parser of ``stunet``: help, unknown commands and options."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
 from stunet_plugin.cli import main
+from stunet_plugin.commands import COMMANDS
+from stunet_plugin.commands.command import Command
+from stunet_plugin.commands.pseudo_label import PseudoLabel
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, stunet_plugin.cli as cli; cli.build_parser().print_help();"
+        " [command.parser().format_help() for command in cli.COMMANDS];"
+        " assert not {'torch', 'numpy', 'nnunetv2'} & set(sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    for command in COMMANDS:
+        assert f"\n  {command.command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.command)
+def test_every_command_has_help(command: type[Command], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command.command, "--help"])
+    text = capsys.readouterr().out
+    assert f"\n  {command.example}\n" in text
+    assert "Exit codes: 0 done, 1 " in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["list", "--pach-size", "64"],
-            "unrecognized arguments: --pach-size 64. Did you mean --patch-size?",
-        ),
+        (["list", "--pach-size", "64"], "unrecognized arguments: --pach-size 64. Did you mean"),
         (["rank", "folder", "-d", "4", "--bogus"], "unrecognized arguments: --bogus."),
         (["list", "extra"], "unrecognized arguments: extra."),
+        (["imprt", "x.pth"], "there is no command 'imprt'. Did you mean import? All commands:"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
-def test_what_a_command_does_not_know_is_answered_with_its_own_usage(
+def test_what_is_unknown_is_answered_with_the_nearest(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    usage, _, error = capsys.readouterr().err.partition(f"stunet {arguments[0]}: error: ")
-    assert usage.startswith(f"usage: stunet {arguments[0]} ")
-    assert error == message + "\n"
+    usage, _, error = capsys.readouterr().err.partition("error: ")
+    known = arguments[0] in ("list", "rank")
+    assert usage.startswith(f"usage: stunet {arguments[0]} " if known else "usage: stunet [-h]")
+    assert error.startswith(message)
+    assert "choose from" not in error
+
+
+def test_arguments_have_the_types_of_their_fields() -> None:
+    given = ["m", "-i", "x", "-d", "7", "--step-size", "1", "--no-mirroring", "-f", "0", "all"]
+    options = PseudoLabel.parse([*given, "--size", "a=1:", "--size", "b=:2"])
+    assert (options.dataset_id, options.step_size, options.mirroring) == (7, 1.0, False)
+    assert (options.folds, options.size) == (("0", "all"), ("a=1:", "b=:2"))
+    assert (options.min_confidence, options.ignore_below, options.copy) == ((), None, False)

@@ -15,9 +15,8 @@ from stunet_plugin.commands.plan import Plan
 from stunet_plugin.commands.plan_like import PlanLike
 from stunet_plugin.commands.pseudo_label import PseudoLabel
 from stunet_plugin.commands.rank import Rank
-from stunet_plugin.commands.register import Register
+from stunet_plugin.commands.register import Register, Unregister
 from stunet_plugin.commands.unlabeled import Unlabeled
-from stunet_plugin.commands.unregister import Unregister
 
 COMMANDS: tuple[type[Command], ...] = (
     Demo,

@@ -7,47 +7,76 @@ instance is the options object that the code behind it takes, and ``run`` import
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from stunet_plugin.errors import did_you_mean
 
-INSTALL, NETWORKS, WEIGHTS, DATA, EVALUATION = (
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+INSTALL, NETWORKS, WEIGHTS, DATA, EVALUATION = GROUPS = (
     "install",
     "networks and plans",
     "weights",
     "data",
     "evaluation",
 )
-GROUPS = (INSTALL, NETWORKS, WEIGHTS, DATA, EVALUATION)
 """Of commands, as ``stunet --help`` shows them."""
 
-RESUMES = "The same command goes on where it stopped."
+RESUMES = "The same command resumes where it stopped."
 STARTS_AGAIN = "Nothing was written; start the same command again."
 
+SIZES = ("tiny", "small", "base", "large", "huge")
+"""Of STU-Net, as networks/presets.py has them."""
 
-class Section(NamedTuple):
-    """Heading above some arguments in a command's help."""
+
+class Heading(NamedTuple):
+    """Heading in a command's help."""
 
     title: str
     description: str | None = None
 
 
-def argument(
-    *flags: str, default: Any = MISSING, section: Section | None = None, **settings: Any
-) -> Any:
-    """Return a dataclass field that is an argument of the command.
+def required(*flags: str, heading: Heading | None = None, **settings: Any) -> Any:
+    """Return a dataclass field that is a required argument of the command.
 
     Args:
         flags: such as ``-d``; none for a positional argument.
-        default: required without one.
-        section: heading it goes under.
-        settings: what ``argparse.ArgumentParser.add_argument`` takes besides.
+        heading: above this argument and those that follow.
+        settings: what ``argparse.ArgumentParser.add_argument`` takes besides. The type is the
+            field's.
     """
-    if settings.get("action") == "store_true":
-        default = False
-    metadata = {"flags": flags, "section": section, "settings": settings}
+    return field(metadata={"flags": flags, "heading": heading, "settings": settings})
+
+
+def option(
+    *flags: str, default: Any = None, heading: Heading | None = None, **settings: Any
+) -> Any:
+    """Return a field that is an argument with a default; see ``required``."""
+    metadata = {"flags": flags, "heading": heading, "settings": settings}
     return field(default=default, metadata=metadata)
+
+
+def flag(name: str, help: str, heading: Heading | None = None, default: bool = False) -> Any:
+    """Return a field that is a switch: ``name`` turns the default round."""
+    action = "store_false" if default else "store_true"
+    return option(name, default=default, heading=heading, action=action, help=help)
+
+
+def repeated(*flags: str, **settings: Any) -> Any:
+    """Return a field that is an option which may be given several times."""
+    return option(*flags, default=(), action="append", **settings)
+
+
+def device_option(*more: str, **settings: Any) -> Any:
+    """Return the field ``--device``."""
+    meaning = "auto takes a GPU if there is one"
+    choices = ("auto", "cpu", "cuda", *more)
+    flags = ("--device", "-device")
+    return option(*flags, default="auto", choices=choices, help=meaning, **settings)
 
 
 @dataclass(frozen=True)
@@ -60,6 +89,7 @@ class Command:
         summary: one sentence.
         example: a command line that can be pasted.
         interrupted: last line after Ctrl-C, saying how to resume.
+        failure: what exit code 1 means.
     """
 
     command: ClassVar[str]
@@ -67,6 +97,7 @@ class Command:
     summary: ClassVar[str]
     example: ClassVar[str]
     interrupted: ClassVar[str] = ""
+    failure: ClassVar[str] = "the disk is full"
 
     def run(self) -> int:
         """Do it and return the exit code.
@@ -77,40 +108,53 @@ class Command:
         raise NotImplementedError
 
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        sections: dict[Section, Any] = {}
-        for one in fields(cls):
-            section, settings = one.metadata["section"], dict(one.metadata["settings"])
-            flags = one.metadata["flags"] or (one.name,)
-            if flags[0].startswith("-"):
-                settings["dest"] = one.name
-                settings["required"] = one.default is MISSING
-            if one.default is not MISSING and settings.get("action") != "store_true":
-                # argparse appends to a list.
-                settings["default"] = (
-                    list(one.default) if settings.get("action") == "append" else one.default
-                )
-            if section is not None and section not in sections:
-                sections[section] = parser.add_argument_group(*section)
-            (parser if section is None else sections[section]).add_argument(*flags, **settings)
+    def parse(cls, words: Sequence[str]) -> Self:
+        """Return the options; end with a usage message if they are wrong. Lists are tuples."""
+        given = vars(cls.parser().parse_args(words))
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
     @classmethod
-    def from_arguments(cls, given: argparse.Namespace) -> Command:
-        """Return the options, lists as tuples."""
-        values = {one.name: getattr(given, one.name) for one in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    def parser(cls) -> argparse.ArgumentParser:
+        """Return the parser of this command."""
+        parser = CommandParser(
+            prog=f"stunet {cls.command}",
+            description=cls.summary,
+            epilog=f"Example:\n  {cls.example}\n\nExit codes: 0 done, 1 {cls.failure},"
+            " 2 wrong input, 130 interrupted.",
+            formatter_class=HelpFormatter,
+        )
+        target: Any = parser
+        for one in fields(cls):
+            flags, settings = one.metadata["flags"], dict(one.metadata["settings"])
+            if one.metadata["heading"]:
+                target = parser.add_argument_group(*one.metadata["heading"])
+            if flags:
+                settings |= {"dest": one.name, "required": one.default is MISSING}
+            if one.default is not MISSING:
+                # argparse appends to a list.
+                settings["default"] = [] if one.default == () else one.default
+            number = re.match("tuple.(int|float)|(int|float)", str(one.type))
+            if number:
+                settings["type"] = int if "int" in number[0] else float
+            target.add_argument(*(flags or (one.name,)), **settings)
+        return parser
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except where there is none to show."""
+    """Shows defaults where there is one to show, and keeps indented lines as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default in (None, False, True) or action.default in ([], ())
         return action.help if nothing else super()._get_help_string(action)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        lines = text.splitlines()
+        return "\n".join(x if x.startswith(" ") else fill(x, width, indent) for x in lines)
+
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of one command: answers unknown options with the usage of that command."""
+    """Parser that answers unknown options with the nearest known one."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse
         options, unknown = super().parse_known_args(args, namespace)

@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stunet_plugin.commands.command import EVALUATION, RESUMES, Command, argument
+from stunet_plugin.commands.command import (
+    EVALUATION,
+    RESUMES,
+    Command,
+    device_option,
+    flag,
+    option,
+    repeated,
+)
 
 
-def _classes(text: str) -> str | list[str]:
-    if text in ("shared", "pair"):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _classes(text: str) -> str | tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return text if text in ("shared", "pair") else names
 
 
 @dataclass(frozen=True)
 class Crosseval(Command):
-    """Options of ``stunet crosseval``."""
-
     command: ClassVar = "crosseval"
     group: ClassVar = EVALUATION
     summary: ClassVar = (
@@ -25,80 +30,51 @@ class Crosseval(Command):
         " pictures, a report."
     )
     example: ClassVar = (
-        "stunet crosseval --model A=MODEL_FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o"
-        " crosseval"
+        "stunet crosseval --model A=MODEL_FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o out"
     )
     interrupted: ClassVar = RESUMES
 
-    file: tuple[str, ...] | None = argument(
-        default=None,
+    file: str | None = option(
         nargs="?",
         metavar="FILE",
-        help="YAML or JSON file with models, datasets and what follows here",
+        help="YAML or JSON file with models, datasets and the options below",
     )
-    models: tuple[str, ...] = argument(
+    models: tuple[str, ...] = repeated(
         "--model",
-        action="append",
-        default=(),
         metavar="NAME=FOLDER[,KEY=VALUE...]",
-        help=(
-            "a model folder of nnU-Net v2; keys: fold (0, 0+1, all), checkpoint, mirroring,"
-            " step_size, labels. Again for more"
-        ),
+        help="model folder of nnU-Net v2; keys: fold (0, 0+1, all), checkpoint, mirroring,"
+        " step_size, labels; may be repeated",
     )
-    datasets: tuple[str, ...] = argument(
+    datasets: tuple[str, ...] = repeated(
         "--dataset",
-        action="append",
-        default=(),
         metavar="NAME=FOLDER[,KEY=VALUE...]",
-        help=(
-            "a raw dataset of nnU-Net with references; keys: labels (a system's name or file), part"
-            " (Tr, Ts), images, references. Again for more"
-        ),
+        help="raw dataset of nnU-Net with references; keys: labels (a system's name or file), part"
+        " (Tr, Ts), images, references; may be repeated",
     )
-    out: str | None = argument(
-        "-o", default=None, metavar="FOLDER", help="of everything that is written; resumes in it"
-    )
-    classes: str | None = argument(
+    out: str | None = option("-o", metavar="FOLDER", help="for all results; resumes in it")
+    classes: str | tuple[str, ...] | None = option(
         "--classes",
-        default=None,
         type=_classes,
         metavar="WHICH",
-        help=(
-            "shared: those of all models and datasets; pair: those of each pair; or names, with"
-            " commas (if not given: shared)"
-        ),
+        help="shared: those of all models and datasets; pair: those of each pair; or names with"
+        " commas (if not given: shared)",
     )
-    tolerance: float | None = argument(
+    tolerance: float | None = option(
         "--tolerance",
-        default=None,
-        type=float,
         metavar="MM",
         help="of the NSD where FLARE22's protocol has none (if not given: 2)",
     )
-    sliced: bool = argument(
-        "--sliced",
-        action="store_true",
-        help="score aorta, vena cava, esophagus between the reference's end slices alone",
+    sliced: bool = flag(
+        "--sliced", "score aorta, vena cava, esophagus between the reference's end slices alone"
     )
-    resample: bool = argument(
-        "--resample",
-        action="store_true",
-        help="resample predictions to their references where the voxels differ",
+    resample: bool = flag(
+        "--resample", "resample predictions to their references where the voxels differ"
     )
-    device: str = argument(
-        "--device",
-        "-device",
-        default="auto",
-        choices=("auto", "cpu", "cuda", "mps"),
-        help="auto takes a GPU if there is one",
+    device: str = device_option("mps")
+    processes: int | None = option(
+        "-np", metavar="N", help="processes; half the cores if not given"
     )
-    processes: int | None = argument(
-        "-np", default=None, type=int, metavar="N", help="processes; half the cores if not given"
-    )
-    check: bool = argument(
-        "--check", action="store_true", help="check everything, say what would be scored, and stop"
-    )
+    check: bool = flag("--check", "check everything, say what would be scored, and stop")
 
     def run(self) -> int:
         from stunet_plugin.crosseval.run import Run, run_crosseval

@@ -10,15 +10,13 @@ from stunet_plugin.commands.command import INSTALL, Command
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Options of ``stunet doctor``."""
-
     command: ClassVar = "doctor"
     group: ClassVar = INSTALL
     summary: ClassVar = (
-        "Check the installation: versions, registration, GPU, environment variables. Exit code 1 if"
-        " something is wrong."
+        "Check the installation: versions, registration, GPU, environment variables."
     )
     example: ClassVar = "stunet doctor"
+    failure: ClassVar = "something is wrong"
 
     def run(self) -> int:
         from stunet_plugin.nnunet.doctor import examine

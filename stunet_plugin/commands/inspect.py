@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stunet_plugin.commands.command import WEIGHTS, Command, argument
+from stunet_plugin.commands.command import WEIGHTS, Command, required
 
 
 @dataclass(frozen=True)
 class Inspect(Command):
-    """Options of ``stunet inspect``."""
-
     command: ClassVar = "inspect"
     group: ClassVar = WEIGHTS
     summary: ClassVar = (
@@ -20,7 +18,7 @@ class Inspect(Command):
     )
     example: ClassVar = "stunet inspect base_ep4k.model"
 
-    file: str = argument(
+    file: str = required(
         metavar="FILE_OR_FOLDER",
         help="checkpoint (.model, .pth, .pt), plans (.pkl) or model folder",
     )

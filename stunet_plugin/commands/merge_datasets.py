@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stunet_plugin.commands.command import DATA, RESUMES, Command, argument
+from stunet_plugin.commands.command import DATA, RESUMES, Command, flag, option, repeated, required
 
 
 @dataclass(frozen=True)
 class MergeDatasets(Command):
-    """Options of ``stunet merge-datasets``."""
-
     command: ClassVar = "merge-datasets"
     group: ClassVar = DATA
     summary: ClassVar = "Make one dataset of several with different labels, for joint training."
@@ -21,52 +19,40 @@ class MergeDatasets(Command):
     )
     interrupted: ClassVar = RESUMES
 
-    datasets: tuple[str, ...] = argument(
+    datasets: tuple[str, ...] = required(
         nargs="+",
         metavar="DATASET[=LABELS]",
-        help=(
-            "datasets in nnUNet_raw, by ID, name or path; LABELS says what their labels mean (a"
-            " published label system by name, or a file) where their dataset.json does not"
-        ),
+        help="datasets in nnUNet_raw, by ID, name or path; LABELS says what their labels mean (a"
+        " published label system by name, or a file) where their dataset.json does not",
     )
-    dataset_id: int = argument("-d", type=int, metavar="ID", help="ID of the new dataset, 1 to 999")
-    name: str = argument("-n", default="Merged", metavar="NAME", help="name of the new dataset")
-    copy: bool = argument("--copy", action="store_true", help="copy files instead of linking them")
-    classes: tuple[str, ...] | None = argument(
+    dataset_id: int = required("-d", metavar="ID", help="ID of the new dataset, 1 to 999")
+    name: str = option("-n", default="Merged", metavar="NAME", help="name of the new dataset")
+    copy: bool = flag("--copy", "copy files instead of linking them")
+    classes: tuple[str, ...] | None = option(
         "--classes",
-        default=None,
         nargs="+",
         metavar="CLASS",
         help="to learn; if not given, all classes of all datasets",
     )
-    not_shown: tuple[str, ...] = argument(
+    not_shown: tuple[str, ...] = repeated(
         "--not-shown",
-        action="append",
-        default=(),
         metavar="DATASET=CLASS,...",
-        help=(
-            "classes that no image of a dataset shows, so that what it does not annotate need not"
-            " become ignore"
-        ),
+        help="classes that no image of a dataset shows, so that what it does not annotate need not"
+        " become ignore",
     )
-    train_only: tuple[str, ...] = argument(
+    train_only: tuple[str, ...] = repeated(
         "--train-only",
-        action="append",
-        default=(),
         metavar="DATASET",
-        help=(
-            "cases of this dataset (pseudo-labels, perhaps) are trained on in every fold and"
-            " validated on in none"
-        ),
+        help="cases of this dataset (pseudo-labels, perhaps) are trained on in every fold and"
+        " validated on in none",
     )
-    channel_names: tuple[str, ...] | None = argument(
+    channel_names: tuple[str, ...] | None = option(
         "--channel-names",
-        default=None,
         nargs="+",
         metavar="NAME",
         help="of the new dataset, where those of the datasets differ",
     )
-    seed: int = argument("--seed", default=0, type=int, metavar="N", help="of the folds")
+    seed: int = option("--seed", default=0, metavar="N", help="of the folds")
 
     def run(self) -> int:
         from stunet_plugin.datasets.merge import MergeOptions, run_merge

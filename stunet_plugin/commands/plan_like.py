@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stunet_plugin.commands.command import WEIGHTS, Command, argument
+from stunet_plugin.commands.command import WEIGHTS, Command, flag, option, required
 
 
 @dataclass(frozen=True)
 class PlanLike(Command):
-    """Options of ``stunet plan-like``."""
-
     command: ClassVar = "plan-like"
     group: ClassVar = WEIGHTS
     summary: ClassVar = (
@@ -23,15 +21,12 @@ class PlanLike(Command):
         " STUNetPlans_like_base -c 3d_fullres"
     )
 
-    model: str = argument(metavar="MODEL", help="model folder of nnU-Net v2, or a checkpoint")
-    dataset: int = argument("-d", type=int, metavar="ID", help="dataset that nnU-Net has planned")
-    name: str | None = argument(
-        "--name",
-        default=None,
-        metavar="NAME",
-        help="name of the plans; STUNetPlans_like_<size> if not given",
+    model: str = required(metavar="MODEL", help="model folder of nnU-Net v2, or a checkpoint")
+    dataset: int = required("-d", metavar="ID", help="dataset that nnU-Net has planned")
+    name: str | None = option(
+        "--name", metavar="NAME", help="name of the plans; STUNetPlans_like_<size> if not given"
     )
-    force: bool = argument("--force", action="store_true", help="replace plans of that name")
+    force: bool = flag("--force", "replace plans of that name")
 
     def run(self) -> int:
         from stunet_plugin.weights.plan_like import plan_like

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stunet_plugin.commands.command import EVALUATION, STARTS_AGAIN, Command, argument
+from stunet_plugin.commands.command import (
+    EVALUATION,
+    STARTS_AGAIN,
+    Command,
+    device_option,
+    flag,
+    option,
+    required,
+)
 
 
 @dataclass(frozen=True)
 class Rank(Command):
-    """Options of ``stunet rank``."""
-
     command: ClassVar = "rank"
     group: ClassVar = EVALUATION
     summary: ClassVar = "Rank pretrained weights for a labelled dataset without training (CCFV)."
@@ -21,86 +27,51 @@ class Rank(Command):
     )
     interrupted: ClassVar = STARTS_AGAIN
 
-    weights: tuple[str, ...] = argument(
+    weights: tuple[str, ...] = required(
         nargs="+",
         metavar="[NAME=]WEIGHTS",
-        help=(
-            "model folder of nnU-Net, a checkpoint of one, or pretrained weights; 'random' adds"
-            " random weights for comparison, 'random:TRAINER' those of a trainer's network"
-            " (with -p)"
-        ),
+        help="model folder of nnU-Net, a checkpoint of one, or pretrained weights; 'random' adds"
+        " random weights for comparison, 'random:TRAINER' those of a trainer's network (with -p)",
     )
-    dataset: str = argument("-d", help="labelled dataset in nnUNet_raw: ID, name or path")
-    plans: str | None = argument(
+    dataset: str = required("-d", help="labelled dataset in nnUNet_raw: ID, name or path")
+    plans: str | None = option(
         "-p",
-        default=None,
-        help=(
-            "plans of the dataset to fine-tune with; if not given, each model sees the images as in"
-            " its own training"
-        ),
+        help="plans of the dataset to fine-tune with; if not given, each model sees the images as"
+        " in its own training",
     )
-    configuration: str = argument("-c", default="3d_fullres", help="of the plans given with -p")
-    cases: int = argument(
-        "--cases",
-        default=10,
-        type=int,
-        metavar="N",
-        help="how many to look at, drawn with the seed",
+    configuration: str = option("-c", default="3d_fullres", help="of the plans given with -p")
+    cases: int = option(
+        "--cases", default=10, metavar="N", help="how many to look at, drawn with the seed"
     )
-    names: tuple[str, ...] | None = argument(
+    names: tuple[str, ...] | None = option(
         "--names",
-        default=None,
         nargs="+",
         metavar="CASE",
         help="look at these cases instead, those of a training fold perhaps",
     )
-    levels: int | None = argument(
-        "--levels",
-        default=None,
-        type=int,
-        metavar="N",
-        help="finest levels of the decoder; 3 if not given",
+    levels: int | None = option(
+        "--levels", metavar="N", help="finest levels of the decoder; 3 if not given"
     )
-    seed: int = argument(
-        "--seed",
-        default=0,
-        type=int,
-        metavar="N",
-        help="of the drawn cases, voxels and random weights",
+    seed: int = option(
+        "--seed", default=0, metavar="N", help="of the drawn cases, voxels and random weights"
     )
-    step_size: float = argument(
-        "--step-size",
-        default=0.5,
-        type=float,
-        metavar="X",
-        help="of the sliding window, in patches",
+    step_size: float = option(
+        "--step-size", default=0.5, metavar="X", help="of the sliding window, in patches"
     )
-    published_sums: bool = argument(
-        "--published-sums",
-        action="store_true",
-        help="add distances up as the published script does, not average",
+    published_sums: bool = flag(
+        "--published-sums", "add distances up as the published script does, not average"
     )
-    variety: str = argument(
+    variety: str = option(
         "--variety",
         default="energy",
         choices=("energy", "spread"),
-        help=(
-            "energy: as in the published code; spread: its inverse, which does not depend on the"
-            " scale of the features"
-        ),
+        help="energy: as in the published code; spread: its inverse, which does not depend on the"
+        " scale of the features",
     )
-    device: str = argument(
-        "--device",
-        "-device",
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="auto takes a GPU where there is one",
-    )
-    json: str | None = argument(
-        "--json", default=None, metavar="FILE", help="write everything that was computed"
-    )
-    figure: str | None = argument(
-        "--figure", default=None, metavar="FILE", help="write the ranking as a bar chart, .png"
+    device: str = device_option()
+    json: str | None = option("--json", metavar="FILE", help="write everything that was computed")
+    figure: str | None = option(
+        "--figure", metavar="FILE", help="write the ranking as a bar chart, .png"
     )
 
     def run(self) -> int:

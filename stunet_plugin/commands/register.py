@@ -1,4 +1,4 @@
-"""``stunet register``: bridge files that let nnU-Net find our trainers and planners."""
+"""``stunet register`` and ``unregister``: bridge files that let nnU-Net find our classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from stunet_plugin.commands.command import INSTALL, Command
 
 @dataclass(frozen=True)
 class Register(Command):
-    """Options of ``stunet register``."""
-
     command: ClassVar = "register"
     group: ClassVar = INSTALL
     summary: ClassVar = (
-        "Let stock nnU-Net find our trainers and planners: writes two small bridge files into"
-        " nnunetv2."
+        "Let nnU-Net find our trainers and planners: writes two small bridge files into nnunetv2."
     )
     example: ClassVar = "stunet register"
 
@@ -25,4 +22,18 @@ class Register(Command):
 
         print("\n".join(register()))
         print("Check with: stunet doctor")
+        return 0
+
+
+@dataclass(frozen=True)
+class Unregister(Command):
+    command: ClassVar = "unregister"
+    group: ClassVar = INSTALL
+    summary: ClassVar = "Remove the bridge files again."
+    example: ClassVar = "stunet unregister"
+
+    def run(self) -> int:
+        from stunet_plugin.nnunet.registration import unregister
+
+        print("\n".join(unregister()))
         return 0

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stunet_plugin.commands.command import DATA, Command, argument
+from stunet_plugin.commands.command import DATA, RESUMES, Command, flag, option, repeated, required
 
 
 @dataclass(frozen=True)
 class Unlabeled(Command):
-    """Options of ``stunet unlabeled``."""
-
     command: ClassVar = "unlabeled"
     group: ClassVar = DATA
     summary: ClassVar = (
@@ -21,48 +19,36 @@ class Unlabeled(Command):
         "stunet unlabeled -i /data/scans -d 900 -n Scans --modality CT &&"
         " nnUNetv2_plan_and_preprocess -d 900 -c 3d_fullres"
     )
+    interrupted: ClassVar = RESUMES
+    failure: ClassVar = "no scan could be used, or the disk is full"
 
-    folders: tuple[str, ...] = argument(
+    folders: tuple[str, ...] = required(
         "-i",
         action="append",
         metavar="FOLDER",
-        help=(
-            "folder of scans, searched to any depth: .nii, .nii.gz, .nrrd, .mha, .mhd and DICOM"
-            " series; -i again for more folders"
-        ),
+        help="folder of scans, searched to any depth: .nii, .nii.gz, .nrrd, .mha, .mhd and DICOM"
+        " series; may be repeated",
     )
-    dataset_id: int = argument("-d", type=int, metavar="ID", help="dataset ID, 1 to 999")
-    name: str = argument("-n", metavar="NAME", help="name of the dataset")
-    modality: str | None = argument(
+    dataset_id: int = required("-d", metavar="ID", help="dataset ID, 1 to 999")
+    name: str = required("-n", metavar="NAME", help="name of the dataset")
+    modality: str | None = option(
         "--modality",
-        default=None,
         choices=("CT", "MR"),
         help="of all scans; if not given, what the first few look like",
     )
-    processes: int | None = argument(
-        "-np", default=None, type=int, metavar="N", help="processes; if not given, one per core"
-    )
-    file_ending: str | None = argument(
+    processes: int | None = option("-np", metavar="N", help="processes; if not given, one per core")
+    file_ending: str | None = option(
         "--file-ending",
-        default=None,
         choices=(".nii.gz", ".mha", ".nrrd", ".nii"),
-        help=(
-            "of the dataset, which has only one; if not given, the most frequent. Files of other"
-            " kinds are converted"
-        ),
+        help="of the dataset, which has only one; if not given, the most frequent. Files of other"
+        " kinds are converted",
     )
-    copy: bool = argument(
-        "--copy", action="store_true", help="copy the scans instead of linking them"
-    )
-    exclude: tuple[str, ...] = argument(
+    copy: bool = flag("--copy", "copy the scans instead of linking them")
+    exclude: tuple[str, ...] = repeated(
         "--exclude",
-        action="append",
-        default=(),
         metavar="PATTERN",
-        help=(
-            "leave out files and folders whose name matches, such as '*_seg.nii.gz'; always left"
-            " out: labelsTr, labelsTs, gt_segmentations"
-        ),
+        help="leave out files and folders whose name matches, such as '*_seg.nii.gz'; always left"
+        " out: labelsTr, labelsTs, gt_segmentations",
     )
 
     def run(self) -> int:

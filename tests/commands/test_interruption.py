@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from stunet_plugin.cli import build_parser, interruptible, main, run
+from stunet_plugin.cli import interruptible, main, run
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import RESUMES, STARTS_AGAIN, Command
 
@@ -27,11 +27,16 @@ def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
         multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)) for _ in range(2)
     ]
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt, match="^It resumes$"), interruptible("It resumes"):
-        for worker in workers:
-            worker.start()
-        os.kill(os.getpid(), number)
-        time.sleep(60)
+
+    def interrupted_run() -> None:
+        with interruptible("It resumes"):
+            for worker in workers:
+                worker.start()
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt, match="^It resumes$"):
+        interrupted_run()
     assert not any(worker.is_alive() for worker in workers)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -48,5 +53,4 @@ def test_the_last_line_says_how_it_resumes(
     assert main([name, *ARGUMENTS[name]]) == 130
     says = STARTS_AGAIN if name == "rank" else RESUMES
     assert capsys.readouterr().err.splitlines()[-1] == f"Interrupted. {says}"
-    options = build_parser().parse_args([name, *ARGUMENTS[name]])
-    assert run(command.from_arguments(options)) == 130
+    assert run(command.parse(ARGUMENTS[name])) == 130
