@@ -1,7 +1,7 @@
-"""What the experiments on hippocampi share: settings that stay, a work folder, stock commands run
-in it, a training that continues.
+"""Experiments on real data: work folder, settings, stock commands, trainings, tables.
 
-Used by ``volume_fusion_experiment.py``, ``ranking_experiment.py`` and ``hospitals.py``.
+What is finished stays finished: the same line resumes after an interruption. Exit codes of all
+scripts: 0 done, 1 a command failed, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,288 +10,371 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from volume_fusion_arms import Network, networks
+import SimpleITK as sitk
+import torch
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import find_command
-from stunet_plugin.nnunet.registration import trainers_folder
+from stunet_plugin.nnunet.registration import host_version, trainers_folder
 from stunet_plugin.utils.files import write_atomically
 
 BASE_CONFIGURATION, CONFIGURATION = "3d_fullres", "3d_fullres_small_batch"
 SPLIT_SEED = 2025
+TRAINERS = Path(__file__).resolve().parent / "trainers"
+NOT_KEPT = [
+    "data",
+    "work",
+    "json",
+    "figure",
+    "figures",
+    "report",
+    "dry_run",
+    "groups",
+    "arms",
+    "networks",
+    "only_cases",
+]
+"""Options that may differ between runs in one work folder."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What must stay the same for results to belong together; kept in the work folder.
-
-    Attributes:
-        size: of STU-Net.
-        batch: samples of a step, in pretraining and fine-tuning.
-        patch: voxels per axis, for all networks; None is what each planner chooses.
-        pretrain_iterations, fine_tune_iterations: steps.
-        iterations_per_epoch: how often nnU-Net validates and saves.
-        test_cases: held out.
-        cases: numbers of labelled cases.
-        seeds: of the choice of labelled cases and of the initial weights.
-        device: cpu or cuda.
-        mirroring: in augmentation and prediction of the trainings on labels.
-    """
-
-    size: str
-    batch: int
-    patch: tuple[int, ...] | None
-    pretrain_iterations: int
-    fine_tune_iterations: int
-    iterations_per_epoch: int
-    test_cases: int
-    cases: tuple[int, ...]
-    seeds: tuple[int, ...]
-    device: str
-    mirroring: bool
+Change = Callable[[sitk.Image], sitk.Image]
 
 
 class CommandError(Exception):
     """A stock command failed; the message says which and where its output is."""
 
 
-class Experiment:
-    """The work folder, and the stock commands in its environment."""
+class Dataset(NamedTuple):
+    """A dataset of the experiment."""
 
-    def __init__(self, settings: Settings, data: Path, work: Path, dry_run: bool) -> None:
-        self.settings, self.data, self.work, self.dry_run = settings, data, work, dry_run
-        self.networks = networks(settings.size)
-        self.raw, self.preprocessed = work / "nnUNet_raw", work / "nnUNet_preprocessed"
+    number: int
+    name: str
 
-    def run(self, arguments: Sequence[object], log: Path, **options: str) -> None:
-        """Print a command with what it needs of the environment, and run it with its output in a
-        log."""
-        words = [str(argument) for argument in arguments]
-        variables = {
-            "nnUNet_raw": str(self.raw),
-            "nnUNet_preprocessed": str(self.preprocessed),
-            "nnUNet_results": str(log.parent),
-            "nnUNet_extTrainer": str(trainers_folder()),
-            "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "1",
-            **options,
-        }
-        shown = " ".join(
-            f"{name}={value}"
-            for name, value in {"nnUNet_results": variables["nnUNet_results"], **options}.items()
+    @property
+    def folder(self) -> str:
+        return f"Dataset{self.number:03d}_{self.name}"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of an experiment.
+
+    Attributes:
+        trainer: for labels; it also takes pretrained weights.
+        planner: one of ours, or None for nnU-Net's own.
+        plans: what the planner's plans are called.
+        pretext_trainer: for Volume Fusion.
+    """
+
+    trainer: str
+    planner: str | None = None
+    plans: str = "nnUNetPlans"
+    pretext_trainer: str = ""
+
+
+def networks(stunet_size: str) -> dict[str, Network]:
+    """Return the networks by name, STU-Net in one size."""
+    found = {
+        name.lower(): Network(
+            f"{name}Trainer", f"{name}Planner", f"{name}Plans", f"VolumeFusionTrainer_{name}"
         )
-        print(f"{shown} {shlex.join(words)}", flush=True)
+        for name in ("PCTNet", "FMUNet")
+    }
+    pretext = f"VolumeFusionTrainer_STUNet_{stunet_size}"
+    stunet = Network(f"STUNetTrainer_{stunet_size}", pretext_trainer=pretext)
+    return {"stunet": stunet, **found, "nnunet": Network("nnUNetTrainerBudget")}
+
+
+class Experiment:
+    """A work folder, and the stock commands in its environment."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.dry_run = options, options.dry_run
+        self.data, self.work = options.data.resolve(), options.work.resolve()
+        self.raw, self.preprocessed = self.work / "nnUNet_raw", self.work / "nnUNet_preprocessed"
+        self.shown: set[str] = set()
+        if not (self.data / "labelsTr").is_dir():
+            raise PluginError(f"--data {self.data} is no raw dataset: it has no labelsTr.")
+        if not self.dry_run:
+            self._keep_settings()
+
+    def _keep_settings(self) -> None:
+        """Write the settings into a new work folder, or compare them with those there."""
+        kept = {name: value for name, value in vars(self.options).items() if name not in NOT_KEPT}
+        kept = json.loads(json.dumps(kept, default=str))
+        file = self.work / "settings.json"
+        was = json.loads(file.read_text()) if file.is_file() else kept
+        changed = [f"{name} was {was.get(name)}" for name in kept if was.get(name) != kept[name]]
+        if changed:
+            raise PluginError(
+                f"{self.work} was begun with other settings ({', '.join(changed)}). Use those, or"
+                " another --work."
+            )
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(kept, indent=1))
+
+    def run(self, *parts: object, log: Path | None = None, **environment: str) -> None:
+        """Print a command and run it with its output in a log.
+
+        Args:
+            parts: strings are split at blanks, lists are taken as they are.
+            log: its folder is nnUNet_results.
+            environment: variables to set.
+        """
+        words: list[str] = []
+        for part in parts:
+            words += part.split() if isinstance(part, str) else map(str, _as_list(part))
+        log = log or self.work / "logs" / "prepare.log"
+        environment = {"nnUNet_results": str(log.parent), **environment}
+        assignments = " ".join(f"{name}={value}" for name, value in environment.items())
+        line = f"{assignments} {shlex.join(words)}"
+        # In a dry run nothing is ever done, so it would come again and again.
+        if not (self.dry_run and line in self.shown):
+            print(line, flush=True)
+        self.shown.add(line)
         if self.dry_run:
             return
-        log.parent.mkdir(parents=True, exist_ok=True)
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("nnUNet_", "STUNET_"))
+        ours = ("nnUNet_", "STUNET_")
+        variables = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(ours)},
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_extTrainer": os.pathsep.join((str(trainers_folder()), str(TRAINERS))),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "1",
+            **environment,
         }
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as output:
             command = [find_command(words[0]), *words[1:]]
-            code = subprocess.run(
-                command, env={**inherited, **variables}, stdout=output, stderr=output
-            ).returncode
+            code = subprocess.run(command, env=variables, stdout=output, stderr=output).returncode
         if code != 0:
             raise CommandError(f"{shlex.join(words)} ended with {code}; its output is in {log}.")
 
-    def cases(self) -> tuple[list[str], list[str]]:
-        """Return the test cases and the others, the same for the same data."""
-        return hold_out(
-            [
-                path.name.removesuffix(".nii.gz")
-                for path in (self.data / "labelsTr").glob("*.nii.gz")
-            ],
-            self.settings,
-        )
+    def preprocess(
+        self,
+        dataset: Dataset,
+        network: Network,
+        splits: Sequence[dict[str, Sequence[str]]],
+        plans_of: Dataset | None = None,
+    ) -> None:
+        """Plan a dataset for a network, or take the plans of another one, and preprocess it.
 
-    def folds(self) -> dict[tuple[int, int], list[str]]:
-        """Return the labelled cases of each (seed, number of cases), in the order of the folds."""
-        pool = self.cases()[1]
-        return {
-            (seed, count): draw_labelled(pool, seed, count)
-            for seed in self.settings.seeds
-            for count in self.settings.cases
-        }
-
-    def plan(self, dataset: tuple[int, str], network: Network, log: Path) -> None:
-        """Plan a dataset (ID and folder) for a network, and add the configuration that is trained
-        with."""
-        number, folder = dataset
-        planner = (
-            ["stunet", "plan", "-pl", network.planner]
-            if network.planner
-            else ["nnUNetv2_plan_experiment"]
-        )
-        self.run([*planner, "-d", number], log)
+        Plans get a configuration of the batch and the patch that are wanted.
+        """
+        folder = self.preprocessed / dataset.folder
+        done = folder / f"prepared_{network.plans}"
+        if done.is_file():
+            return
+        if not (folder / "dataset_fingerprint.json").is_file():
+            self.run("nnUNetv2_extract_fingerprint -np 2 -d", [dataset.number])
+        if plans_of is not None:
+            move = "nnUNetv2_move_plans_between_datasets -sp", [network.plans]
+            self.run(*move, "-s", [plans_of.number], "-t", [dataset.number])
+        else:
+            ours = f"stunet plan -pl {network.planner} -d"
+            self.run(ours if network.planner else "nnUNetv2_plan_experiment -d", [dataset.number])
+            if not self.dry_run:
+                self._add_configuration(folder / f"{network.plans}.json")
+        plans = "-plans_name", [network.plans], "-c", [BASE_CONFIGURATION]
+        self.run("nnUNetv2_preprocess -np 2 -d", [dataset.number], *plans)
         if not self.dry_run:
-            file = self.preprocessed / folder / f"{network.plans}.json"
-            plans = json.loads(file.read_text())
-            plans["configurations"][CONFIGURATION] = self.configuration()
-            write_atomically(file, json.dumps(plans, indent=2))
+            # nnU-Net's planner copies it, moved plans come without.
+            shutil.copyfile(self.raw / dataset.folder / "dataset.json", folder / "dataset.json")
+            write_atomically(folder / "splits_final.json", json.dumps(splits))
+            done.touch()
 
-    def configuration(self) -> dict[str, Any]:
-        """What all networks are trained with; in the plans file it stands beside the planner's
-        own."""
-        patch = {"patch_size": list(self.settings.patch)} if self.settings.patch else {}
-        return {"inherits_from": BASE_CONFIGURATION, "batch_size": self.settings.batch, **patch}
+    def _add_configuration(self, file: Path) -> None:
+        plans = json.loads(file.read_text())
+        patch = {"patch_size": list(self.options.patch)} if self.options.patch else {}
+        own = {"inherits_from": BASE_CONFIGURATION, "batch_size": self.options.batch, **patch}
+        plans["configurations"][CONFIGURATION] = own
+        write_atomically(file, json.dumps(plans, indent=2))
 
-    def budget(self, iterations: int) -> dict[str, str]:
-        """Options for a number of iterations, in whole epochs."""
-        per_epoch = min(self.settings.iterations_per_epoch, iterations)
-        return {
+    def training_options(self, iterations: int, seed: int, validation: int = 1) -> dict[str, str]:
+        """Return the variables of a training on labels, in whole epochs."""
+        per_epoch = min(self.options.iterations_per_epoch, iterations)
+        options = {
             "STUNET_EPOCHS": str(round(iterations / per_epoch)),
             "STUNET_ITERATIONS": str(per_epoch),
-        }
-
-    def training_options(self, iterations: int, seed: int) -> dict[str, str]:
-        """Options of a training on labels."""
-        options = {
-            **self.budget(iterations),
-            "STUNET_VAL_ITERATIONS": "1",
+            "STUNET_VAL_ITERATIONS": str(validation),
             "STUNET_SEED": str(seed),
         }
-        return options if self.settings.mirroring else {**options, "STUNET_MIRRORING": "0"}
+        return options if self.options.mirroring else {**options, "STUNET_MIRRORING": "0"}
 
     def train(
         self,
-        arguments: list[object],
-        fold: Path,
-        done: Path,
-        log: Path,
+        results: Path,
+        dataset: Dataset,
+        trainer: str,
+        plans: str,
+        fold: int | str,
         options: dict[str, str],
-        start: Sequence[object] = (),
-    ) -> None:
-        """Run, continue or only validate a training, whatever is left to do."""
-        if done.is_file():
-            return
-        command = ["nnUNetv2_train", *arguments, "-device", self.settings.device]
-        if (fold / "checkpoint_final.pth").is_file():
-            command.append("--val")
-        elif (fold / "checkpoint_latest.pth").is_file():
-            command.append("--c")
-        else:
-            command.extend(start)
-        self.run(command, log, **options)
+        weights: Path | None = None,
+    ) -> Path:
+        """Run, resume or only validate a training, whatever is left to do; return its folder."""
+        folder = results / dataset.folder / f"{trainer}__{plans}__{CONFIGURATION}" / f"fold_{fold}"
+        score = "pretext_score.json" if trainer.startswith("VolumeFusion") else "summary.json"
+        if (folder / "validation" / score).is_file():
+            return folder
+        start: list[object] = ["-pretrained_weights", weights] if weights else []
+        if (folder / "checkpoint_final.pth").is_file():
+            start = ["--val"]
+        elif (folder / "checkpoint_latest.pth").is_file():
+            start = ["--c"]
+        names = f"{dataset.number} {CONFIGURATION} {fold} -tr {trainer} -p {plans}"
+        device = f"-device {self.options.device}"
+        self.run("nnUNetv2_train", names, device, start, log=results / "log.txt", **options)
+        return folder
+
+    def cases(self) -> tuple[list[str], list[str]]:
+        """Return the test cases and the others, the same for the same data."""
+        return hold_out(cases_in(self.data / "labelsTr"), self.options.test_cases)
 
 
-def hold_out(cases: Sequence[str], settings: Settings) -> tuple[list[str], list[str]]:
-    """Split cases into those to test on and the others; the order in which they come does not
-    matter.
+def _as_list(part: Any) -> Iterable[object]:
+    return part if isinstance(part, (list, tuple)) else [part]
 
-    Raises:
-        PluginError: too few cases are left.
-    """
+
+def cases_in(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
+
+
+def hold_out(cases: Sequence[str], test_cases: int) -> tuple[list[str], list[str]]:
+    """Split cases into those to test on and the others, whatever their order."""
     shuffled = np.random.default_rng(SPLIT_SEED).permutation(sorted(cases)).tolist()
-    test, pool = sorted(shuffled[: settings.test_cases]), sorted(shuffled[settings.test_cases :])
-    if len(pool) < max(settings.cases):
-        raise PluginError(
-            f"{len(cases)} cases less {settings.test_cases} for testing leave {len(pool)}, fewer"
-            f" than {max(settings.cases)}. Lower --test-cases or --cases."
-        )
-    return test, pool
+    return sorted(shuffled[:test_cases]), sorted(shuffled[test_cases:])
 
 
 def draw_labelled(pool: Sequence[str], seed: int, count: int) -> list[str]:
-    """Draw labelled cases; those of a smaller number are among those of a larger one."""
+    """Draw labelled cases; those of a smaller number are among those of a larger one.
+
+    Raises:
+        PluginError: there are too few.
+    """
+    if len(pool) < count:
+        raise PluginError(
+            f"{len(pool)} cases are left to train on, fewer than {count}. Lower --test-cases or"
+            " the number of training cases."
+        )
     return sorted(np.random.default_rng(seed).permutation(sorted(pool))[:count].tolist())
 
 
-def link_all(pairs: Iterable[tuple[Path, Path]], folder: Path) -> None:
-    """Make links into a folder, but for those that are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for source, link in pairs:
-        if not link.exists():
-            link.symlink_to(source.resolve())
+def copy_cases(
+    data: Path,
+    target: Path,
+    cases: Sequence[str],
+    part: str = "Tr",
+    image: Change | None = None,
+    label: Change | None = None,
+) -> None:
+    """Link cases of a raw dataset into another one, or write them changed; keep what is there."""
+    kinds = (("images", "_0000.nii.gz", image), ("labels", ".nii.gz", label))
+    for kind, ending, change in kinds:
+        folder = target / f"{kind}{part}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for case in cases:
+            file, original = folder / f"{case}{ending}", data / f"{kind}Tr" / f"{case}{ending}"
+            if file.exists():
+                continue
+            if change is None:
+                file.symlink_to(original.resolve())
+            else:
+                unfinished = file.with_name(f"unfinished_{file.name}")
+                sitk.WriteImage(change(sitk.ReadImage(str(original))), str(unfinished))
+                unfinished.replace(file)
 
 
-def keep_settings(work: Path, settings: Settings) -> None:
-    """Write the settings into a new work folder, or compare with those there.
-
-    Raises:
-        PluginError: the folder was begun with other settings.
-    """
-    file = work / "settings.json"
-    content = json.dumps(asdict(settings), indent=2)
-    if file.is_file() and file.read_text() != content:
-        was = json.loads(file.read_text())
-        changed = [
-            f"{name} was {was.get(name)}"
-            for name, value in json.loads(content).items()
-            if was.get(name) != value
-        ]
-        raise PluginError(
-            f"{work} was begun with other settings ({', '.join(changed)}). Use those, or another"
-            " --work."
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, content)
+def describe(data: Path, target: Path, count: int, labels: dict[str, int] | None = None) -> None:
+    """Write the dataset.json of a copy, with other labels if there are."""
+    description = json.loads((data / "dataset.json").read_text()) | {"numTraining": count}
+    description |= {"labels": labels} if labels else {}
+    write_atomically(target / "dataset.json", json.dumps(description, indent=1))
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add what all experiments on few hippocampi take: data, how samples are drawn, where it
-    runs."""
-    add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="raw dataset of nnU-Net with labels, .nii.gz",
-    )
-    add("--work", type=Path, required=True, metavar="FOLDER", help="for everything in between")
-    add("--batch", type=int, default=2, help="samples of a step")
-    add(
-        "--patch",
-        type=int,
-        nargs=3,
-        metavar="VOXELS",
-        help="of all networks (default: what each planner chooses)",
-    )
-    add("--iterations-per-epoch", type=int, default=50, help="between two validations")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings and predictions")
-    add(
-        "--no-mirroring",
-        dest="mirroring",
-        action="store_false",
-        help="predict eight times faster; no mirrored training samples",
-    )
-    add("--dry-run", action="store_true", help="print the commands and run none")
+def relabel(values: Sequence[int]) -> Change:
+    """Return a function that maps label 0, 1, 2, ... to the given values."""
+    table = np.array(values, np.uint8)
+
+    def change(labels: sitk.Image) -> sitk.Image:
+        changed = sitk.GetImageFromArray(table[sitk.GetArrayFromImage(labels).astype(int)])
+        changed.CopyInformation(labels)
+        return changed
+
+    return change
 
 
-def common_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that they give.
+def read_run(fold: Path) -> dict[str, Any]:
+    """Return what a training in a fold's folder reached, read from its checkpoint and summary.
 
     Raises:
-        PluginError: there is no data.
+        PluginError: the training or its validation has not finished.
     """
-    if not (options.data / "labelsTr").is_dir():
-        raise PluginError(
-            f"--data {options.data} is no raw dataset of nnU-Net: there is no labelsTr in it."
-        )
+    files = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise PluginError(f"{fold} holds no finished training: {missing[0].name} is missing.")
+    checkpoint = torch.load(files[0], map_location="cpu", weights_only=False)
+    log, summary = checkpoint["logging"], json.loads(files[1].read_text())
+    seconds = np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"])
     return {
-        "batch": options.batch,
-        "patch": tuple(options.patch) if options.patch else None,
-        "iterations_per_epoch": options.iterations_per_epoch,
-        "test_cases": options.test_cases,
-        "device": options.device,
-        "mirroring": options.mirroring,
+        "trainer": checkpoint["trainer_name"],
+        "train_loss": [float(value) for value in log["train_losses"]],
+        "pseudo_dice": [[*map(float, epoch)] for epoch in log["dice_per_class_or_region"]],
+        "epoch_seconds": seconds.tolist(),
+        "validation_cases": len(summary["metric_per_case"]),
+        "validation_dice": {label: one["Dice"] for label, one in summary["mean"].items()},
+        "mean_validation_dice": float(summary["foreground_mean"]["Dice"]),
     }
 
 
-def exit_code_of(work: Callable[[], None], script: str) -> int:
-    """Run the work of an experiment's script and return its exit code, with a line about what went
-    wrong."""
+def about(**more: Any) -> dict[str, Any]:
+    """Return date and versions, for a JSON file."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "torch": torch.__version__, "nnunetv2": host_version(), **more}
+
+
+def without_nan(value: Any) -> Any:
+    """Return the same with None for every NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table whose first column is text."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows)) + "\n"
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add what all experiments take; return ``add_argument`` for the others."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="raw dataset with labels")
+    add("--work", type=Path, required=True, metavar="FOLDER", help="for everything in between")
+    add("--batch", type=int, default=2, help="samples of a step")
+    add("--patch", type=int, nargs=3, metavar="VOXELS", help="of all networks, not the planner's")
+    add("--iterations-per-epoch", type=int, default=50, help="between two validations")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings and predictions")
+    help_text = "predict eight times faster; no mirrored training samples"
+    add("--no-mirroring", dest="mirroring", action="store_false", help=help_text)
+    add("--dry-run", action="store_true", help="print the commands and run none")
+    return add
+
+
+def run_script(work: Callable[[], None], script: str) -> int:
+    """Run the work of a script and return its exit code."""
     try:
         work()
     except PluginError as error:
@@ -301,6 +384,6 @@ def exit_code_of(work: Callable[[], None], script: str) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; the same line goes on from here.", file=sys.stderr)
+        print("Interrupted; the same line resumes.", file=sys.stderr)
         return 130
     return 0

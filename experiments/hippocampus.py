@@ -1,97 +1,60 @@
-"""Figures of docs/experiments/hippocampus.md from finished trainings: curves, an overlay, and a
-JSON with the numbers.
+"""Figures of docs/experiments/hippocampus.md from finished trainings, and its thinned datasets.
 
-Reads what nnU-Net left behind: the log in ``checkpoint_final.pth`` (our own files) and
-``validation/summary.json``.
+``figures`` reads what nnU-Net left behind and writes curves, an overlay and the numbers; ``thin``
+makes a copy of a raw dataset of every n-th slice along one axis.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import SimpleITK as sitk
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from common import about, read_run, run_script
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.figures import OverlayCase, save_overlays
 from stunet_plugin.utils.files import write_atomically
 
-
-def read_run(fold: Path) -> dict[str, Any]:
-    """Return what a training in a fold's folder reached.
-
-    Raises:
-        PluginError: the training or its validation has not finished.
-    """
-    checkpoint_file, summary_file = (
-        fold / "checkpoint_final.pth",
-        fold / "validation" / "summary.json",
-    )
-    if not checkpoint_file.is_file() or not summary_file.is_file():
-        raise PluginError(
-            f"{fold} holds no finished training: expected checkpoint_final.pth and"
-            " validation/summary.json."
-        )
-    checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=False)
-    log, summary = checkpoint["logging"], json.loads(summary_file.read_text())
-    return {
-        "trainer": checkpoint["trainer_name"],
-        "train_loss": [float(value) for value in log["train_losses"]],
-        "pseudo_dice": [
-            [float(value) for value in epoch] for epoch in log["dice_per_class_or_region"]
-        ],
-        "epoch_seconds": [
-            float(end - start)
-            for start, end in zip(
-                log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True
-            )
-        ],
-        "validation_cases": len(summary["metric_per_case"]),
-        "validation_dice": {
-            label: float(metrics["Dice"]) for label, metrics in summary["mean"].items()
-        },
-        "mean_validation_dice": float(summary["foreground_mean"]["Dice"]),
-    }
+matplotlib.use("agg")
 
 
 def save_curves(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Write training loss and pseudo Dice per epoch of all runs as a PNG."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axis, dice_axis = figure.subplots(1, 2)
-    for name, run in runs.items():
-        epochs = np.arange(1, len(run["train_loss"]) + 1)
-        style = "--" if run["trainer"].startswith("Plain") else "-"
-        loss_axis.plot(epochs, run["train_loss"], style, marker="o", markersize=3, label=name)
-        dice_axis.plot(
-            epochs,
-            [np.nanmean(values) for values in run["pseudo_dice"]],
-            style,
-            marker="o",
-            markersize=3,
-            label=name,
-        )
-    for axis, title in (
-        (loss_axis, "training loss"),
-        (dice_axis, "mean pseudo Dice (validation patches)"),
-    ):
-        axis.set_xlabel("epoch")
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-    dice_axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    curves = {
+        "training loss": lambda run: run["train_loss"],
+        "mean pseudo Dice (validation patches)": lambda run: np.nanmean(run["pseudo_dice"], axis=1),
+    }
+    rows = [
+        {"run": name, "epoch": epoch, "value": value, "curve": curve}
+        for name, run in runs.items()
+        for curve, read in curves.items()
+        for epoch, value in enumerate(read(run), 1)
+    ]
+    grid = sns.relplot(
+        pd.DataFrame(rows),
+        x="epoch",
+        y="value",
+        hue="run",
+        col="curve",
+        kind="line",
+        marker="o",
+        height=3.4,
+        facet_kws={"sharey": False},
+    )
+    grid.set_titles("{col_name}").figure.savefig(path, dpi=130)
 
 
 def overlay_cases(fold: Path, raw: Path) -> list[OverlayCase]:
-    """Worst, median and best validation case of a fold."""
+    """Return the worst, median and best validation case of a fold."""
     summary = json.loads((fold / "validation" / "summary.json").read_text())
 
     def mean_dice(case: dict[str, Any]) -> float:
@@ -101,78 +64,80 @@ def overlay_cases(fold: Path, raw: Path) -> list[OverlayCase]:
     rows = []
     for case in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
         name = Path(case["prediction_file"]).name.removesuffix(".nii.gz")
-        files = (
-            raw / "imagesTr" / f"{name}_0000.nii.gz",
-            raw / "labelsTr" / f"{name}.nii.gz",
-            fold / "validation" / f"{name}.nii.gz",
-        )
-        image, reference, prediction = (sitk.ReadImage(str(file)) for file in files)
-        arrays = [sitk.GetArrayFromImage(volume) for volume in (image, reference, prediction)]
-        rows.append(
-            OverlayCase(f"{name}, Dice {mean_dice(case):.2f}", *arrays, image.GetSpacing()[::-1])
-        )
+        image = sitk.ReadImage(str(raw / "imagesTr" / f"{name}_0000.nii.gz"))
+        labels = (raw / "labelsTr" / f"{name}.nii.gz", fold / "validation" / f"{name}.nii.gz")
+        volumes = [image, *(sitk.ReadImage(str(file)) for file in labels)]
+        arrays = [sitk.GetArrayFromImage(volume) for volume in volumes]
+        title = f"{name}, Dice {mean_dice(case):.2f}"
+        rows.append(OverlayCase(title, *arrays, image.GetSpacing()[::-1]))
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=(
-            "Example: python experiments/hippocampus.py --raw"
-            ' $nnUNet_raw/Dataset004_Hippocampus --run "seed 1=results_1/.../fold_0" --out'
-            " docs/experiments --json experiments/results/hippocampus.json"
-        ),
-    )
-    parser.add_argument(
-        "--run",
-        action="append",
-        required=True,
-        metavar="NAME=FOLD",
-        help="a name and the folder of a fold; repeat",
-    )
-    parser.add_argument("--raw", type=Path, required=True, help="the raw dataset")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the PNGs")
-    parser.add_argument("--stem", default="hippocampus", help="what the PNGs' names begin with")
-    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
-    parser.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a run that the --json file holds; repeat",
-    )
-    parser.add_argument("--machine", required=True, help="what it ran on, in words")
-    options = parser.parse_args()
+def make_figures(options: argparse.Namespace) -> None:
+    """Write curves, overlay and numbers.
+
+    Raises:
+        PluginError: a training has not finished, or a run to keep is not in the file.
+    """
     folds = {name: Path(folder) for name, _, folder in (run.partition("=") for run in options.run)}
-    try:
-        runs = {name: read_run(fold) for name, fold in folds.items()}
-        earlier = json.loads(options.json.read_text())["runs"] if options.keep else {}
-        runs |= {name: earlier[name] for name in options.keep}
-    except KeyError as error:
-        print(f"{options.json} holds no run {error}; it has {', '.join(earlier)}.", file=sys.stderr)
-        return 2
-    except PluginError as error:
-        print(error, file=sys.stderr)
-        return 2
+    runs = {name: read_run(fold) for name, fold in folds.items()}
+    earlier = json.loads(options.json.read_text())["runs"] if options.keep else {}
+    missing = sorted({*options.keep} - {*earlier})
+    if missing:
+        raise PluginError(f"{options.json} holds no run {missing}; it has {', '.join(earlier)}.")
+    runs |= {name: earlier[name] for name in options.keep}
     save_curves(runs, options.out / f"{options.stem}_curves.png")
-    first = next(iter(folds.values()))
-    overlay = options.out / f"{options.stem}_overlay.png"
-    save_overlays(overlay_cases(first, options.raw), {1: "anterior", 2: "posterior"}, overlay)
-    report = {
-        "date": datetime.now(timezone.utc).isoformat(),
-        "machine": options.machine,
-        "torch": torch.__version__,
-        "runs": runs,
-    }
-    write_atomically(options.json, json.dumps(report, indent=2))
+    cases = overlay_cases(next(iter(folds.values())), options.raw)
+    labels = {1: "anterior", 2: "posterior"}
+    save_overlays(cases, labels, options.out / f"{options.stem}_overlay.png")
+    report = about(machine=options.machine, runs=runs)
+    write_atomically(options.json, json.dumps(report, indent=1))
     for name, run in runs.items():
-        minutes = sum(run["epoch_seconds"]) / 60
-        classes = " / ".join(f"{value:.3f}" for value in run["validation_dice"].values())
-        print(
-            f"| {name} | {run['trainer']} | {run['mean_validation_dice']:.3f} | {classes} |"
-            f" {minutes:.1f} |"
-        )
-    return 0
+        minutes = f"{sum(run['epoch_seconds']) / 60:.1f} min"
+        print(name, run["trainer"], run["mean_validation_dice"], run["validation_dice"], minutes)
+
+
+def thin_out(options: argparse.Namespace) -> None:
+    """Write every n-th slice of all images and labels; SimpleITK sets the spacing.
+
+    Raises:
+        PluginError: the target is there.
+    """
+    if options.out.exists():
+        raise PluginError(f"--out {options.out} is there already.")
+    steps = [slice(None)] * 3
+    steps[options.axis] = slice(None, None, options.every)
+    for part in ("imagesTr", "labelsTr"):
+        (options.out / part).mkdir(parents=True)
+        for file in sorted((options.raw / part).glob("*.nii.gz")):
+            thin = sitk.ReadImage(str(file))[tuple(steps)]
+            sitk.WriteImage(thin, str(options.out / part / file.name))
+    shutil.copyfile(options.raw / "dataset.json", options.out / "dataset.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    figures, thin = (commands.add_parser(name) for name in ("figures", "thin"))
+    figures.set_defaults(work=make_figures)
+    thin.set_defaults(work=thin_out)
+    for command in (figures, thin):
+        command.add_argument("--raw", type=Path, required=True, help="raw dataset, .nii.gz")
+        command.add_argument("--out", type=Path, required=True, help="folder (of thin: a new one)")
+    add = figures.add_argument
+    add("--run", action="append", required=True, metavar="NAME=FOLD", help="fold folder; repeat")
+    add("--stem", default="hippocampus", help="what the PNGs' names begin with")
+    add("--json", type=Path, required=True, help="file for the numbers")
+    add(
+        "--keep", action="append", default=[], metavar="NAME", help="run of the --json file; repeat"
+    )
+    add("--machine", required=True, help="what it ran on, in words")
+    thin.add_argument("--every", type=int, required=True, help="2 for every second slice")
+    thin.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="along x, y or z")
+    options = parser.parse_args(arguments)
+    return run_script(lambda: options.work(options), __file__)
 
 
 if __name__ == "__main__":

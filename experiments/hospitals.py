@@ -1,62 +1,49 @@
-"""How well do models travel? Two "hospitals" out of the hippocampus data; trained at one, at both,
-and on pseudo-labels.
+"""Models at two "hospitals": trained at one, at both, and on pseudo-labels; tested at both.
 
-Hospital A has the scans with real-valued intensities, as they are. Hospital B has those with 8
-bits, and then differs in what
-hospitals differ in: thicker slices, another storage order, another contrast, and other label
-    numbers. Every network (STU-Net,
-PCT-Net, nnU-Net's own) is trained on A, on B, on both (``stunet merge-datasets``), and on A with
-pseudo-labels for B's training images from its own model of A (``stunet pseudo-label``); no label of
-B is used then. ``stunet crosseval`` runs all of them on held out cases of both, and on those of B
-turned into the storage order of A, which tells that difference from the others. Everything else is
-stock commands; what is finished stays finished: run the same line again.
-
-Exit codes: 0 done, 1 a command failed, 2 wrong input, 130 interrupted.
+Hospital A has the hippocampus scans with real-valued intensities, as they are. Hospital B has those
+with 8 bits, and differs in what hospitals differ in: thicker slices, storage order, contrast, and
+label numbers. Every network (STU-Net, PCT-Net, nnU-Net's own) is trained on A, on B, on both
+(``stunet merge-datasets``), and on A with pseudo-labels for B's training images from its own model
+of A (``stunet pseudo-label``); no label of B is used then. ``stunet crosseval`` runs all of them on
+held-out cases of both, and on those of B turned into A's storage order, which tells that difference
+from the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 from common import (
-    BASE_CONFIGURATION,
-    CONFIGURATION,
+    Dataset,
     Experiment,
-    Settings,
+    Network,
     add_common_options,
-    common_settings,
+    cases_in,
+    copy_cases,
+    describe,
     draw_labelled,
-    exit_code_of,
     hold_out,
-    keep_settings,
-    link_all,
+    networks,
+    relabel,
+    run_script,
 )
-from volume_fusion_arms import Network
 
-from stunet_plugin.nnunet.registration import trainers_folder
 from stunet_plugin.utils.files import write_atomically
 
-HOST = Path(__file__).parent / "trainers"
-A, B, BOTH = (
-    (911, "Dataset911_HospitalA"),
-    (912, "Dataset912_HospitalB"),
-    (913, "Dataset913_BothHospitals"),
-)
+A, B, BOTH = Dataset(911, "HospitalA"), Dataset(912, "HospitalB"), Dataset(913, "BothHospitals")
 TURNED, PUBLISHED_ORIENTATION = "HospitalB_turned", "RAS"
 """Test cases of B in the order that A's are stored in."""
 PSEUDO_FROM, MIXED_FROM = 914, 917
 """IDs of the datasets with pseudo-labels, and of those merged with A: one per network, as each has
 its own teacher."""
-ARMS = ("A", "B", "both", "pseudo")
+NETWORKS, ARMS = ("stunet", "pctnet", "nnunet"), ("A", "B", "both", "pseudo")
 OTHER_LABELS = {"background": 0, "Posterior": 1, "Anterior": 2}
 """Hospital B's; hospital A has the published ones, the other way round."""
 THICK_AXIS, THICKNESS, ORIENTATION, GAMMA = 1, 2.0, "LPS", 2.0
@@ -66,74 +53,27 @@ BRIGHT = 5000.0
 """Scans with values beyond are from a third source and are left out."""
 TOLERANCE = 1.0
 """Of the surface Dice, in mm; the voxels are 1 mm."""
-FILES = (
-    "report.html",
-    "scores.csv",
-    "summary.json",
-    "matrix.md",
-    "matrix.png",
-    "boxes.png",
-    "worst_cases.png",
-)
+FILES = ("report.html", "matrix.md", "matrix.png", "boxes.png", "worst_cases.png")
 
 
 class Hospitals(Experiment):
-    """The work folder, and commands in its environment."""
-
-    def __init__(
-        self, settings: Settings, data: Path, work: Path, dry_run: bool, names: Sequence[str]
-    ) -> None:
-        super().__init__(settings, data, work, dry_run)
-        known = {**self.networks, "nnunet": Network("", "nnUNetTrainerBudget", None, "nnUNetPlans")}
-        self.networks = {name: known[name] for name in names}
-        self.log = work / "logs" / "prepare.log"
-        self.shown: list[Sequence[object]] = []
-
-    def run(self, arguments: Sequence[object], log: Path, **options: str) -> None:
-        if self.dry_run and arguments in self.shown:
-            # It would be done by now.
-            return
-        self.shown.append(arguments)
-        super().run(
-            arguments,
-            log,
-            **{
-                "nnUNet_extTrainer": os.pathsep.join((str(trainers_folder()), str(HOST))),
-                **options,
-            },
-        )
-
-    # --- data
+    """The work folder of this experiment."""
 
     def write_hospitals(self) -> None:
-        """Write both raw datasets: training cases in imagesTr and labelsTr, test cases in imagesTs
-        and labelsTs."""
-        for (_, name), cases, changed in (
-            (A, self._cases_of("A"), False),
-            (B, self._cases_of("B"), True),
-        ):
-            folder = self.raw / name
+        """Write both raw datasets: training cases in imagesTr, test cases in imagesTs."""
+        for dataset in (A, B):
+            folder, at_b = self.raw / dataset.folder, dataset is B
             if (folder / "dataset.json").is_file():
                 continue
-            test, pool = hold_out(cases, self.settings)
-            train = draw_labelled(pool, self.settings.seeds[0], self.settings.cases[0])
-            print(f"{name}: {len(train)} training cases, {len(test)} test cases of {len(cases)}")
-            for part, names in (("Tr", train), ("Ts", test)):
-                self._write_part(folder, part, names, changed)
-            description = json.loads((self.data / "dataset.json").read_text())
-            if changed:
-                description["labels"] = OTHER_LABELS
-            write_atomically(
-                folder / "dataset.json",
-                json.dumps({**description, "numTraining": len(train)}, indent=1),
-            )
-
-        self._write_turned(self.raw / B[1], self.raw / TURNED)
-
-    @staticmethod
-    def _write_turned(source: Path, target: Path) -> None:
-        if (target / "dataset.json").is_file():
-            return
+            cases = self.cases_of(eight_bits=at_b)
+            test, pool = hold_out(cases, self.options.test_cases)
+            train = draw_labelled(pool, self.options.seed, self.options.train_cases)
+            print(f"{dataset.folder}: {len(train)} training cases, {len(test)} test cases")
+            changes = {"image": other_scanner, "label": other_labels} if at_b else {}
+            copy_cases(self.data, folder, train, "Tr", **changes)
+            copy_cases(self.data, folder, test, "Ts", **changes)
+            describe(self.data, folder, len(train), OTHER_LABELS if at_b else None)
+        source, target = self.raw / B.folder, self.raw / TURNED
         for part in ("imagesTs", "labelsTs"):
             (target / part).mkdir(parents=True, exist_ok=True)
             for file in sorted((source / part).iterdir()):
@@ -141,170 +81,75 @@ class Hospitals(Experiment):
                 sitk.WriteImage(turned, str(target / part / file.name))
         shutil.copyfile(source / "dataset.json", target / "dataset.json")
 
-    def _cases_of(self, hospital: str) -> list[str]:
+    def cases_of(self, eight_bits: bool) -> list[str]:
         """Return the cases of a hospital, by the type and the range of their voxels."""
         found = []
         for file in sorted((self.data / "imagesTr").glob("*_0000.nii.gz")):
             image = sitk.ReadImage(str(file))
-            eight_bits = image.GetPixelID() == sitk.sitkUInt8
-            if eight_bits == (hospital == "B") and sitk.GetArrayViewFromImage(image).max() < BRIGHT:
+            dark = sitk.GetArrayViewFromImage(image).max() < BRIGHT
+            if dark and eight_bits == (image.GetPixelID() == sitk.sitkUInt8):
                 found.append(file.name.removesuffix("_0000.nii.gz"))
         return found
 
-    def _write_part(self, folder: Path, part: str, cases: Sequence[str], changed: bool) -> None:
-        for kind, ending in (("images", "_0000.nii.gz"), ("labels", ".nii.gz")):
-            source, target = self.data / f"{kind}Tr", folder / f"{kind}{part}"
-            if not changed:
-                link_all(
-                    ((source / f"{case}{ending}", target / f"{case}{ending}") for case in cases),
-                    target,
-                )
-                continue
-            target.mkdir(parents=True, exist_ok=True)
-            for case in cases:
-                image = sitk.ReadImage(str(source / f"{case}{ending}"))
-                sitk.WriteImage(
-                    other_scanner(image) if kind == "images" else other_labels(image),
-                    str(target / f"{case}{ending}"),
-                )
-
-    # --- training
-
-    def prepare(self, dataset: tuple[int, str], network: Network) -> None:
-        """Plan a dataset for a network, with a configuration of the batch size that is wanted, and
-        preprocess it."""
-        (number, name), folder = dataset, self.preprocessed / dataset[1]
-        done = folder / f"prepared_{network.plans}"
-        if done.is_file():
-            return
-        if not (folder / "dataset_fingerprint.json").is_file():
-            self.run(["nnUNetv2_extract_fingerprint", "-d", number, "-np", 2], self.log)
-        self.plan(dataset, network, self.log)
-        self.run(
-            [
-                "nnUNetv2_preprocess",
-                "-d",
-                number,
-                "-plans_name",
-                network.plans,
-                "-c",
-                BASE_CONFIGURATION,
-                "-np",
-                2,
-            ],
-            self.log,
-        )
-        if not self.dry_run:
-            # All cases train; nnU-Net wants some to validate on, and what counts are the test
-            # cases.
-            cases = sorted(
-                path.name.removesuffix(".nii.gz")
-                for path in (self.raw / name / "labelsTr").glob("*.nii.gz")
-            )
-            write_atomically(
-                folder / "splits_final.json", json.dumps([{"train": cases, "val": cases[:2]}])
-            )
-            done.touch()
-
-    def model_folder(self, name: str, arm: str, dataset: tuple[int, str]) -> Path:
-        network = self.networks[name]
-        trained = f"{network.segmentation_trainer}__{network.plans}__{CONFIGURATION}"
-        return self.work / "training" / f"{name}_{arm}" / dataset[1] / trained
-
-    def train_on(self, name: str, arm: str, dataset: tuple[int, str]) -> Path:
+    def train_on(self, name: str, network: Network, arm: str, dataset: Dataset) -> Path:
         """Train a network on a dataset unless that is done; return the model folder."""
-        network, model = self.networks[name], self.model_folder(name, arm, dataset)
-        self.prepare(dataset, network)
-        options = self.training_options(self.settings.fine_tune_iterations, self.settings.seeds[0])
-        arguments = [
-            dataset[0],
-            CONFIGURATION,
-            0,
-            "-tr",
-            network.segmentation_trainer,
-            "-p",
-            network.plans,
-        ]
-        fold = model / "fold_0"
-        self.train(
-            arguments,
-            fold,
-            fold / "validation" / "summary.json",
-            model.parents[1] / "log.txt",
-            options,
-        )
-        return model
+        cases = cases_in(self.raw / dataset.folder / "labelsTr")
+        # All cases train; nnU-Net wants some to validate on, and what counts are the test cases.
+        self.preprocess(dataset, network, [{"train": cases, "val": cases[:2]}])
+        options = self.training_options(self.options.iterations, self.options.seed)
+        results = self.work / "training" / f"{name}_{arm}"
+        return self.train(results, dataset, network.trainer, network.plans, 0, options).parent
 
-    def train_arm(self, name: str, arm: str) -> Path:
+    def train_arm(self, place: int, name: str, network: Network, arm: str) -> Path:
         """Make the dataset of an arm and train a network on it; return the model folder."""
         if arm in ("A", "B"):
-            return self.train_on(name, arm, A if arm == "A" else B)
+            return self.train_on(name, network, arm, A if arm == "A" else B)
         if arm == "both":
-            self._make(BOTH, ["stunet", "merge-datasets", A[0], B[0]])
-            return self.train_on(name, arm, BOTH)
-        place = list(self.networks).index(name)
-        pseudo = (PSEUDO_FROM + place, f"Dataset{PSEUDO_FROM + place}_PseudoB_{name}")
-        mixed = (MIXED_FROM + place, f"Dataset{MIXED_FROM + place}_AWithPseudoB_{name}")
-        teacher = self.train_on(name, "A", A)
-        fast = [] if self.settings.mirroring else ["--no-mirroring"]
-        images = self.raw / B[1] / "imagesTr"
-        self._make(
-            pseudo,
-            [
-                "stunet",
-                "pseudo-label",
-                teacher,
-                "-i",
-                images,
-                *fast,
-                "--device",
-                self.settings.device,
-            ],
-        )
-        self._make(mixed, ["stunet", "merge-datasets", A[0], pseudo[0], "--train-only", pseudo[0]])
-        return self.train_on(name, arm, mixed)
+            self.make(BOTH, "stunet merge-datasets", A.number, B.number)
+            return self.train_on(name, network, arm, BOTH)
+        pseudo = Dataset(PSEUDO_FROM + place, f"PseudoB_{name}")
+        mixed = Dataset(MIXED_FROM + place, f"AWithPseudoB_{name}")
+        teacher = self.train_on(name, network, "A", A)
+        fast = "" if self.options.mirroring else "--no-mirroring"
+        images = ["-i", self.raw / B.folder / "imagesTr", "--device", self.options.device]
+        self.make(pseudo, "stunet pseudo-label", teacher, images, fast)
+        sources = A.number, pseudo.number, "--train-only", pseudo.number
+        self.make(mixed, "stunet merge-datasets", *sources)
+        return self.train_on(name, network, arm, mixed)
 
-    def _make(self, dataset: tuple[int, str], command: list[object]) -> None:
-        number, name = dataset
-        if not (self.raw / name / "dataset.json").is_file():
-            self.run([*command, "-d", number, "-n", name.partition("_")[2]], self.log)
-
-    # --- evaluation
+    def make(self, dataset: Dataset, *command: object) -> None:
+        if not (self.raw / dataset.folder / "dataset.json").is_file():
+            self.run(*command, "-d", dataset.number, "-n", [dataset.name])
 
     def evaluate(self, models: dict[str, Path]) -> Path:
         """Run all models on the test cases of both hospitals; return the folder of the report."""
-        out = self.work / "crosseval"
-        setup: dict[str, Any] = {
+        out, file = self.work / "crosseval", self.work / "crosseval.json"
+        mirroring = self.options.mirroring
+        tested = {"hospital A": A.folder, "hospital B": B.folder, "hospital B turned": TURNED}
+        setup = {
             "models": [
-                {"name": name, "folder": str(folder), "mirroring": self.settings.mirroring}
+                {"name": name, "folder": str(folder), "mirroring": mirroring}
                 for name, folder in models.items()
             ],
             "datasets": [
-                {"name": f"hospital {key}", "folder": str(self.raw / name), "part": "Ts"}
-                for key, name in (("A", A[1]), ("B", B[1]), ("B turned", TURNED))
+                {"name": name, "folder": str(self.raw / folder), "part": "Ts"}
+                for name, folder in tested.items()
             ],
             "default_tolerance": TOLERANCE,
             "output": str(out),
         }
-        file = self.work / "crosseval.json"
         if not self.dry_run:
             write_atomically(file, json.dumps(setup, indent=1))
-        # One after the other here; a scoring process costs more to start than 40 small cases take.
-        self.run(
-            ["stunet", "crosseval", file, "--device", self.settings.device, "-np", 1],
-            self.work / "logs" / "crosseval.log",
-        )
+        self.run("stunet crosseval -np 1 --device", self.options.device, file)
         return out
 
 
 def other_scanner(image: sitk.Image) -> sitk.Image:
-    """Return a scan as hospital B has it: gray values to a power, thick slices, stored in another
-    order."""
+    """Return a scan as hospital B has it: contrast, thick slices, another storage order."""
     values = sitk.GetArrayFromImage(image).astype(np.float32)
     low, high = values.min(), values.max()
-    changed = sitk.GetImageFromArray(
-        low + (high - low) * ((values - low) / max(high - low, 1)) ** GAMMA
-    )
+    scaled = ((values - low) / max(high - low, 1)) ** GAMMA
+    changed = sitk.GetImageFromArray(low + (high - low) * scaled)
     changed.CopyInformation(image)
     # A thick slice is the mean of the tissue in it.
     variances = [(0.5 * THICKNESS) ** 2 if axis == THICK_AXIS else 1e-6 for axis in range(3)]
@@ -313,101 +158,57 @@ def other_scanner(image: sitk.Image) -> sitk.Image:
 
 
 def other_labels(labels: sitk.Image) -> sitk.Image:
-    """Return labels on the voxels of :func:`other_scanner`, with hospital B's numbers (1 and 2
-    swapped)."""
-    values = sitk.GetArrayFromImage(labels).astype(int)
-    swapped = sitk.GetImageFromArray(np.array([0, 2, 1], np.uint8)[values])
-    swapped.CopyInformation(labels)
+    """Return labels on the voxels of :func:`other_scanner`, with 1 and 2 swapped."""
+    swapped = relabel((0, 2, 1))(labels)
     return sitk.DICOMOrient(_thick(swapped, sitk.sitkNearestNeighbor), ORIENTATION)
 
 
 def _thick(image: sitk.Image, interpolation: int) -> sitk.Image:
-    """Resample to thick slices; the first and the last are centred in the slab of voxels that they
-    take in."""
-    size, spacing, origin = (
-        list(image.GetSize()),
-        list(image.GetSpacing()),
-        np.array(image.GetOrigin()),
-    )
+    """Resample to thick slices; the outermost are centred in the slab that they take in."""
+    size, spacing = list(image.GetSize()), list(image.GetSpacing())
     factor = THICKNESS / spacing[THICK_AXIS]
-    size[THICK_AXIS] = max(int(size[THICK_AXIS] / factor), 1)
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    origin += direction[:, THICK_AXIS] * spacing[THICK_AXIS] * (factor - 1) / 2
-    spacing[THICK_AXIS] = THICKNESS
-    return sitk.Resample(
-        image, size, sitk.Transform(), interpolation, origin.tolist(), spacing, image.GetDirection()
-    )
+    direction = np.reshape(image.GetDirection(), (3, 3))[:, THICK_AXIS]
+    origin = np.array(image.GetOrigin()) + direction * spacing[THICK_AXIS] * (factor - 1) / 2
+    size[THICK_AXIS], spacing[THICK_AXIS] = max(int(size[THICK_AXIS] / factor), 1), THICKNESS
+    grid = origin.tolist(), spacing, image.GetDirection()
+    return sitk.Resample(image, size, sitk.Transform(), interpolation, *grid)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def carry_out(options: argparse.Namespace) -> None:
+    experiment = Hospitals(options)
+    if not options.dry_run:
+        experiment.write_hospitals()
+    known, models = networks(options.size), {}
+    for place, name in enumerate(NETWORKS):
+        for arm in options.arms if name in options.networks else ():
+            models[f"{name} {arm}"] = experiment.train_arm(place, name, known[name], arm)
+    out = experiment.evaluate(models)
+    if options.report is not None and not options.dry_run:
+        options.report.mkdir(parents=True, exist_ok=True)
+        for file in FILES:
+            # A report to be shown tells what was compared, not where it was on this machine.
+            content = (out / file).read_bytes()
+            if not file.endswith(".png"):
+                content = content.replace(f"{experiment.work}/".encode(), b"")
+            (options.report / file).write_bytes(content)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_common_options(parser)
-    add = parser.add_argument
-    add(
-        "--networks",
-        nargs="+",
-        choices=["stunet", "pctnet", "nnunet"],
-        default=["stunet", "pctnet", "nnunet"],
-        help="to train",
-    )
+    add = add_common_options(parser)
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to train")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what each is trained on")
     add("--size", default="small", help="of STU-Net")
     add("--iterations", type=int, default=300, help="of each training")
     add("--train-cases", type=int, default=30, help="of each hospital")
     add("--test-cases", type=int, default=20, help="of each hospital")
-    add(
-        "--seed",
-        type=int,
-        default=1,
-        help="of the choice of training cases and of the initial weights",
-    )
-    add(
-        "--report",
-        type=Path,
-        metavar="FOLDER",
-        help="where a copy of the report, its tables and pictures goes",
-    )
-    return parser
-
-
-def carry_out(options: argparse.Namespace) -> None:
-    settings = Settings(
-        **common_settings(options),
-        size=options.size,
-        pretrain_iterations=0,
-        fine_tune_iterations=options.iterations,
-        cases=(options.train_cases,),
-        seeds=(options.seed,),
-    )
-    work = options.work.resolve()
-    experiment = Hospitals(
-        settings, options.data.resolve(), work, options.dry_run, options.networks
-    )
-    if not options.dry_run:
-        keep_settings(work, settings)
-        experiment.write_hospitals()
-    models = {
-        f"{name} {arm}": experiment.train_arm(name, arm)
-        for name in options.networks
-        for arm in options.arms
-    }
-    out = experiment.evaluate(models)
-    if options.report is not None and not options.dry_run:
-        options.report.mkdir(parents=True, exist_ok=True)
-        for file in FILES:
-            # A report to be shown tells what was compared, not where it lay on this machine.
-            content = (out / file).read_bytes()
-            (options.report / file).write_bytes(
-                content if file.endswith(".png") else content.replace(f"{work}/".encode(), b"")
-            )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: carry_out(options), __file__)
+    add("--seed", type=int, default=1, help="of the training cases and the initial weights")
+    add("--report", type=Path, metavar="FOLDER", help="for a copy of report and pictures")
+    options = parser.parse_args(arguments)
+    return run_script(lambda: carry_out(options), __file__)
 
 
 if __name__ == "__main__":

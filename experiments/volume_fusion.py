@@ -1,352 +1,239 @@
-"""Does Volume Fusion help on real images? Hippocampus, few labelled cases: pretrained against from
-scratch.
+"""Volume Fusion on hippocampus: pretrained against from scratch, with few labelled cases.
 
 Holds out test cases, pretrains on all others without their labels, then trains on 4, 8 and 16
-labelled ones from the
-pretrained weights and from scratch: same network, same cases, same initial weights, same number of
-    iterations. Everything goes
-through the stock commands, each printed before it runs. What is finished stays finished: run the
-same line again after an interruption. What is compared stands in ``volume_fusion_arms.py``, numbers
-and figures in ``volume_fusion_report.py``.
+labelled ones from the pretrained weights and from scratch: same network, cases, initial weights and
+number of iterations. What is compared are the ARMS below; every arm differs from its network's
+``scratch`` or ``pretrained`` in one thing.
 
 Plans are made on the unlabelled dataset, which has no test cases, and moved to the labelled one.
-There, each combination of seed and number of cases is a fold of its own whose validation cases are
-the test cases; the last checkpoint is scored, none is selected.
-
-Exit codes: 0 done, 1 a command failed, 2 wrong input, 130 interrupted.
+There each combination of seed and number of cases is a fold whose validation cases are the test
+cases; the last checkpoint is scored, none is selected.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import SimpleITK as sitk
 from common import (
     BASE_CONFIGURATION,
-    CONFIGURATION,
+    Dataset,
     Experiment,
-    Settings,
+    Network,
     add_common_options,
-    common_settings,
-    exit_code_of,
-    keep_settings,
-    link_all,
+    copy_cases,
+    describe,
+    draw_labelled,
+    networks,
+    relabel,
+    run_script,
 )
 from rescale_features import write_rescaled
-from volume_fusion_arms import GROUPS, PRETRAININGS, Arm, Network, Pretraining
 from volume_fusion_report import score_run, write_report
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.files import write_atomically
 
-UNLABELLED, LABELLED = 904, 905
-UNLABELLED_NAME, LABELLED_NAME = "Dataset904_HippocampusUnlabelled", "Dataset905_HippocampusFew"
+UNLABELLED, LABELLED = Dataset(904, "HippocampusUnlabelled"), Dataset(905, "HippocampusFew")
+PRETRAININGS: dict[str, dict[str, str]] = {
+    "stunet": {},
+    "stunet_2023": {"STUNET_VF_SCHEME": "2023"},
+    "stunet_k1": {"STUNET_VF_CLASSES": "1"},
+    "stunet_k8": {"STUNET_VF_CLASSES": "8"},
+    "stunet_standardised": {"STUNET_VF_STANDARDISE": "1"},
+    "stunet_large_blocks": {"STUNET_VF_SMALLEST": "0.15", "STUNET_VF_LARGEST": "0.6"},
+    "stunet_slow": {"STUNET_VF_RATE": "1e-4"},
+    "stunet_long": {},
+    "pctnet": {},
+    "fmunet": {},
+}
+"""Variables of each pretraining, beside its budget; the network is the word before the bar."""
+LONG = 10.0
+"""Share of the budget that ``stunet_long`` takes."""
 
 
 @dataclass(frozen=True)
-class FusionSettings(Settings):
-    """Settings of this experiment.
+class Arm:
+    """One way to train on the labelled cases.
 
     Attributes:
-        merged: the structures are trained and scored as one.
+        name: in tables.
+        network: that is trained.
+        pretraining: that it starts from; None starts from scratch.
+        suffix: of the trainer's name; ``_ft`` of STU-Net has a tenth of the learning rate.
+        warmup: share of the epochs over which the learning rate rises.
+        rescaled: features before the heads have the spread of random weights (rescale_features).
+        options: variables, beside those of the budget.
     """
 
-    merged: bool
+    name: str
+    network: str = "stunet"
+    pretraining: str | None = None
+    suffix: str = ""
+    warmup: float = 0.0
+    rescaled: bool = False
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return "".join(letter if letter.isalnum() else "_" for letter in self.name)
+
+
+def _pair(network: str) -> tuple[Arm, Arm]:
+    return Arm(f"{network} scratch", network), Arm(f"{network} pretrained", network, network)
+
+
+def _arm(name: str, pretraining: str = "stunet", **changes: object) -> tuple[Arm]:
+    return (Arm(name, "stunet", pretraining, **changes),)  # type: ignore[arg-type]
+
+
+GROUPS: dict[str, tuple[Arm, ...]] = {
+    **{network: _pair(network) for network in ("stunet", "pctnet", "fmunet")},
+    "scheme": _arm("scheme of 2023", "stunet_2023"),
+    "classes": _arm("K = 1", "stunet_k1") + _arm("K = 8", "stunet_k8"),
+    "rate": (Arm("scratch, rate 1e-3", suffix="_ft"), *_arm("pretrained, rate 1e-3", suffix="_ft")),
+    "warmup": _arm("pretrained, warm-up", warmup=0.2),
+    "encoder": _arm("pretrained, encoder at a tenth", options={"STUNET_ENCODER_RATE": "0.1"}),
+    "intensity": _arm("pretrained on standardised images", "stunet_standardised"),
+    "blocks": _arm("pretrained with large blocks", "stunet_large_blocks"),
+    "pretraining_rate": _arm("pretrained at a rate of 1e-4", "stunet_slow"),
+    "spread": _arm("pretrained, features rescaled", rescaled=True)
+    + _arm("ten times the pretraining, features rescaled", "stunet_long", rescaled=True),
+    "length": _arm("ten times the pretraining", "stunet_long"),
+}
+"""What can be asked for; ``stunet`` is what all but the other networks are compared with."""
+ARMS = {arm.folder: arm for group in GROUPS.values() for arm in group}
 
 
 class FusionExperiment(Experiment):
     """An experiment with two datasets: unlabelled scans, and all cases with labels."""
 
-    settings: FusionSettings
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.networks = networks(options.size)
+
+    def folds(self) -> dict[tuple[int, int], list[str]]:
+        """Return the labelled cases of each (seed, number of cases), in the order of the folds."""
+        pool, counts = self.cases()[1], sorted(set(self.options.cases))
+        return {
+            (seed, count): draw_labelled(pool, seed, count)
+            for seed in self.options.seeds
+            for count in counts
+        }
 
     def prepare_data(self) -> None:
         """Make both datasets: scans alone, and all cases with their labels."""
         test, pool = self.cases()
-        scans = self.work / "scans"
+        scans, target = self.work / "scans", self.raw / LABELLED.folder
+        merged = getattr(self.options, "merged", False)
         if not self.dry_run:
-            link_all(
-                (
-                    (self.data / "imagesTr" / f"{case}_0000.nii.gz", scans / f"{case}.nii.gz")
-                    for case in pool
-                ),
-                scans,
-            )
-            self.prepare_labelled([*test, *pool])
-        log = self.work / "logs" / "prepare.log"
-        if not (self.raw / UNLABELLED_NAME / "dataset.json").is_file():
-            name = UNLABELLED_NAME.partition("_")[2]
-            self.run(
-                [
-                    "stunet",
-                    "unlabeled",
-                    "-i",
-                    scans,
-                    "-d",
-                    UNLABELLED,
-                    "-n",
-                    name,
-                    "--modality",
-                    "MR",
-                    "-np",
-                    2,
-                ],
-                log,
-            )
-        for dataset, folder in ((UNLABELLED, UNLABELLED_NAME), (LABELLED, LABELLED_NAME)):
-            if not (self.preprocessed / folder / "dataset_fingerprint.json").is_file():
-                self.run(["nnUNetv2_extract_fingerprint", "-d", dataset, "-np", 2], log)
-
-    def prepare_labelled(self, cases: Sequence[str]) -> None:
-        """Make the dataset with labels: links, but for labels that are merged into one."""
-        target = self.raw / LABELLED_NAME
-        for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
-            merge = self.settings.merged and part == "labelsTr"
-            pairs = (
-                (self.data / part / f"{case}{ending}", target / part / f"{case}{ending}")
-                for case in cases
-            )
-            (merge_all if merge else link_all)(pairs, target / part)
-        description = json.loads((self.data / "dataset.json").read_text())
-        if self.settings.merged:
-            description["labels"] = {"background": 0, "structure": 1}
-        write_atomically(
-            target / "dataset.json", json.dumps({**description, "numTraining": len(cases)})
-        )
+            copy_cases(self.data, scans, pool)
+            copy_cases(self.data, target, test + pool, label=relabel((0, 1, 1)) if merged else None)
+            labels = {"background": 0, "structure": 1} if merged else None
+            describe(self.data, target, len(test + pool), labels)
+        if not (self.raw / UNLABELLED.folder / "dataset.json").is_file():
+            name = f"-d {UNLABELLED.number} -n {UNLABELLED.name} --modality MR -np 2"
+            self.run("stunet unlabeled -i", scans / "imagesTr", name)
 
     def prepare_plans(self, network: Network) -> None:
-        """Plan on the scans, add a configuration with the batch size, move the plans to the
-        labelled dataset, preprocess both."""
-        log = self.work / "logs" / "prepare.log"
-        done = self.work / f"prepared_{network.plans}"
-        if done.is_file():
-            return
-        self.plan((UNLABELLED, UNLABELLED_NAME), network, log)
-        self.run(
-            [
-                "nnUNetv2_move_plans_between_datasets",
-                "-s",
-                UNLABELLED,
-                "-t",
-                LABELLED,
-                "-sp",
-                network.plans,
-            ],
-            log,
-        )
-        if not self.dry_run:
-            # nnU-Net's planner would have copied it; the plans here come from elsewhere.
-            shutil.copyfile(
-                self.raw / LABELLED_NAME / "dataset.json",
-                self.preprocessed / LABELLED_NAME / "dataset.json",
-            )
-        for dataset in (UNLABELLED, LABELLED):
-            self.run(
-                [
-                    "nnUNetv2_preprocess",
-                    "-d",
-                    dataset,
-                    "-plans_name",
-                    network.plans,
-                    "-c",
-                    BASE_CONFIGURATION,
-                    "-np",
-                    2,
-                ],
-                log,
-            )
-        if not self.dry_run:
-            splits = [
-                {"train": labelled, "val": self.cases()[0]} for labelled in self.folds().values()
-            ]
-            write_atomically(
-                self.preprocessed / LABELLED_NAME / "splits_final.json", json.dumps(splits)
-            )
-            done.touch()
+        """Plan on the scans, and preprocess both datasets with these plans."""
+        splits = [{"train": cases, "val": self.cases()[0]} for cases in self.folds().values()]
+        self.preprocess(UNLABELLED, network, [])
+        self.preprocess(LABELLED, network, splits, plans_of=UNLABELLED)
 
-    def pretrain(self, pretraining: Pretraining) -> Path:
-        """Pretrain unless that is done; return the checkpoint."""
-        network = self.networks[pretraining.network]
-        results = self.work / "pretraining" / pretraining.name
-        trained = f"{network.pretext_trainer}__{network.plans}__{CONFIGURATION}"
-        fold = results / UNLABELLED_NAME / trained / "fold_all"
-        budget = max(int(self.settings.pretrain_iterations * pretraining.share), 1)
-        options = {
-            **self.budget(budget),
-            "STUNET_VAL_ITERATIONS": "5",
-            "STUNET_SEED": "1",
-            **pretraining.options,
-        }
-        arguments = [
-            UNLABELLED,
-            CONFIGURATION,
-            "all",
-            "-tr",
-            network.pretext_trainer,
-            "-p",
-            network.plans,
-        ]
-        self.train(
-            arguments,
-            fold,
-            fold / "validation" / "pretext_score.json",
-            results / "log.txt",
-            options,
-        )
+    def pretrain(self, name: str, options: dict[str, str], trainer: str, plans: str) -> Path:
+        """Pretrain on the scans unless that is done; return the checkpoint."""
+        results = self.work / "pretraining" / name
+        options.pop("STUNET_MIRRORING", None)
+        fold = self.train(results, UNLABELLED, trainer, plans, "all", options)
         return fold / "checkpoint_final.pth"
 
-    def fine_tune(self, arm: Arm, seed: int, count: int) -> Path:
-        """Train on labelled cases unless that is done, and score the test cases; return the folder
-        of the run."""
+    def starting_weights(self, arm: Arm) -> Path | None:
+        """Return the weights that an arm starts from; pretrain if they are not there."""
+        if arm.pretraining is None:
+            return None
         network = self.networks[arm.network]
-        weights = self.pretrain(PRETRAININGS[arm.pretraining]) if arm.pretraining else None
-        if weights is not None and arm.rescaled:
-            rescaled = weights.with_name("checkpoint_rescaled.pth")
-            if not self.dry_run:
-                write_rescaled(
-                    weights,
-                    self.preprocessed / UNLABELLED_NAME / f"{network.plans}_{BASE_CONFIGURATION}",
-                    rescaled,
-                )
-            weights = rescaled
-        results = self.work / "fine_tuning" / arm.folder / f"cases_{count}_seed_{seed}"
-        trainer = network.segmentation_trainer + arm.suffix
-        number = list(self.folds()).index((seed, count))
-        fold = (
-            results
-            / LABELLED_NAME
-            / f"{trainer}__{network.plans}__{CONFIGURATION}"
-            / f"fold_{number}"
-        )
-        options = self.training_options(self.settings.fine_tune_iterations, seed)
-        if arm.warmup:
-            options["STUNET_WARMUP_EPOCHS"] = str(
-                max(round(arm.warmup * int(options["STUNET_EPOCHS"])), 1)
-            )
-        arguments: list[object] = [
-            LABELLED,
-            CONFIGURATION,
-            number,
-            "-tr",
-            trainer,
-            "-p",
-            network.plans,
-        ]
-        start = ["-pretrained_weights", weights] if weights else []
-        self.train(
-            arguments,
-            fold,
-            fold / "validation" / "summary.json",
-            results / "log.txt",
-            {**options, **arm.options},
-            start,
-        )
+        share = LONG if arm.pretraining == "stunet_long" else 1
+        options = self.training_options(int(self.options.pretrain_iterations * share), 1, 5)
+        options |= PRETRAININGS[arm.pretraining]
+        weights = self.pretrain(arm.pretraining, options, network.pretext_trainer, network.plans)
+        if not arm.rescaled:
+            return weights
+        rescaled = weights.with_name("checkpoint_rescaled.pth")
         if not self.dry_run:
-            score_run(fold, self.raw / LABELLED_NAME / "labelsTr", results / "scores.json")
+            name = f"{network.plans}_{BASE_CONFIGURATION}"
+            write_rescaled(weights, self.preprocessed / UNLABELLED.folder / name, rescaled)
+        return rescaled
+
+    def fine_tune(self, arm: Arm, seed: int, count: int) -> Path:
+        """Train on labelled cases, and score the test cases; return the folder of the run."""
+        network, weights = self.networks[arm.network], self.starting_weights(arm)
+        options = self.training_options(self.options.fine_tune_iterations, seed) | arm.options
+        if arm.warmup:
+            epochs = max(round(arm.warmup * int(options["STUNET_EPOCHS"])), 1)
+            options["STUNET_WARMUP_EPOCHS"] = str(epochs)
+        results = self.work / "fine_tuning" / arm.folder / f"cases_{count}_seed_{seed}"
+        trainer = network.trainer + arm.suffix
+        return self.train_labelled(results, trainer, network.plans, (seed, count), options, weights)
+
+    def train_labelled(
+        self,
+        results: Path,
+        trainer: str,
+        plans: str,
+        draw: tuple[int, int],
+        options: dict[str, str],
+        weights: Path | None,
+    ) -> Path:
+        """Train on the labelled cases of a draw and write ``scores.json`` into ``results``."""
+        number = list(self.folds()).index(draw)
+        fold = self.train(results, LABELLED, trainer, plans, number, options, weights)
+        if not self.dry_run:
+            score_run(fold, self.raw / LABELLED.folder / "labelsTr", results / "scores.json")
         return results
 
 
-def merge_all(pairs: Iterable[tuple[Path, Path]], folder: Path) -> None:
-    """Write label images into a folder in which every structure is 1, but for those that are
-    there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for source, target in pairs:
-        if not target.exists():
-            unfinished = target.with_name(f"unfinished_{target.name}")
-            sitk.WriteImage(
-                sitk.Cast(sitk.ReadImage(str(source)) > 0, sitk.sitkUInt8), str(unfinished)
-            )
-            unfinished.replace(target)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(
-            "Volume Fusion on hippocampus: pretrain, fine-tune on few cases, compare with training"
-            " from scratch."
-        ),
-        epilog=(
-            "Example: python experiments/volume_fusion.py --data"
-            " ../shared/data/Dataset004_Hippocampus --work vf --groups stunet scheme classes --json"
-            " benchmarks/results/volume_fusion.json --figures docs/experiments"
-        ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_common_options(parser)
-    add = parser.add_argument
-    add("--groups", nargs="+", choices=list(GROUPS), default=["stunet"], help="what to compare")
-    add("--size", default="small", help="of STU-Net")
-    add("--cases", type=int, nargs="+", default=[4, 8, 16], help="numbers of labelled cases")
-    add(
-        "--only-cases",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="of --cases, run these now (default: all)",
-    )
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[1, 2, 3],
-        help="of the labelled cases and the initial weights",
-    )
-    add("--test-cases", type=int, default=60, help="held out")
-    add("--pretrain-iterations", type=int, default=3000, help="of each pretraining")
-    add("--fine-tune-iterations", type=int, default=300, help="of each training on labels")
-    add("--merged", action="store_true", help="train on the structures as one, and score them so")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="where the numbers of all finished runs go; the table goes to .md beside it",
-    )
-    add("--figures", type=Path, metavar="FOLDER", help="where the plots go")
-    return parser
-
-
 def carry_out(options: argparse.Namespace) -> None:
-    """Run what is missing of the groups that are asked for.
-
-    Raises:
-        PluginError: wrong input, or a work folder of other settings.
-        CommandError: a command failed.
-    """
-    settings = FusionSettings(
-        **common_settings(options),
-        size=options.size,
-        pretrain_iterations=options.pretrain_iterations,
-        fine_tune_iterations=options.fine_tune_iterations,
-        cases=tuple(sorted(set(options.cases))),
-        seeds=tuple(options.seeds),
-        merged=options.merged,
-    )
+    """Run what is missing of the groups that are asked for."""
     arms = [arm for group in options.groups for arm in GROUPS[group]]
-    work = options.work.resolve()
-    wanted = options.only_cases or settings.cases
-    if not set(wanted) <= set(settings.cases):
-        raise PluginError(f"--only-cases {wanted} must be among --cases {list(settings.cases)}.")
-    if not options.dry_run:
-        keep_settings(work, settings)
-    experiment = FusionExperiment(settings, options.data.resolve(), work, options.dry_run)
+    wanted = options.only_cases or options.cases
+    if not set(wanted) <= set(options.cases):
+        raise PluginError(f"--only-cases {wanted} must be among --cases {options.cases}.")
+    experiment = FusionExperiment(options)
+    folds = experiment.folds()
     experiment.prepare_data()
     for name in dict.fromkeys(arm.network for arm in arms):
         experiment.prepare_plans(experiment.networks[name])
-    for seed, count in experiment.folds():
+    for seed, count in folds:
         for arm in arms if count in wanted else ():
             experiment.fine_tune(arm, seed, count)
             if options.json is not None and not options.dry_run:
-                write_report(work, asdict(settings), options.json, options.figures)
+                settings = json.loads((experiment.work / "settings.json").read_text())
+                write_report(experiment.work, ARMS, settings, options.json, options.figures)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: carry_out(options), __file__)
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = add_common_options(parser)
+    add("--groups", nargs="+", choices=list(GROUPS), default=["stunet"], help="what to compare")
+    add("--size", default="small", help="of STU-Net")
+    add("--cases", type=int, nargs="+", default=[4, 8, 16], help="numbers of labelled cases")
+    add("--only-cases", type=int, nargs="+", metavar="N", help="of --cases, run these now")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of labelled cases and weights")
+    add("--test-cases", type=int, default=60, help="held out")
+    add("--pretrain-iterations", type=int, default=3000, help="of each pretraining")
+    add("--fine-tune-iterations", type=int, default=300, help="of each training on labels")
+    add("--merged", action="store_true", help="train and score the structures as one")
+    add("--json", type=Path, metavar="FILE", help="for the numbers; the table goes to .md")
+    add("--figures", type=Path, metavar="FOLDER", help="for the plots")
+    options = parser.parse_args(arguments)
+    return run_script(lambda: carry_out(options), __file__)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Kill trainings at random moments, also in the middle of a write, and see that each time a
-checkpoint is there to go on from.
+"""Trainings killed at random moments, also in the middle of a write, with a checkpoint left.
 
-Each training is a process of its own that continues as ``nnUNetv2_train --c`` does, makes an epoch
-of one step after another, and writes a checkpoint after each. SIGKILL hits it at a random moment,
-half of the time while a checkpoint is being written. The next one says from which epoch it goes on.
-Needs a preprocessed dataset of nnU-Net.
+Each training is a process of its own that resumes as ``nnUNetv2_train --c`` does, makes an epoch of
+one step after another, and writes a checkpoint after each. SIGKILL hits it at a random moment, half
+of the time while a checkpoint is being written. Needs a preprocessed dataset of nnU-Net.
 
 Exit codes: 0 every checkpoint loaded, 1 one did not, 2 wrong input.
 """
@@ -19,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,27 +33,22 @@ from stunet_plugin.trainers.stunet_trainers import TRAINERS
 from stunet_plugin.utils.files import write_atomically
 
 PATCH = [16, 16, 16]
+STRIDES = [[1, 1, 1], *[[2, 2, 2]] * 3]
 LONGEST_SECONDS = 2.0
 """Of training before a kill, once it has begun."""
 PATIENCE_SECONDS = 300.0
-"""For a training to begin, or a write."""
+"""For a write to begin."""
 
 
 def train_until_killed(plans: dict[str, Any], folder: Path, pipe: int, size: str) -> None:
-    """Continue from the checkpoint in a folder, tell its epoch, then make epochs of one step and
-    checkpoints until killed."""
+    """Resume from a folder's checkpoint, tell its epoch, then train and save until killed."""
     os.environ["nnUNet_n_proc_DA"] = "0"
-    plans["configurations"]["3d_fullres"].update(
-        patch_size=PATCH,
-        batch_size=2,
-        architecture=stunet_architecture(get_preset(size), [[1, 1, 1], *[[2, 2, 2]] * 3]),
-    )
-    description = {
-        "channel_names": {"0": "CT"},
-        "labels": {"background": 0, "a": 1, "b": 2},
-        "file_ending": ".nii.gz",
-    }
+    architecture = stunet_architecture(get_preset(size), STRIDES)
+    changes = {"patch_size": PATCH, "batch_size": 2, "architecture": architecture}
+    plans["configurations"]["3d_fullres"].update(changes)
     plans["continue_training"] = True
+    labels = {"background": 0, "a": 1, "b": 2}
+    description = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
     trainer = TRAINERS[f"STUNetTrainer_{size}"](
         plans, "3d_fullres", 0, description, torch.device("cpu")
     )
@@ -64,32 +58,24 @@ def train_until_killed(plans: dict[str, Any], folder: Path, pipe: int, size: str
     trainer.set_deep_supervision_enabled(True)
     os.write(pipe, f"start {trainer.current_epoch}\n".encode())
     trainer.network.train()
-    scales = trainer._get_deep_supervision_scales()
     shapes = [
         [max(round(extent * part), 1) for extent, part in zip(PATCH, scale, strict=True)]
-        for scale in scales
+        for scale in trainer._get_deep_supervision_scales()
     ]
     while True:
-        data = torch.randn(2, 1, *PATCH)
-        trainer.train_step(
-            {
-                "data": data,
-                "target": [torch.randint(0, 3, (2, 1, *shape)).short() for shape in shapes],
-            }
-        )
-        # nnU-Net writes the second now and then, when the validation is the best so far.
+        targets = [torch.randint(0, 3, (2, 1, *shape)).short() for shape in shapes]
+        trainer.train_step({"data": torch.randn(2, 1, *PATCH), "target": targets})
         trainer.save_checkpoint(str(folder / "checkpoint_latest.pth"))
         trainer.current_epoch += 1
         os.write(pipe, f"saved {trainer.current_epoch}\n".encode())
+        # nnU-Net writes it when the validation is the best so far.
         if random.random() < 0.3:
             trainer.save_checkpoint(str(folder / "checkpoint_best.pth"))
 
 
-def kill_once(
-    plans: dict[str, Any], folder: Path, draws: random.Random, size: str
-) -> dict[str, Any]:
-    """Start a training, kill it, and return what it told: where it started, what it saved, and
-    whether a write was cut short."""
+def kill_once(plans: dict[str, Any], folder: Path, draws: random.Random, size: str) -> Any:
+    """Start a training and kill it; return the epoch it resumed at (None if it did not), the epochs
+    that it saved, and whether a write was cut short."""
     seconds, in_a_write = draws.random() * LONGEST_SECONDS, draws.random() < 0.5
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -106,34 +92,29 @@ def kill_once(
             os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as told:
-        first = told.readline()
-        if first:
+        lines = [told.readline()]
+        if lines[0]:
             time.sleep(seconds)
             deadline = time.monotonic() + PATIENCE_SECONDS
-            while (
-                in_a_write
-                and not any(folder.glob(f"*{UNFINISHED}"))
-                and time.monotonic() < deadline
-            ):
+            while in_a_write and time.monotonic() < deadline:
+                if any(folder.glob(f"*{UNFINISHED}")):
+                    break
                 time.sleep(0.001)
             os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        lines = [first, *told]
+        lines += told
     leftovers = list(folder.glob(f"*{UNFINISHED}"))
     for leftover in leftovers:
         leftover.unlink()
-    start, saved = (
-        [int(line.split()[1]) for line in lines if line.startswith(kind)]
-        for kind in ("start", "saved")
-    )
-    return {"start": start[0] if start else None, "saved": saved, "cut_short": bool(leftovers)}
+    start = [int(line.split()[1]) for line in lines if line.startswith("start")]
+    saved = [int(line.split()[1]) for line in lines if line.startswith("saved")]
+    return start[0] if start else None, saved, bool(leftovers)
 
 
 def kill_many(
     kills: int, plans: dict[str, Any], folder: Path, seed: int, size: str = "tiny"
 ) -> dict[str, int]:
-    """Kill a number of trainings, each of which continues the one before, and count what came of
-    it.
+    """Kill trainings, each of which resumes the one before; return counts of what came of it.
 
     Args:
         kills: how many.
@@ -142,73 +123,43 @@ def kill_many(
         seed: of the moments.
         size: of STU-Net.
     """
-    draws = random.Random(seed)
-    counts = {
-        "kills": 0,
-        "in_a_write": 0,
-        "checkpoints_saved": 0,
-        "did_not_load": 0,
-        "epochs_lost": 0,
-        "epochs": 0,
-    }
-    reached = 0
+    draws, reached = random.Random(seed), 0
+    keys = ("kills", "in_a_write", "checkpoints_saved", "did_not_load", "epochs_lost", "epochs")
+    counts = Counter(dict.fromkeys(keys, 0))
     for _ in range(kills):
-        told = kill_once(plans, folder, draws, size)
-        counts["kills"] += 1
-        counts["in_a_write"] += told["cut_short"]
-        counts["checkpoints_saved"] += len(told["saved"])
-        if told["start"] is None:
+        start, saved, cut_short = kill_once(plans, folder, draws, size)
+        counts.update(kills=1, in_a_write=cut_short, checkpoints_saved=len(saved))
+        if start is None:
             counts["did_not_load"] += 1
             continue
-        counts["epochs_lost"] += max(reached - told["start"], 0)
-        reached = max([told["start"], *told["saved"]])
-        counts["epochs"] = reached
-        print(f"\r{counts}", end="", flush=True)
+        counts["epochs_lost"] += max(reached - start, 0)
+        reached = counts["epochs"] = max([start, *saved])
+        print(f"\r{dict(counts)}", end="", flush=True)
     print()
-    return counts
+    return dict(counts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "Example: python tests/tools/kill_training.py --plans"
-            " $nnUNet_preprocessed/Dataset004_Hippocampus/nnUNetPlans.json --kills 300 --folder"
-            " killed --json tests/tools/results/kill_training.json"
-        ),
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--plans",
-        type=Path,
-        required=True,
-        help="plans file of a preprocessed dataset, with 3d_fullres",
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoints; new")
-    parser.add_argument("--kills", type=int, default=300, help="how many (default: 300)")
-    parser.add_argument("--size", default="tiny", help="of STU-Net (default: tiny)")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments (default: 1)")
-    parser.add_argument("--json", type=Path, required=True, help="file for the counts")
+    add = parser.add_argument
+    add("--plans", type=Path, required=True, help="plans file of a preprocessed dataset")
+    add("--folder", type=Path, required=True, help="for the checkpoints; new")
+    add("--kills", type=int, default=300, help="how many (300)")
+    add("--size", default="tiny", help="of STU-Net (tiny)")
+    add("--seed", type=int, default=1, help="of the moments (1)")
+    add("--json", type=Path, required=True, help="file for the counts")
     options = parser.parse_args()
     if not options.plans.is_file():
         print(f"--plans {options.plans}: there is no such file.", file=sys.stderr)
         return 2
     options.folder.mkdir(parents=True)
-    counts = kill_many(
-        options.kills,
-        json.loads(options.plans.read_text()),
-        options.folder,
-        options.seed,
-        options.size,
-    )
+    plans = json.loads(options.plans.read_text())
+    counts = kill_many(options.kills, plans, options.folder, options.seed, options.size)
     versions = {"torch": torch.__version__, "nnunetv2": host_version()}
-    report = {
-        "date": datetime.now(timezone.utc).isoformat(),
-        "versions": versions,
-        "size": options.size,
-        **counts,
-    }
-    write_atomically(options.json, json.dumps(report, indent=2))
+    about = {"date": datetime.now(timezone.utc).isoformat(), "versions": versions}
+    write_atomically(options.json, json.dumps({**about, "size": options.size, **counts}, indent=1))
     return 1 if counts["did_not_load"] or counts["epochs_lost"] else 0
 
 

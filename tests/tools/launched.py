@@ -1,5 +1,4 @@
-"""Starting trainings through torchrun, and comparing what they leave: for two_processes.py and
-tests/test_launch.py."""
+"""Trainings started through torchrun, and the differences of what they leave behind."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ def torchrun(
     processes: int = 2,
     limit: float = 600,
 ) -> Launch:
-    """Start ``stunet_plugin.launch`` in processes, as if on several machines, and wait for all of
-    them.
+    """Start ``stunet_plugin.launch`` in processes, as if on several machines, and wait for them.
 
     Args:
         arguments: of the launcher.
@@ -64,41 +62,23 @@ def torchrun(
     """
     folder.mkdir(parents=True, exist_ok=True)
     group = str(uuid.uuid4())
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        str(machines),
-        "--nproc-per-node",
-        str(processes),
-    ]
-    command += [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{_free_port()}",
-        "--rdzv-id",
-        group,
-    ]
-    command += ["-m", "stunet_plugin.launch", *arguments]
+    shape = f"--nnodes {machines} --nproc-per-node {processes}"
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint localhost:{_free_port()} --rdzv-id {group}"
+    command = f"-m torch.distributed.run {shape} {meeting} -m stunet_plugin.launch"
     logs = [folder / f"{group}_{machine}.txt" for machine in range(machines)]
-    # What a killed process had in its buffers would be lost.
-    variables = {**environment, "PYTHONUNBUFFERED": "1"}
-    start = time.monotonic()
-    started = []
+    start, started = time.monotonic(), []
     for log in logs:
         with log.open("w") as output:
-            started.append(
-                subprocess.Popen(
-                    command,
-                    env=variables,
-                    cwd=folder,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                )
+            process = subprocess.Popen(
+                [sys.executable, *command.split(), *arguments],
+                # What a killed process had in its buffers would be lost.
+                env={**environment, "PYTHONUNBUFFERED": "1"},
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
             )
+        started.append(process)
     codes: list[int | None] = []
     for process in started:
         try:
@@ -108,14 +88,12 @@ def torchrun(
             process.terminate()
             process.wait()
             codes.append(None)
-    return Launch(
-        codes, [log.read_text(errors="replace") for log in logs], time.monotonic() - start
-    )
+    outputs = [log.read_text(errors="replace") for log in logs]
+    return Launch(codes, outputs, time.monotonic() - start)
 
 
 def write_plans(dataset: Path, name: str = PLANS, patch: Sequence[int] = PATCH) -> None:
-    """Put plans with a small patch and a batch that four processes can split beside those of a
-    preprocessed dataset."""
+    """Put plans with a small patch and a batch that four processes can split beside the others."""
     plans = json.loads((dataset / "nnUNetPlans.json").read_text())
     plans["plans_name"] = name
     plans["configurations"]["3d_fullres"].update({"patch_size": list(patch), "batch_size": BATCH})
@@ -133,42 +111,37 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     and momentum (absolute).
 
     Raises:
-        ValueError: they differ in epochs, names or shapes, or hold something other than plain
-            tensors.
+        ValueError: they differ in epochs, names or shapes, or hold other than plain tensors.
     """
-    losses = {}
+    found = {}
     for key in ("train_losses", "val_losses"):
-        pairs = list(zip(first["logging"][key], second["logging"][key], strict=True))
-        losses[key] = max(abs(a - b) / abs(a) for a, b in pairs)
+        pairs = zip(first["logging"][key], second["logging"][key], strict=True)
+        found[key] = float(max(abs(a - b) / abs(a) for a, b in pairs))
+    weights = first["network_weights"], second["network_weights"]
+    momentum = _momentum(first), _momentum(second)
     return {
-        **{key: float(value) for key, value in losses.items()},
-        "weights": _largest_difference(first["network_weights"], second["network_weights"]),
-        "momentum": _largest_difference(_momentum(first), _momentum(second)),
+        **found,
+        "weights": _largest_difference(*weights),
+        "momentum": _largest_difference(*momentum),
     }
 
 
 def same_weights_everywhere(model: Path, ranks: int) -> bool:
-    """Say whether all processes had bit-identical weights after every epoch, by what
-    FixedBatchesTrainer wrote."""
+    """Say whether all processes had the same weights after every epoch, to the bit."""
     written = [(model / f"weights_of_rank_{rank}.txt").read_text() for rank in range(ranks)]
     return len(set(written)) == 1
 
 
-def _largest_difference(
-    first: Mapping[Any, torch.Tensor], second: Mapping[Any, torch.Tensor]
-) -> float:
-    if first.keys() != second.keys() or any(
-        type(value) is not torch.Tensor for value in second.values()
-    ):
+def _largest_difference(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> float:
+    plain = all(type(value) is torch.Tensor for value in second.values())
+    if first.keys() != second.keys() or not plain:
         raise ValueError("The checkpoints hold other tensors.")
     return max(float((value - second[name]).abs().max()) for name, value in first.items())
 
 
 def _momentum(checkpoint: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
-    return {
-        number: values["momentum_buffer"]
-        for number, values in checkpoint["optimizer_state"]["state"].items()
-    }
+    states = checkpoint["optimizer_state"]["state"]
+    return {number: values["momentum_buffer"] for number, values in states.items()}
 
 
 def _free_port() -> int:

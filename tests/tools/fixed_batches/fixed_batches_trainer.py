@@ -1,8 +1,7 @@
-"""FixedBatchesTrainer: the same global batches whatever the number of processes, to compare
-trainings with each other.
+"""Trainer with the same global batches whatever the number of processes.
 
 nnU-Net draws its batches at random, so two trainings never see the same. For ``nnUNet_extTrainer``,
-in tests/test_launch.py and tests/tools/two_processes.py. Environment:
+in tests/launch/test_launch.py and tests/tools/two_processes.py. Environment:
 
 * FIXED_BATCHES_KILL=RANK:EPOCH: that process kills itself (SIGKILL) when that epoch begins.
 * FIXED_BATCHES_VALIDATE=1: do the final validation too.
@@ -74,9 +73,8 @@ class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,
         images = images[first : first + self.batch_size]
         # Samples stand where that transform has channels, which it treats alike.
         labels = (images[:, 0] > 0.5).to(torch.int16) + (images[:, 0] > 1.5).to(torch.int16)
-        targets = DownsampleSegForDSTransform(self._get_deep_supervision_scales())(
-            segmentation=labels
-        )["segmentation"]
+        downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
+        targets = downsample(segmentation=labels)["segmentation"]
         return {"data": images, "target": [target[:, None] for target in targets]}
 
     def on_epoch_start(self) -> None:
@@ -88,13 +86,10 @@ class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,
         super().on_epoch_end()
         if not self.sharded:
             weights = self._bare_network().state_dict().values()
-            digest = hashlib.sha256(
-                b"".join(value.numpy().tobytes() for value in weights)
-            ).hexdigest()
-            with Path(self.output_folder, f"weights_of_rank_{self.local_rank}.txt").open(
-                "a"
-            ) as file:
-                file.write(f"{self.current_epoch} {digest}\n")
+            content = b"".join(value.numpy().tobytes() for value in weights)
+            file = Path(self.output_folder, f"weights_of_rank_{self.local_rank}.txt")
+            with file.open("a") as output:
+                output.write(f"{self.current_epoch} {hashlib.sha256(content).hexdigest()}\n")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         if os.environ.get("FIXED_BATCHES_VALIDATE") == "1":

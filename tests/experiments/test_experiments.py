@@ -1,0 +1,244 @@
+"""Experiments: their commands, printed without being run, and the arithmetic of their reports."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES
+from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.stunet import STUNet
+from stunet_plugin.trainers import __all__ as trainer_names
+from stunet_plugin.utils.geometry import Grid
+
+
+@pytest.fixture
+def experiments(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a script of experiments/, which finds its neighbours in its own folder."""
+    monkeypatch.syspath_prepend(str(repository / "experiments"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """An empty raw dataset of nine cases, and the validation of a trained model."""
+    for folder in ("data/labelsTr", "model/fold_0/validation"):
+        (tmp_path / folder).mkdir(parents=True)
+        for index in range(9):
+            (tmp_path / folder / f"case{index}.nii.gz").touch()
+    return tmp_path / "data"
+
+
+DRY_RUNS = {
+    "volume_fusion": (
+        "--groups stunet --test-cases 2 --cases 4 --seeds 1",
+        "-tr VolumeFusionTrainer_STUNet_small -p nnUNetPlans -device cpu",
+        "-tr STUNetTrainer_small -p nnUNetPlans -device cpu -pretrained_weights",
+    ),
+    "ranking": (
+        "--test-cases 2 --sizes tiny --seeds 1 --cases 4 --shares 1 0.5",
+        "stunet rank 'tiny random=random:STUNetTrainer_tiny' 'tiny supervised=",
+        "nnUNetv2_train 905 3d_fullres_small_batch 0 -tr STUNetTrainer_tiny",
+    ),
+    "hospitals": (
+        "--networks pctnet nnunet",
+        "stunet plan -pl PCTNetPlanner -d 911",
+        "-tr nnUNetTrainerBudget -p nnUNetPlans",
+        "stunet merge-datasets 911 912 -d 913 -n BothHospitals",
+        "stunet merge-datasets 911 916 --train-only 916 -d 919 -n AWithPseudoB_nnunet",
+        "stunet crosseval",
+    ),
+    "fine_tuning_circle": (
+        "--model {model} --json none.json",
+        "stunet import",
+        "-m {model} -f 0 -device cpu",
+        "nnUNetv2_train 15 3d_fullres_small_batch 0 -tr STUNetTrainer_small_ft",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_dry_run_prints_the_commands_and_writes_nothing(
+    experiments: Callable[[str], ModuleType],
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    work, model = data.parent / "work", data.parent / "model"
+    options, *expected = [text.format(model=model) for text in DRY_RUNS[name]]
+    script = experiments(name)
+    arguments = [*options.split(), "--work", str(work), "--dry-run", "--data"]
+    assert script.main([*arguments, str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for words in expected:
+        assert [line for line in lines if words in line], words
+    assert len(lines) == len(set(lines))
+    assert not work.exists()
+    assert script.main([*arguments, str(data.parent)]) == 2
+    assert f"{name}.py: --data" in capsys.readouterr().err
+
+
+def test_splits_never_mix_and_depend_on_nothing_but_the_names(
+    experiments: Callable[[str], ModuleType],
+) -> None:
+    common = experiments("common")
+    names = [f"case_{index:03d}" for index in range(217)]
+    test, pool = common.hold_out(names, 60)
+    assert (len(test), len(pool), len({*test, *pool})) == (60, 157, 217)
+    assert common.hold_out(names[::-1], 60) == (test, pool)
+    few, more, other = (common.draw_labelled(pool, *draw) for draw in ((1, 4), (1, 8), (2, 4)))
+    assert set(few) < set(more) < set(pool)
+    assert few != other
+    with pytest.raises(PluginError, match="fewer than 158"):
+        common.draw_labelled(pool, 1, 158)
+
+
+def test_work_folder_of_other_settings_is_refused(
+    experiments: Callable[[str], ModuleType], data: Path
+) -> None:
+    def begin(batch: int) -> Any:
+        work, common = data.parent / "work", experiments("common")
+        return common.Experiment(Namespace(data=data, work=work, batch=batch, dry_run=False))
+
+    begin(2)
+    begin(2)
+    with pytest.raises(PluginError, match="batch was 2.*another --work"):
+        begin(4)
+
+
+def test_copied_cases_keep_geometry_and_are_written_once(
+    experiments: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    common = experiments("common")
+    label = sitk.GetImageFromArray(np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 2, 2))
+    label.SetSpacing((0.5, 1, 2))
+    for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"):
+        (tmp_path / name).parent.mkdir()
+        sitk.WriteImage(label, str(tmp_path / name))
+    for values in ((0, 1, 1), (0, 0, 0)):
+        common.copy_cases(tmp_path, tmp_path / "new", ["a"], label=common.relabel(values))
+    merged = sitk.ReadImage(str(tmp_path / "new" / "labelsTr" / "a.nii.gz"))
+    assert merged.GetSpacing() == (0.5, 1, 2)
+    assert sitk.GetArrayFromImage(merged).max(axis=(1, 2)).tolist() == [0, 1, 1]
+    assert (tmp_path / "new" / "imagesTr" / "a_0000.nii.gz").is_symlink()
+
+
+def test_scans_and_labels_of_the_other_hospital_match(
+    experiments: Callable[[str], ModuleType],
+) -> None:
+    script, labels = experiments("hospitals"), np.zeros((12, 20, 14), np.float32)
+    labels[3:9, 6:14, 2:8], labels[3:9, 6:14, 8:12] = 1, 2
+    original = sitk.DICOMOrient(sitk.GetImageFromArray(labels), "RAS")
+    scan = script.other_scanner(sitk.Cast(original * 60 + 20, sitk.sitkUInt8))
+    swapped = script.other_labels(original)
+    assert Grid.of(scan).agrees(Grid.of(swapped))
+    assert Grid.of(swapped).orientation == "LPS"
+    assert swapped.GetSpacing() == (1, 2, 1)
+    # Boxes of even size and start survive thick slices.
+    found = sitk.GetArrayFromImage(swapped)
+    assert [2 * (found == new).sum() for new in (2, 1)] == [(labels == old).sum() for old in (1, 2)]
+    assert sitk.GetArrayFromImage(scan)[found == 2].mean() < 80
+
+
+def test_every_arm_names_trainers_and_pretrainings_that_exist(
+    experiments: Callable[[str], ModuleType],
+) -> None:
+    script, networks = experiments("volume_fusion"), experiments("common").networks("small")
+    for arm in script.ARMS.values():
+        assert networks[arm.network].trainer + arm.suffix in trainer_names
+        assert networks[arm.network].pretext_trainer in trainer_names
+        assert (arm.pretraining or arm.network) in script.PRETRAININGS
+    assert len(script.ARMS) == sum(map(len, script.GROUPS.values()))
+
+
+def test_report_compares_with_scratch_of_the_same_seed(
+    experiments: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    report, arms = experiments("volume_fusion_report"), experiments("volume_fusion").ARMS
+    runs = {"stunet_scratch": (0.5, 0.6), "stunet_pretrained": (0.7, 0.7), "K___8": (0.6,)}
+    for arm, dice in runs.items():
+        for seed, value in enumerate(dice):
+            folder = tmp_path / "fine_tuning" / arm / f"cases_4_seed_{seed}"
+            folder.mkdir(parents=True)
+            hd95 = 2.0 if (arm, seed) == ("stunet_scratch", 0) else float("nan")
+            cases = {"case": {"Anterior": {"DSC": value, "ASSD": 1.0, "HD95": hd95}}}
+            scores = {"train_loss": [1, 0.5], "seconds": 9, "cases": cases}
+            (folder / "scores.json").write_text(json.dumps(scores))
+    settings = {"merged": False, "test_cases": 1, "batch": 2, "pretrain_iterations": 1}
+    settings |= {"fine_tune_iterations": 1, "size": "small", "device": "cpu", "mirroring": True}
+    report.write_report(tmp_path, arms, settings, tmp_path / "report.json", tmp_path)
+    table = (tmp_path / "report.md").read_text().splitlines()
+    distances = "1.000 ± 0.000 | 2.000 ± 0.000 (of 1)"
+    assert table[2] == f"| stunet scratch | 4 | 0.550 ± 0.050 |  | {distances} | 2 |"
+    assert table[3].startswith("| stunet pretrained | 4 | 0.700 ± 0.000 | +0.200, +0.100 |")
+    assert table[4].startswith("| K = 8 | 4 | 0.600 ± 0.000 | +0.100 |")
+    # NaN is no JSON.
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["runs"]
+    assert [run["HD95"] for run in found] == [2.0, None, None, None, None]
+    assert len(list(tmp_path.glob("volume_fusion_*.png"))) == 3
+
+
+def test_ranking_that_is_right_but_for_one_pair(
+    experiments: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    script = experiments("ranking")
+    levels = [{"consistency": 2.0, "energy": 0.5}, {"consistency": 4.0, "energy": 1.0}]
+    averages = [{"name": "a", "score": -3.0, "levels": levels}, {"name": "b", "score": None}]
+    sums = [{"name": "b", "score": None}, {"name": "a", "score": -9.0}]
+    scores = script.scores_of_ranking({"candidates": averages}, {"candidates": sums})
+    expected = {"ccfv": -3.0, "published_sums": -9.0, "consistency": -np.log(8)}
+    assert scores["a"] == {**expected, "spread": pytest.approx(-np.log(4))}
+    assert scores["b"] == dict.fromkeys(script.VARIANTS)
+    runs = [
+        {"name": f"tiny {n}", "size": "tiny", "seed": seed, "dice": 0.5 + 0.1 * n + 0.01 * seed}
+        | {"ccfv": score, "published_sums": -score, "spread": score}
+        | {"consistency": score if n else None}
+        for n, score in enumerate((-4.0, -3.0, -1.0, -2.0))
+        for seed in (0, 1)
+    ]
+    script.write_report(runs, Namespace(), tmp_path / "r.json", tmp_path / "r.png")
+    correlations = json.loads((tmp_path / "r.json").read_text())["correlations"]
+    tiny = {one["variant"]: one for one in correlations if one["group"] == "tiny"}
+    # Five pairs of six in order; the third and the fourth are not.
+    assert tiny["ccfv"]["kendall_tau"] == pytest.approx(4 / 6)
+    assert tiny["published_sums"]["kendall_tau"] == pytest.approx(-4 / 6)
+    assert (tiny["ccfv"]["candidates"], tiny["consistency"]["candidates"]) == (4, 3)
+    row = "| tiny 0 | 0.505 ± 0.005 | -4.00 | 4.00 | -4.00 | n/a |"
+    assert row in (tmp_path / "r.md").read_text()
+    assert (tmp_path / "r.png").stat().st_size > 0
+
+
+def test_rescaled_features_leave_the_rest_of_the_network_as_it_was(
+    experiments: Callable[[str], ModuleType],
+) -> None:
+    def build(size: str) -> STUNet:
+        arguments = stunet_architecture(get_preset(size), PUBLISHED_STRIDES)["arch_kwargs"]
+        return STUNet(1, 3, **(arguments | {"conv_op": torch.nn.Conv3d, "deep_supervision": True}))
+
+    rescale = experiments("rescale_features")
+    torch.manual_seed(0)
+    network = build("tiny").apply(STUNet.initialize)
+    images, factors = torch.randn(2, 1, 32, 32, 64), [2.0, 0.5, 3.0, 1.0, 4.0]
+    with torch.no_grad():
+        before, spread = network(images), rescale.spreads(network, images)
+        rescale.scale_features(network, factors)
+        after = network(images)
+    wanted = [old * factor for old, factor in zip(spread, factors, strict=True)]
+    assert rescale.spreads(network, images) == pytest.approx(wanted, rel=1e-4)
+    # Outputs come full resolution first; the heads' biases are zero.
+    for old, new, factor in zip(before, after, factors[::-1], strict=True):
+        assert torch.allclose(new, old * factor, atol=1e-4 * factor)
+    with pytest.raises(PluginError, match="tiny, small or base"), torch.device("meta"):
+        rescale.scale_features(build("large"), factors)
