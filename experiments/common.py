@@ -179,7 +179,10 @@ class Experiment:
             self.run("nnUNetv2_extract_fingerprint -np 2 -d", [dataset.number])
         if plans_of is not None:
             move = "nnUNetv2_move_plans_between_datasets -sp", [network.plans]
-            self.run(*move, "-s", [plans_of.number], "-t", [dataset.number])
+            self.run(*move, "-s", plans_of.number, "-t", dataset.number)
+            if not self.dry_run:
+                # nnU-Net's planner would have copied it.
+                shutil.copyfile(self.raw / dataset.folder / "dataset.json", folder / "dataset.json")
         else:
             ours = f"stunet plan -pl {network.planner} -d"
             self.run(ours if network.planner else "nnUNetv2_plan_experiment -d", [dataset.number])
@@ -188,8 +191,6 @@ class Experiment:
         plans = "-plans_name", [network.plans], "-c", [BASE_CONFIGURATION]
         self.run("nnUNetv2_preprocess -np 2 -d", [dataset.number], *plans)
         if not self.dry_run:
-            # nnU-Net's planner copies it, moved plans come without.
-            shutil.copyfile(self.raw / dataset.folder / "dataset.json", folder / "dataset.json")
             write_atomically(folder / "splits_final.json", json.dumps(splits))
             done.touch()
 

@@ -1,0 +1,131 @@
+"""Documentation: commands, options, trainers, planners, variables, paths and links that exist."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from stunet_plugin import plans, trainers
+from stunet_plugin.cli import build_parser
+from stunet_plugin.networks.size_table import size_table
+from stunet_plugin.options import OPTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SCRIPT_FOLDERS = ("benchmarks", "experiments", "tests/tools")
+STOCK_TRAINERS = {"nnUNetTrainer", "nnUNetTrainerBudget", "NAME", "PlainSTUNetTrainer_small_ep5"}
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """Return the commands of a page's shell blocks and inline code, split into words."""
+    text = page.read_text()
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = []
+    for line in [*lines, *inline]:
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # half a command in prose
+            continue
+        for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
+            found.append(shlex.split(part))
+    return found
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    actions = build_parser()._actions
+    found = next(action for action in actions if isinstance(action, argparse._SubParsersAction))
+    return found.choices
+
+
+@pages
+def test_commands_and_options_exist(page: Path) -> None:
+    parsers = commands()
+    for words in command_lines(page):
+        if words[:1] != ["stunet"] or len(words) < 2 or not re.fullmatch(r"[a-z-]+", words[1]):
+            continue
+        assert words[1] in parsers, words
+        known = {text for action in parsers[words[1]]._actions for text in action.option_strings}
+        given = {word.partition("=")[0] for word in words[2:] if re.match(r"--?[a-zA-Z]", word)}
+        assert given <= known, words
+
+
+@pages
+def test_trainers_and_planners_exist(page: Path) -> None:
+    for words in command_lines(page):
+        for flag, name in zip(words, words[1:], strict=False):
+            if flag == "-tr" and "..." not in name and name not in STOCK_TRAINERS:
+                assert hasattr(trainers, name), words
+            if flag == "-pl" and name not in ("PLANNER", "NAME"):
+                assert hasattr(plans, name), words
+
+
+@pages
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert anchor in slugs, link
+    if page.name == "CHANGELOG.md":
+        return
+    folders = "benchmarks|docs|experiments|plans|stunet_plugin|tests|trainers"
+    for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w\.(?:py|md|json|png))", text):
+        assert (ROOT / path).exists() or (page.parent / path).exists(), path
+
+
+@pages
+def test_scripts_know_their_options(page: Path) -> None:
+    """Every --option after a script's name is in its source."""
+    for words in command_lines(page):
+        scripts = [word for word in words if word.startswith(SCRIPT_FOLDERS)]
+        if not scripts or not scripts[0].endswith(".py"):
+            continue
+        source = (ROOT / scripts[0]).read_text()
+        for shared in ("common.py",):
+            neighbour = (ROOT / scripts[0]).with_name(shared)
+            source += neighbour.read_text() if neighbour.exists() else ""
+        for word in words[words.index(scripts[0]) :]:
+            if word.startswith("--"):
+                assert f'"{word}"' in source, words
+
+
+@pages
+def test_environment_variables_exist(page: Path) -> None:
+    known = {option.variable for option in OPTIONS}
+    named = set(re.findall(r"\bSTUNET_[A-Z_]*[A-Z]\b(?!_)", page.read_text()))
+    assert named <= known, named - known
+
+
+def test_every_variable_has_its_row() -> None:
+    rows = re.findall(r"^\| `(STUNET_\w+)`", (ROOT / "docs/options.md").read_text(), re.MULTILINE)
+    assert rows == [option.variable for option in OPTIONS]
+
+
+def test_sizes_in_the_readme_are_those_of_stunet_list() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for line in size_table((128,) * 3, 2, 1, 15).splitlines():
+        words = re.sub(r" +(GB)", r" \1", line).split()
+        if words[:1] and words[0] in ("small", "base", "large", "huge"):
+            row = next(row for row in readme.splitlines() if row.startswith(f"| `{words[0]}`"))
+            cells = [cell.strip(" `") for cell in row.strip("|").split("|")]
+            values = re.split(r"\s{2,}", line.strip())
+            assert cells == [*values[:6], values[7]], line
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert importlib.import_module("stunet_plugin").__version__
