@@ -1,11 +1,8 @@
-"""The published FMUNet written down plainly, as the yardstick of ``step.py``.
+"""Published FMUNet written down plainly, as the yardstick of ``step.py``.
 
 Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Norm, activation, dropout and
-    convolution one after the
-other, each with an output of its own, as published. Parameter names are the published ones, which
-``stunet_plugin.weights.fmunet_keys`` translates.
-
-Axes of all tensors: (batch, channel, *spatial).
+convolution one after the other, each with an output of its own. Parameter names are the published
+ones. Axes of all tensors: (batch, channel, *spatial).
 """
 
 from __future__ import annotations
@@ -19,8 +16,12 @@ from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple, get_mode
 from stunet_plugin.networks.fmunet import DEPTH, NEGATIVE_SLOPE
 
 
-def same_padding(kernel: Triple) -> Triple:
-    return kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
+def conv(
+    in_channels: int, out_channels: int, kernel: Triple, stride: Triple | int = 1
+) -> nn.Conv3d:
+    """A convolution that keeps the size but for its stride."""
+    padding = kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
+    return nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
 
 
 def norm_act(channels: int) -> list[nn.Module]:
@@ -34,16 +35,14 @@ class PlainResidualLevel(nn.Module):
         super().__init__()
         self.conv_list = nn.ModuleList(
             nn.Sequential(
-                *norm_act(channels),
-                nn.Dropout(dropout),
-                nn.Conv3d(channels, channels, kernel, padding=same_padding(kernel)),
+                *norm_act(channels), nn.Dropout(dropout), conv(channels, channels, kernel)
             )
             for _ in range(DEPTH)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv in self.conv_list:
-            x = conv(x) + x
+        for layer in self.conv_list:
+            x = layer(x) + x
         return x
 
 
@@ -52,30 +51,22 @@ class PlainDown(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Triple, stride: Triple) -> None:
         super().__init__()
-        conv = nn.Conv3d(in_channels, out_channels, kernel, stride, same_padding(kernel))
-        self.down = nn.Sequential(*norm_act(in_channels), conv)
+        strided = conv(in_channels, out_channels, kernel, stride)
+        self.down = nn.Sequential(*norm_act(in_channels), strided)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(x)
 
 
 class PlainUp(nn.Module):
-    """Narrow and upsample the deeper features, concatenate (skip, upsampled), and merge to the
-    skip's width."""
+    """Narrow and upsample the deeper features, concatenate (skip, upsampled), and merge."""
 
-    def __init__(
-        self, deep_channels: int, skip_channels: int, scale: Triple, kernel: Triple
-    ) -> None:
+    def __init__(self, deep: int, skip: int, scale: Triple, kernel: Triple) -> None:
         super().__init__()
-        self.up = nn.Sequential(
-            *norm_act(deep_channels),
-            nn.Conv3d(deep_channels, skip_channels, 1),
-            nn.Upsample(
-                scale_factor=tuple(map(float, scale)), mode="trilinear", align_corners=True
-            ),
-        )
-        merge = nn.Conv3d(2 * skip_channels, skip_channels, kernel, padding=same_padding(kernel))
-        self.conv = nn.Sequential(*norm_act(2 * skip_channels), merge)
+        factors = tuple(map(float, scale))
+        upsample = nn.Upsample(scale_factor=factors, mode="trilinear", align_corners=True)
+        self.up = nn.Sequential(*norm_act(deep), nn.Conv3d(deep, skip, 1), upsample)
+        self.conv = nn.Sequential(*norm_act(2 * skip), conv(2 * skip, skip, kernel))
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         return self.conv(torch.cat([skip, self.up(deep)], dim=1))
@@ -104,46 +95,29 @@ class PlainFMUNet(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         widths, kernels = features_per_stage, get_mode(mode).kernel_sizes
-        scales: list[Triple] = [
-            (depth, height, width) for depth, height, width in get_mode(mode).strides[1:]
-        ]
-        levels = range(NUM_LEVELS)
-        self.project = nn.Conv3d(
-            input_channels, widths[0], kernels[0], padding=same_padding(kernels[0])
-        )
+        scales: list[Triple] = [(d, h, w) for d, h, w in get_mode(mode).strides[1:]]
+        self.project = conv(input_channels, widths[0], kernels[0])
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
-        for level in levels:
-            self.encoder[f"en_conv{level}"] = PlainResidualLevel(
-                widths[level], kernels[level], dropout_per_stage[level]
-            )
-            self.decoder[f"de_conv{level}"] = PlainResidualLevel(
-                widths[level], kernels[level], dropout_per_stage[level]
-            )
-        for level in levels[:-1]:
-            self.encoder[f"down{level}"] = PlainDown(
-                widths[level], widths[level + 1], kernels[level], scales[level]
-            )
-            self.decoder[f"upcat{level}"] = PlainUp(
-                widths[level + 1], widths[level], scales[level], kernels[level]
-            )
+        for level in range(NUM_LEVELS):
+            sizes = widths[level], kernels[level], dropout_per_stage[level]
+            self.encoder[f"en_conv{level}"] = PlainResidualLevel(*sizes)
+            self.decoder[f"de_conv{level}"] = PlainResidualLevel(*sizes)
+        for level, (scale, kernel) in enumerate(zip(scales, kernels, strict=False)):
+            fine, coarse = widths[level], widths[level + 1]
+            self.encoder[f"down{level}"] = PlainDown(fine, coarse, kernel, scale)
+            self.decoder[f"upcat{level}"] = PlainUp(coarse, fine, scale, kernel)
         self.out_layers = nn.ModuleList(
-            nn.Sequential(
-                *norm_act(widths[level]),
-                nn.Conv3d(
-                    widths[level], num_classes, kernels[level], padding=same_padding(kernels[level])
-                ),
-            )
-            for level in levels[:-1]
+            nn.Sequential(*norm_act(width), conv(width, num_classes, kernel))
+            for width, kernel in zip(widths[:-1], kernels, strict=False)
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        x = self.encoder["en_conv0"](self.project(x))
-        encoded = [x]
+        encoded = [self.encoder["en_conv0"](self.project(x))]
         for level in range(1, NUM_LEVELS):
-            x = self.encoder[f"en_conv{level}"](self.encoder[f"down{level - 1}"](x))
-            encoded.append(x)
-        x = self.decoder[f"de_conv{NUM_LEVELS - 1}"](x)
-        decoded = []
+            x = self.encoder[f"down{level - 1}"](encoded[-1])
+            encoded.append(self.encoder[f"en_conv{level}"](x))
+        x = self.decoder[f"de_conv{NUM_LEVELS - 1}"](encoded[-1])
+        decoded: list[Tensor] = []
         for level in reversed(range(NUM_LEVELS - 1)):
             x = self.decoder[f"de_conv{level}"](self.decoder[f"upcat{level}"](x, encoded[level]))
             decoded.insert(0, x)

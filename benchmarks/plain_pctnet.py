@@ -1,20 +1,21 @@
-"""The published PCT-Net written down plainly, as the yardstick of ``step.py``.
+"""Published PCT-Net written down plainly, as the yardstick of ``step.py``.
 
-Paper: MIS-FM, arXiv:2306.16925. The way the published network computes, step by step: stems and
-    heads of all three anisotropy
+Paper: MIS-FM, arXiv:2306.16925. Step by step as published: stems and heads of all three anisotropy
 modes are built and one of each is used; attention multiplies, adds bias and mask, takes the softmax
-and multiplies again; the masks of the shifted windows are made anew in every forward; a window is
-as large as the size the network was built for allows. Parameter names are the published ones, which
-``stunet_plugin.weights.pctnet_keys`` translates.
+and multiplies again; the masks of the shifted windows are made in every forward; a window is as
+large as the size the network was built for allows. Parameter names are the published ones.
 
 Axes of feature maps: (batch, channel, *spatial); of tokens: (batch, token, channel).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
+from plain_fmunet import conv
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,9 +23,7 @@ from stunet_plugin.networks.anisotropy import MODES, Triple, get_mode
 from stunet_plugin.networks.pctnet import DEPTH, DROP_PATH, MLP_RATIO, NUM_HEADS
 from stunet_plugin.networks.window_attention import MASKED, TABLE_STD, WINDOW_SIZE
 
-
-def same_padding(kernel: Triple) -> Triple:
-    return kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
+Ints, Floats, Shape = Sequence[int], Sequence[float], tuple[int, ...]
 
 
 def norm_act(channels: int) -> list[nn.Module]:
@@ -32,16 +31,14 @@ def norm_act(channels: int) -> list[nn.Module]:
 
 
 class PlainUnit(nn.Module):
-    """norm - activation - convolution, named ``conv``; behind a max-pooling if it goes a level
-    down."""
+    """norm - activation - convolution; behind a max-pooling if it goes a level down."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: Triple, pooling: Triple | None = None
     ) -> None:
         super().__init__()
         self.pool = None if pooling is None else nn.MaxPool3d(pooling)
-        conv = nn.Conv3d(in_channels, out_channels, kernel, padding=same_padding(kernel))
-        self.conv = nn.Sequential(*norm_act(in_channels), conv)
+        self.conv = nn.Sequential(*norm_act(in_channels), conv(in_channels, out_channels, kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.pool is None else self.pool(x))
@@ -54,10 +51,10 @@ class PlainConvBlock(nn.Module):
         super().__init__()
         self.conv_conv = nn.Sequential(
             *norm_act(channels),
-            nn.Conv3d(channels, channels, kernel, padding=same_padding(kernel)),
+            conv(channels, channels, kernel),
             *norm_act(channels),
             nn.Dropout(dropout),
-            nn.Conv3d(channels, channels, kernel, padding=same_padding(kernel)),
+            conv(channels, channels, kernel),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,18 +62,12 @@ class PlainConvBlock(nn.Module):
 
 
 class PlainUp(nn.Module):
-    """Upsample the deeper features, concatenate (skip, upsampled), and merge to the skip's
-    width."""
+    """Upsample the deeper features, concatenate (skip, upsampled), and merge."""
 
-    def __init__(
-        self, skip_channels: int, deep_channels: int, scale: Triple, kernel: Triple
-    ) -> None:
+    def __init__(self, skip: int, deep: int, scale: Triple, kernel: Triple) -> None:
         super().__init__()
-        self.up = nn.Sequential(
-            *norm_act(deep_channels), nn.ConvTranspose3d(deep_channels, skip_channels, scale, scale)
-        )
-        merge = nn.Conv3d(2 * skip_channels, skip_channels, kernel, padding=same_padding(kernel))
-        self.conv = nn.Sequential(*norm_act(2 * skip_channels), merge)
+        self.up = nn.Sequential(*norm_act(deep), nn.ConvTranspose3d(deep, skip, scale, scale))
+        self.conv = nn.Sequential(*norm_act(2 * skip), conv(2 * skip, skip, kernel))
 
     def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
         return self.conv(torch.cat([skip, self.up(deep)], dim=1))
@@ -84,31 +75,15 @@ class PlainUp(nn.Module):
 
 def into_windows(x: Tensor, window: int) -> Tensor:
     """(batch, depth, height, width, channel) to (batch * windows, tokens of a window, channel)."""
-    batch, depth, height, width, channels = x.shape
-    x = x.view(
-        batch, depth // window, window, height // window, window, width // window, window, channels
-    )
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).contiguous().view(-1, window**3, channels)
+    pattern = "b (d i) (h j) (w k) c -> (b d h w) (i j k) c"
+    return rearrange(x, pattern, i=window, j=window, k=window)
 
 
-def out_of_windows(windows: Tensor, window: int, shape: tuple[int, ...]) -> Tensor:
+def out_of_windows(windows: Tensor, window: int, shape: Shape) -> Tensor:
     """The reverse of :func:`into_windows` for a volume of a shape."""
-    depth, height, width = shape
-    x = windows.view(
-        -1,
-        depth // window,
-        height // window,
-        width // window,
-        window,
-        window,
-        window,
-        windows.shape[-1],
-    )
-    return (
-        x.permute(0, 1, 4, 2, 5, 3, 6, 7)
-        .contiguous()
-        .view(-1, depth, height, width, windows.shape[-1])
-    )
+    count = dict(zip("dhw", (size // window for size in shape), strict=True))
+    pattern = "(b d h w) (i j k) c -> b (d i) (h j) (w k) c"
+    return rearrange(windows, pattern, i=window, j=window, **count)
 
 
 class PlainAttention(nn.Module):
@@ -133,28 +108,15 @@ class PlainAttention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        count, tokens, channels = x.shape
-        qkv = (
-            self.qkv(x)
-            .reshape(count, tokens, 3, self.heads, channels // self.heads)
-            .permute(2, 0, 3, 1, 4)
-            .contiguous()
-        )
-        q, k, v = qkv[0] * self.scale, qkv[1], qkv[2]
-        attention = q @ k.transpose(-2, -1).contiguous()
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(
-            tokens, tokens, -1
-        )
+        q, k, v = rearrange(self.qkv(x), "n t (s h c) -> s n h t c", s=3, h=self.heads).contiguous()
+        attention = (q * self.scale) @ k.transpose(-2, -1).contiguous()
+        bias = self.relative_position_bias_table[self.relative_position_index]
         attention = attention + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
         if mask is not None:
-            windows = mask.shape[0]
-            attention = attention.view(
-                count // windows, windows, self.heads, tokens, tokens
-            ) + mask.unsqueeze(1).unsqueeze(0)
-            attention = attention.view(-1, self.heads, tokens, tokens)
+            attention = attention.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1).unsqueeze(0)
+            attention = attention.flatten(0, 1)
         attention = self.attn_drop(torch.softmax(attention, dim=-1))
-        x = (attention @ v).transpose(1, 2).reshape(count, tokens, channels)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(rearrange(attention @ v, "n h t c -> n t (h c)")))
 
 
 class PlainMLP(nn.Module):
@@ -171,14 +133,11 @@ class PlainMLP(nn.Module):
 class PlainTransformerBlock(nn.Module):
     """norm - (shifted) window attention, plus the input; norm - MLP, plus its input."""
 
-    def __init__(
-        self, channels: int, shape: tuple[int, ...], heads: int, shift: int, dropout: float
-    ) -> None:
+    def __init__(self, channels: int, shape: Shape, heads: int, shift: int, dropout: float) -> None:
         super().__init__()
         self.shape = shape
-        self.window, self.shift = (
-            (min(shape), 0) if min(shape) <= WINDOW_SIZE else (WINDOW_SIZE, shift)
-        )
+        small = min(shape) <= WINDOW_SIZE
+        self.window, self.shift = (min(shape), 0) if small else (WINDOW_SIZE, shift)
         self.norm1 = nn.LayerNorm(channels)
         self.attn = PlainAttention(channels, heads, self.window, dropout)
         self.norm2 = nn.LayerNorm(channels)
@@ -211,7 +170,7 @@ class PlainTransformerBlock(nn.Module):
 class PlainTransformer(nn.Module):
     """Two blocks, the second with shifted windows; the mask is made in every forward."""
 
-    def __init__(self, channels: int, shape: tuple[int, ...], heads: int, dropout: float) -> None:
+    def __init__(self, channels: int, shape: Shape, heads: int, dropout: float) -> None:
         super().__init__()
         self.shift = WINDOW_SIZE // 2
         shifts = [self.shift * (block % 2) for block in range(DEPTH)]
@@ -219,23 +178,18 @@ class PlainTransformer(nn.Module):
             PlainTransformerBlock(channels, shape, heads, shift, dropout) for shift in shifts
         )
 
-    def forward(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, shape: Shape) -> Tensor:
         mask = self.mask(shape, x.device)
         for block in self.blocks:
             x = block(x, mask)
         return x
 
-    def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        regions = torch.zeros(
-            (1, *(size + -size % WINDOW_SIZE for size in shape), 1), device=device
-        )
+    def mask(self, shape: Shape, device: torch.device) -> Tensor:
+        padded = (size + -size % WINDOW_SIZE for size in shape)
+        regions = torch.zeros((1, *padded, 1), device=device)
         parts = (slice(0, -WINDOW_SIZE), slice(-WINDOW_SIZE, -self.shift), slice(-self.shift, None))
-        number = 0
-        for depth in parts:
-            for height in parts:
-                for width in parts:
-                    regions[:, depth, height, width] = number
-                    number += 1
+        for number, part in enumerate(itertools.product(parts, repeat=3)):
+            regions[(slice(None), *part)] = number
         windows = into_windows(regions, WINDOW_SIZE).squeeze(-1)
         difference = windows.unsqueeze(1) - windows.unsqueeze(2)
         return difference.masked_fill(difference != 0, MASKED).masked_fill(difference == 0, 0.0)
@@ -245,7 +199,7 @@ class PlainPCTBlock(nn.Module):
     """A convolution block and a transformer on the same input, summed. The norm is built and never
     used."""
 
-    def __init__(self, channels: int, shape: tuple[int, ...], heads: int, dropout: float) -> None:
+    def __init__(self, channels: int, shape: Shape, heads: int, dropout: float) -> None:
         super().__init__()
         self.conv = PlainConvBlock(channels, (3, 3, 3), dropout)
         self.trans = PlainTransformer(channels, shape, heads, dropout)
@@ -256,28 +210,19 @@ class PlainPCTBlock(nn.Module):
         convolved = self.conv(x)
         shape = tuple(x.shape[2:])
         tokens = self.pos_drop(x.flatten(2).transpose(1, 2).contiguous())
-        attended = self.trans(tokens, shape)
-        return (
-            convolved
-            + attended.view(x.shape[0], *shape, x.shape[1]).permute(0, 4, 1, 2, 3).contiguous()
-        )
+        attended = self.trans(tokens, shape).unflatten(1, shape)
+        return convolved + attended.permute(0, 4, 1, 2, 3).contiguous()
 
 
 class PlainStem(nn.Module):
     """Levels 0 and 1, and the way into level 2, for one mode."""
 
     def __init__(
-        self,
-        input_channels: int,
-        widths: Sequence[int],
-        dropout: Sequence[float],
-        kernels: Sequence[Triple],
+        self, channels: int, widths: Ints, dropout: Floats, kernels: Sequence[Triple]
     ) -> None:
         super().__init__()
         pooling = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
-        self.proj = nn.Conv3d(
-            input_channels, widths[0], kernels[0], padding=same_padding(kernels[0])
-        )
+        self.proj = conv(channels, widths[0], kernels[0])
         self.conv0 = PlainConvBlock(widths[0], kernels[0], dropout[0])
         self.conv1 = PlainConvBlock(widths[1], kernels[1], dropout[1])
         self.down1 = PlainUnit(widths[0], widths[1], kernels[1], pooling[0])
@@ -292,13 +237,7 @@ class PlainStem(nn.Module):
 class PlainPyramid(nn.Module):
     """Levels 2 to 4 and back, and the heads of levels 2 and 3."""
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        shape: tuple[int, ...],
-        dropout: Sequence[float],
-        num_classes: int,
-    ) -> None:
+    def __init__(self, widths: Ints, shape: Shape, dropout: Floats, num_classes: int) -> None:
         super().__init__()
         shapes = [tuple(size >> level for size in shape) for level in range(3)]
         kernel: Triple = (3, 3, 3)
@@ -329,11 +268,7 @@ class PlainHead(nn.Module):
     """Levels 1 and 0 on the way back, and their heads, for one mode."""
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        dropout: Sequence[float],
-        kernels: Sequence[Triple],
-        num_classes: int,
+        self, widths: Ints, dropout: Floats, kernels: Sequence[Triple], num_classes: int
     ) -> None:
         super().__init__()
         scales = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
@@ -367,9 +302,9 @@ class PlainPCTNet(nn.Module):
         input_channels: int,
         num_classes: int,
         mode: int,
-        input_size: Sequence[int],
-        features_per_stage: Sequence[int],
-        dropout_per_stage: Sequence[float],
+        input_size: Ints,
+        features_per_stage: Ints,
+        dropout_per_stage: Floats,
         deep_supervision: bool,
     ) -> None:
         super().__init__()
@@ -378,10 +313,8 @@ class PlainPCTNet(nn.Module):
         widths, dropout = features_per_stage, dropout_per_stage
         kernels = [candidate.kernel_sizes[:2] for candidate in MODES]
         # The pyramid halves every axis twice more.
-        shape = tuple(
-            size * 4 // step
-            for size, step in zip(input_size, get_mode(mode).reduction, strict=True)
-        )
+        steps = get_mode(mode).reduction
+        shape = tuple(size * 4 // step for size, step in zip(input_size, steps, strict=True))
         self.embeddings = nn.ModuleList(
             PlainStem(input_channels, widths, dropout, pair) for pair in kernels
         )

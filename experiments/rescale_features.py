@@ -1,10 +1,8 @@
-"""Bring the features before the segmentation heads of a pretrained STU-Net to the spread that
-random weights give them.
+"""Features before the heads of a pretrained STU-Net, rescaled to the spread of random weights.
 
 The network computes the same otherwise: each decoder stage's last block is scaled (a positive
-    factor passes LeakyReLU), and the
-convolution that takes its output to the next stage undoes it. What changes is how fast new heads
-learn.
+factor passes LeakyReLU), and the convolution that takes its output to the next stage undoes it.
+What changes is how fast new heads learn.
 """
 
 from __future__ import annotations
@@ -28,42 +26,35 @@ CASES = 4
 
 
 def read_patches(files: Sequence[Path], patch_size: Sequence[int]) -> Tensor:
-    """Return the corner patches of preprocessed cases, padded with zeros, shape (case, channel,
-    *patch)."""
+    """Return corner patches of preprocessed cases, zero-padded, shape (case, channel, *patch)."""
     patches = []
     for file in files:
         image = np.asarray(blosc2.open(str(file))[:], dtype=np.float32)
-        inside = tuple(
-            slice(min(*sizes)) for sizes in zip(image.shape[1:], patch_size, strict=True)
-        )
-        patch = np.zeros((len(image), *patch_size), np.float32)
-        patch[(slice(None), *inside)] = image[(slice(None), *inside)]
-        patches.append(patch)
+        corner = image[(slice(None), *(slice(size) for size in patch_size))]
+        missing = np.subtract(patch_size, corner.shape[1:])
+        patches.append(np.pad(corner, [(0, 0), *((0, more) for more in missing)]))
     return torch.from_numpy(np.stack(patches))
 
 
 def spreads(network: STUNet, images: Tensor) -> list[float]:
     """Return the standard deviation of each head's input around its channels' means, deepest
     first."""
-    found: dict[int, float] = {}
+    found: dict[Any, float] = {}
 
-    def keep(head: int, features: Tensor) -> None:
-        found[head] = float(features.transpose(0, 1).flatten(1).var(dim=1).sum().sqrt())
+    def keep(head: nn.Module, inputs: tuple[Tensor]) -> None:
+        found[head] = float(inputs[0].transpose(0, 1).flatten(1).var(dim=1).sum().sqrt())
 
-    hooks = [
-        head.register_forward_pre_hook(lambda _, inputs, number=number: keep(number, inputs[0]))
-        for number, head in enumerate(network.decoder.seg_layers)
-    ]
+    heads = network.decoder.seg_layers
+    hooks = [head.register_forward_pre_hook(keep) for head in heads]
     with torch.no_grad():
         network(images)
     for hook in hooks:
         hook.remove()
-    return [found[head] for head in sorted(found)]
+    return [found[head] for head in heads]
 
 
 def scale_features(network: STUNet, factors: Sequence[float]) -> None:
-    """Multiply the inputs of the heads, deepest first, and leave what the decoder passes on as it
-    was.
+    """Multiply the inputs of the heads, deepest first, and leave what the decoder passes on.
 
     Raises:
         PluginError: stages of more than one block, whose last shortcut cannot be scaled.
@@ -73,10 +64,7 @@ def scale_features(network: STUNet, factors: Sequence[float]) -> None:
         for step, (stage, factor) in enumerate(zip(decoder.stages, factors, strict=True)):
             block = stage[-1]
             if isinstance(block.shortcut, nn.Identity):
-                raise PluginError(
-                    "Features can be rescaled where decoder stages have one block: --size tiny,"
-                    " small or base."
-                )
+                raise PluginError("Features can be rescaled with --size tiny, small or base.")
             for part in (block.norm2, block.shortcut):
                 part.weight *= factor
                 part.bias *= factor
@@ -85,28 +73,21 @@ def scale_features(network: STUNet, factors: Sequence[float]) -> None:
 
 
 def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
-    """Rescale a pretrained checkpoint by the first preprocessed cases of a folder, unless that is
-    done.
-
-    Raises:
-        PluginError: the network's features cannot be rescaled.
-    """
+    """Rescale a checkpoint by the first preprocessed cases of a folder, unless that is done."""
     if out.is_file():
         return
     content = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    arguments = content["init_args"]
-    configuration = PlansManager(arguments["plans"]).get_configuration(arguments["configuration"])
-    trainer = getattr(
-        stunet_trainers, "STUNetTrainer_" + content["trainer_name"].rpartition("_")[2]
-    )
+    plans = PlansManager(content["init_args"]["plans"])
+    configuration = plans.get_configuration(content["init_args"]["configuration"])
+    size = content["trainer_name"].rpartition("_")[2]
+    trainer = getattr(stunet_trainers, f"STUNetTrainer_{size}")
     files = sorted(file for file in cases.glob("*.b2nd") if not file.stem.endswith("_seg"))[:CASES]
     images = read_patches(files, configuration.patch_size)
     outputs = len(content["network_weights"]["decoder.seg_layers.0.bias"])
 
     torch.manual_seed(1)
-    network = trainer.build_network_architecture(
-        PlansManager(arguments["plans"]), configuration, images.shape[1], outputs, True
-    )
+    sizes = images.shape[1], outputs
+    network = trainer.build_network_architecture(plans, configuration, *sizes, True)
     wanted = spreads(network, images)
     network.load_state_dict(content["network_weights"])
     present = spreads(network, images)
@@ -114,11 +95,7 @@ def write_rescaled(checkpoint: Path, cases: Path, out: Path) -> None:
     reached = spreads(network, images)
     if not all(math.isclose(*pair, rel_tol=1e-2) for pair in zip(wanted, reached, strict=True)):
         raise PluginError(f"Rescaled to {reached} instead of {wanted}.")
-    print(
-        f"features before the heads, deepest first: {np.round(present, 2)} rescaled to"
-        f" {np.round(reached, 2)}",
-        flush=True,
-    )
+    print(f"features before the heads, deepest first: {present} rescaled to {reached}", flush=True)
     content["network_weights"] = network.state_dict()
     # A file half written would be taken for done.
     unfinished = out.with_name(f"{out.name}.unfinished")
