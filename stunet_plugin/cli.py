@@ -21,6 +21,7 @@ from stunet_plugin import __version__
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import GROUPS, Command
 from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.nnunet.commands import name_user
 
 INTERRUPTED = 130
 WAIT_FOR_WORKERS = 5.0
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: Command) -> int:
     """Run a command with its options and return its exit code."""
     name = f"stunet {command.command}"
+    name_user()
     try:
         with interruptible(command.interrupted):
             code = command.run()

@@ -90,6 +90,7 @@ class Command:
         example: a command line that can be pasted.
         interrupted: last line after Ctrl-C, saying how to resume.
         failure: what exit code 1 means.
+        notes: more text at the end of the help; indented lines stay as they are.
     """
 
     command: ClassVar[str]
@@ -98,6 +99,7 @@ class Command:
     example: ClassVar[str]
     interrupted: ClassVar[str] = ""
     failure: ClassVar[str] = "the disk is full"
+    notes: ClassVar[str] = ""
 
     def run(self) -> int:
         """Do it and return the exit code.
@@ -120,7 +122,7 @@ class Command:
             prog=f"stunet {cls.command}",
             description=cls.summary,
             epilog=f"Example:\n  {cls.example}\n\nExit codes: 0 done, 1 {cls.failure},"
-            " 2 wrong input, 130 interrupted.",
+            f" 2 wrong input, 130 interrupted.{cls.notes}",
             formatter_class=HelpFormatter,
         )
         target: Any = parser

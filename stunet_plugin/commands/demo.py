@@ -31,7 +31,5 @@ class Demo(Command):
 
     def run(self) -> int:
         from stunet_plugin.demo.run import run_demo
-        from stunet_plugin.demo.settings import DemoSettings
 
-        settings = DemoSettings.from_options(self.dataset, self.size, self.epochs, self.device)
-        return run_demo(settings, self.out, False)
+        return run_demo(self)

@@ -1,1 +1,1 @@
-"""``stunet demo``: an embedded data set, and the stock nnU-Net commands run on it."""
+"""Demo: an embedded dataset, and nnU-Net's own commands run on it."""

@@ -1,6 +1,6 @@
-"""A small CT-like data set, made from a seed: an abdomen of ellipsoids and tubes with Hounsfield
-values, noise and unequal spacing. No anatomy to learn medicine from; enough to show that planning,
-training and prediction work.
+"""Phantoms: a small CT-like dataset made from a seed.
+
+An abdomen of ellipsoids and tubes with Hounsfield values, noise and anisotropic spacing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> No
     Args:
         folder: ``DatasetXXX_NAME``; must not be there yet. It appears as a whole or not at all.
         num_cases: scans to make.
-        seed: fixed seed, fixed data set.
+        seed: the same seed gives the same dataset.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as temporary:
@@ -78,22 +78,18 @@ def make_case(
     grid = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
 
     def jitter(centre: Sequence[float], radii: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(centre) + generator.normal(0, 0.03, 3), np.asarray(
-            radii
-        ) * generator.uniform(0.85, 1.15, 3)
+        moved = np.asarray(centre) + generator.normal(0, 0.03, 3)
+        return moved, np.asarray(radii) * generator.uniform(0.85, 1.15, 3)
 
     def ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
-        moved, scaled = jitter(centre, radii)
-        return (
-            sum(((axis - c) / r) ** 2 for axis, c, r in zip(grid, moved, scaled, strict=True)) < 1
-        )
+        parts = zip(grid, *jitter(centre, radii), strict=True)
+        return sum(((axis - c) / r) ** 2 for axis, c, r in parts) < 1
 
     def tube(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
         moved, scaled = jitter(centre, radii)
         bend = 0.04 * np.sin(grid[0] * generator.uniform(1, 3) + generator.uniform(0, 6))
-        return ((grid[1] - moved[1]) / scaled[1]) ** 2 + (
-            (grid[2] - moved[2] - bend) / scaled[2]
-        ) ** 2 < 1
+        y, x = (grid[1] - moved[1]) / scaled[1], (grid[2] - moved[2] - bend) / scaled[2]
+        return y**2 + x**2 < 1
 
     image = np.full(shape, HOUNSFIELD["air"])
     labels = np.zeros(shape, dtype=np.uint8)
@@ -112,8 +108,7 @@ def make_case(
         mask &= body
         image[mask] = HOUNSFIELD[name] + generator.normal(0, 10)
         labels[mask] = LABELS[name]
-    blur = [0.5] * 3
-    image = gaussian_filter(image, blur) + gaussian_filter(generator.normal(0, NOISE, shape), 0.3)
+    image = gaussian_filter(image, 0.5) + gaussian_filter(generator.normal(0, NOISE, shape), 0.3)
     return image.astype(np.float32), labels, spacing
 
 

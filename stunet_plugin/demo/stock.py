@@ -1,53 +1,84 @@
-"""Running a stock command: its progress on the screen, its output in a log, its workers stopped
-with it."""
+"""nnU-Net's own commands as subprocesses: progress on the screen, output in a log."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from stunet_plugin.demo.progress import Progress
+import numpy as np
+from tqdm import tqdm
+
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import find_command
 
+SHOWN = ("predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning")
+"""Lines of the commands that users want to see."""
+_DICE = re.compile(r"-?\d+\.\d+(?:e-?\d+)?|nan")
 
-class StockCommandError(PluginError):
-    """A stock nnU-Net command ended with an error."""
+
+class CommandFailedError(PluginError):
+    """A command of nnU-Net ended with an error."""
+
+
+class Progress:
+    """A bar of epochs or cases, read from a command's output; lines where there is no terminal."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        # disable=None: no bar where the output is not a terminal.
+        self.bar = tqdm(
+            total=total, unit=unit, file=sys.stdout, disable=None if total else True, leave=False
+        )
+        self.total, self.unit, self.done = total, unit, 0
+        self.loss = self.dice = ""
+
+    def see(self, line: str) -> None:
+        """Take one line of output."""
+        # nnU-Net's log lines: "<date> <time>: <text>".
+        text = line.strip().partition(": ")[2] if line[:2] == "20" else line.strip()
+        if text.startswith("train_loss "):
+            self.loss = text.split()[1]
+        elif text.startswith("Pseudo dice "):
+            values = [float(number) for number in _DICE.findall(text)]
+            self.dice = f"{np.nanmean(values):.3f}" if values else "n/a"
+        elif text.startswith("Epoch time:"):
+            self._step(f"loss {self.loss}, pseudo Dice {self.dice}, {text[12:]}")
+        elif text.startswith("done with "):
+            self._step(text[len("done with ") :])
+        elif text.startswith(SHOWN) and "%|" not in text:
+            tqdm.write(f"    {text}", file=sys.stdout)
+
+    def _step(self, text: str) -> None:
+        self.done += 1
+        tqdm.write(f"    {self.unit} {self.done:>3} of {self.total}: {text}", file=sys.stdout)
+        self.bar.update()
 
 
 def run_stock(
-    command: str,
-    arguments: Sequence[str],
-    folder: Path,
-    environment: Mapping[str, str],
-    lock: int,
-    epochs: int,
+    command: list[str], folder: Path, environment: Mapping[str, str], total: int, unit: str
 ) -> None:
-    """Run a stock command in a folder, show its progress, and append its output to
-    ``logs/COMMAND.log`` there.
+    """Run a command in a folder and append its output to ``logs/COMMAND.log`` there.
 
     Args:
-        command, arguments: what to run.
+        command: name and arguments.
         folder: of the demo.
         environment: all variables.
-        lock: file descriptor that the command keeps open, so that the lock lives as long as
-            anything that writes into the folder.
-        epochs: of the training.
+        total, unit: of the bar: epochs or cases; 0 for none.
 
     Raises:
-        StockCommandError: it ended with an error.
+        CommandFailedError: it ended with an error.
     """
-    print(f"  $ {shlex.join([command, *arguments])}", flush=True)
-    logs = folder / "logs"
-    logs.mkdir(exist_ok=True)
-    log = logs / f"{command}.log"
+    print(f"  $ {shlex.join(command)}", flush=True)
+    log = folder / "logs" / f"{command[0]}.log"
+    log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         process = subprocess.Popen(
-            [find_command(command), *arguments],
+            [find_command(command[0]), *command[1:]],
             env=environment,
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -56,9 +87,8 @@ def run_stock(
             text=True,
             errors="replace",
             start_new_session=True,
-            pass_fds=(lock,),
         )
-        progress = Progress(epochs)
+        progress = Progress(total, unit)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -74,11 +104,11 @@ def run_stock(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             raise
+        finally:
+            progress.bar.close()
     if code != 0:
-        tail = "".join(
-            f"    {line}"
-            for line in log.read_text(errors="replace").splitlines(keepends=True)[-12:]
-        )
-        raise StockCommandError(
-            f"{command} ended with exit code {code}. Its last lines:\n{tail}\nThe whole log: {log}"
+        tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
+        raise CommandFailedError(
+            f"{command[0]} ended with exit code {code}. Its last lines:\n    {tail}\n"
+            f"The whole log: {log}"
         )

@@ -1,191 +1,193 @@
-"""``stunet doctor``: what is installed and registered, and what to do about what is wrong."""
+"""Checks of the installation: what is installed and registered, and how to fix what is wrong."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import platform
+import shlex
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
+from stunet_plugin.nnunet.commands import NAMELESS
+from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, host_version, registered, trainers_folder
 from stunet_plugin.options import Options
 
-FOLDERS = {
-    "nnUNet_raw": "data sets",
-    "nnUNet_preprocessed": "preprocessed data and plans",
-    "nnUNet_results": "trained models",
-}
+OK, WARNING, WRONG = "ok", "! ", "!!"
+FOLDERS = {RAW: "datasets", PREPROCESSED: "preprocessed data and plans", RESULTS: "trained models"}
+EXTERNAL = "nnUNet_extTrainer"
 PROCESSES = {
     "nnUNet_def_n_proc": ("processes of validation after training and of evaluation", 1),
     "nnUNet_n_proc_DA": ("processes of augmentation in training", 0),
 }
 """nnU-Net's variables for numbers of processes: of what, and the least that it takes."""
+LIBRARIES = ("torch", "dynamic-network-architectures", "batchgeneratorsv2", "torchvision")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
+class Finding(NamedTuple):
+    """One line of the report: OK, WARNING or WRONG, what was examined, its state, what to do."""
 
-    Attributes:
-        what: the thing examined.
-        state: what was found.
-        advice: what to do, empty where nothing is wrong.
-        may_be_meant: the advice is a warning: what was found serves some purposes.
-    """
-
+    mark: str
     what: str
     state: str
     advice: str = ""
-    may_be_meant: bool = False
-
-    @property
-    def mark(self) -> str:
-        return "ok" if not self.advice else "! " if self.may_be_meant else "!!"
 
 
-def examine() -> int:
-    """Print the report; return 0 if nothing is wrong, else 1."""
+def examine(trainer: str) -> int:
+    """Print the report; return 0 if nothing is wrong, else 1.
+
+    Args:
+        trainer: that nnU-Net should find.
+    """
     wrong = 0
-    for finding in findings():
-        print(f"[{finding.mark}] {finding.what}: {finding.state}")
+    for finding in findings(trainer):
+        wrong += finding.mark == WRONG
+        print(f"[{finding.mark}] {finding.what}: {finding.state}", flush=True)
         if finding.advice:
-            wrong += not finding.may_be_meant
             print(f"     {finding.advice}")
-    print(f"\n{wrong} thing(s) to mend." if wrong else "\nEverything is in place.")
+    print(f"\n{wrong} thing(s) to fix." if wrong else "\nEverything is in place.")
     return 1 if wrong else 0
 
 
-def findings() -> Iterator[Finding]:
-    """Examine versions, the host, the GPU and the environment, one finding after the other."""
-    yield Finding("stunet-plugin", f"{__version__}, Python {platform.python_version()}")
-    yield from _host()
-    yield from _libraries()
-    yield from _gpu()
-    yield from _environment()
-
-
-def _host() -> Iterator[Finding]:
+def findings(trainer: str) -> Iterator[Finding]:
+    """Examine versions, registration, libraries, GPU, user and environment, one after the other."""
+    yield Finding(OK, "stunet-plugin", f"{__version__}, Python {platform.python_version()}")
     try:
         host = find_host()
     except PluginError as error:
-        yield Finding("nnunetv2", host_version(), str(error))
+        yield Finding(WRONG, "nnunetv2", host_version(), str(error))
+    else:
+        yield Finding(OK, "nnunetv2", f"{host_version()} in {host}")
+        yield from _registration(host)
+        yield _lookup(trainer)
+    for package in LIBRARIES:
+        try:
+            yield Finding(OK, package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(WRONG, package, "not installed", f"Run: pip install {package}")
+    yield from _gpus()
+    yield from _user()
+    yield from filter(None, map(_folder, (*FOLDERS, EXTERNAL)))
+    yield from filter(None, map(_processes, PROCESSES))
+    try:
+        yield from (Finding(OK, "option", line) for line in Options().lines())
+    except PluginError as error:
+        yield Finding(WRONG, "options", "invalid", str(error))
+
+
+def _registration(host: Path) -> Iterator[Finding]:
+    try:
+        states = registered(host)
+    except PluginError as error:
+        yield Finding(WRONG, "registration", "in the way of another file", str(error))
         return
-    yield Finding("nnunetv2", f"{host_version()} in {host}")
-    states = registered(host)
-    external = [
-        Path(path) for path in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if path
-    ]
+    external = [Path(path) for path in os.environ.get(EXTERNAL, "").split(os.pathsep) if path]
+    ours = trainers_folder().resolve()
     for what, state in states.items():
         if state == "registered":
-            yield Finding(what, state)
-        elif what == "trainers" and any(
-            path.resolve() == trainers_folder().resolve() for path in external
-        ):
-            yield Finding(what, f"{state}, but found through nnUNet_extTrainer")
+            yield Finding(OK, what, state)
+        elif what == "trainers" and any(path.resolve() == ours for path in external):
+            yield Finding(OK, what, f"{state}, but found through {EXTERNAL}")
         elif what == "planners" and external and states["trainers"] != "registered":
-            # Whoever goes without registration plans with `stunet plan`.
-            yield Finding(what, f"{state}; use `stunet plan` instead of nnUNetv2_plan_experiment")
+            # Without registration one plans with `stunet plan`.
+            state += "; use `stunet plan` instead of nnUNetv2_plan_experiment"
+            yield Finding(OK, what, state)
         else:
-            yield Finding(what, state, "Run: stunet register")
-    yield from _lookup()
+            yield Finding(WRONG, what, state, "Run: stunet register")
 
 
-def _lookup() -> Iterator[Finding]:
+def _lookup(name: str) -> Finding:
     """Ask nnU-Net itself for a trainer, as its commands do."""
-    import contextlib
-    import io
-    import warnings
-
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    name = "STUNetTrainer_base"
+    hint = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(hint),
+            warnings.catch_warnings(),
+        ):
             # nnU-Net imports all its trainers on the way, and some of their libraries complain.
             warnings.simplefilter("ignore")
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
             trainer = recursive_find_trainer_class_by_name(name)
     except Exception as error:
-        yield Finding(
-            "look-up",
-            f"nnU-Net does not find {name} ({type(error).__name__})",
-            "Run: stunet register",
-        )
-        return
-    yield Finding("look-up", f"nnU-Net finds {name} in {trainer.__module__}")
+        state = f"nnU-Net does not find {name} ({type(error).__name__})"
+        known = hint.getvalue().strip().splitlines()
+        return Finding(WRONG, "look-up", state, known[-1] if known else "Run: stunet register")
+    return Finding(OK, "look-up", f"nnU-Net finds {name} in {trainer.__module__}")
 
 
-def _libraries() -> Iterator[Finding]:
-    for package in ("torch", "dynamic-network-architectures", "batchgeneratorsv2", "torchvision"):
-        try:
-            yield Finding(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "not installed", f"Run: pip install {package}")
-
-
-def _gpu() -> Iterator[Finding]:
+def _gpus() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding(
-            "GPU", "none that torch can use; add -device cpu to nnU-Net's commands (slow)"
-        )
+        state = "none that torch can use; add -device cpu to nnU-Net's commands (slow)"
+        yield Finding(OK, "GPU", state)
         return
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        yield Finding("GPU", f"{properties.name}, {properties.total_memory / 1024**3:.0f} GB")
+        gpu = torch.cuda.get_device_properties(index)
+        yield Finding(OK, "GPU", f"{gpu.name}, {gpu.total_memory / 1024**3:.0f} GB")
 
 
-def _environment() -> Iterator[Finding]:
-    for variable, content in FOLDERS.items():
-        value = os.environ.get(variable)
-        if not value:
-            yield Finding(
-                variable, "not set", f"Run: export {variable}=/path/to/{variable}    # {content}"
-            )
-        elif not Path(value).is_dir():
-            yield Finding(variable, f"{value} (no such folder)", f"Run: mkdir -p {value}")
-        elif not os.access(value, os.W_OK):
-            yield Finding(
-                variable,
-                f"{value} (not writable)",
-                f"Make {value} writable, or set {variable} to another folder.",
-            )
-        else:
-            yield Finding(variable, value)
-    yield from _processes()
+def _user() -> Iterator[Finding]:
+    """A user id without a name (docker --user), at which torch's compiler and others fail."""
+    if os.environ.get("USER") == NAMELESS:
+        yield Finding(
+            WRONG,
+            "user",
+            f"user id {os.getuid()} has no name here, so nnU-Net's commands can fail at an import",
+            "Run: export USER=nnunet    # in docker: -e USER=nnunet",
+        )
     try:
-        lines = Options().lines()
-    except PluginError as error:
-        yield Finding("options", "invalid", str(error))
-        return
-    for line in lines:
-        yield Finding("option", line)
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    if not os.access(home, os.W_OK):
+        advice = "torch and matplotlib keep caches there. Run: export HOME=/path/to/a/folder"
+        yield Finding(WARNING, "HOME", f"{home} cannot be written", advice)
 
 
-def _processes() -> Iterator[Finding]:
-    for variable, (purpose, least) in PROCESSES.items():
-        value = os.environ.get(variable)
-        if value is None:
-            continue
-        try:
-            number = int(value)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            yield Finding(
-                variable,
-                f"{value!r} is no number of processes",
-                f"Set it to {least} or more, or unset it: {purpose}.",
-            )
-        elif variable == "nnUNet_n_proc_DA" and number == 0:
-            advice = (
-                "nnUNetv2_plan_and_preprocess and nnUNetv2_plan_experiment stop with it: set 1 or"
-                " more for them."
-            )
-            yield Finding(variable, value, advice, may_be_meant=True)
-        else:
-            yield Finding(variable, f"{value}, {purpose}")
+def _folder(variable: str) -> Finding | None:
+    value = os.environ.get(variable)
+    if not value:
+        if variable == EXTERNAL:
+            return None
+        advice = f"Run: export {variable}=/path/to/{variable}    # {FOLDERS[variable]}"
+        return Finding(WRONG, variable, "not set", advice)
+    meant = value.strip().strip("'\"").strip()
+    if meant != value or meant.startswith("~"):
+        meant = str(Path(meant).expanduser())
+        state = f"{value!r} holds a ~, quotes or blanks, which nnU-Net takes as part of the name"
+        return Finding(WRONG, variable, state, f"Run: export {variable}={shlex.quote(meant)}")
+    for folder in value.split(os.pathsep) if variable == EXTERNAL else [value]:
+        if not Path(folder).is_dir():
+            advice = f"Run: mkdir -p {shlex.quote(os.path.abspath(folder))}"
+            if variable == EXTERNAL:
+                advice = f"Run: export {EXTERNAL}=$(stunet path trainers)"
+            return Finding(WRONG, variable, f"{folder} (no such folder)", advice)
+    if variable != EXTERNAL and not os.access(value, os.W_OK):
+        advice = f"Make it writable, or set {variable} to another folder."
+        return Finding(WRONG, variable, f"{value} (not writable)", advice)
+    return Finding(OK, variable, value)
+
+
+def _processes(variable: str) -> Finding | None:
+    value = os.environ.get(variable)
+    if value is None:
+        return None
+    purpose, least = PROCESSES[variable]
+    number = int(value) if value.strip().isdecimal() else -1
+    if number < least:
+        advice = f"Set it to {least} or more, or unset it: {purpose}."
+        return Finding(WRONG, variable, f"{value!r} is no number of processes", advice)
+    if number == 0:
+        advice = "nnU-Net's planners stop with it: set 1 or more for them."
+        return Finding(WARNING, variable, value, advice)
+    return Finding(OK, variable, f"{value}, {purpose}")

@@ -1,9 +1,8 @@
-"""Making stock nnU-Net find our trainers and planners: one small bridge module in each of two
-folders of ``nnunetv2``.
+"""Registration: a bridge module in each of two folders of ``nnunetv2`` finds our classes.
 
 nnU-Net 2.8 looks for trainers in its own tree and in ``nnUNet_extTrainer``, for planners in its own
-tree alone, and has no entry points. A bridge imports our classes if the plugin is installed and is
-silent if it is not. Nothing of nnU-Net is changed. This module imports neither torch nor nnunetv2.
+tree alone, and has no entry points. A bridge imports our classes, and does nothing without the
+plugin. Nothing of nnU-Net is changed. This module imports neither torch nor nnunetv2.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.files import write_atomically
 
 MINIMUM_NNUNET = (2, 8)
 BRIDGE_NAME = "stunet_plugin_bridge.py"
-MARKER = "Written by `stunet register`"
+MARKER, REMOVAL = "Written by `stunet register`", "Remove with `stunet unregister`."
 
-_BRIDGE = '''"""{marker}: lets nnU-Net find the {what} of stunet-plugin. Remove with `stunet unregister`.
+_BRIDGE = '''"""{marker}: lets nnU-Net find the {what} of stunet-plugin. {removal}
 
 Does nothing once stunet-plugin is uninstalled.
 """
@@ -37,10 +36,8 @@ except ModuleNotFoundError as error:
 '''
 
 
-@dataclass(frozen=True)
-class Bridge:
-    """One bridge: what it makes findable, the module it imports, and its folder below
-    ``nnunetv2``."""
+class Bridge(NamedTuple):
+    """What it makes findable, the module it imports, and its folder below ``nnunetv2``."""
 
     what: str
     module: str
@@ -50,7 +47,7 @@ class Bridge:
         return host / self.folder / BRIDGE_NAME
 
     def text(self) -> str:
-        return _BRIDGE.format(marker=MARKER, what=self.what, module=self.module)
+        return _BRIDGE.format(marker=MARKER, removal=REMOVAL, what=self.what, module=self.module)
 
 
 BRIDGES = (
@@ -88,9 +85,8 @@ def check_version(version: str) -> None:
     if numbers and numbers < MINIMUM_NNUNET:
         needed = ".".join(map(str, MINIMUM_NNUNET))
         raise PluginError(
-            f"nnunetv2 {version} is installed, but stunet-plugin needs {needed} or newer (it finds"
-            f" trainers through interfaces that came with {needed}). Run: pip install --upgrade"
-            f" 'nnunetv2>={needed}'"
+            f"nnunetv2 {version} is installed, but stunet-plugin needs {needed} or newer. Run:"
+            f" pip install --upgrade 'nnunetv2>={needed}'"
         )
 
 
@@ -98,17 +94,16 @@ def register() -> list[str]:
     """Write the bridges; return one line per bridge on what was done.
 
     Raises:
-        PluginError: a folder cannot be written, or a file that is not ours stands in the way.
-            Nothing is left half-written, and no bridge is left without the other.
+        PluginError: a folder cannot be written, or a file that is not ours is there. Nothing is
+            left half-written, and no bridge is left without the other.
     """
     host = find_host()
-    for bridge in BRIDGES:
-        _check_ours(bridge.path(host))
     lines: list[str] = []
     written: list[Path] = []
+    states = registered(host)
     for bridge in BRIDGES:
         path = bridge.path(host)
-        if path.is_file() and path.read_text() == bridge.text():
+        if states[bridge.what] == "registered":
             lines.append(f"{bridge.what}: already registered in {path}")
             continue
         try:
@@ -123,38 +118,46 @@ def register() -> list[str]:
 
 
 def unregister() -> list[str]:
-    """Remove the bridges; return one line per bridge on what was done."""
+    """Remove the bridges; return one line per bridge on what was done.
+
+    Raises:
+        PluginError: one cannot be removed, or is not ours.
+    """
     host = find_host()
+    states = registered(host)
     lines = []
     for bridge in BRIDGES:
-        _check_ours(bridge.path(host))
-    for bridge in BRIDGES:
         path = bridge.path(host)
-        if not path.exists():
+        if states[bridge.what] == "not registered":
             lines.append(f"{bridge.what}: not registered, nothing to do")
             continue
         try:
             path.unlink()
         except OSError as error:
             raise PluginError(
-                f"Cannot remove {path} ({error.strerror}). Ask whoever may write there to delete"
-                " that file."
+                f"Cannot remove {path} ({error.strerror}). Ask whoever may write there to do it."
             ) from error
         lines.append(f"{bridge.what}: removed {path}")
     return lines
 
 
 def registered(host: Path) -> dict[str, str]:
-    """Return the state of each bridge: ``registered``, ``out of date`` or ``not registered``."""
+    """Return the state of each bridge: ``registered``, ``out of date`` or ``not registered``.
+
+    Raises:
+        PluginError: a file of a bridge's name is not ours.
+    """
     states = {}
     for bridge in BRIDGES:
         path = bridge.path(host)
-        if not path.is_file():
-            states[bridge.what] = "not registered"
-        else:
-            states[bridge.what] = (
-                "registered" if path.read_text(errors="replace") == bridge.text() else "out of date"
+        text = path.read_text(errors="replace") if path.is_file() else None
+        if os.path.lexists(path) and MARKER not in (text or ""):
+            raise PluginError(
+                f"{path} is there, but `stunet register` did not write it. Move it away and try"
+                " again."
             )
+        current = "registered" if text == bridge.text() else "out of date"
+        states[bridge.what] = current if text is not None else "not registered"
     return states
 
 
@@ -172,23 +175,15 @@ def without_registration(folder: Path, error: OSError) -> str:
     """Say how to use the plugin where ``nnunetv2`` cannot be written."""
     return (
         f"Cannot write to {folder} ({error.strerror}). The plugin works without registration too:\n"
-        "  trainers:  export nnUNet_extTrainer=$(stunet path trainers)     # then nnUNetv2_train"
-        " ... -tr STUNetTrainer_base\n  planners:  stunet plan -d DATASET_ID -pl"
-        " STUNetPlanner_base     # then nnUNetv2_preprocess -plans_name STUNetPlans_base"
+        "  export nnUNet_extTrainer=$(stunet path trainers)    # then nnUNetv2_train ... -tr"
+        " STUNetTrainer_base\n"
+        "  stunet plan -d DATASET_ID -pl STUNetPlanner_base    # then nnUNetv2_preprocess"
+        " -plans_name STUNetPlans_base"
     )
 
 
-def _check_ours(path: Path) -> None:
-    if os.path.lexists(path) and not (
-        path.is_file() and MARKER in path.read_text(errors="replace")
-    ):
-        raise PluginError(
-            f"{path} is there, but `stunet register` did not write it. Move it away and try again."
-        )
-
-
 def _package_folder(package: str) -> Path:
-    # The parent alone is imported (light); the package itself would import torch.
+    # Only the parent is imported (light); the package itself would import torch.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise PluginError(

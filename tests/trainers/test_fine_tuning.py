@@ -80,11 +80,11 @@ def test_options_are_parsed_and_refused() -> None:
     assert options.whole(EPOCHS, 1000) == 7
     assert options.fraction(ENCODER_RATE, 1.0) == 0.1
     for variable, text, message in (
-        ("STUNET_EPOCHS", "0", "a whole number from 1 to 1e\\+06"),
-        ("STUNET_EPOCHS", "1.5", "a whole number from 1 to 1e\\+06"),
+        ("STUNET_EPOCHS", "0", "an integer from 1 to 1000000"),
+        ("STUNET_EPOCHS", "1.5", "an integer from 1 to 1000000"),
         ("STUNET_ENCODER_RATE", "2", "a number from 0 to 1"),
         ("STUNET_ENCODER_RATE", "nan", "a number from 0 to 1"),
-        ("STUNET_SEED", "-1", "a whole number from 0 to"),
+        ("STUNET_SEED", "-1", "an integer from 0 to"),
     ):
         with pytest.raises(PluginError, match=f"{variable}='{text}' must be {message}"):
             Options({variable: text})

@@ -187,7 +187,7 @@ def test_options_are_applied_and_checked(
         second.network.encoder.stages[0][0].conv1.weight,
     )
     monkeypatch.setenv("STUNET_EPOCHS", "many")
-    with pytest.raises(PluginError, match="STUNET_EPOCHS='many' must be a whole number from 1"):
+    with pytest.raises(PluginError, match="STUNET_EPOCHS='many' must be an integer from 1"):
         make()
 
 
