@@ -212,12 +212,13 @@ class _Run:
 
         ending = self.dataset.file_ending
         name = label.name.removesuffix(ending)
-        image_file = self.held_out / "images" / f"{name}_0000{ending}"
-        image, reference, prediction = (
-            sitk.ReadImage(str(path)) for path in (image_file, label, self.predictions / label.name)
+        image = sitk.ReadImage(str(self.held_out / "images" / f"{name}_0000{ending}"))
+        reference, prediction = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+            for path in (label, self.predictions / label.name)
         )
-        arrays = map(sitk.GetArrayFromImage, (image, reference, prediction))
-        return OverlayCase(name, *arrays, image.GetSpacing()[::-1])
+        array, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+        return OverlayCase(name, array, reference, prediction, spacing)
 
     def _class_names(self) -> dict[int, str]:
         """Label value to name, without background and ignore; a region has its first label's."""

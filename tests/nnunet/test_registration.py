@@ -1,5 +1,4 @@
-"""Being found: bridges in a copy of nnunetv2, plain and editable installs, uninstalling, and the
-way without registration."""
+"""Registration: bridges in a copy of nnunetv2, plain and editable installs, uninstalling."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet import doctor, registration
+from stunet_plugin.nnunet import registration
 from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.registration import (
     BRIDGES,
@@ -29,12 +28,16 @@ from conftest import PHANTOM_ID, Workspace
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the installed nnunetv2."""
+    """A folder in place of the installed nnunetv2."""
     host = tmp_path / "nnunetv2"
     for bridge in BRIDGES:
         bridge.path(host).parent.mkdir(parents=True)
     monkeypatch.setattr(registration, "find_host", lambda: host)
     return host
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_register_and_unregister_are_idempotent(host: Path) -> None:
@@ -43,10 +46,10 @@ def test_register_and_unregister_are_idempotent(host: Path) -> None:
     assert all("already registered" in line for line in register())
     assert all("removed" in line for line in unregister())
     assert all("nothing to do" in line for line in unregister())
-    assert [path for path in host.rglob("*") if path.is_file()] == []
+    assert files(host) == []
 
 
-def test_an_old_bridge_is_replaced_and_a_strangers_file_is_not(host: Path) -> None:
+def test_an_old_bridge_is_replaced_and_another_file_is_not(host: Path) -> None:
     trainers, planners = (bridge.path(host) for bridge in BRIDGES)
     trainers.write_text(f'"""{registration.MARKER}, long ago."""')
     assert registered(host)["trainers"] == "out of date"
@@ -76,63 +79,41 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(
         write(path, text)
 
     monkeypatch.setattr(registration, "write_atomically", refuse)
-    with pytest.raises(
-        PluginError,
-        match=(
-            r"Permission denied(.|\n)*nnUNet_extTrainer=\$\(stunet path trainers\)(.|\n)*stunet"
-            r" plan"
-        ),
-    ):
+    with pytest.raises(PluginError, match=r"(?s)denied.*=\$\(stunet path trainers\).*stunet plan"):
         register()
-    assert [path for path in host.rglob("*") if path.is_file()] == []
+    assert files(host) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(registration, "find_host", lambda: host)
+    register()
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: refuse(BRIDGES[failing].path(host), ""))
+    with pytest.raises(PluginError, match="Cannot remove .*Permission denied"):
+        unregister()
 
 
 def test_old_nnunet_is_refused() -> None:
-    check_version("2.8")
-    check_version("3.0.1")
-    check_version("unknown")
-    with pytest.raises(
-        PluginError, match=r"nnunetv2 2\.7\.1 is installed, but stunet-plugin needs 2\.8 or newer"
-    ):
+    for version in ("2.8", "3.0.1", "unknown"):
+        check_version(version)
+    with pytest.raises(PluginError, match=r"nnunetv2 2\.7\.1 is installed, .* needs 2\.8"):
         check_version("2.7.1")
 
 
-def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
-        registration.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 class Installation:
-    """A virtual environment that sees this one's packages, with an nnunetv2 of its own to write
-    into."""
+    """A virtual environment that sees this one's packages, with an nnunetv2 of its own."""
 
     def __init__(self, root: Path, repository: Path) -> None:
         self.source = root / "source"
-        shutil.copytree(
-            repository,
-            self.source,
-            ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "results"),
-        )
+        left_out = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "results")
+        shutil.copytree(repository, self.source, ignore=left_out)
         venv.create(root / "venv", with_pip=False, symlinks=True)
         self.python = root / "venv" / "bin" / "python"
         site = next((root / "venv" / "lib").glob("python*/site-packages"))
         outside = sysconfig.get_path("purelib")
         (site / "outside.pth").write_text(f"{outside}\n")
-        shutil.copytree(
-            Path(outside, "nnunetv2"),
-            site / "nnunetv2",
-            ignore=shutil.ignore_patterns(registration.BRIDGE_NAME, "__pycache__"),
-        )
         self.host = site / "nnunetv2"
+        import nnunetv2
+
+        left_out = shutil.ignore_patterns(registration.BRIDGE_NAME, "__pycache__")
+        shutil.copytree(nnunetv2.__path__[0], self.host, ignore=left_out)
 
     def pip(self, *arguments: object) -> None:
         command = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
@@ -141,19 +122,35 @@ class Installation:
 
     def run(
         self, workspace: Workspace, command: str, *arguments: object, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a stock command's script with the Python of this environment, without
-        nnUNet_extTrainer."""
+    ) -> str:
+        """Run a command with the Python of this environment, without nnUNet_extTrainer."""
         script = self.python.parent / command
         found = str(script) if script.is_file() else find_command(command)
         variables = {**workspace.environment, "nnUNet_n_proc_DA": "1", **environment}
         variables.pop("nnUNet_extTrainer")
-        return subprocess.run(
+        result = subprocess.run(
             [str(self.python), found, *map(str, arguments)],
             env=variables,
             cwd=workspace.root,
             capture_output=True,
             text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def look_up(self, trainer: str, without_plugin: bool = False) -> subprocess.CompletedProcess:
+        """Ask nnU-Net for a trainer; print its module."""
+        code = (
+            "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f;"
+            " print(f(sys.argv[1]).__module__)"
+        )
+        hide = "sys.modules['stunet_plugin'] = None;" if without_plugin else ""
+        return subprocess.run(
+            [self.python, "-c", f"import sys; {hide} {code}", trainer],
+            capture_output=True,
+            text=True,
+            cwd=self.source.parent,
+            env={**os.environ, "PYTHONPATH": ""},
         )
 
 
@@ -163,144 +160,32 @@ def test_installed_registered_found_and_gone(
     phantoms: Workspace, tmp_path: Path, repository: Path, editable: bool
 ) -> None:
     installation = Installation(tmp_path, repository)
-    installation.pip(
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        *(["-e"] if editable else []),
-        installation.source,
-    )
-    done = installation.run(phantoms, "stunet", "register")
-    assert done.returncode == 0, done.stderr
+    how = ["-e"] if editable else []
+    installation.pip("install", "--no-deps", "--no-build-isolation", *how, installation.source)
+    installation.run(phantoms, "stunet", "register")
     assert registered(installation.host) == {"trainers": "registered", "planners": "registered"}
 
-    name = f"Registered{editable}"
-    planned = installation.run(
-        phantoms,
-        "nnUNetv2_plan_experiment",
-        "-d",
-        PHANTOM_ID,
-        "-pl",
-        "STUNetPlanner_tiny",
-        "-overwrite_plans_name",
-        name,
+    plans, planner, trainer = f"Registered{editable}", "STUNetPlanner_tiny", "STUNetTrainer_tiny"
+    installation.run(
+        *(phantoms, "nnUNetv2_plan_experiment", "-d", PHANTOM_ID, "-pl", planner),
+        *("-overwrite_plans_name", plans),
     )
-    assert planned.returncode == 0, planned.stderr
     if not editable:  # training costs the same minute either way
-        trained = installation.run(
-            phantoms,
-            "nnUNetv2_train",
-            PHANTOM_ID,
-            "3d_fullres",
-            0,
-            "-tr",
-            "STUNetTrainer_tiny",
-            "-p",
-            name,
-            "-device",
-            "cpu",
-            "--disable_checkpointing",
+        output = installation.run(
+            *(phantoms, "nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", trainer, "-p", plans),
+            *("-device", "cpu", "--disable_checkpointing"),
             STUNET_ITERATIONS="1",
             nnUNet_n_proc_DA="0",
         )
-        assert trained.returncode == 0, trained.stderr
-        assert "Pseudo dice" in trained.stdout
-
-    look_up = (
-        "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find;"
-        " import sys;print(find(sys.argv[1]).__module__)"
-    )
-    where = subprocess.run(
-        [installation.python, "-c", look_up, "STUNetTrainer_huge_ft"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert where.stdout.strip() == "stunet_plugin.trainers.stunet_trainers"
+        assert "Pseudo dice" in output
+    found = installation.look_up("STUNetTrainer_huge_ft").stdout.strip()
+    assert found == "stunet_plugin.trainers.stunet_trainers"
 
     # Once the plugin is gone the bridge is silent: stock trainers are found past it, ours are not.
     installation.pip("uninstall", "-y", "stunet-plugin")
-    hide = {**os.environ, "PYTHONPATH": ""}
-    isolated = f"import sys; sys.modules['stunet_plugin'] = None; {look_up}"
-    stock = subprocess.run(
-        [installation.python, "-c", isolated, "nnUNetTrainer_5epochs"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=hide,
-    )
+    stock = installation.look_up("nnUNetTrainer_5epochs", without_plugin=True)
     assert stock.returncode == 0, stock.stderr
     assert "stunet" not in stock.stderr.lower()
-    ours = subprocess.run(
-        [installation.python, "-c", isolated, "STUNetTrainer_base"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=hide,
-    )
+    ours = installation.look_up("STUNetTrainer_base", without_plugin=True)
     assert ours.returncode != 0
     assert "Could not find requested nnunet trainer STUNetTrainer_base" in ours.stderr
-
-
-def test_doctor_reports_and_its_exit_code_can_be_trusted(phantoms: Workspace) -> None:
-    green = phantoms.run("stunet", "doctor")
-    assert "Everything is in place" in green.stdout
-    assert (
-        "found through nnUNet_extTrainer" in green.stdout or "trainers: registered" in green.stdout
-    )
-    wrong = phantoms.run(
-        "stunet",
-        "doctor",
-        check=False,
-        nnUNet_raw=None,
-        nnUNet_results="/nowhere/at/all",
-        STUNET_EPOCHS="x",
-    )
-    assert wrong.returncode == 1
-    for text in (
-        "export nnUNet_raw=",
-        "mkdir -p /nowhere/at/all",
-        "STUNET_EPOCHS='x' must be a whole number",
-    ):
-        assert text in wrong.stdout
-
-
-def test_doctor_looks_at_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 for augmentation serves training and stops nnU-Net's planner: a warning, which is nothing
-    to mend."""
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_def_n_proc", "two")
-    wrong, warning = doctor._processes()
-    assert (wrong.mark, warning.mark) == ("!!", "! ")
-    assert "'two' is no number of processes" in wrong.state
-    assert "nnUNetv2_plan_and_preprocess" in warning.advice
-    monkeypatch.setenv("nnUNet_n_proc_DA", "4")
-    monkeypatch.delenv("nnUNet_def_n_proc")
-    assert [finding.mark for finding in doctor._processes()] == ["ok"]
-
-
-def test_help_is_quick_to_import_and_shows_an_example() -> None:
-    loaded = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            (
-                "import sys, stunet_plugin.cli as c; c.build_parser(); print(*(m in sys.modules for"
-                " m in ('torch', 'numpy')))"
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert loaded.stdout.split() == ["False", "False"]
-    for command in ("list", "register", "unregister", "doctor", "path", "plan", "demo"):
-        shown = subprocess.run(
-            [find_command("stunet"), command, "--help"], capture_output=True, text=True, check=True
-        )
-        assert "Example: " in shown.stdout
-    wrong = subprocess.run(
-        [find_command("stunet"), "demo", "--size", "gigantic"], capture_output=True, text=True
-    )
-    assert wrong.returncode == 2
-    assert "tiny" in wrong.stderr
