@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,46 +126,6 @@ def kept_for_backward(step: TrainingStep) -> dict[str, int]:
     return dict(total)
 
 
-def optimizer_extra(step: TrainingStep) -> dict[str, int]:
-    """Return the bytes that each implementation of the optimizer's step takes for itself."""
-    kinds = {
-        "foreach": {"foreach": True},
-        "one by one": {"foreach": False},
-        "fused": {"fused": True},
-    }
-    extra = {}
-    for name, options in kinds.items():
-        parameters = list(step.parameters.parameters())
-        optimizer = torch.optim.SGD(
-            parameters, 1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True, **options
-        )
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the momentum
-        extra[name] = allocation_peak(optimizer.step)
-        optimizer.zero_grad(set_to_none=True)
-    return extra
-
-
-def loss_extra(step: TrainingStep) -> dict[str, int]:
-    """Return what each term of the loss at full resolution takes, forward and backward."""
-    criterion, target = step.loss.loss, step.targets[0]
-    outputs = step.parameters.decoder.num_classes
-    logits = torch.randn(len(target), outputs, *target.shape[2:], requires_grad=True)
-
-    def run(term: Callable[[], Tensor]) -> None:
-        term().backward()
-        logits.grad = None
-
-    terms = {
-        "Dice": lambda: criterion.dc(logits, target),
-        "cross-entropy": lambda: criterion.ce(logits, target[:, 0].long()),
-        "both": lambda: criterion(logits, target),
-    }
-    extra = {name: allocation_peak(partial(run, term)) for name, term in terms.items()}
-    return {"logits": storage_bytes([logits]), **extra}
-
-
 def measure(outputs: int) -> dict[str, int]:
     """Return bytes by what they are, of one number of outputs."""
     step: Any = make_step(Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, 1, outputs, 1))
@@ -178,14 +136,9 @@ def measure(outputs: int) -> dict[str, int]:
     parts |= {f"peak of {stage}": size for stage, size in peaks_by_stage(step, True).items()}
     without = peaks_by_stage(step, keep_gradients=False)["validation"]
     parts["peak of validation, gradients discarded"] = without
-    groups = {
-        "kept for backward": kept_for_backward(step),
-        "optimizer's step above that": optimizer_extra(step),
-        "full resolution alone": loss_extra(step),
+    return parts | {
+        f"kept for backward: {name}": size for name, size in kept_for_backward(step).items()
     }
-    for title, group in groups.items():
-        parts |= {f"{title}: {name}": size for name, size in group.items()}
-    return parts
 
 
 def checkpointed_peak(shape: STUNetShape, arguments: dict[str, Any], setting: str) -> int:

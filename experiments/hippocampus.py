@@ -77,15 +77,10 @@ def make_figures(options: argparse.Namespace) -> None:
     """Write curves, overlay and numbers.
 
     Raises:
-        PluginError: a training has not finished, or a run to keep is not in the file.
+        PluginError: a training has not finished.
     """
     folds = {name: Path(folder) for name, _, folder in (run.partition("=") for run in options.run)}
     runs = {name: read_run(fold) for name, fold in folds.items()}
-    earlier = json.loads(options.json.read_text())["runs"] if options.keep else {}
-    missing = sorted({*options.keep} - {*earlier})
-    if missing:
-        raise PluginError(f"{options.json} holds no run {missing}; it has {', '.join(earlier)}.")
-    runs |= {name: earlier[name] for name in options.keep}
     save_curves(runs, options.out / f"{options.stem}_curves.png")
     cases = overlay_cases(next(iter(folds.values())), options.raw)
     labels = {1: "anterior", 2: "posterior"}
@@ -130,9 +125,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--run", action="append", required=True, metavar="NAME=FOLD", help="fold folder; repeat")
     add("--stem", default="hippocampus", help="what the PNGs' names begin with")
     add("--json", type=Path, required=True, help="file for the numbers")
-    add(
-        "--keep", action="append", default=[], metavar="NAME", help="run of the --json file; repeat"
-    )
     add("--machine", required=True, help="what it ran on, in words")
     thin.add_argument("--every", type=int, required=True, help="2 for every second slice")
     thin.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="along x, y or z")

@@ -55,16 +55,15 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights to start from: size, kind of pretraining, share of its iterations; or a file."""
+    """Weights to start from: size, kind of pretraining, share of its iterations."""
 
     size: str
     kind: str
     share: float = 1.0
-    file: Path | None = None
 
     @property
     def name(self) -> str:
-        share = "" if self.share == 1 or self.file else f" {self.share:g}"
+        share = "" if self.share == 1 else f" {self.share:g}"
         return f"{self.size} {self.kind}{share}"
 
     @property
@@ -93,8 +92,8 @@ class RankingExperiment(FusionExperiment):
 
     def weights(self, candidate: Candidate) -> Path | None:
         """Pretrain unless that is done; return the checkpoint, None for random weights."""
-        if candidate.kind == RANDOM or candidate.file:
-            return candidate.file
+        if candidate.kind == RANDOM:
+            return None
         iterations = max(int(self.options.pretrain_iterations * candidate.share), 1)
         options = self.training_options(iterations, 1)
         if candidate.kind == FUSION:
@@ -137,24 +136,12 @@ class RankingExperiment(FusionExperiment):
 
 
 def candidates_of(options: argparse.Namespace) -> list[Candidate]:
-    """Return what is ranked: per size random weights and two pretrainings, and a user's files.
-
-    Raises:
-        PluginError: a file is not given as it should be, or two candidates have one name.
-    """
+    """Return what is ranked: per size random weights and two kinds of pretraining."""
     found = []
     for size in options.sizes:
         found.append(Candidate(size, RANDOM))
         kinds = (SUPERVISED, FUSION)
         found += [Candidate(size, kind, share) for kind in kinds for share in options.shares]
-    for text in options.weights:
-        size, _, rest = text.partition(":")
-        name, _, file = rest.partition("=")
-        if not (size and name and file) or not Path(file).is_file():
-            raise PluginError(f"--weights must be SIZE:NAME=CHECKPOINT, not {text!r}.")
-        found.append(Candidate(size, name, file=Path(file).resolve()))
-    if len({one.folder for one in found}) < len(found):
-        raise PluginError("Two candidates have the same name. Name --weights differently.")
     return found
 
 
@@ -278,7 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = add_common_options(parser)
     add("--sizes", nargs="+", default=["tiny", "small"], help="of STU-Net")
     add("--shares", type=float, nargs="+", default=[1.0, 0.1], help="of the pretraining")
-    add("--weights", nargs="+", default=[], metavar="SIZE:NAME=FILE", help="further checkpoints")
     add("--cases", type=int, nargs=1, default=[8], help="labelled cases to fine-tune and rank on")
     add("--seeds", type=int, nargs="+", default=[1, 2], help="of labelled cases and weights")
     add("--test-cases", type=int, default=40, help="held out")
