@@ -2,8 +2,8 @@
 
 Both make samples of the same scans: the plain one from memory, ours as in a training, from a folder
 that nnU-Net's dataset reads (blosc2), a batch of pairs at a time, fused on the training device. The
-two alternate for several rounds. Measured with one process on one thread (a background worker), and
-with two at once. Writes a JSON file and a Markdown table beside it.
+two alternate for several rounds, on one thread, as a background worker. Writes a JSON file and a
+Markdown table beside it.
 
 Exit codes: 0 done, 2 wrong input, 130 interrupted.
 """
@@ -16,8 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from stunet_plugin.pretraining.volume_fusion import SCHEMES, VolumeFusion
 
 SCANS = 3
 BATCH = 2
-Pipeline = Callable[..., Iterator[None]]
 
 
 def make_scans(shape: Sequence[int], folder: Path) -> list[np.ndarray]:
@@ -80,34 +78,6 @@ def seconds_per_sample(samples: Iterator[None], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def measure_in_process(
-    make: Pipeline, arguments: tuple[Any, ...], count: int, barrier: Any, queue: Any
-) -> None:
-    """Make a batch to warm up, then ``count`` samples once all processes are ready."""
-    torch.set_num_threads(1)
-    samples = make(*arguments)
-    seconds_per_sample(samples, BATCH)
-    barrier.wait()
-    queue.put(seconds_per_sample(samples, count))
-
-
-def measure(make: Pipeline, arguments: tuple[Any, ...], count: int, processes: int) -> float:
-    """Return seconds per sample: the slowest process's time, shared by all that ran at once."""
-    context = get_context("fork")
-    barrier, queue = context.Barrier(processes), context.Queue()
-    given = make, arguments, count, barrier, queue
-    workers = [
-        context.Process(target=measure_in_process, args=given, daemon=True)
-        for _ in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    slowest = max(queue.get(timeout=600) for _ in workers)
-    for worker in workers:
-        worker.join()
-    return slowest / processes
-
-
 def measure_fusion(patch: Sequence[int], device: str, count: int) -> dict[str, float]:
     """Return seconds per sample of the fusion alone, per scheme, on a device."""
     foreground, background = torch.rand(2, BATCH, 1, *patch, device=device)
@@ -127,37 +97,34 @@ def measure_fusion(patch: Sequence[int], device: str, count: int) -> dict[str, f
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and return the report."""
     torch.set_num_threads(1)
-    results = []
+    rounds: dict[str, list[float]] = {"ours": [], "plain": []}
     with tempfile.TemporaryDirectory() as temporary:
         scans = make_scans(options.volume, Path(temporary))
-        pipelines: dict[str, tuple[Pipeline, tuple[Any, ...]]] = {
-            "plain": (plain_samples, (scans, options.patch)),
-            "ours": (our_samples, (Path(temporary), options.patch)),
+        pipelines = {
+            "ours": our_samples(Path(temporary), options.patch),
+            "plain": plain_samples(scans, options.patch),
         }
-        for processes in options.processes:
-            rounds: dict[str, list[float]] = {name: [] for name in pipelines}
-            for _ in range(options.repeats):
-                for name, pipeline in pipelines.items():
-                    rounds[name].append(measure(*pipeline, options.samples, processes))
-            seconds = {name: spread(values) for name, values in rounds.items()}
-            ratios = reports.ratios(rounds["ours"], rounds["plain"])
-            result = {"seconds_per_sample": seconds, "ours_over_plain": ratios}
-            results.append({"processes": processes, **result})
+        for number in range(options.repeats + 1):
+            for name, samples in pipelines.items():
+                seconds = seconds_per_sample(samples, options.samples)
+                if number:  # the first round warms up
+                    rounds[name].append(seconds)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     fusion = {device: measure_fusion(options.patch, device, options.samples) for device in devices}
     settings = {key: getattr(options, key) for key in ("patch", "volume", "samples", "repeats")}
-    report = {**reports.about(), "settings": settings, "results": results}
-    return {**report, "fusion_alone_seconds_per_sample": fusion}
+    return {
+        **reports.about(),
+        "settings": settings,
+        "seconds_per_sample": {name: spread(values) for name, values in rounds.items()},
+        "ours_over_plain": reports.ratios(rounds["ours"], rounds["plain"]),
+        "fusion_alone_seconds_per_sample": fusion,
+    }
 
 
 def markdown_table(report: dict[str, Any]) -> str:
     """Return the report as a Markdown table with a line on how it came about."""
-    rows = []
-    for result in report["results"]:
-        seconds = result["seconds_per_sample"]
-        times = [seconds_text(seconds[name]["median"]) for name in ("ours", "plain")]
-        ratio = reports.ratio_text(result["ours_over_plain"])
-        rows.append([result["processes"], *times, ratio])
+    times = [seconds_text(one["median"]) for one in report["seconds_per_sample"].values()]
+    rows = [[*times, reports.ratio_text(report["ours_over_plain"])]]
     settings, machine = report["settings"], report["machine"]
     fusion = "; ".join(
         f"{device} {', '.join(f'{year}: {seconds_text(one)}' for year, one in years.items())}"
@@ -169,7 +136,7 @@ def markdown_table(report: dict[str, Any]) -> str:
         f" rounds of {settings['samples']} samples; in brackets the lowest and highest ratio of a"
         f" round. The fusion alone, which ours does on the training device: {fusion}."
     )
-    table = reports.markdown(["processes", "ours", "plain", "ours / plain"], rows, texts=0)
+    table = reports.markdown(["ours", "plain", "ours / plain"], rows, texts=0)
     return f"{table}\n\n{note}"
 
 
@@ -181,9 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     add, axes = parser.add_argument, {"type": int, "nargs": 3, "metavar": "N"}
     add("--patch", default=[64, 128, 128], help="voxels per axis of a sample", **axes)
     add("--volume", default=[128, 200, 200], help="voxels per axis of a scan", **axes)
-    add("--samples", type=int, default=20, help="per round and process")
+    add("--samples", type=int, default=20, help="per round")
     add("--repeats", type=int, default=5, help="rounds in which the two alternate")
-    add("--processes", type=int, nargs="+", default=[1, 2], help="at once, each on one thread")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file; the table goes to .md")
     return parser
 
@@ -191,8 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        counts = (*options.processes, options.samples, options.repeats)
-        if min(*options.patch, *options.volume, *counts) < 1:
+        if min(*options.patch, *options.volume, options.samples, options.repeats) < 1:
             raise PluginError("All numbers must be at least 1.")
         reports.check_output(options.out)
         report = run(options)
