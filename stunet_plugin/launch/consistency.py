@@ -1,14 +1,12 @@
-"""What the processes of one training have to have in common, compared before any of them writes.
+"""Consistency of the processes of one training, checked before any of them writes.
 
-Where they differ a training does not fail but wait for ever, or go wrong unseen: a process that
-    finds no checkpoint to continue
-from, because its results folder is another one, starts anew beside one that goes on.
+Where they differ a training waits for ever, or goes wrong silently: a process that finds no
+checkpoint to continue from, because its results folder is another, would start from scratch.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import socket
 import tempfile
@@ -27,15 +25,14 @@ from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.options import OPTIONS
+from stunet_plugin.utils.files import sha256_of
 
 PATIENCE_SECONDS = 30.0
-"""For a new file to be seen from the other machines: network file systems remember for a while what
-was in a folder."""
+"""For a new file to be seen from other machines: network file systems cache folders."""
 
 
-def check_agreement(options: argparse.Namespace) -> None:
-    """Raise unless all processes were started alike. Every process has to call this, and all raise
-    the same.
+def check_consistency(options: argparse.Namespace) -> None:
+    """Raise unless all processes were started alike. Every process calls this, all raise alike.
 
     Args:
         options: of the launcher.
@@ -43,9 +40,7 @@ def check_agreement(options: argparse.Namespace) -> None:
     Raises:
         PluginError: two of them have other arguments, options, plans or software.
     """
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, (socket.gethostname(), facts(options)))
-    difference = first_difference(everyone)
+    difference = first_difference(_gather((socket.gethostname(), settings_of(options))))
     if difference is not None:
         raise PluginError(
             f"The processes were not started alike: {difference}. All need the same arguments,"
@@ -53,44 +48,37 @@ def check_agreement(options: argparse.Namespace) -> None:
         )
 
 
-def facts(options: argparse.Namespace) -> dict[str, str]:
-    """Return what has to be the same in every process, by the name that a user knows it by."""
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return what must be the same in every process, by the name that users know."""
     found = {f"the argument {name}": str(value) for name, value in vars(options).items()}
     found |= {option.variable: os.environ.get(option.variable, "not set") for option in OPTIONS}
     found |= {
         "stunet-plugin": __version__,
         "nnunetv2": host_version(),
         "torch": torch.__version__.partition("+")[0],
+        "nnUNet_results": "set" if nnUNet_results.is_set() else "not set",
     }
-    found["nnUNet_results"] = "set" if nnUNet_results.is_set() else "not set"
     dataset = options.dataset_name_or_id
-    # What is wrong with the name of a dataset nnU-Net says itself, when all processes have it.
+    # nnU-Net itself says what is wrong with a dataset's name.
     with suppress(RuntimeError):
         dataset = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
-    folder = Path(nnUNet_preprocessed.get() or "", dataset)
-    names = [
-        f"{options.p}.json",
-        "dataset.json",
-        *(["splits_final.json"] if options.fold != "all" else []),
-    ]
-    for file in (folder / name for name in names):
-        found[file.name] = (
-            hashlib.sha256(file.read_bytes()).hexdigest()[:8] if file.is_file() else "missing"
-        )
+    names = [f"{options.p}.json", "dataset.json"]
+    names += ["splits_final.json"] if options.fold != "all" else []
+    for file in (Path(nnUNet_preprocessed.get() or "", dataset, name) for name in names):
+        found[file.name] = sha256_of(file)[:8] if file.is_file() else "missing"
     if options.pretrained_weights is not None:
         weights = Path(options.pretrained_weights)
         # Reading all of it takes minutes for the large sizes.
-        found["the file of -pretrained_weights"] = (
-            f"{weights.stat().st_size} bytes" if weights.is_file() else "missing"
-        )
+        size = f"{weights.stat().st_size} bytes" if weights.is_file() else "missing"
+        found["the file of -pretrained_weights"] = size
     return found
 
 
 def first_difference(everyone: Sequence[tuple[str, dict[str, str]]]) -> str | None:
-    """Return what is the first thing that two processes differ in, or None.
+    """Return the first difference between two processes, or None.
 
     Args:
-        everyone: machine and facts of each process.
+        everyone: machine and settings of each process.
     """
     (machine, expected), *others = everyone
     for rank, (other_machine, found) in enumerate(others, 1):
@@ -105,17 +93,18 @@ def first_difference(everyone: Sequence[tuple[str, dict[str, str]]]) -> str | No
 
 
 def check_results_are_shared() -> None:
-    """Raise unless every process sees what the first one writes to its results folder. Every
-    process has to call this.
+    """Raise unless every process sees what the first writes to its results folder. Every process
+    calls this, all raise alike.
 
     Raises:
-        PluginError: one does not; all raise the same.
+        PluginError: one does not.
     """
     results = Path(nnUNet_results)
     names = [""]
-    if distributed.get_rank() == 0:
-        # Where it cannot be written the trainer says so.
-        with suppress(OSError):
+    first = distributed.get_rank() == 0
+    # If it cannot be written the trainer says so.
+    with suppress(OSError):
+        if first:
             results.mkdir(parents=True, exist_ok=True)
             descriptor, path = tempfile.mkstemp(prefix=".stunet_plugin_", dir=results)
             os.close(descriptor)
@@ -124,21 +113,25 @@ def check_results_are_shared() -> None:
         distributed.broadcast_object_list(names)
         if not names[0]:
             return
-        everyone: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(
-            everyone, (_appears(results / names[0]), socket.gethostname(), str(results))
-        )
+        everyone = _gather((_appears(results / names[0]), socket.gethostname(), str(results)))
     finally:
-        if distributed.get_rank() == 0 and names[0]:
+        if first and names[0]:
             (results / names[0]).unlink(missing_ok=True)
-    first = everyone[0]
     for rank, (seen, machine, folder) in enumerate(everyone):
         if not seen:
+            _, first_machine, first_folder = everyone[0]
             raise PluginError(
                 f"nnUNet_results is not shared: process {rank} on {machine} does not see in its"
-                f" {folder} what process 0 on {first[1]} writes to its {first[2]}. Set"
+                f" {folder} what process 0 on {first_machine} writes to its {first_folder}. Set"
                 " nnUNet_results to one folder, on a file system that all machines share."
             )
+
+
+def _gather(own: Any) -> list[Any]:
+    """Return what each process has."""
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, own)
+    return everyone
 
 
 def _appears(file: Path) -> bool:
