@@ -108,25 +108,34 @@ def build_loss(outputs: int, compiled: bool) -> nn.Module:
     return DeepSupervisionWrapper(loss, factors / factors.sum())
 
 
-class TrainingStep:
-    """One step of ``nnUNetTrainer.train_step`` on random data."""
+class Step:
+    """One ``nnUNetTrainer.train_step`` on random data, or the prediction of one patch at full
+    resolution."""
 
     def __init__(self, case: Case) -> None:
-        self.device = case.device
-        self.parameters = build_network(case, deep_supervision=True).to(case.device)
+        self.device, self.training = case.device, case.mode == TRAIN
+        self.parameters = build_network(case, deep_supervision=self.training).to(case.device)
         self.network = torch.compile(self.parameters) if case.compiled else self.parameters
-        subject = find_subject(case.size)
-        shapes = stage_shapes(case.patch, subject.strides)[:-1]
-        self.loss = build_loss(len(shapes), case.compiled)
-        self.optimizer = subject.optimizer(self.parameters.parameters())
-        # Disabled, it passes everything on as it is.
-        self.scaler = torch.amp.GradScaler(enabled=case.device == "cuda")
-        self.data = torch.randn(case.batch, INPUT_CHANNELS, *case.patch, device=case.device)
-        sizes = [(case.batch, 1, *shape) for shape in shapes]
-        kind = {"dtype": torch.int16, "device": case.device}
-        self.targets = [torch.randint(case.classes, size, **kind) for size in sizes]
+        batch = case.batch if self.training else 1
+        self.data = torch.randn(batch, INPUT_CHANNELS, *case.patch, device=case.device)
+        self.targets: list[Tensor] = []
+        self.network.train(self.training)
+        if self.training:
+            subject = find_subject(case.size)
+            shapes = stage_shapes(case.patch, subject.strides)[:-1]
+            self.loss = build_loss(len(shapes), case.compiled)
+            self.optimizer = subject.optimizer(self.parameters.parameters())
+            # Disabled, it passes everything on as it is.
+            self.scaler = torch.amp.GradScaler(enabled=case.device == "cuda")
+            kind = {"dtype": torch.int16, "device": case.device}
+            sizes = [(batch, 1, *shape) for shape in shapes]
+            self.targets = [torch.randint(case.classes, size, **kind) for size in sizes]
 
     def __call__(self) -> None:
+        if not self.training:
+            with torch.no_grad(), autocast(self.device):
+                self.network(self.data)
+            return
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             loss = self.loss(self.network(self.data), self.targets)
@@ -137,36 +146,17 @@ class TrainingStep:
         self.scaler.update()
 
     def is_warm(self) -> bool:
-        return len(self.optimizer.state) > 0
+        return not self.training or len(self.optimizer.state) > 0
 
     def resident(self) -> list[Tensor]:
         """Drop the gradients and return the tensors that stay between steps."""
-        self.optimizer.zero_grad(set_to_none=True)
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        moments = [value for value in states if isinstance(value, Tensor)]
+        moments: list[Tensor] = []
+        if self.training:
+            self.optimizer.zero_grad(set_to_none=True)
+            values = (value for state in self.optimizer.state.values() for value in state.values())
+            moments = [value for value in values if isinstance(value, Tensor)]
         network = (*self.parameters.parameters(), *self.parameters.buffers())
         return [*network, *moments, self.data, *self.targets]
-
-
-class InferenceStep:
-    """The prediction of one patch, full resolution only."""
-
-    def __init__(self, case: Case) -> None:
-        self.device = case.device
-        self.parameters = build_network(case, deep_supervision=False).to(case.device).eval()
-        self.network = torch.compile(self.parameters) if case.compiled else self.parameters
-        self.data = torch.randn(1, INPUT_CHANNELS, *case.patch, device=case.device)
-
-    def __call__(self) -> None:
-        with torch.no_grad(), autocast(self.device):
-            self.network(self.data)
-
-    def is_warm(self) -> bool:
-        return True
-
-    def resident(self) -> list[Tensor]:
-        """Return the tensors that stay between steps."""
-        return [*self.parameters.parameters(), *self.parameters.buffers(), self.data]
 
 
 def autocast(device: str) -> AbstractContextManager[Any]:
@@ -174,12 +164,12 @@ def autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast("cuda") if device == "cuda" else nullcontext()
 
 
-def make_step(case: Case) -> TrainingStep | InferenceStep:
+def make_step(case: Case) -> Step:
     """Build a step where it is used: large sizes take long to initialise on the CPU."""
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = case.device == "cuda"
     with torch.device(case.device):
-        return TrainingStep(case) if case.mode == TRAIN else InferenceStep(case)
+        return Step(case)
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from measure_step import (
     OURS,
     TRAIN,
     Case,
-    TrainingStep,
+    Step,
     allocation_peak,
     allocation_peaks,
     build_loss,
@@ -75,7 +75,7 @@ class Makers(TorchDispatchMode):
         return result
 
 
-def peaks_by_stage(step: TrainingStep, keep_gradients: bool) -> dict[str, int]:
+def peaks_by_stage(step: Step, keep_gradients: bool) -> dict[str, int]:
     """Return the peak in bytes of each stage of a training step and of the validation after it."""
 
     def run() -> None:
@@ -101,7 +101,7 @@ def peaks_by_stage(step: TrainingStep, keep_gradients: bool) -> dict[str, int]:
     return {stage: resident + peak for stage, peak in allocation_peaks(run, STAGES).items()}
 
 
-def kept_for_backward(step: TrainingStep) -> dict[str, int]:
+def kept_for_backward(step: Step) -> dict[str, int]:
     """Return the bytes that autograd keeps when the loss is there, by what they are."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in step.parameters.parameters()}
     kept: dict[int, tuple[Tensor, str]] = {}
@@ -128,7 +128,7 @@ def kept_for_backward(step: TrainingStep) -> dict[str, int]:
 
 def measure(outputs: int) -> dict[str, int]:
     """Return bytes by what they are, of one number of outputs."""
-    step: Any = make_step(Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, 1, outputs, 1))
+    step = make_step(Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, 1, outputs, 1))
     step()
     parts = {
         "weights (gradients and momentum are as large)": storage_bytes(step.parameters.parameters())
