@@ -26,6 +26,10 @@ from stunet_plugin.nnunet.commands import name_user
 INTERRUPTED = 130
 WAIT_FOR_WORKERS = 5.0
 """Seconds, for each."""
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""Of an output that a user may not or cannot write."""
+FULL = ("No space left on device", "iostream error", "unexpected pos ")
+"""Words for a full disk; the last two are torch's writer's."""
 WIDTH, NAME_WIDTH = 98, 16
 DESCRIPTION = "Large networks and large-scale pretraining for nnU-Net v2."
 EPILOG = """\
@@ -66,21 +70,31 @@ def run(command: Command) -> int:
         # `stunet list | head`: the reader needs no more.
         sys.stderr.close()
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        full = disk_is_full(error)
+        if not full and not (isinstance(error, OSError) and error.errno in REFUSED):
             raise
-        print(
-            f"{name}: no space left on the disk ({error.filename or 'output'}). Make room, and run"
-            " it again.",
-            file=sys.stderr,
-        )
-        # The rest of the buffer cannot be written either; Python would complain at exit.
+        where = getattr(error, "filename", None) or "output"
+        said = "no space left on the disk" if full else getattr(error, "strerror", "")
+        advice = "Make room" if full else "Choose another place, or get access"
+        print(f"{name}: {said} ({where}). {advice}, and run it again.", file=sys.stderr)
+        # The rest of the buffer may not be writable either; Python would complain at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-        return 1
+        return 1 if full else 2
     except KeyboardInterrupt as error:
         # On a line of its own: a progress bar or a worker may have left something on the last.
         print(f"\nInterrupted. {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether a full disk is behind an error: torch and ITK raise others instead of it."""
+    while error is not None:
+        told = any(words in str(error) for words in FULL)
+        if told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

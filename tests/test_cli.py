@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import subprocess
 import sys
 
@@ -10,7 +12,9 @@ import pytest
 from stunet_plugin.cli import main
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import Command
+from stunet_plugin.commands.list import List
 from stunet_plugin.commands.pseudo_label import PseudoLabel
+from stunet_plugin.errors import PluginError
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
@@ -63,3 +67,40 @@ def test_arguments_have_the_types_of_their_fields() -> None:
     assert (options.dataset_id, options.step_size, options.mirroring) == (7, 1.0, False)
     assert (options.folds, options.size) == (("0", "all"), ("a=1:", "b=:2"))
     assert (options.min_confidence, options.ignore_below, options.copy) == ((), None, False)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "fact"),
+    [
+        (PluginError("wrong"), 2, "stunet list: wrong"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 1, "disk (a.pth). Make room"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"),
+            1,
+            "space",
+        ),
+        (RuntimeError("ITK ERROR: Reason: No space left on device"), 1, "no space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "Permission denied (/a/b)"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (BrokenPipeError(), 0, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_errors_become_sentences_and_exit_codes(
+    error: BaseException, code: int, fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Command) -> int:
+        raise error
+
+    monkeypatch.setattr(List, "run", fail)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", said := io.StringIO())
+    said.close = lambda: None  # type: ignore[method-assign]
+    assert main(["list"]) == code
+    assert fact in said.getvalue()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(List, "run", lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["list"])
