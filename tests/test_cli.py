@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from stunet_plugin import plans, trainers
 from stunet_plugin.cli import main
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import Command
@@ -98,6 +99,12 @@ def test_errors_become_sentences_and_exit_codes(
     said.close = lambda: None  # type: ignore[method-assign]
     assert main(["list"]) == code
     assert fact in said.getvalue()
+
+
+def test_trainers_and_planners_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--trainers"]) == 0
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "}
+    assert names == {*trainers.__all__, *plans.__all__}
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

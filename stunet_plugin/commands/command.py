@@ -146,8 +146,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there is one to show, and keeps indented lines as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        nothing = action.default in (None, False, True) or action.default in ([], ())
-        return action.help if nothing else super()._get_help_string(action)
+        default = action.default
+        if default in (None, [], argparse.SUPPRESS) or isinstance(default, bool):
+            return action.help
+        words = default if isinstance(default, tuple) else [default]
+        return f"{action.help} (default: {' '.join(map(str, words))})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text

@@ -7,6 +7,8 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,27 +50,32 @@ def run_demo(options: Demo) -> int:
     if not options.out.strip():
         raise PluginError("--out is empty. Name a folder; everything is written there.")
     find_host()
-    device = choose_device(options.device)
-    source = _user_dataset(options.dataset) if options.dataset is not None else None
     folder = Path(options.out).resolve()
-    _make(folder)
-    started = time.monotonic()
-    again = [
-        *("stunet", "demo", "--size", options.size, "--device", options.device),
-        *(["--epochs", str(options.epochs)] if options.epochs else []),
-        *(["--dataset", str(options.dataset)] if source else []),
-        *("--out", str(folder)),
-    ]
-    start_again = f"Start again: rm -r {shlex.quote(str(folder))} && {shlex.join(again)}"
+    options = replace(options, device=choose_device(options.device), out=str(folder))
+    source = _user_dataset(options.dataset) if options.dataset is not None else None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PluginError(
+            f"{folder} is there already and not empty. Remove it, or choose another with --out."
+        )
     try:
-        _Run(options, folder, device, source).run()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PluginError(
+            f"Cannot write to {folder} ({error.strerror}). Choose another folder with --out."
+        ) from error
+    started = time.monotonic()
+    given = [(f"--{name}", str(value)) for name, value in vars(options).items() if value]
+    command = shlex.join(["stunet", "demo", *chain.from_iterable(given)])
+    start_again = f"Start again: rm -r {shlex.quote(str(folder))} && {command}"
+    try:
+        _Run(options, source).run()
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(start_again) from error
     except CommandFailedError as error:
         print(f"\nstunet demo: {error}\nOnce fixed: {start_again}", file=sys.stderr)
         return 1
     minutes = (time.monotonic() - started) / 60
-    print(f"\nDone in {minutes:.1f} minutes on {device}. Everything is in {folder}")
+    print(f"\nDone in {minutes:.1f} minutes on {options.device}. Everything is in {folder}")
     return 0
 
 
@@ -85,50 +92,33 @@ def _user_dataset(dataset_id: int) -> RawDataset:
     return dataset
 
 
-def _make(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PluginError(
-            f"{folder} is there already and not empty. Remove it, or choose another folder with"
-            " --out."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PluginError(
-            f"Cannot write to {folder} ({error.strerror}). Choose another folder with --out."
-        ) from error
-
-
 class _Run:
     """One demo in one folder: its environment and its steps."""
 
-    def __init__(self, options: Demo, folder: Path, device: str, source: RawDataset | None) -> None:
-        self.folder, self.device, self.source = folder, device, source
+    def __init__(self, options: Demo, source: RawDataset | None) -> None:
+        self.source, self.device, self.folder = source, options.device, Path(options.out)
         self.size, self.epochs = options.size, options.epochs or DEFAULT_EPOCHS
         self.trainer = f"STUNetTrainer_{options.size}"
         name = source.name if source else EMBEDDED_NAME
-        self.dataset_id = str(int(name[7:10]))
-        self.raw = folder / RAW / name
-        self.preprocessed = folder / PREPROCESSED / name
-        self.model = folder / RESULTS / name / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
-        self.predictions, self.held_out = folder / "predictions", folder / "held_out"
+        self.dataset_id = str(int(name[len("Dataset") :][:3]))
+        self.raw = self.folder / RAW / name
+        self.preprocessed = self.folder / PREPROCESSED / name
+        self.model = self.folder / RESULTS / name / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
+        self.predictions, self.held_out = self.folder / "predictions", self.folder / "held_out"
 
     def run(self) -> None:
-        self._say_how_long()
+        minutes = f"about {OTHER_MINUTES + CPU_MINUTES[self.size] * self.epochs:.0f} minutes"
+        on = "two cores" if self.device == "cpu" else "the CPU, a few on a GPU"
+        print(
+            f"Trains {self.epochs} epochs on {self.source.name}; the bar says how long that takes."
+            if self.source
+            else f"This takes {minutes} on {on}.",
+            f"Logs: {self.folder / 'logs'}",
+        )
         for number, step in enumerate((self.data, self.train, self.predict, self.evaluate), 1):
             print(f"\n[{number}/4] {(step.__doc__ or '').rstrip('.')}", flush=True)
             step()
         self._report()
-
-    def _say_how_long(self) -> None:
-        if self.source:
-            text = f"How long this takes depends on your images; {self.epochs} epochs are trained."
-        elif self.device == "cuda":
-            text = "This takes a few minutes."
-        else:
-            minutes = OTHER_MINUTES + CPU_MINUTES[self.size] * self.epochs
-            text = f"This takes about {minutes:.0f} minutes on two cores; the bar tells."
-        print(f"{text} Logs: {self.folder / 'logs'}")
 
     def data(self) -> None:
         """Dataset, planned and preprocessed."""

@@ -90,7 +90,7 @@ def test_a_failing_command_ends_the_demo_with_its_last_lines(
     out = tmp_path / "my demo"
     assert run_demo(Demo(size="tiny", device="cpu", epochs=3, out=str(out))) == 1
     command = capsys.readouterr().err.splitlines()[-1].partition("&& ")[2]
-    given = ["--size", "tiny", "--device", "cpu", "--epochs", "3", "--out", str(out)]
+    given = ["--size", "tiny", "--epochs", "3", "--out", str(out), "--device", "cpu"]
     assert shlex.split(command) == ["stunet", "demo", *given]
 
 
