@@ -7,28 +7,31 @@ from collections.abc import Iterable
 
 
 class PluginError(ValueError):
-    """Wrong input from a user: the message says what was given, what is allowed and what to do
-    next.
+    """Wrong input from a user: what was given, what is allowed and what to do next.
 
-    The command line prints it without a traceback and exits with 2; inside a stock ``nnUNetv2_*``
+    The command line prints it without a traceback and exits with 2; inside an ``nnUNetv2_*``
     command it is the last line of the traceback.
     """
 
 
 def nearest(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known word that is most like the given one; None if none is (similarity below
-    ``cutoff``, 0 to 1)."""
-    return next(iter(difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)), None)
+    """Return the known word most like the given one, whatever its capitals; None if none is.
+
+    Args:
+        cutoff: least similarity, 0 to 1.
+    """
+    words = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(given.lower(), list(words), n=1, cutoff=cutoff)
+    return words[found[0]] if found else None
 
 
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a sentence to put behind a message, with a blank in front; nothing if no known word is
-    near."""
+    """Return a hint to append to a message, with a blank in front; "" if no known word is near."""
     found = nearest(given, known, cutoff)
     return f" Did you mean {found}?" if found else ""
 
 
 def last_line(error: BaseException) -> str:
-    """ITK's messages are long; the last line says what is wrong."""
+    """Return the last line of an error: in ITK's long messages it says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

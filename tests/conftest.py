@@ -1,5 +1,4 @@
-"""Fixtures: where the shared images are, a small nnU-Net workspace, and the stock commands as
-subprocesses."""
+"""Fixtures: the shared images, a small nnU-Net workspace, commands as subprocesses."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # process has the core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A shell starts background jobs with SIGINT ignored, and they hand that on: the commands under test
-# would not hear Ctrl-C.
+# A shell starts background jobs with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -69,13 +67,9 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        inherited = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("nnUNet_", "STUNET_"))
-        }
+        variables = {x: os.environ[x] for x in os.environ if not x.startswith(("nnUNet", "STUNET"))}
         return {
-            **inherited,
+            **variables,
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),
@@ -103,19 +97,16 @@ class Workspace:
             stdin=subprocess.DEVNULL,
         )
         if check and result.returncode != 0:
-            pytest.fail(
-                f"{command} {arguments} ended with"
-                f" {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
-            )
+            output = f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+            pytest.fail(f"{command} {arguments} ended with {result.returncode}:\n{output}")
         return result
 
     def dataset_folder(self, base: Path, dataset_id: str = PHANTOM_ID) -> Path:
         return next(base.glob(f"Dataset{dataset_id}_*"))
 
     def plans(self, name: str = "nnUNetPlans", dataset_id: str = PHANTOM_ID) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(
-            (self.dataset_folder(self.preprocessed, dataset_id) / f"{name}.json").read_text()
-        )
+        file = self.dataset_folder(self.preprocessed, dataset_id) / f"{name}.json"
+        content: dict[str, Any] = json.loads(file.read_text())
         return content
 
     def model(
@@ -125,9 +116,8 @@ class Workspace:
         plans: str = "nnUNetPlans",
         dataset_id: str = PHANTOM_ID,
     ) -> Path:
-        return (
-            self.dataset_folder(self.results, dataset_id) / f"{trainer}__{plans}__{configuration}"
-        )
+        folder = self.dataset_folder(self.results, dataset_id)
+        return folder / f"{trainer}__{plans}__{configuration}"
 
 
 @pytest.fixture(scope="session")
@@ -151,18 +141,8 @@ def phantoms(
         if not (common / "phantoms").is_dir():
             first = new_workspace("phantoms_unfinished")
             write_dataset(first.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
-            first.run(
-                "nnUNetv2_plan_and_preprocess",
-                "-d",
-                PHANTOM_ID,
-                "-c",
-                "2d",
-                "3d_fullres",
-                "-npfp",
-                1,
-                "-np",
-                1,
-            )
+            arguments = ("-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+            first.run("nnUNetv2_plan_and_preprocess", *arguments)
             first.root.rename(common / "phantoms")
     workspace = new_workspace("phantoms_copy")
     shutil.copytree(common / "phantoms", workspace.root, dirs_exist_ok=True)

@@ -31,6 +31,7 @@ from torch.backends import cudnn
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.launch.consistency import check_consistency, check_results_are_shared
+from stunet_plugin.nnunet.commands import name_user
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer
 
 TIMEOUT_MINUTES = 60
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train or validate as one of several processes; return the exit code."""
     options = build_parser().parse_args(arguments)
     who = "stunet_plugin.launch"
+    name_user()
     try:
         check(options)
         process = Process.from_environment()
