@@ -8,21 +8,32 @@ from pathlib import Path
 
 import pytest
 
+from stunet_plugin.cli import main
+from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import doctor
 from stunet_plugin.nnunet.commands import NAMELESS, name_user
+from stunet_plugin.nnunet.registration import BRIDGES, trainers_folder
 
 from conftest import Workspace
 
 
-def test_the_exit_code_can_be_trusted(phantoms: Workspace, tmp_path: Path) -> None:
-    green = phantoms.run("stunet", "doctor")
-    assert "Everything is in place" in green.stdout
-    assert "found through nnUNet_extTrainer" in green.stdout or "registered" in green.stdout
+def test_the_exit_code_can_be_trusted(
+    nnunet_environment: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor"]) == 0
+    green = capsys.readouterr().out
+    assert "Everything is in place" in green
+    assert "found through nnUNet_extTrainer" in green or "trainers: registered" in green
     missing = tmp_path / "not there"
-    changes = {"nnUNet_raw": None, "nnUNet_results": str(missing), "STUNET_EPOCHS": "x"}
+    monkeypatch.delenv("nnUNet_raw")
+    monkeypatch.setenv("nnUNet_results", str(missing))
+    monkeypatch.setenv("STUNET_EPOCHS", "x")
     trainer = "STUNetTrainer_gigantic"
-    wrong = phantoms.run("stunet", "doctor", "-tr", trainer, check=False, **changes)
-    assert wrong.returncode == 1
+    assert main(["doctor", "-tr", trainer]) == 1
+    wrong = capsys.readouterr().out
     for text in (
         "export nnUNet_raw=",
         f"mkdir -p '{missing}'",
@@ -30,7 +41,30 @@ def test_the_exit_code_can_be_trusted(phantoms: Workspace, tmp_path: Path) -> No
         f"nnU-Net does not find {trainer}",
         "4 thing(s) to fix",
     ):
-        assert text in wrong.stdout
+        assert text in wrong
+
+
+def test_without_registration_it_says_to_register(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    findings = list(doctor._registration(tmp_path))
+    assert [finding.advice for finding in findings] == ["Run: stunet register"] * 2
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    assert [finding.mark for finding in doctor._registration(tmp_path)] == ["ok", "ok"]
+    foreign = BRIDGES[0].path(tmp_path)
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    (finding,) = doctor._registration(tmp_path)
+    assert "did not write it" in finding.advice
+
+    def missing() -> None:
+        raise PluginError("nnunetv2 is not installed")
+
+    monkeypatch.setattr(doctor, "find_host", missing)
+    found = {finding.what: finding for finding in doctor.findings("STUNetTrainer_base")}
+    assert found["nnunetv2"].mark == "!!"
+    assert "look-up" not in found
 
 
 @pytest.mark.parametrize(

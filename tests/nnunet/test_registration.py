@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from stunet_plugin.cli import main
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import registration
 from stunet_plugin.nnunet.commands import find_command
@@ -40,13 +41,27 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_register_and_unregister_are_idempotent(host: Path) -> None:
-    assert all("registered in" in line for line in register())
-    assert registered(host) == {"trainers": "registered", "planners": "registered"}
-    assert all("already registered" in line for line in register())
-    assert all("removed" in line for line in unregister())
-    assert all("nothing to do" in line for line in unregister())
+def test_register_and_unregister_are_idempotent(
+    host: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, expected in (
+        ("register", "registered in"),
+        ("register", "already registered"),
+        ("unregister", "removed"),
+        ("unregister", "nothing to do"),
+    ):
+        assert main([command]) == 0
+        assert capsys.readouterr().out.count(expected) == 2
+        state = "registered" if command == "register" else "not registered"
+        assert registered(host) == {"trainers": state, "planners": state}
     assert files(host) == []
+
+
+def test_the_folders_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("trainers", "plans"):
+        assert main(["path", what]) == 0
+        folder = Path(capsys.readouterr().out.strip())
+        assert (folder.name, (folder / "__init__.py").is_file()) == (what, True)
 
 
 def test_an_old_bridge_is_replaced_and_another_file_is_not(host: Path) -> None:
@@ -178,8 +193,8 @@ def test_installed_registered_found_and_gone(
             nnUNet_n_proc_DA="0",
         )
         assert "Pseudo dice" in output
-    found = installation.look_up("STUNetTrainer_huge_ft").stdout.strip()
-    assert found == "stunet_plugin.trainers.stunet_trainers"
+    found = installation.look_up("STUNetTrainer_huge_ft").stdout
+    assert found.startswith("stunet_plugin.trainers")
 
     # Once the plugin is gone the bridge is silent: stock trainers are found past it, ours are not.
     installation.pip("uninstall", "-y", "stunet-plugin")
