@@ -105,7 +105,13 @@ def interruptible(resume: str) -> Iterator[None]:
         resume: how to resume; added to the KeyboardInterrupt's message, which is printed last.
     """
 
-    def interrupt(_: int, __: FrameType | None) -> None:
+    process = os.getpid()
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        if os.getpid() != process:
+            # A forked worker, which its pool ends: without a word.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, interrupt)
@@ -113,7 +119,6 @@ def interruptible(resume: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         for worker in multiprocessing.active_children():
-            # Not terminate: a forked worker has the handler above and would continue.
             worker.kill()
             worker.join(WAIT_FOR_WORKERS)
         raise KeyboardInterrupt(" ".join(filter(None, (str(error), resume)))) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -39,6 +41,16 @@ def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
         interrupted_run()
     assert not any(worker.is_alive() for worker in workers)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_pool_that_ends_its_workers_says_nothing() -> None:
+    """They are forked with the handler of the command."""
+    code = (
+        "import multiprocessing as m; from stunet_plugin.cli import interruptible\n"
+        "with interruptible(''), m.get_context('fork').Pool(2) as pool: pool.map(abs, [1, 2])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
