@@ -43,11 +43,14 @@ def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_pool_that_ends_its_workers_says_nothing() -> None:
-    """They are forked with the handler of the command."""
+def test_a_worker_that_its_pool_ends_says_nothing() -> None:
+    """It is forked with the handler of the command."""
     code = (
-        "import multiprocessing as m; from stunet_plugin.cli import interruptible\n"
-        "with interruptible(''), m.get_context('fork').Pool(2) as pool: pool.map(abs, [1, 2])"
+        "import multiprocessing as m, time; from stunet_plugin.cli import interruptible\n"
+        "with interruptible(''):\n"
+        "    worker = m.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    worker.start(); time.sleep(0.5); worker.terminate(); worker.join()\n"
+        "    assert worker.exitcode == -15"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
