@@ -6,10 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
+import nnunetv2
 import pytest
 
 from stunet_plugin.cli import main
@@ -122,11 +122,9 @@ class Installation:
         venv.create(root / "venv", with_pip=False, symlinks=True)
         self.python = root / "venv" / "bin" / "python"
         site = next((root / "venv" / "lib").glob("python*/site-packages"))
-        outside = sysconfig.get_path("purelib")
-        (site / "outside.pth").write_text(f"{outside}\n")
+        outside = [path for path in sys.path if path.endswith("-packages")]
+        (site / "outside.pth").write_text("\n".join(outside))
         self.host = site / "nnunetv2"
-        import nnunetv2
-
         left_out = shutil.ignore_patterns(registration.BRIDGE_NAME, "__pycache__")
         shutil.copytree(nnunetv2.__path__[0], self.host, ignore=left_out)
 

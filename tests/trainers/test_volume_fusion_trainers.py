@@ -238,11 +238,7 @@ def test_splits_that_do_not_fit_the_cases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (
-            {},
-            {"STUNET_VF_CLASSES": "0"},
-            "STUNET_VF_CLASSES='0' must be an integer from 1 to 255",
-        ),
+        ({}, {"STUNET_VF_CLASSES": "0"}, "STUNET_VF_CLASSES='0' must be an integer from 1 to 255"),
         ({}, {"STUNET_VF_SCHEME": "2024"}, "STUNET_VF_SCHEME='2024' must be one of 2023, 2025"),
         (
             {},
