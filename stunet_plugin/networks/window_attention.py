@@ -85,58 +85,57 @@ def windows_per_mask(grid: list[int], shift: int) -> list[int]:
 
 
 def window_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
-    """Return the layout of a padded volume, computed once per shape."""
-    return WindowLayout(
-        *[
-            _layout_part(part, *shape, window, shift, device)
-            for part in range(len(WindowLayout._fields))
-        ]
-    )
+    """Return the layout of a padded volume, computed once per shape; in a compiled or exported
+    graph, where tensors may not come from outside, by the graph itself."""
+    build = build_layout if torch.compiler.is_compiling() else _cached_layout
+    return build(shape, window, shift, device)
 
 
-# A constant to torch.compile, which would otherwise build the layout again in every forward.
-@torch.compiler.assume_constant_result
-def _layout_part(
-    part: int, depth: int, height: int, width: int, window: int, shift: int, device: torch.device
-) -> Tensor:
-    return _build_layout((depth, height, width), window, shift, device)[part]
+def build_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
+    """Compute a layout with operations whose shapes depend on the arguments alone."""
+    depth, height, width = [size // window for size in shape]
+    tokens = torch.arange(prod(shape), device=device).reshape(shape)
+    if shift:
+        tokens = torch.roll(tokens, [-shift] * 3, (0, 1, 2))
+    windows = tokens.reshape(depth, window, height, window, width, window)
+    windows = windows.permute(0, 2, 4, 1, 3, 5)
+    # Which tokens of the last window of an axis have come around, so that their neighbours in the
+    # window are none in the volume.
+    around = torch.arange(window, device=device) >= window - shift
+    apart = around[:, None] != around[None, :]
+    apart = torch.stack([apart, torch.zeros_like(apart)])
+    order, masks = [], []
+    for last in itertools.product((0, 1), repeat=3) if shift else ((0, 0, 0),):
+        if shift:
+            part = windows
+            for axis, (is_last, count) in enumerate(zip(last, windows.shape[:3], strict=True)):
+                start, length = (count - 1, 1) if is_last else (0, count - 1)
+                part = part.narrow(axis, start, length)
+        else:
+            part = windows
+        order.append(part.reshape(-1))
+        one, two, three = [apart[1 - is_last] for is_last in last]
+        mask = (
+            one[:, None, None, :, None, None]
+            | two[None, :, None, None, :, None]
+            | three[None, None, :, None, None, :]
+        )
+        masks.append(mask.reshape(window**3, window**3) * MASKED)
+    joined = torch.cat(order)
+    inverse = torch.zeros_like(joined).scatter(0, joined, torch.arange(len(joined), device=device))
+    return WindowLayout(joined, inverse, torch.stack(masks))
 
 
 @functools.lru_cache(maxsize=64)
-def _build_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
-    # Ordinary tensors even when first asked for in inference mode, or a later training could not
-    # use them.
+def _cached_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
+    # Ordinary tensors even when first asked for in inference mode, or training could not use them.
     with torch.inference_mode(False):
-        grid = [size // window for size in shape]
-        tokens = torch.arange(prod(shape)).reshape(shape)
-        # One bit per axis: the voxel has come around, so its neighbours in the window are no
-        # neighbours in the volume.
-        region = torch.zeros(shape, dtype=torch.long)
-        for axis, size in enumerate(shape):
-            came_around = (torch.arange(size) >= size - shift).long() << len(shape) - 1 - axis
-            region += came_around.reshape(
-                [size if other == axis else 1 for other in range(len(shape))]
-            )
-        rolled = torch.roll(tokens, [-shift] * len(shape), (0, 1, 2))
-        order, region = _partition(rolled, grid, window), _partition(region, grid, window)
-        # The last voxel of a window lies in as many regions as any, so it tells the kind of the
-        # window.
-        kinds = region[:, -1]
-        sorting = kinds.argsort(stable=True)
-        order = order[sorting].flatten()
-        example = torch.stack([region[kinds == kind][0] for kind in kinds.unique()])
-        masks = (example[:, :, None] != example[:, None, :]) * MASKED
-        return WindowLayout(*(part.to(device) for part in (order, order.argsort(), masks)))
+        return build_layout(shape, window, shift, device)
 
 
-def _partition(volume: Tensor, grid: list[int], window: int) -> Tensor:
-    """(depth, height, width) to (window, token)."""
-    depth, height, width = grid
-    volume = volume.reshape(depth, window, height, window, width, window)
-    return volume.permute(0, 2, 4, 1, 3, 5).reshape(prod(grid), window**3)
-
-
-def offset_rows(window: int, window_size: int) -> Tensor:
+def offset_rows(
+    window: int, window_size: int, device: torch.device | None = None
+) -> Tensor:
     """Return which row of a table for windows of ``window_size`` each offset between two tokens
     reads.
 
@@ -147,9 +146,9 @@ def offset_rows(window: int, window_size: int) -> Tensor:
         (window^3, window^3): row of the offset of token i from token j.
     """
     rows = 2 * window_size - 1
-    places = torch.arange(window)
+    places = torch.arange(window, device=device)
     offsets = places[:, None] - places[None, :] + window_size - 1
-    code = torch.zeros((window,) * 6, dtype=torch.long)
+    code = torch.zeros((window,) * 6, dtype=torch.long, device=device)
     for axis in range(3):
         code = code * rows + offsets.reshape(
             [window if other % 3 == axis else 1 for other in range(6)]
@@ -157,15 +156,10 @@ def offset_rows(window: int, window_size: int) -> Tensor:
     return code.reshape(window**3, window**3)
 
 
-@torch.compiler.assume_constant_result
-def _offset_rows_on(window: int, window_size: int, device: torch.device) -> Tensor:
-    return _build_offset_rows(window, window_size, device)
-
-
 @functools.lru_cache(maxsize=64)
-def _build_offset_rows(window: int, window_size: int, device: torch.device) -> Tensor:
+def _cached_offset_rows(window: int, window_size: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return offset_rows(window, window_size).flatten().to(device)
+        return offset_rows(window, window_size, device)
 
 
 class _Reorder(torch.autograd.Function):
@@ -262,13 +256,10 @@ class WindowAttention(nn.Module):
 
     def _bias(self, window: int) -> Tensor:
         """Return the bias of all pairs of tokens, (head, token, token)."""
-        tokens = window**3
-        rows = _offset_rows_on(window, self.window_size, self.relative_position_bias_table.device)
-        return (
-            self.relative_position_bias_table.index_select(0, rows)
-            .t()
-            .reshape(self.num_heads, tokens, tokens)
-        )
+        rows_of = offset_rows if torch.compiler.is_compiling() else _cached_offset_rows
+        table = self.relative_position_bias_table
+        rows = rows_of(window, self.window_size, table.device)
+        return table.index_select(0, rows.flatten()).t().reshape(self.num_heads, *rows.shape)
 
     def _attend(self, windows: Tensor, mask: Tensor) -> Tensor:
         """(batch, window, token, channel) and an additive mask (head, token, token) to the first

@@ -108,15 +108,15 @@ def test_published_function_and_its_gradients(pair: Callable, shape: tuple[int, 
 
 def test_layouts_are_made_once_per_shape_and_stay_out_of_the_state_dict() -> None:
     network, x = transformer().eval(), torch.randn(1, CHANNELS, 7, 12, 9)
-    window_attention._build_layout.cache_clear()
+    window_attention._cached_layout.cache_clear()
     with torch.inference_mode():
         network(x)
-    made = window_attention._build_layout.cache_info().misses
+    made = window_attention._cached_layout.cache_info().misses
     assert made == 2  # with and without shift
     # What inference mode has made must serve training, too.
     network.train()
     network(x).sum().backward()
-    assert window_attention._build_layout.cache_info().misses == made
+    assert window_attention._cached_layout.cache_info().misses == made
     assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
 
 
