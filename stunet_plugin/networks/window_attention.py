@@ -133,9 +133,7 @@ def _cached_layout(shape: Triple, window: int, shift: int, device: torch.device)
         return build_layout(shape, window, shift, device)
 
 
-def offset_rows(
-    window: int, window_size: int, device: torch.device | None = None
-) -> Tensor:
+def offset_rows(window: int, window_size: int, device: torch.device | None = None) -> Tensor:
     """Return which row of a table for windows of ``window_size`` each offset between two tokens
     reads.
 
@@ -175,6 +173,19 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(1, inverse), None, None
+
+
+class _ChannelsFirst(torch.autograd.Function):
+    """(batch, *spatial, channel) to (batch, channel, *spatial). The gradient goes back contiguous:
+    torch's traced dropout takes it for that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.movedim(1, -1).contiguous()
 
 
 class WindowAttention(nn.Module):
@@ -364,4 +375,5 @@ class WindowTransformer(nn.Module):
         x = self.dropout(x.movedim(1, -1).contiguous())
         for block in self.blocks:
             x = block(x)
-        return x.movedim(-1, 1)
+        channels_first: Tensor = _ChannelsFirst.apply(x)
+        return channels_first
