@@ -198,7 +198,7 @@ def _check_asked_for(
                 f" {few(list(subject.labels.classes))}."
                 f"{did_you_mean(missing[0], subject.labels.classes, NEAR)} Take it off the list of"
                 " classes"
-                f"{', or leave the list out to compare what both have.' if alone else f', or use --classes {PAIR}.'}"
+                f"{', or leave the list out to compare what both have.' if alone else f', or use --classes {PAIR}.'}"  # noqa: E501
             )
 
 

@@ -60,7 +60,7 @@ ul.warnings { background: #fff8e1; border-left: 4px solid #e0a800; padding: 0.5r
   img { max-height: 230mm; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
-"""
+"""  # noqa: E501
 
 
 def write_report(

@@ -69,7 +69,7 @@ class Dataset:
             if others:
                 raise PluginError(
                     f"-d {self.dataset_id} is taken: {variable} has {others[0]}. Choose another"
-                    f" -d{', or its name with -n if it is one of unlabelled scans' if variable == RAW else ''}."
+                    f" -d{', or its name with -n if it is one of unlabelled scans' if variable == RAW else ''}."  # noqa: E501
                     " Nothing was written."
                 )
         if self.folder.exists() and not self._settings_file.is_file():

@@ -125,7 +125,7 @@ def _prepare_scan(settings: Settings, source: Source) -> Prepared:
         raise UnusableError("no body", "next to nothing stands out from the air")
     # Names of one source and process: a worker that a killed run left behind writes files of its
     # own.
-    prefix = f"{blake2b(source.key.encode(errors='surrogatepass'), digest_size=8).hexdigest()}_{os.getpid()}"
+    prefix = f"{blake2b(source.key.encode(errors='surrogatepass'), digest_size=8).hexdigest()}_{os.getpid()}"  # noqa: E501
     image, label = (
         settings.temporary / f"{prefix}_{kind}{settings.file_ending}" for kind in ("image", "label")
     )

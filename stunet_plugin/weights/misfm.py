@@ -107,7 +107,7 @@ class MISFMWeights(FoundWeights):
 
     @property
     def default_stem(self) -> str:
-        return MEAN  # PCT-Net's batch norms have learned the stem's response, FMUNet's residuals pass it on
+        return MEAN  # PCT-Net's batch norms have learned the stem's response, FMUNet's residuals pass it on  # noqa: E501
 
     @property
     def stages(self) -> int:
