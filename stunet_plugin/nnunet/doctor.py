@@ -9,12 +9,12 @@ import os
 import platform
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from stunet_plugin import __version__
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.nnunet.commands import NAMELESS
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, host_version, registered, trainers_folder
@@ -40,14 +40,15 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def examine(trainer: str) -> int:
+def examine(trainer: str, ours: Callable[[], Iterable[str]]) -> int:
     """Print the report; return 0 if nothing is wrong, else 1.
 
     Args:
         trainer: that nnU-Net should find.
+        ours: returns the names of our trainers.
     """
     wrong = 0
-    for finding in findings(trainer):
+    for finding in findings(trainer, ours):
         wrong += finding.mark == WRONG
         print(f"[{finding.mark}] {finding.what}: {finding.state}", flush=True)
         if finding.advice:
@@ -56,7 +57,7 @@ def examine(trainer: str) -> int:
     return 1 if wrong else 0
 
 
-def findings(trainer: str) -> Iterator[Finding]:
+def findings(trainer: str, ours: Callable[[], Iterable[str]]) -> Iterator[Finding]:
     """Examine versions, registration, libraries, GPU, user and environment, one after the other."""
     yield Finding(OK, "stunet-plugin", f"{__version__}, Python {platform.python_version()}")
     try:
@@ -66,7 +67,7 @@ def findings(trainer: str) -> Iterator[Finding]:
     else:
         yield Finding(OK, "nnunetv2", f"{host_version()} in {host}")
         yield from _registration(host)
-        yield _lookup(trainer)
+        yield _lookup(trainer, ours)
     for package in LIBRARIES:
         try:
             yield Finding(OK, package, importlib.metadata.version(package))
@@ -103,13 +104,13 @@ def _registration(host: Path) -> Iterator[Finding]:
             yield Finding(WRONG, what, state, "Run: stunet register")
 
 
-def _lookup(name: str) -> Finding:
+def _lookup(name: str, ours: Callable[[], Iterable[str]]) -> Finding:
     """Ask nnU-Net itself for a trainer, as its commands do."""
-    hint = io.StringIO()
+    silent = io.StringIO()
     try:
         with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(hint),
+            contextlib.redirect_stdout(silent),
+            contextlib.redirect_stderr(silent),
             warnings.catch_warnings(),
         ):
             # nnU-Net imports all its trainers on the way, and some of their libraries complain.
@@ -119,8 +120,10 @@ def _lookup(name: str) -> Finding:
             trainer = recursive_find_trainer_class_by_name(name)
     except Exception as error:
         state = f"nnU-Net does not find {name} ({type(error).__name__})"
-        known = hint.getvalue().strip().splitlines()
-        return Finding(WRONG, "look-up", state, known[-1] if known else "Run: stunet register")
+        if name in (known := list(ours())):
+            return Finding(WRONG, "look-up", state, "Run: stunet register")
+        advice = f"All of ours: stunet list --trainers.{did_you_mean(name, known, 0.7)}"
+        return Finding(WRONG, "look-up", state, advice)
     return Finding(OK, "look-up", f"nnU-Net finds {name} in {trainer.__module__}")
 
 

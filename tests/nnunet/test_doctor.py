@@ -31,7 +31,7 @@ def test_the_exit_code_can_be_trusted(
     monkeypatch.delenv("nnUNet_raw")
     monkeypatch.setenv("nnUNet_results", str(missing))
     monkeypatch.setenv("STUNET_EPOCHS", "x")
-    trainer = "STUNetTrainer_gigantic"
+    trainer = "STUnetTrainer_smal"
     assert main(["doctor", "-tr", trainer]) == 1
     wrong = capsys.readouterr().out
     for text in (
@@ -39,6 +39,7 @@ def test_the_exit_code_can_be_trusted(
         f"mkdir -p '{missing}'",
         "STUNET_EPOCHS='x' must be an integer",
         f"nnU-Net does not find {trainer}",
+        "Did you mean STUNetTrainer_small?",
         "4 thing(s) to fix",
     ):
         assert text in wrong
@@ -62,7 +63,7 @@ def test_without_registration_it_says_to_register(
         raise PluginError("nnunetv2 is not installed")
 
     monkeypatch.setattr(doctor, "find_host", missing)
-    found = {finding.what: finding for finding in doctor.findings("STUNetTrainer_base")}
+    found = {finding.what: finding for finding in doctor.findings("STUNetTrainer_base", list)}
     assert found["nnunetv2"].mark == "!!"
     assert "look-up" not in found
 
