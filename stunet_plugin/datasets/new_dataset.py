@@ -7,7 +7,6 @@ there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import numpy as np
 from stunet_plugin.datasets.raw_dataset import new_raw_folder
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
-from stunet_plugin.utils.files import OutputError, check_whole, link_or_copy, write_atomically
+from stunet_plugin.utils.files import OutputError, check_whole, link_or_copy, lock, write_atomically
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"
 SETTINGS = "settings.json"
@@ -74,16 +73,7 @@ class NewDataset:
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         for part in (IMAGES, LABELS, RECORDS):
             (self.unfinished / part).mkdir(parents=True, exist_ok=True)
-        with (self.unfinished / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PluginError(
-                    f"Another run is making {self.folder.name}. Wait for it to end."
-                ) from error
-            except OSError:
-                # Some network file systems have no locks.
-                pass
+        with lock(self.unfinished / ".lock", f"run is making {self.folder.name}"):
             file = self.unfinished / SETTINGS
             if file.is_file() and file.read_text() != text:
                 raise PluginError(
@@ -125,7 +115,7 @@ class NewDataset:
             write_atomically(self.unfinished / name, json.dumps(content, indent=1) + "\n")
         shutil.rmtree(self.unfinished / RECORDS)
         (self.unfinished / SETTINGS).unlink()
-        (self.unfinished / ".lock").unlink()
+        (self.unfinished / ".lock").unlink(missing_ok=True)
         os.rename(self.unfinished, self.folder)
 
     def closing_lines(self, more: str) -> str:

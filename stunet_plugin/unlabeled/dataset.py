@@ -4,7 +4,6 @@ places."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from stunet_plugin.unlabeled.image_files import is_in_place, points_to
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
 from stunet_plugin.unlabeled.names import DATASET_ENDINGS, DUPLICATE, MODALITIES
 from stunet_plugin.unlabeled.prepare_case import Prepared, Settings
-from stunet_plugin.utils.files import LINK, write_atomically, write_if_new
+from stunet_plugin.utils.files import LINK, lock, write_atomically, write_if_new
 
 LABELS = {"background": 0, "body": 1}
 READER = "SimpleITKIO"
@@ -133,16 +132,8 @@ class Dataset:
         Raises:
             PluginError: one does.
         """
-        with (self.records / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PluginError(
-                    f"Another `stunet unlabeled` is writing to {self.folder}. Wait for it to end."
-                ) from error
-            except OSError:
-                # Some network file systems have no locks.
-                pass
+        who = f"`stunet unlabeled` is writing to {self.folder}"
+        with lock(self.records / ".lock", who):
             for folder in (self.images, self.labels):
                 folder.mkdir(exist_ok=True)
             self.clear_unfinished()

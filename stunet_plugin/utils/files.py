@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -9,8 +10,11 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from stunet_plugin.errors import PluginError
 
@@ -28,6 +32,30 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def lock(path: Path, who: str) -> Iterator[None]:
+    """Hold a lock file, so that no second process does the same.
+
+    Args:
+        path: the lock file; its folder must be there.
+        who: what another process that holds it is doing, for example "run is making X".
+
+    Raises:
+        PluginError: another process holds it.
+    """
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise PluginError(f"Another {who}. Wait for it to end.") from error
+    except (OSError, NotImplementedError):
+        pass  # some network file systems have no locks
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sha256_of(path: Path) -> str:
