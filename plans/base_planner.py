@@ -9,8 +9,7 @@ from these plans too.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -258,15 +257,3 @@ class PluginPlanner(ExperimentPlanner):
         transpose, _ = default.determine_transpose()
         spacing = np.asarray(default.determine_fullres_target_spacing())[transpose]
         return spacing[1:] if configuration_name == "2d" else spacing
-
-
-def hint_for_unknown(name: str, planners: Iterable[str]) -> str | None:
-    """Return a line for someone who asked for a planner of ours that does not exist, or None if it
-    is no such name."""
-    known = list(planners)
-    families = {planner.partition("Planner")[0] + "Planner" for planner in known}
-    if name in known or not name.startswith(tuple(families)):
-        return None
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    return f"stunet-plugin has no planner {name}. Planners: {', '.join(known)}.{hint}"

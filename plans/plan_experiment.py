@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.errors import PluginError
 
 
 def plan(
@@ -34,11 +34,7 @@ def plan(
 
     if processes < 1:
         raise PluginError(f"-np must be at least 1, not {processes}.")
-    if planner_name not in PLANNERS:
-        hint = did_you_mean(planner_name, PLANNERS, cutoff=0.8)
-        raise PluginError(
-            f"Unknown planner {planner_name!r}. Planners: {', '.join(PLANNERS)}.{hint}"
-        )
+    planner = PLANNERS.find(planner_name)
     for variable, path in (
         ("nnUNet_raw", nnUNet_raw),
         ("nnUNet_preprocessed", nnUNet_preprocessed),
@@ -59,7 +55,7 @@ def plan(
         extract_fingerprint_dataset(dataset, num_processes=processes, clean=False)
         _, identifier = plan_experiment_dataset(
             dataset,
-            PLANNERS[planner_name],
+            planner,
             gpu_memory_target_in_gb=gpu_memory_target,
             overwrite_target_spacing=tuple(target_spacing) if target_spacing else None,
             overwrite_plans_name=plans_name,
