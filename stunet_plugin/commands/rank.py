@@ -76,6 +76,9 @@ class Rank(Command):
 
     def run(self) -> int:
         from stunet_plugin.ranking.options import RankOptions
+
+        # Wrong options are told before torch is imported, which takes seconds.
+        options = RankOptions.from_arguments(self)
         from stunet_plugin.ranking.run import run_rank
 
-        return run_rank(RankOptions.from_arguments(self))
+        return run_rank(options)

@@ -300,7 +300,7 @@ def test_an_interrupted_run_goes_on(
     last = capsys.readouterr().err.splitlines()[-1]
     assert (
         last
-        == f"Interrupted. What is finished is in {out}. The same command goes on where it stopped."
+        == f"Interrupted. What is finished is in {out}. The same command resumes where it stopped."
     )
     assert sorted(path.name for path in out.rglob("*.nii.gz")) == ["case0.nii.gz", "case1.nii.gz"]
     assert not list(out.rglob(".partial*"))
