@@ -1,7 +1,5 @@
-"""What all trainers of this project share on top of nnU-Net's own trainer: checks before anything
-is written, deep supervision that pairs up, training options, and a loud word when fine-tuning
-starts from random weights.
-"""
+"""Base trainer of this project: checks before anything is written, deep supervision that pairs up,
+training options, pretrained weights."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.topology import (
     Strides,
@@ -26,17 +25,7 @@ from stunet_plugin.networks.topology import (
     deep_supervision_scales,
     num_poolings,
 )
-from stunet_plugin.options import (
-    ENCODER_RATE,
-    EPOCHS,
-    FROZEN_ENCODER_EPOCHS,
-    ITERATIONS,
-    MIRRORING,
-    SEED,
-    VAL_ITERATIONS,
-    WARMUP_EPOCHS,
-    Options,
-)
+from stunet_plugin.options import Options
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
 from stunet_plugin.trainers.fine_tuning import (
     FineTuning,
@@ -45,7 +34,7 @@ from stunet_plugin.trainers.fine_tuning import (
     encoder_parameters,
     parameter_groups,
 )
-from stunet_plugin.trainers.safe_trainer import read_to_continue
+from stunet_plugin.trainers.safe_trainer import read_to_resume
 from stunet_plugin.weights.pretrained import (
     describe_loaded,
     describe_misfits,
@@ -54,15 +43,14 @@ from stunet_plugin.weights.pretrained import (
 )
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
-"""Loss weight of outputs that nnU-Net gives none: their heads would get no gradient, and DDP would
-stop."""
+"""Loss weight of outputs that nnU-Net gives none: without a gradient for their heads DDP stops."""
 
 
 class PluginTrainer(DistributedTrainer):
     """Base of the trainers of this project.
 
     A subclass says which network it builds (:meth:`resolve_architecture`); strides,
-    deep-supervision scales, checks and the network all follow from that one answer.
+    deep-supervision scales, checks and the network follow from that.
 
     Attributes:
         learning_rate, epochs: the trainer's published schedule.
@@ -79,8 +67,9 @@ class PluginTrainer(DistributedTrainer):
     inference_allowed_mirroring_axes: tuple[int, ...] | None
     num_iterations_per_epoch: int
     num_val_iterations_per_epoch: int
+    _weights_were_loaded = False
 
-    # nnU-Net reads the names of these parameters off the signature: they must stay as they are.
+    # nnU-Net reads the names of these parameters off the signature.
     def __init__(
         self,
         plans: dict,
@@ -90,41 +79,38 @@ class PluginTrainer(DistributedTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         options = Options()
-        self._check_before_anything_is_written(plans, configuration, dataset_json)
-        self._check_fold(plans, configuration, fold)
-        # nnU-Net keeps these plans in the checkpoint and beside it, where prediction reads them.
-        super().__init__(
-            self.plans_to_record(plans, configuration), configuration, fold, dataset_json, device
-        )
+        self.check_input(plans, configuration, fold, dataset_json)
+        # These plans are stored in the checkpoint and beside it, where prediction reads them.
+        recorded = self.plans_to_record(plans, configuration)
+        super().__init__(recorded, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
-        self.num_epochs = options.whole(EPOCHS, self.epochs)
+        self.num_epochs = options.whole(names.EPOCHS, self.epochs)
         self.num_iterations_per_epoch = options.whole(
-            ITERATIONS, self.iterations or self.num_iterations_per_epoch
+            names.ITERATIONS, self.iterations or self.num_iterations_per_epoch
         )
         self.num_val_iterations_per_epoch = options.whole(
-            VAL_ITERATIONS, self.val_iterations or self.num_val_iterations_per_epoch
+            names.VAL_ITERATIONS, self.val_iterations or self.num_val_iterations_per_epoch
         )
         self.fine_tuning_options = FineTuning(
-            options.whole(WARMUP_EPOCHS, 0),
-            options.whole(FROZEN_ENCODER_EPOCHS, 0),
-            options.fraction(ENCODER_RATE, 1.0),
+            options.whole(names.WARMUP_EPOCHS, 0),
+            options.whole(names.FROZEN_ENCODER_EPOCHS, 0),
+            options.fraction(names.ENCODER_RATE, 1.0),
         )
-        self.mirroring = bool(options.whole(MIRRORING, 1))
-        seed = options.whole(SEED, -1)
+        self.mirroring = bool(options.whole(names.MIRRORING, 1))
+        seed = options.whole(names.SEED, -1)
         if seed >= 0:
-            # Processes of one training augment differently; they start from the first one's
-            # weights.
+            # The processes of a training augment differently; they start from the weights of the
+            # first.
             torch.manual_seed(seed + self.local_rank)
-        for line in options.lines():
+        configured = PlansManager(plans).get_configuration(configuration).configuration
+        for line in (*options.lines(), *self.describe_choices(configured)):
             self.print_to_log_file(line)
-        self._weights_were_loaded = False
 
     # --- what a subclass says
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        """Return the ``architecture`` entry (as in a plans file) of the network for a configuration
-        of a plan.
+        """Return the network for a configuration of a plan, as an ``architecture`` entry of plans.
 
         Raises:
             PluginError: the plan is not for this trainer.
@@ -133,9 +119,12 @@ class PluginTrainer(DistributedTrainer):
 
     @classmethod
     def plans_to_record(cls, plans: dict, configuration: str) -> dict:
-        """Return the plans that are stored with the model; nnU-Net builds the network for
-        prediction from them."""
+        """Return the plans that are stored with the model, for prediction."""
         return plans
+
+    def describe_choices(self, configuration: dict[str, Any]) -> list[str]:
+        """Return lines for the log on what the trainer chose for a configuration of a plan."""
+        return []
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer for parameter groups: nnU-Net's SGD."""
@@ -155,20 +144,22 @@ class PluginTrainer(DistributedTrainer):
         enable_deep_supervision: bool = True,
     ) -> torch.nn.Module:
         """Build the network; nnU-Net calls this for training and for inference."""
-        architecture = cls.resolve_architecture(configuration_manager.configuration)
+        configuration = configuration_manager.configuration
+        architecture = cls.resolve_architecture(configuration)
         return nnUNetTrainer.build_network_architecture(
             plans_manager,
-            ConfigurationManager(
-                {**configuration_manager.configuration, "architecture": architecture}
-            ),
+            ConfigurationManager({**configuration, "architecture": architecture}),
             num_input_channels,
             num_output_channels,
             enable_deep_supervision,
         )
 
+    def _network_strides(self) -> Strides:
+        architecture = self.resolve_architecture(self.configuration_manager.configuration)
+        return as_strides(architecture["arch_kwargs"]["strides"])
+
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
-        """One scale per output of the network that is built, which may have other strides than the
-        plan."""
+        """One scale per output of the network, whose strides may differ from the plan's."""
         if not self.enable_deep_supervision:
             return None
         return deep_supervision_scales(self._network_strides())
@@ -177,29 +168,22 @@ class PluginTrainer(DistributedTrainer):
         """nnU-Net's loss, its deep supervision weighted by the poolings as in the published
         training.
 
-        nnU-Net halves the weight from output to output and gives the deepest none. Where a plan
-        pools fewer times than the network has decoder stages, that rule goes by the plan's
-        poolings: the padded outputs below would only repeat the resolution of the one above.
+        nnU-Net halves the weight from output to output and gives the deepest none. Where the
+        network has more decoder stages than the plan has poolings, that rule follows the poolings:
+        the outputs below would only repeat the resolution of the one above.
         """
         loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper):
-            supervised = max(num_poolings(self._network_strides()) - 1, 1)
-            kept = np.asarray(loss.weight_factors) * (
-                np.arange(len(loss.weight_factors)) < supervised
-            )
-            loss.weight_factors = tuple(
-                float(weight) or UNTRAINED_HEAD_WEIGHT for weight in kept / kept.sum()
-            )
+            weights = np.array(loss.weight_factors)
+            weights[max(num_poolings(self._network_strides()) - 1, 1) :] = 0
+            weights /= weights.sum()
+            loss.weight_factors = tuple(float(w) or UNTRAINED_HEAD_WEIGHT for w in weights)
         return loss
-
-    def _network_strides(self) -> Strides:
-        architecture = self.resolve_architecture(self.configuration_manager.configuration)
-        return as_strides(architecture["arch_kwargs"]["strides"])
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         *rest, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if not self.mirroring:
-            # nnU-Net keeps the second in the checkpoint, where prediction reads it.
+            # The second is stored in the checkpoint, where prediction reads it.
             axes = self.inference_allowed_mirroring_axes = None
         return (*rest, axes)
 
@@ -225,6 +209,9 @@ class PluginTrainer(DistributedTrainer):
         super().initialize()
         self._bare_network().register_load_state_dict_post_hook(self._note_loaded_weights)
 
+    def _note_loaded_weights(self, *_: Any) -> None:
+        self._weights_were_loaded = True
+
     def on_train_start(self) -> None:
         super().on_train_start()
         network = self._bare_network()
@@ -234,58 +221,51 @@ class PluginTrainer(DistributedTrainer):
         self.print_to_log_file(
             f"Network: {type(network).__name__}, {count:,} parameters, strides {strides}"
         )
-        weights_file = pretrained_weights_on_command_line(sys.argv)
-        if self._weights_were_loaded and weights_file is not None:
+        file = pretrained_weights_on_command_line(sys.argv)
+        if self._weights_were_loaded and file is not None:
             weights = self.whole_weights()
             if self.local_rank == 0:
-                checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
-                self.print_to_log_file(f"{describe_loaded(weights, checkpoint)} ({weights_file})")
+                checkpoint = read_checkpoint(file, "-pretrained_weights")
+                self.print_to_log_file(f"{describe_loaded(weights, checkpoint)} ({file})")
         if self.fine_tuning and not self._weights_were_loaded:
-            self.print_to_log_file(
-                f"\n{'!' * 100}\n{type(self).__name__} is for fine-tuning, but no pretrained"
-                " weights were given: the network starts from\nrandom weights at a learning rate"
-                f" of {self.initial_lr} that is meant for pretrained ones. If this is not what\nyou"
-                " want, stop and add: -pretrained_weights /path/to/checkpoint_final.pth, or use"
-                f" the trainer without _ft.\n{'!' * 100}\n",
-                add_timestamp=False,
+            self.print_banner(
+                f"{type(self).__name__} is for fine-tuning, but no pretrained weights were given:"
+                f" the network starts\nfrom random weights at a learning rate of {self.initial_lr}"
+                " that is meant for pretrained ones. Stop and add\n-pretrained_weights"
+                " /path/to/checkpoint_final.pth, or use the trainer without _ft."
             )
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if not self.was_initialized:
             self.initialize()
         if isinstance(filename_or_checkpoint, str):
-            self._check_checkpoint_to_continue(filename_or_checkpoint)
+            self.check_resumable(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
 
     # --- checks
 
     @classmethod
-    def _check_before_anything_is_written(
-        cls, plans: dict, configuration: str, dataset_json: dict
+    def check_input(
+        cls, plans: dict, configuration: str, fold: int | str, dataset_json: dict
     ) -> None:
         """Refuse wrong input before nnU-Net's own constructor makes folders and log files."""
-        lacking = [
-            key for key in ("dataset_name", "plans_name", "configurations") if not plans.get(key)
-        ]
+        required = ("dataset_name", "plans_name", "configurations")
+        lacking = [key for key in required if not plans.get(key)]
         if lacking:
             raise PluginError(
                 f"The plans file lacks {', '.join(lacking)}. Plan again with"
                 " nnUNetv2_plan_experiment."
             )
-        available = list(plans["configurations"])
-        if configuration not in available:
+        if configuration not in plans["configurations"]:
             raise PluginError(
                 f"The plans {plans['plans_name']} have no configuration {configuration!r}."
-                f" Available: {', '.join(available)}."
+                f" Available: {', '.join(plans['configurations'])}."
             )
         manager = PlansManager(plans)
         chosen = manager.get_configuration(configuration)
         cls.resolve_architecture(chosen.configuration)
-        for variable, path in (
-            ("nnUNet_preprocessed", nnUNet_preprocessed),
-            ("nnUNet_results", nnUNet_results),
-        ):
-            if not path.get():
+        for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+            if not os.environ.get(variable):
                 raise PluginError(
                     f"{variable} is not set. Set it to a folder: export"
                     f" {variable}=/path/to/{variable}"
@@ -298,7 +278,7 @@ class PluginTrainer(DistributedTrainer):
                 )
         data = Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier)
         if not data.is_dir() or not any(data.iterdir()):
-            dataset_id = int(manager.dataset_name[len("Dataset") :][:3])
+            dataset_id = int(manager.dataset_name.removeprefix("Dataset")[:3])
             raise PluginError(
                 f"{manager.dataset_name} is not preprocessed for {manager.plans_name},"
                 f" {configuration}: no data in {data}. Run: nnUNetv2_preprocess -d {dataset_id}"
@@ -312,71 +292,57 @@ class PluginTrainer(DistributedTrainer):
         except Exception as error:
             raise PluginError(
                 f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}:"
-                f" {error} Mend its architecture in the plans file, or plan again with"
+                f" {error} Fix its architecture in the plans file, or plan again with"
                 " nnUNetv2_plan_experiment."
             ) from error
         check_distribution(chosen, network)
-        weights_file = pretrained_weights_on_command_line(sys.argv)
-        if weights_file is not None:
-            cls._check_pretrained_weights(weights_file, network)
+        file = pretrained_weights_on_command_line(sys.argv)
+        if file is not None:
+            cls._check_pretrained_weights(file, network)
 
-    @classmethod
-    def _check_fold(cls, plans: dict, configuration: str, fold: int | str) -> None:
-        """Refuse a fold that cannot be trained; to nnU-Net's own check by default, which comes when
-        the log has begun."""
-
-    def _check_checkpoint_to_continue(self, file: str) -> None:
-        """Say why a training cannot go on from a checkpoint, before nnU-Net changes anything."""
-        checkpoint = read_to_continue(file)
-        misfits = describe_misfits(
-            self._bare_network(), checkpoint["network_weights"], heads_too=True
-        )
+    def check_resumable(self, file: str) -> None:
+        """Say why a training cannot resume from a checkpoint, before nnU-Net changes anything."""
+        checkpoint = read_to_resume(file)
+        network, weights = self._bare_network(), checkpoint["network_weights"]
+        misfits = describe_misfits(network, weights, heads_too=True)
         if misfits:
             raise PluginError(
-                f"Cannot continue {type(self).__name__} from {file}: it holds the weights of"
-                f" {checkpoint.get('trainer_name', 'another network')} and {misfits}. Continue with"
-                " the trainer and plans that wrote it, or start anew without --c."
+                f"Cannot resume {type(self).__name__} from {file}: it holds the weights of"
+                f" {checkpoint.get('trainer_name', 'another network')} and {misfits}. Resume with"
+                " the trainer and plans that wrote it, or start again without --c."
             )
         state = checkpoint.get("optimizer_state")
-        if state is not None and len(state["param_groups"]) != len(self.optimizer.param_groups):
-            raise PluginError(
-                f"Cannot continue from {file}: that training started"
-                f" {'without' if len(state['param_groups']) == 1 else 'with'}"
-                f" {ENCODER_RATE.variable}. Continue with the same options."
-            )
         if state is None:
             raise PluginError(
-                f"Cannot continue from {file}: it holds weights alone (as `stunet import` writes"
+                f"Cannot resume from {file}: it holds weights only (as `stunet import` writes"
                 " them), no state of a training. Start a training from them: -tr"
                 f" {type(self).__name__.removesuffix('_ft')}_ft -pretrained_weights {file}"
             )
+        groups = len(state["param_groups"])
+        if groups != len(self.optimizer.param_groups):
+            raise PluginError(
+                f"Cannot resume from {file}: that training started"
+                f" {'without' if groups == 1 else 'with'} {names.ENCODER_RATE.variable}. Resume"
+                " with the same options."
+            )
 
     @classmethod
-    def _check_pretrained_weights(cls, weights_file: str, network: torch.nn.Module) -> None:
-        """Say what does not fit before nnU-Net's loader stops at an assertion that prints a whole
-        tensor."""
-        if not Path(weights_file).is_file():
-            raise PluginError(f"-pretrained_weights {weights_file}: there is no such file.")
-        checkpoint = read_checkpoint(weights_file, "-pretrained_weights")
-        weights = checkpoint["network_weights"]
-        misfits = describe_misfits(network, weights, heads_too=False)
+    def _check_pretrained_weights(cls, file: str, network: torch.nn.Module) -> None:
+        """Say what does not fit; nnU-Net's loader would stop at an assertion."""
+        if not Path(file).is_file():
+            raise PluginError(f"-pretrained_weights {file}: there is no such file.")
+        checkpoint = read_checkpoint(file, "-pretrained_weights")
+        misfits = describe_misfits(network, checkpoint["network_weights"], heads_too=False)
         if misfits:
             raise PluginError(
-                f"-pretrained_weights {weights_file} does not fit {cls.__name__}: it was written by"
+                f"-pretrained_weights {file} does not fit {cls.__name__}: it was written by"
                 f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}."
             )
 
-    # --- small things
-
-    def _note_loaded_weights(self, *_: Any) -> None:
-        self._weights_were_loaded = True
-
 
 def _check_writable(folder: Path) -> None:
-    """Raise unless files can be made in a folder, or in the nearest one above it that is there."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    """Raise unless files can be made in a folder, or in the nearest existing one above it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass

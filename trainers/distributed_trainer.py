@@ -1,10 +1,9 @@
-"""What a training with several processes needs on top of nnU-Net's: any device, any number of
-machines, one writer, sharding.
+"""Distributed training beyond nnU-Net's: any device, any number of machines, one writer, sharding.
 
-nnU-Net takes the rank of a process for the number of its GPU, which holds on one machine alone, and
-knows CUDA alone. The rest of its distributed training (how batch and oversampling are split, what
-is gathered, who writes checkpoints) is used as it is. ``stunet_plugin.launch`` starts such
-processes, and so does nnU-Net's own ``-num_gpus``. With one process nothing here acts.
+nnU-Net takes a process's rank for the number of its GPU, which is true on one machine only, and
+knows CUDA only. The rest of its distributed training (how batch and oversampling are split, what is
+gathered, who writes checkpoints) is used as it is. ``stunet_plugin.launch`` and nnU-Net's own
+``-num_gpus`` start the processes. With one process nothing here acts.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class DistributedTrainer(SafeTrainer):
     Attributes:
         is_ddp: nnU-Net's name for "this is one of several processes".
         local_rank: nnU-Net's name for the rank among all processes of all machines; 0 writes.
-        sharded: weights, gradients and momentum are shared out over the processes.
+        sharded: weights, gradients and momentum are sharded over the processes.
     """
 
     sharded = False
@@ -49,29 +48,19 @@ class DistributedTrainer(SafeTrainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
+    def __init__(self, *arguments: Any) -> None:
         if world_size() > 1 and distributed.get_rank() != 0:
-            # Each process would start a run of its own there, and remove the others' folder.
+            # Each process would start its own run there, and remove the others' folder.
             os.environ["nnUNet_wandb_enabled"] = "0"
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        super().__init__(*arguments)
         self.sharded = bool(Options().whole(SHARD, 0))
         self._several_processes = self.is_ddp
         if self.is_ddp:
-            # nnU-Net's own -num_gpus and our launcher both choose the process's GPU before they
-            # make a trainer.
-            self.device = (
-                torch.device("cuda", torch.cuda.current_device())
-                if device.type == "cuda"
-                else device
-            )
-            if self.device.type != "cuda":
+            self.device = arguments[-1]
+            if self.device.type == "cuda":
+                # nnU-Net's -num_gpus and our launcher have both chosen the process's GPU.
+                self.device = torch.device("cuda", torch.cuda.current_device())
+            else:
                 self.grad_scaler = None
 
     # --- the network
@@ -87,7 +76,7 @@ class DistributedTrainer(SafeTrainer):
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
             accept_whole_state(self.optimizer)
             self.print_to_log_file(
-                f"Weights, gradients and momentum are shared out over {world_size()} process(es)."
+                f"Weights, gradients and momentum are sharded over {world_size()} process(es)."
             )
         elif self.is_ddp:
             self.network = self._replicate(self.network)
@@ -112,20 +101,17 @@ class DistributedTrainer(SafeTrainer):
         if self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
             devices = [self.device.index]
-        elif any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()
-        ):
+        elif any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
             self.print_to_log_file(
-                "Batch norm is not synchronised on the CPU: each process normalises by its part of"
-                " the batch."
+                "Batch norm on the CPU is not synchronised: each process uses its part of a batch."
             )
-        # Buffers are not sent at every pass: in the final validation each process makes as many
-        # passes as its cases need. The second name is the one before torch 2.15.
-        names = "forward_sync_buffers", "broadcast_buffers"
+        # Not at every pass: in the final validation each process makes as many passes as its cases
+        # need. The option's name changes in torch 2.15.
         known = inspect.signature(DistributedDataParallel).parameters
-        send_buffers: dict[str, Any] = {next(name for name in names if name in known): False}
+        new, old = "forward_sync_buffers", "broadcast_buffers"
+        options: dict[str, Any] = {new if new in known else old: False}
         return DistributedDataParallel(
-            network, device_ids=devices, gradient_as_bucket_view=True, **send_buffers
+            network, device_ids=devices, gradient_as_bucket_view=True, **options
         )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -138,17 +124,14 @@ class DistributedTrainer(SafeTrainer):
         return getattr(network, "_orig_mod", network)
 
     def load_pretrained_weights(self, file: str) -> None:
-        """Take over all weights of a checkpoint but the segmentation heads', as nnU-Net's
-        ``-pretrained_weights`` does.
-
-        nnU-Net's own loader takes the rank for the number of a GPU.
-        """
+        """Load all weights of a checkpoint but the segmentation heads', as nnU-Net's
+        ``-pretrained_weights`` does; its own loader takes the rank for the number of a GPU."""
         if not self.was_initialized:
             self.initialize()
         network = self._bare_network()
         given = read_checkpoint(file, "-pretrained_weights")["network_weights"]
-        taken = [name for name in network.state_dict() if ".seg_layers." not in name]
-        network.load_state_dict({name: given[name] for name in taken}, strict=False)
+        names = [name for name in network.state_dict() if ".seg_layers." not in name]
+        network.load_state_dict({name: given[name] for name in names}, strict=False)
 
     # --- one writer
 
@@ -171,8 +154,7 @@ class DistributedTrainer(SafeTrainer):
         if not self.is_ddp:
             super().on_train_start()
             return
-        # What every process would write otherwise, at the same time: the splits, and the plan
-        # beside the model.
+        # Otherwise every process would write the splits and the plan beside the model.
         splits = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.local_rank == 0 and self.fold != "all" and not splits.is_file():
             self.do_split()
@@ -187,7 +169,7 @@ class DistributedTrainer(SafeTrainer):
             super().on_train_start()
 
     def on_validation_epoch_start(self) -> None:
-        # The next training step would do this; until then they take as much memory as the weights.
+        # The next training step would do this; until then gradients take memory.
         self.optimizer.zero_grad(set_to_none=True)
         super().on_validation_epoch_start()
         if self.is_ddp and self.device.type != "cuda":
@@ -195,8 +177,8 @@ class DistributedTrainer(SafeTrainer):
             for buffer in self._bare_network().buffers():
                 distributed.broadcast(buffer, src=0)
 
-    def agree(self, flag: bool) -> bool:
-        """Return whether any process says so. Every process has to ask."""
+    def any_process(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process. Every process has to call this."""
         if not self.is_ddp:
             return flag
         raised = torch.tensor(int(flag), device=self.device)
@@ -206,7 +188,7 @@ class DistributedTrainer(SafeTrainer):
     # --- checkpoints: plain files of nnU-Net, written by one process
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint on the first process, while the others wait: they may read it next."""
+        """Write a checkpoint in the first process; the others wait, since they may read it next."""
         if not self.is_ddp:
             super().save_checkpoint(filename)
             return
@@ -230,8 +212,8 @@ class DistributedTrainer(SafeTrainer):
             return
         from torch.utils.serialization import config  # in the releases of torch that can shard
 
-        # Neither the device nor the host has to hold the whole state: it is read where the
-        # process's part lies.
+        # Neither the device nor the host has to hold the whole state: only this process's part is
+        # read.
         mapped: Any = config
         with (
             self._temporarily(is_ddp=False, device=torch.device("cpu")),
@@ -240,8 +222,8 @@ class DistributedTrainer(SafeTrainer):
             super().load_checkpoint(filename_or_checkpoint)
 
     def whole_weights(self) -> dict[str, Any]:
-        """Return the network's weights; of a sharded network on the first process alone (every
-        process has to ask)."""
+        """Return the network's weights; those of a sharded network only in the first process (every
+        process has to call this)."""
         weights = self._bare_network().state_dict()
         return gather(weights, self.local_rank == 0) if self.sharded else weights
 
@@ -274,7 +256,6 @@ class DistributedTrainer(SafeTrainer):
 
     @contextmanager
     def _temporarily(self, **attributes: Any) -> Iterator[None]:
-        """Give attributes other values for a while."""
         before = {name: getattr(self, name) for name in attributes}
         self.__dict__.update(attributes)
         try:
@@ -285,16 +266,12 @@ class DistributedTrainer(SafeTrainer):
 
 def world_size() -> int:
     """Return the number of processes of this training."""
-    return (
-        distributed.get_world_size()
-        if distributed.is_available() and distributed.is_initialized()
-        else 1
-    )
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
 
 
 def check_distribution(configuration: ConfigurationManager, network: nn.Module) -> None:
-    """Raise if a plan's batch cannot be split over the processes, or if there is nothing to shard
-    or to shard over.
+    """Raise if a plan's batch cannot be split over the processes, or sharding is not possible.
 
     Args:
         configuration: of the plan.
@@ -303,23 +280,20 @@ def check_distribution(configuration: ConfigurationManager, network: nn.Module) 
     Raises:
         PluginError: with what to change.
     """
-    sharded = bool(Options().whole(SHARD, 0))
-    if sharded:
+    started = distributed.is_available() and distributed.is_initialized()
+    if Options().whole(SHARD, 0):
         check_shardable(network)
-    if not (distributed.is_available() and distributed.is_initialized()):
-        if sharded:
+        if not started:
             raise PluginError(
-                f"{SHARD.variable}=1 shares the network out over several processes, but this is one"
+                f"{SHARD.variable}=1 shards the network over several processes, but this is one"
                 " alone. Start the training with torchrun ... -m stunet_plugin.launch"
                 f" (docs/scaling.md), or unset {SHARD.variable}."
             )
-        return
     processes, batch = world_size(), configuration.batch_size
     if batch < processes:
         raise PluginError(
             f"The plan's batch of {batch} cannot be split over {processes} processes: each needs a"
-            f" sample at least. Start at most {batch}, or plan a larger batch (batch_size in the"
-            " plans file)."
+            f" sample. Start at most {batch}, or plan a larger batch (batch_size in the plans)."
         )
     if configuration.batch_dice and batch % processes:
         raise PluginError(

@@ -1,5 +1,4 @@
-"""Ways of fine-tuning that users ask for, as options of the trainers: warm-up, a frozen encoder, a
-lower rate for it.
+"""Fine-tuning options: warm-up, a frozen encoder, a lower learning rate for the encoder.
 
 None is published for STU-Net (the authors fine-tune everything at a tenth of the learning rate);
 all are off by default.
@@ -17,12 +16,12 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What to do differently from the plain schedule.
+    """What differs from the plain schedule.
 
     Attributes:
         warmup_epochs: the rate rises linearly over these epochs, then follows the schedule.
-        frozen_encoder_epochs: in these epochs the encoder's weights stay exactly as they are.
-        encoder_rate: the encoder's learning rate as a fraction of the rest's.
+        frozen_encoder_epochs: the encoder is not trained in these first epochs.
+        encoder_rate: the encoder's learning rate as a fraction of the decoder's.
     """
 
     warmup_epochs: int = 0
@@ -34,18 +33,14 @@ class FineTuningScheduler(PolyLRScheduler):
     """nnU-Net's poly schedule, times the warm-up, times each parameter group's ``rate_factor``."""
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        initial_lr: float,
-        max_steps: int,
-        warmup_epochs: int,
+        self, optimizer: torch.optim.Optimizer, rate: float, max_steps: int, warmup_epochs: int
     ) -> None:
         self.warmup_epochs = warmup_epochs
-        super().__init__(optimizer, initial_lr, max_steps)
+        super().__init__(optimizer, rate, max_steps)
 
     def step(self, current_step: int | None = None) -> None:
         super().step(current_step)
-        # As in the parent: without an argument, its own counter has just been moved on.
+        # As in the parent: without an argument its own counter, which it has just raised.
         epoch = self.ctr - 1 if current_step is None or current_step == -1 else current_step
         warmup = min(1.0, (epoch + 1) / (self.warmup_epochs + 1))
         for group in self.optimizer.param_groups:
@@ -53,8 +48,7 @@ class FineTuningScheduler(PolyLRScheduler):
 
 
 def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: everything in one, or (rest, encoder) where the encoder has a
-    rate of its own.
+    """Return the optimizer's groups: one, or (rest, encoder) where the encoder's rate differs.
 
     The rest comes first because nnU-Net logs the first group's learning rate.
     """
@@ -67,17 +61,15 @@ def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict
 
 
 def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    """The parameters of the part that the network itself calls its encoder (``key_to_encoder``)."""
+    """The parameters of what the network itself calls its encoder (``key_to_encoder``)."""
     network = getattr(network, "_orig_mod", network)
     return network.get_submodule(str(network.key_to_encoder)).parameters()
 
 
 def discard_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Make an optimizer's step pass over parameters: no update, no weight decay, no momentum
-    gathered.
+    """Make an optimizer's step skip parameters: no update, no weight decay, no momentum.
 
-    Discarding gradients rather than ``requires_grad = False`` keeps the graph the same, so DDP and
-    torch.compile work.
+    Unlike ``requires_grad = False`` this keeps the graph the same, so DDP and torch.compile work.
     """
     for parameter in parameters:
         parameter.grad = None

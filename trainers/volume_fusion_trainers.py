@@ -1,19 +1,13 @@
-"""VolumeFusionTrainer, for the network of the plan, and one trainer for each network and size of
-this project.
-
-A table of networks, and one mixin that turns a segmentation trainer into its pretraining:
-    ``VolumeFusionTrainer_STUNet_base``
-and so on.
-"""
+"""VolumeFusionTrainer for the network of the plan, and ``VolumeFusionTrainer_STUNet_base`` etc. for
+each network and size of this project."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import REPLAN
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.topology import as_strides
@@ -22,19 +16,15 @@ from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 from stunet_plugin.trainers.volume_fusion_mixin import VolumeFusionMixin
 
-FAMILY = "VolumeFusionTrainer"
-
 
 class PlannedNetworkTrainer(PluginTrainer):
-    """Trains the network that the plan names: nnU-Net's U-Nets, or any other whose plan lists its
-    strides."""
+    """Trains the network that the plan names: nnU-Net's U-Nets, or another that lists strides."""
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
         architecture = configuration.get("architecture")
-        if not isinstance(architecture, Mapping) or "strides" not in (
-            architecture.get("arch_kwargs") or {}
-        ):
+        kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
+        if not isinstance(architecture, Mapping) or "strides" not in (kwargs or {}):
             raise PluginError(
                 f"{cls.__name__} needs a plan whose network has one output per resolution stage,"
                 f" with its strides under arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"
@@ -76,31 +66,16 @@ def make_trainer(network: Network) -> type[VolumeFusionMixin]:
         "__module__": __name__,
         "segmentation_trainer": network.fine_tuned_by,
     }
-    return type(FAMILY + network.suffix, (VolumeFusionMixin, network.trainer), attributes)
+    name = f"VolumeFusionTrainer{network.suffix}"
+    return type(name, (VolumeFusionMixin, network.trainer), attributes)
 
 
-TRAINERS: dict[str, type[VolumeFusionMixin]] = {
-    trainer.__name__: trainer for trainer in map(make_trainer, NETWORKS)
-}
+TRAINERS = {trainer.__name__: trainer for trainer in map(make_trainer, NETWORKS)}
 globals().update(TRAINERS)
-
-__all__ = list(TRAINERS)
-
-
-def hint_for_unknown(name: str) -> str | None:
-    """Return a line for someone who asked for a trainer of this family that does not exist, or None
-    if it is no such name."""
-    if not name.startswith(FAMILY) or name in TRAINERS:
-        return None
-    return (
-        f"stunet-plugin has no trainer {name}. Of this family:"
-        f" {', '.join(TRAINERS)}.{did_you_mean(name, TRAINERS)}"
-    )
 
 
 def __getattr__(name: str) -> Any:
-    # As in stunet_trainers, for those who find the trainers through nnUNet_extTrainer.
-    hint = hint_for_unknown(name)
-    if hint:
-        print(hint, file=sys.stderr)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # For nnUNet_extTrainer: nnU-Net looks into the modules of this folder, into this one last.
+    from stunet_plugin import trainers
+
+    return trainers.__getattr__(name)

@@ -1,5 +1,4 @@
-"""The preprocessed cases that a pretraining takes: what is wrong with them, and what a user should
-know of them."""
+"""Preprocessed cases of a pretraining: checks, and what a user should know of them."""
 
 from __future__ import annotations
 
@@ -16,20 +15,19 @@ SPLITS = "splits_final.json"
 
 
 def cases_in(folder: Path) -> list[str]:
-    """Return the names of the cases in a folder of preprocessed data, whatever their format."""
+    """Return the names of the cases in a folder of preprocessed data, in any of its formats."""
     cases: list[str] = infer_dataset_class(str(folder)).get_identifiers(str(folder))
     return cases
 
 
 def check_cases_complete(folder: Path) -> None:
-    """Raise if a preprocessed case lacks one of its files, which a background worker would
-    otherwise stumble over.
+    """Raise if a preprocessed case lacks a file, at which a background worker would fail.
 
     Volume Fusion does not read labels, but nnU-Net opens them with every case.
     """
-    names = {path.name for path in folder.iterdir()}
-    endings = (".pkl", "_seg.b2nd") if any(name.endswith(".b2nd") for name in names) else (".pkl",)
-    lacking = sorted({f"{case}{ending}" for case in cases_in(folder) for ending in endings} - names)
+    found = {path.name for path in folder.iterdir()}
+    endings = (".pkl", "_seg.b2nd") if any(name.endswith(".b2nd") for name in found) else (".pkl",)
+    lacking = sorted({f"{case}{ending}" for case in cases_in(folder) for ending in endings} - found)
     if lacking:
         raise PluginError(
             f"{len(lacking)} file(s) of preprocessed cases are missing in {folder}, for example"
@@ -42,7 +40,7 @@ def check_fold(folder: Path, fold: int | str, train_on_all: str) -> None:
     """Raise if nnU-Net cannot make or fill a fold.
 
     Args:
-        folder: of the preprocessed cases; the splits are kept beside it.
+        folder: of the preprocessed cases; the splits are beside it.
         fold: its number, or ``all``, which is always possible.
         train_on_all: the command that trains on all cases.
 
@@ -69,12 +67,12 @@ def check_fold(folder: Path, fold: int | str, train_on_all: str) -> None:
 
 
 def describe_cases(folder: Path, fold: int | str, expected: object) -> list[str]:
-    """Return lines for the log about cases that a training does without.
+    """Return lines for the log about cases that a training does not use.
 
     Args:
         folder: of the preprocessed cases.
         fold: its number, or ``all``.
-        expected: cases according to ``dataset.json``; anything but a whole number is passed over.
+        expected: cases according to ``dataset.json``; ignored unless it is an integer.
     """
     cases, splits = cases_in(folder), folder.parent / SPLITS
     lines = []
@@ -84,28 +82,24 @@ def describe_cases(folder: Path, fold: int | str, expected: object) -> list[str]
             " scans moved that the dataset links to? Then run `stunet unlabeled` and"
             " nnUNetv2_plan_and_preprocess again."
         )
-    if fold != "all" and splits.is_file():
-        named = _in_split(splits, fold)
-        unused = len(set(cases) - named) if named else 0
-        if unused:
-            lines.append(
-                f"{unused} preprocessed case(s) are not used: {splits} does not name them. Move it"
-                " away to have all cases split anew."
-            )
+    named = _in_split(splits, fold) if fold != "all" and splits.is_file() else set()
+    unused = len(set(cases) - named) if named else 0
+    if unused:
+        lines.append(
+            f"{unused} preprocessed case(s) are not used: {splits} does not name them. Move it away"
+            " to have all cases split again."
+        )
     return lines
 
 
 def _in_split(splits: Path, fold: int | str) -> set[str]:
-    """Return the cases of a fold, none where nnU-Net makes a random one because the file has no
-    such fold."""
+    """Return the cases of a fold; none if the file has no such fold, for nnU-Net then draws one."""
     try:
-        content = json.loads(splits.read_text())
-        return (
-            {case for part in ("train", "val") for case in content[int(fold)][part]}
-            if int(fold) < len(content)
-            else set()
-        )
+        folds = json.loads(splits.read_text())
+        if int(fold) >= len(folds):
+            return set()
+        return {case for part in ("train", "val") for case in folds[int(fold)][part]}
     except (ValueError, KeyError, TypeError) as error:
         raise PluginError(
-            f"{splits} is damaged ({error}). Move it away: nnU-Net then splits the cases anew."
+            f"{splits} is damaged ({error}). Move it away: nnU-Net then splits the cases again."
         ) from error

@@ -1,14 +1,16 @@
-"""How well a network tells the fusion classes apart: counts over many draws, and the score that
-goes into a JSON."""
+"""Scores of the pretext task: how well a network separates the fusion classes, over many draws."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+UNLEARNED_DICE = 0.05
+"""A class below this Dice was not learned."""
 
 
 def confusion_matrix(logits: Tensor, class_map: Tensor) -> Tensor:
@@ -16,7 +18,7 @@ def confusion_matrix(logits: Tensor, class_map: Tensor) -> Tensor:
 
     Args:
         logits: (batch, class, *spatial).
-        class_map: (batch, *spatial), whole numbers.
+        class_map: (batch, *spatial), integers.
 
     Returns:
         (true class, predicted class), int64, on the CPU.
@@ -48,8 +50,8 @@ def pretext_score(confusions: Sequence[Tensor], class_names: Sequence[str]) -> d
     total = torch.stack(list(confusions)).sum(0)
     dice = dice_per_class(total)
     means = [float(np.nanmean(dice_per_class(confusion))) for confusion in confusions]
-    share = torch.arange(len(total), dtype=torch.float64) / (len(total) - 1)
-    error = (share[:, None] - share[None]).abs()
+    alpha = torch.arange(len(total), dtype=torch.float64) / (len(total) - 1)
+    error = (alpha[:, None] - alpha).abs()
     return {
         "dice_per_alpha": {
             name: None if np.isnan(value) else value
@@ -65,3 +67,12 @@ def pretext_score(confusions: Sequence[Tensor], class_names: Sequence[str]) -> d
         "mean_absolute_error_of_alpha": float((total * error).sum() / total.sum()),
         "confusion": {"rows": "true alpha", "columns": "predicted alpha", "voxels": total.tolist()},
     }
+
+
+def unlearned_classes(dice_per_alpha: Mapping[str, float | None]) -> str:
+    """Return the classes whose Dice is near 0, with it, as text; "" if all were learned."""
+    return ", ".join(
+        f"{name} ({dice:.3f})"
+        for name, dice in dice_per_alpha.items()
+        if dice is not None and dice < UNLEARNED_DICE
+    )

@@ -1,10 +1,9 @@
-"""Pictures for people, as PNG: overlays of segmentations, examples of Volume Fusion and its
-progress."""
+"""Figures as PNG: overlays of segmentations, and what all figures share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 
@@ -117,112 +115,6 @@ def distinct_colours(count: int) -> list[tuple[float, float, float]]:
         tuple(hsv_to_rgb(((0.02 + index * golden_ratio) % 1, 0.85, 1.0)))
         for index in range(max(count, 1))
     ]
-
-
-def save_fusion_example(
-    images: np.ndarray,
-    targets: np.ndarray,
-    predictions: np.ndarray,
-    class_names: Sequence[str],
-    path: Path,
-) -> None:
-    """Write a PNG with one row per sample: fused image, target and prediction on the middle slice
-    of the first axis.
-
-    Args:
-        images: first channel, (sample, *spatial) with two or three spatial axes.
-        targets, predictions: fusion classes 0..K, of the same shape.
-        class_names: of the K + 1 classes, for the legend.
-        path: of the PNG.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    if images.ndim == 4:
-        middle = images.shape[1] // 2
-        images, targets, predictions = (
-            array[:, middle] for array in (images, targets, predictions)
-        )
-    with plain_style():
-        figure = Figure(figsize=(9, 3 * len(images) + 0.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        colours = _colour_map(len(class_names))
-        for row, image, *classes in zip(
-            figure.subplots(len(images), 3, squeeze=False),
-            images,
-            targets,
-            predictions,
-            strict=True,
-        ):
-            row[0].imshow(image, cmap="gray")
-            for axis, labels in zip(row[1:], classes, strict=True):
-                axis.imshow(
-                    labels, cmap=colours, vmin=0, vmax=len(class_names) - 1, interpolation="nearest"
-                )
-            for axis, title in zip(row, ("fused image", "target", "prediction"), strict=True):
-                axis.set_title(title, fontsize=9)
-                axis.set_axis_off()
-        patches = [
-            Patch(color=colours(index), label=f"alpha {name}")
-            for index, name in enumerate(class_names)
-        ]
-        figure.legend(
-            handles=patches,
-            loc="outside lower center",
-            ncols=min(9, len(patches)),
-            fontsize=8,
-            frameon=False,
-        )
-        save_atomically(figure, path)
-
-
-def save_pretext_progress(
-    log: Mapping[str, Sequence[Any]], class_names: Sequence[str], path: Path
-) -> None:
-    """Write a PNG with losses, Dice per fusion class, learning rate and seconds per epoch.
-
-    Args:
-        log: nnU-Net's: train_losses, val_losses, dice_per_class_or_region, lrs,
-            epoch_start_timestamps, epoch_end_timestamps.
-        class_names: of the K + 1 classes, for the legend.
-        path: of the PNG.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with plain_style():
-        figure = Figure(figsize=(12, 8), layout="constrained")
-        FigureCanvasAgg(figure)
-        (losses, dice), (rate, seconds) = figure.subplots(2, 2)
-        losses.plot(log["train_losses"], label="training")
-        losses.plot(log["val_losses"], label="validation")
-        per_class = np.asarray(log["dice_per_class_or_region"])
-        colours = _colour_map(len(class_names))
-        for index, name in enumerate(class_names):
-            dice.plot(per_class[:, index], color=colours(index), label=f"alpha {name}")
-        dice.plot(np.nanmean(per_class, axis=1), color="black", linewidth=2, label="mean")
-        rate.plot(log["lrs"])
-        seconds.plot(np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"]))
-        for axis, title in (
-            (losses, "loss"),
-            (dice, "pretext Dice"),
-            (rate, "learning rate"),
-            (seconds, "seconds per epoch"),
-        ):
-            axis.set(title=title, xlabel="epoch")
-            axis.grid(alpha=0.3)
-        dice.set_ylim(0, 1)
-        losses.legend(fontsize=8)
-        dice.legend(fontsize=8, ncols=2)
-        save_atomically(figure, path)
-
-
-def _colour_map(count: int) -> Colormap:
-    """Dark to bright, since the classes of Volume Fusion are ordered."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"].resampled(count)
 
 
 def plain_style() -> AbstractContextManager[Any]:

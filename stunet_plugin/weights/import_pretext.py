@@ -28,7 +28,7 @@ from stunet_plugin.weights.model_folder import (
     was_imported,
     write_model_folder,
 )
-from stunet_plugin.weights.pretrained import RECORD
+from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 
 PRETEXT = "pretext"
 
@@ -37,7 +37,7 @@ def refuse_own_pretext(checkpoint: Mapping[str, Any], file: Path) -> None:
     """Raise if a checkpoint is of a VolumeFusionTrainer, which fine-tuning takes as it is."""
     arguments = checkpoint.get("init_args")
     dataset = arguments.get("dataset_json") if isinstance(arguments, Mapping) else None
-    if isinstance(dataset, Mapping) and RECORD in dataset:
+    if isinstance(dataset, Mapping) and VOLUME_FUSION_ENTRY in dataset:
         raise PluginError(
             f"{file} is from pretraining with Volume Fusion (trainer"
             f" {reprlib.repr(checkpoint.get('trainer_name'))}) and segments nothing. There is"

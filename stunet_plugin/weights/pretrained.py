@@ -11,6 +11,9 @@ import torch
 
 from stunet_plugin.errors import PluginError
 
+VOLUME_FUSION_ENTRY = "volume_fusion"
+"""Entry of dataset.json, also in every checkpoint, that only a Volume Fusion training has."""
+
 
 def read_checkpoint(file: str, what: str) -> dict[str, Any]:
     """Map a checkpoint of nnU-Net v2 into memory; weights are read when they are used.
@@ -142,8 +145,3 @@ def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
         if argument.startswith("-pretrained_weights="):
             return argument.partition("=")[2]
     return None
-
-
-RECORD = "volume_fusion"
-"""Where dataset.json, and with it every pretext checkpoint, says how blocks were drawn; a
-segmentation's has no such entry."""

@@ -309,7 +309,7 @@ def test_out_of_memory_steps_down_once_and_nothing_is_lost(
     tried.train_step(batch_for(tried))
     log = capsys.readouterr().out
     assert "Out of memory in step 2: " in log
-    assert f"Activation checkpointing: {tried.network.checkpointing}, from this step on" in log
+    assert f"Activation checkpointing: {tried.network.checkpointing} from now on" in log
     assert tried.network.checkpointing == leanest(tried.estimates()) != OFF
     pairs = zip(weights_and_momentum(plain), weights_and_momentum(tried), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
@@ -318,10 +318,10 @@ def test_out_of_memory_steps_down_once_and_nothing_is_lost(
 @pytest.mark.parametrize(
     ("setting", "steps_made", "advice"),
     [
-        ("off", 0, "STUNET_CHECKPOINTING=stage needs less; the same command with --c goes on"),
+        ("off", 0, "STUNET_CHECKPOINTING=stage needs less; the same command with --c resumes"),
         (None, FIRST_STEPS, "STUNET_CHECKPOINTING=stage needs less"),
-        ("stage", 0, "It saves no more. Plan for less memory"),
-        (None, 0, "It saves no more. Plan for less memory"),
+        ("stage", 0, "No setting needs less. Plan for less memory"),
+        (None, 0, "No setting needs less. Plan for less memory"),
     ],
 )
 def test_out_of_memory_ends_the_training_where_stepping_down_is_not_asked_for_or_does_not_help(

@@ -23,7 +23,7 @@ from stunet_plugin.trainers.safe_trainer import (
     BEST,
     FINAL,
     MOST_SKIPPED_IN_A_ROW,
-    TO_CONTINUE_FROM,
+    TO_RESUME_FROM,
     UNFINISHED,
 )
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
@@ -118,7 +118,7 @@ def test_full_disk_leaves_the_earlier_checkpoint_and_training_goes_on(
     make: Callable[..., Any], capsys: Any
 ) -> None:
     trainer = make()
-    latest = Path(trainer.output_folder, TO_CONTINUE_FROM[0])
+    latest = Path(trainer.output_folder, TO_RESUME_FROM[0])
     trainer.save_checkpoint(str(latest))
     before = latest.read_bytes()
     trainer.current_epoch = 7
@@ -127,10 +127,8 @@ def test_full_disk_leaves_the_earlier_checkpoint_and_training_goes_on(
     assert latest.read_bytes() == before
     assert list(latest.parent.glob("*.pth*")) == [latest]
     text = capsys.readouterr().out
-    assert (
-        f"checkpoint_latest.pth could not be written to {latest.parent} (File too large; " in text
-    )
-    assert "The earlier checkpoint_latest.pth is as it was. Training goes on" in text
+    assert f"Cannot write checkpoint_latest.pth to {latest.parent} (File too large; " in text
+    assert "The earlier checkpoint_latest.pth is kept. Training continues" in text
     trainer.save_checkpoint(str(latest))
     assert torch.load(latest, weights_only=False)["current_epoch"] == 8
 
@@ -139,11 +137,11 @@ def test_a_final_checkpoint_that_does_not_fit_ends_the_training_with_advice(
     make: Callable[..., Any],
 ) -> None:
     trainer = make()
-    latest, final = (Path(trainer.output_folder, name) for name in (TO_CONTINUE_FROM[0], FINAL))
+    latest, final = (Path(trainer.output_folder, name) for name in (TO_RESUME_FROM[0], FINAL))
     trainer.save_checkpoint(str(latest))
     with (
         files_of_at_most(100_000),
-        pytest.raises(PluginError, match="with --c: it goes on from checkpoint_latest.pth"),
+        pytest.raises(PluginError, match="with --c: it resumes from checkpoint_latest.pth"),
     ):
         trainer.save_checkpoint(str(final))
     assert list(latest.parent.glob("*.pth*")) == [latest]
@@ -153,7 +151,7 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_earlier_checkpoint(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make()
-    latest = Path(trainer.output_folder, TO_CONTINUE_FROM[0])
+    latest = Path(trainer.output_folder, TO_RESUME_FROM[0])
     trainer.save_checkpoint(str(latest))
     before = latest.read_bytes()
 
@@ -195,7 +193,7 @@ def test_a_best_checkpoint_gives_way_to_a_better_one_alone(make: Callable[..., A
     end_epoch(trainer, 0, 0.5)
     end_epoch(trainer, 1, 0.9)
     resumed = make()
-    resumed.load_checkpoint(str(Path(trainer.output_folder, TO_CONTINUE_FROM[0])))
+    resumed.load_checkpoint(str(Path(trainer.output_folder, TO_RESUME_FROM[0])))
     assert (resumed.current_epoch, resumed._best_ema) == (2, trainer._best_ema)
     end_epoch(resumed, 2, 0.48)  # Better than epoch 0, worse than epoch 1.
     assert epochs_of_best(resumed) == 2
@@ -266,10 +264,10 @@ def test_steps_that_the_gradient_scaler_leaves_out_are_counted(
     outputs = [trainer.train_step(batch_for(trainer, 1)) for _ in range(3)]
     assert equal(state(trainer), start)
     trainer.on_train_epoch_end(outputs)
-    assert "3 of 3 steps had a loss or gradient that is not finite" in capsys.readouterr().out
+    assert "Skipped 3 of 3 steps" in capsys.readouterr().out
     trainer._skipped_in_a_row += MOST_SKIPPED_IN_A_ROW - 4
     outputs = [trainer.train_step(batch_for(trainer, 1))]
-    with pytest.raises(PluginError, match=f"The last {MOST_SKIPPED_IN_A_ROW} steps"):
+    with pytest.raises(PluginError, match=f"the last {MOST_SKIPPED_IN_A_ROW} steps"):
         trainer.on_train_epoch_end(outputs)
     hook.remove()
     trainer.train_step(batch_for(trainer, 1))
@@ -282,12 +280,10 @@ def test_training_ends_when_no_step_is_finite(make: Callable[..., Any], capsys: 
     bad["data"][:] = float("nan")
     start = state(trainer)
     outputs = [trainer.train_step(bad) for _ in range(3)]
-    with pytest.raises(
-        PluginError, match=r"The last 3 steps .*checkpoint_latest.pth is from before and whole"
-    ):
+    with pytest.raises(PluginError, match=r"the last 3 steps .*checkpoint_latest.pth is good"):
         trainer.on_train_epoch_end(outputs)
-    assert "3 of 3 steps had a loss or gradient that is not finite" in capsys.readouterr().out
-    kept = torch.load(Path(trainer.output_folder, TO_CONTINUE_FROM[0]), weights_only=False)[
+    assert "Skipped 3 of 3 steps" in capsys.readouterr().out
+    kept = torch.load(Path(trainer.output_folder, TO_RESUME_FROM[0]), weights_only=False)[
         "network_weights"
     ]
     assert all(torch.equal(kept[name], start[name]) for name in kept)

@@ -175,7 +175,7 @@ def test_pretraining_is_sharded_too(
 def test_what_cannot_be_sharded_is_refused(make: Callable[..., Any], group_of_one: None) -> None:
     with pytest.raises(
         PluginError,
-        match=r"STUNET_SHARD=1 shares an STU-Net out.*FMUNet is small enough.*Unset STUNET_SHARD",
+        match=r"STUNET_SHARD=1 shards an STU-Net; FMUNet is small enough.*Unset STUNET_SHARD",
     ):
         make("FMUNetTrainer", shard=True, patch_size=[32, 32, 32])
 

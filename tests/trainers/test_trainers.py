@@ -19,11 +19,11 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import (
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import PRESETS, get_preset
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.trainers import stunet_trainers
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
 from stunet_plugin.weights.pretrained import pretrained_weights_on_command_line
 
@@ -357,7 +357,7 @@ def test_checkpoint_of_another_size_cannot_be_continued(
     with pytest.raises(
         PluginError,
         match=(
-            r"Cannot continue STUNetTrainer_small.*STUNetTrainer_tiny.*have another shape.*Continue"
+            r"Cannot resume STUNetTrainer_small.*STUNetTrainer_tiny.*have another shape.*Resume"
             r" with the"
         ),
     ):
@@ -372,13 +372,13 @@ def test_what_cannot_be_continued_says_why(make: Callable[..., Any], tmp_path: P
     content = torch.load(checkpoint, weights_only=False)
     torch.save({**content, "optimizer_state": None}, checkpoint)
     with pytest.raises(
-        PluginError, match=r"weights alone.*-tr STUNetTrainer_tiny_ft -pretrained_weights"
+        PluginError, match=r"weights only.*-tr STUNetTrainer_tiny_ft -pretrained_weights"
     ):
         make().load_checkpoint(str(checkpoint))
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:1000])
     with pytest.raises(
-        PluginError, match=r"is no checkpoint or damaged .*, and there is no other.*Without --c"
+        PluginError, match=r"is no checkpoint or damaged .*, and there is no other.*without --c"
     ):
         make().load_checkpoint(str(checkpoint))
     (tmp_path / "checkpoint_latest.pth").write_bytes(whole[:-9])
@@ -391,11 +391,11 @@ def test_what_cannot_be_continued_says_why(make: Callable[..., Any], tmp_path: P
 
 
 def test_hints_for_names_that_do_not_exist(capsys: Any) -> None:
-    assert not hasattr(stunet_trainers, "STUNetTrainer_lage")
+    assert not hasattr(trainers, "STUNetTrainer_lage")
     hint = capsys.readouterr().err
-    assert "no trainer STUNetTrainer_lage" in hint
+    assert "Unknown trainer 'STUNetTrainer_lage'" in hint
     assert "Did you mean STUNetTrainer_large?" in hint
-    assert not hasattr(stunet_trainers, "SomebodyElsesTrainer")
+    assert not hasattr(trainers, "SomebodyElsesTrainer")
     assert capsys.readouterr().err == ""
 
 

@@ -1,0 +1,106 @@
+"""Figures of Volume Fusion: examples with target and prediction, and a training's progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stunet_plugin.utils.figures import plain_style, save_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+
+
+def save_fusion_example(
+    images: np.ndarray,
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    class_names: Sequence[str],
+    path: Path,
+) -> None:
+    """Write a PNG, one row per sample: fused image, target and prediction, middle slice of axis 0.
+
+    Args:
+        images: first channel, (sample, *spatial) with two or three spatial axes.
+        targets, predictions: fusion classes 0..K, of the same shape.
+        class_names: of the K + 1 classes, for the legend.
+        path: of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    arrays = [images, targets, predictions]
+    if images.ndim == 4:
+        arrays = [array[:, images.shape[1] // 2] for array in arrays]
+    classes = len(class_names)
+    with plain_style():
+        figure = Figure(figsize=(9, 3 * len(images) + 0.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        colours = _colour_map(classes)
+        in_gray: dict[str, Any] = {"cmap": "gray"}
+        in_colour = {"cmap": colours, "vmin": 0, "vmax": classes - 1, "interpolation": "nearest"}
+        columns = (("fused image", in_gray), ("target", in_colour), ("prediction", in_colour))
+        axes = figure.subplots(len(images), 3, squeeze=False)
+        for column, (array, (title, style)) in enumerate(zip(arrays, columns, strict=True)):
+            for axis, sample in zip(axes[:, column], array, strict=True):
+                axis.imshow(sample, **style)
+                axis.set_title(title, fontsize=9)
+                axis.set_axis_off()
+        patches = [Patch(color=colours(k), label=f"alpha {class_names[k]}") for k in range(classes)]
+        figure.legend(
+            handles=patches,
+            loc="outside lower center",
+            ncols=min(9, classes),
+            fontsize=8,
+            frameon=False,
+        )
+        save_atomically(figure, path)
+
+
+def save_pretext_progress(
+    log: Mapping[str, Sequence[Any]], class_names: Sequence[str], path: Path
+) -> None:
+    """Write a PNG with losses, Dice per fusion class, learning rate and seconds per epoch.
+
+    Args:
+        log: nnU-Net's: train_losses, val_losses, dice_per_class_or_region, lrs,
+            epoch_start_timestamps, epoch_end_timestamps.
+        class_names: of the K + 1 classes, for the legend.
+        path: of the PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with plain_style():
+        figure = Figure(figsize=(12, 8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 2).ravel()
+        titles = ("loss", "pretext Dice", "learning rate", "seconds per epoch")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set(title=title, xlabel="epoch")
+            axis.grid(alpha=0.3)
+        losses, dice, rate, seconds = axes
+        losses.plot(log["train_losses"], label="training")
+        losses.plot(log["val_losses"], label="validation")
+        losses.legend(fontsize=8)
+        per_class = np.asarray(log["dice_per_class_or_region"])
+        colours = _colour_map(len(class_names))
+        for index, name in enumerate(class_names):
+            dice.plot(per_class[:, index], color=colours(index), label=f"alpha {name}")
+        dice.plot(np.nanmean(per_class, axis=1), color="black", linewidth=2, label="mean")
+        dice.set_ylim(0, 1)
+        dice.legend(fontsize=8, ncols=2)
+        rate.plot(log["lrs"])
+        seconds.plot(np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"]))
+        save_atomically(figure, path)
+
+
+def _colour_map(count: int) -> Colormap:
+    """Dark to bright, since the classes of Volume Fusion are ordered."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"].resampled(count)
