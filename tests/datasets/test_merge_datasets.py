@@ -340,7 +340,7 @@ def test_interrupted_and_continued(
     unfinished = raw / ".unfinished_Dataset020_Merged"
     assert (
         last
-        == f"Interrupted. What is finished is in {unfinished}. The same command goes on where it"
+        == f"Interrupted. What is finished is in {unfinished}. The same command resumes where it"
         " stopped."
     )
     assert not (raw / "Dataset020_Merged").exists()

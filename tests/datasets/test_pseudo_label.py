@@ -243,7 +243,7 @@ def test_interrupted_and_continued(
     unfinished = raw / ".unfinished_Dataset910_P"
     assert (
         last
-        == f"Interrupted. What is finished is in {unfinished}. The same command goes on where it"
+        == f"Interrupted. What is finished is in {unfinished}. The same command resumes where it"
         " stopped."
     )
     assert [path.name for path in raw.iterdir()] == [".unfinished_Dataset910_P"]
