@@ -1,11 +1,9 @@
-"""Sub-volumes for Volume Fusion: random crop and resize, flips, contrast and gamma, one case after
-the other in the workers.
+"""Sub-volumes for Volume Fusion: random crop and resize, flips, contrast and gamma.
 
 Ranges as published (arXiv:2306.16925, section 3, and the code of PyMIC, read for facts). What
-differs: a crop at least as large as the smallest published scale is resized to the patch, a smaller
-    scan is padded instead of being stretched further;
-percentiles are those of a random sample of voxels; voxel centres rather than corners are aligned on
-resizing.
+differs: a scan smaller than the smallest published crop is padded instead of being stretched
+further; percentiles are those of a random sample of voxels; resizing aligns voxel centres rather
+than corners.
 """
 
 from __future__ import annotations
@@ -35,30 +33,20 @@ SAMPLED_VOXELS = 2**15
 
 
 def sub_volume_transforms(patch_size: Sequence[int]) -> BasicTransform:
-    """Return what turns a crop (channel, *spatial) into a sub-volume (channel, *patch) with values
-    from 0 to 1."""
-    return ComposeTransforms(
-        [
-            ResizeToPatch(patch_size),
-            MirrorTransform(allowed_axes=tuple(range(len(patch_size)))),
-            PercentileContrast(),
-            GammaTransform(
-                gamma=GAMMA,
-                p_invert_image=0,
-                synchronize_channels=False,
-                p_per_channel=1,
-                p_retain_stats=0,
-            ),
-        ]
+    """Return the transform from a crop (channel, *spatial) to a sub-volume (channel, *patch) with
+    values from 0 to 1."""
+    mirror = MirrorTransform(allowed_axes=tuple(range(len(patch_size))))
+    gamma = GammaTransform(
+        gamma=GAMMA, p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=0
     )
+    return ComposeTransforms([ResizeToPatch(patch_size), mirror, PercentileContrast(), gamma])
 
 
 class ResizeToPatch(ImageOnlyTransform):
-    """Resizes a crop to the patch, linearly, without chance.
+    """Resizes a crop to the patch, linearly.
 
-    A crop shorter than the smallest scale comes from a scan that is no longer. Such an axis is
-    enlarged by no more than that scale allows, and padded on both sides with each channel's
-    minimum, which is air in most scans.
+    An axis shorter than the smallest scale (a small scan) is enlarged as far as that scale allows,
+    then padded on both sides with each channel's minimum, which is air in most scans.
     """
 
     def __init__(self, patch_size: Sequence[int]) -> None:
@@ -72,43 +60,35 @@ class ResizeToPatch(ImageOnlyTransform):
             for voxels, patch in zip(img.shape[1:], self.patch_size, strict=True)
         ]
         if list(img.shape[1:]) != size:
-            img = functional.interpolate(img[None], size=size, mode=self.mode, align_corners=False)[
-                0
-            ]
+            img = functional.interpolate(img[None], size, mode=self.mode, align_corners=False)[0]
         if tuple(size) == self.patch_size:
             return img
-        start = [(patch - length) // 2 for patch, length in zip(self.patch_size, size, strict=True)]
         padded = img.flatten(1).amin(dim=1).view(-1, *[1] * len(size)).repeat(1, *self.patch_size)
-        padded[
-            (
-                slice(None),
-                *(slice(first, first + length) for first, length in zip(start, size, strict=True)),
-            )
-        ] = img
+        inside = padded
+        for axis, (patch, length) in enumerate(zip(self.patch_size, size, strict=True), start=1):
+            inside = inside.narrow(axis, (patch - length) // 2, length)
+        inside.copy_(img)
         return padded
 
 
 class PercentileContrast(ImageOnlyTransform):
-    """Maps gray values piecewise linearly to 0..1, each channel by percentiles of its own.
+    """Maps gray values piecewise linearly to 0..1, each channel by its own percentiles.
 
     With v0 and v1 the p0-th and p1-th percentile, p0 ~ U(0.1, 2) and p1 ~ U(98, 99.9)::
 
         [min, v0] -> [0, 0.1]      [v0, v1] -> [0.1, 0.9]      [v1, max] -> [0.9, 1]
 
-    An empty piece is left out: where many voxels are as dark as the darkest, v0 is the minimum and
-        they become 0.1.
+    An empty piece is left out: where many voxels have the minimum, v0 is the minimum and they
+    become 0.1.
     """
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        channels, voxels = len(data_dict["image"]), data_dict["image"][0].numel()
+        image, ranges = data_dict["image"], (LOW_PERCENTILE, HIGH_PERCENTILE)
+        voxels = image[0].numel()
+        few = voxels <= SAMPLED_VOXELS
         return {
-            "percentiles": [
-                (np.random.uniform(*LOW_PERCENTILE), np.random.uniform(*HIGH_PERCENTILE))
-                for _ in range(channels)
-            ],
-            "sample": torch.randint(voxels, (SAMPLED_VOXELS,))
-            if voxels > SAMPLED_VOXELS
-            else slice(None),
+            "percentiles": [[np.random.uniform(*one) for one in ranges] for _ in image],
+            "sample": slice(None) if few else torch.randint(voxels, (SAMPLED_VOXELS,)),
         }
 
     def _apply_to_image(self, img: Tensor, **params: Any) -> Tensor:
@@ -125,11 +105,8 @@ class PercentileContrast(ImageOnlyTransform):
 def stretch(image: Tensor, low: float, high: float) -> Tensor:
     """Map [min, low], [low, high] and [high, max] linearly to [0, 0.1], [0.1, 0.9] and [0.9, 1]."""
     darkest, brightest = (float(value) for value in torch.aminmax(image))
-    result = (
-        _ramp(image, darkest, low).mul_(LOW_GRAY)
-        if low > darkest
-        else torch.full_like(image, LOW_GRAY)
-    )
+    result = _ramp(image, darkest, low) if low > darkest else torch.ones_like(image)
+    result.mul_(LOW_GRAY)
     middle = _ramp(image, low, high) if high > low else (image > low).to(image.dtype)
     result.add_(middle, alpha=HIGH_GRAY - LOW_GRAY)
     if brightest > high:
@@ -145,24 +122,18 @@ def _ramp(image: Tensor, start: float, end: float) -> Tensor:
 def draw_crop(scan_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[slice, ...]:
     """Draw a crop inside a scan: each axis 0.7 to 1.5 times the patch's, or the whole axis where
     that is shorter."""
-    lengths = [
-        min(max(int(np.random.uniform(*SCALE) * patch), 1), voxels)
-        for patch, voxels in zip(patch_size, scan_shape, strict=True)
-    ]
-    starts = [
-        np.random.randint(voxels - length + 1)
-        for length, voxels in zip(lengths, scan_shape, strict=True)
-    ]
-    return tuple(
-        slice(start, start + length) for start, length in zip(starts, lengths, strict=True)
-    )
+    crop = []
+    for patch, voxels in zip(patch_size, scan_shape, strict=True):
+        length = min(max(int(np.random.uniform(*SCALE) * patch), 1), voxels)
+        start = np.random.randint(voxels - length + 1)
+        crop.append(slice(start, start + length))
+    return tuple(crop)
 
 
 def draw_pair(count: int) -> tuple[int, int]:
     """Draw two different numbers below ``count``; twice 0 if that is the only one."""
     first = np.random.randint(count)
-    # A step of 1 to count - 1 around the circle; np.random.choice without replacement would shuffle
-    # all 100 000 cases.
+    # np.random.choice without replacement would shuffle all cases, perhaps 100,000.
     return first, (first + (np.random.randint(1, count) if count > 1 else 0)) % count
 
 
@@ -186,8 +157,7 @@ class SubVolumeLoader(DataLoader):
 
     def set_thread_id(self, thread_id: int) -> None:
         super().set_thread_id(thread_id)
-        # batchgenerators seeds numpy in every worker, but leaves all of them with the torch
-        # generator they were forked with.
+        # batchgenerators seeds numpy in every worker, but not torch.
         torch.manual_seed(np.random.randint(2**31))
 
     def get_indices(self) -> list[str]:
@@ -202,12 +172,7 @@ class SubVolumeLoader(DataLoader):
     def _sub_volume(self, key: str) -> Tensor:
         scan = self._data.load_case(key)[0]
         in_slices = len(self.patch_size) == 2
-        crop = scan[
-            (
-                slice(None),
-                *draw_crop(scan.shape[1:], (1, *self.patch_size) if in_slices else self.patch_size),
-            )
-        ]
-        image = torch.from_numpy(np.array(crop, dtype=np.float32))
+        crop = draw_crop(scan.shape[1:], (1, *self.patch_size) if in_slices else self.patch_size)
+        image = torch.from_numpy(np.array(scan[(slice(None), *crop)], dtype=np.float32))
         sub_volume: Tensor = self.transforms(image=image[:, 0] if in_slices else image)["image"]
         return sub_volume

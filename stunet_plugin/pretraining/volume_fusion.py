@@ -1,22 +1,19 @@
-"""Volume Fusion: two sub-volumes blended block by block; the network tells which share of a voxel
-is foreground.
+"""Volume Fusion: two sub-volumes blended block by block; the network predicts the foreground's
+share of each voxel.
 
-Papers: Wang et al., arXiv:2306.16925, section 3 ("2023" below), and IEEE TIP 34 (2025), doi
-    10.1109/TIP.2025.3610249
-("2025"). Published code: github.com/HiLab-git/PyMIC, read for facts, not copied.
+Papers: Wang et al., arXiv:2306.16925, section 3 ("2023" below), and IEEE TIP 34 (2025),
+doi 10.1109/TIP.2025.3610249 ("2025"). Published code: github.com/HiLab-git/PyMIC, read for facts.
 
 With K fusion classes beside the background, class map k(v) in {0, ..., K} and alpha = k / K::
 
-    image(v) = alpha(v) * foreground(v) + (1 - alpha(v)) * background(v)        target(v) = k(v) = K
-    * alpha(v)
+    image(v) = alpha(v) * foreground(v) + (1 - alpha(v)) * background(v)
+    target(v) = k(v) = K * alpha(v)
 
-The network is trained on it as on a segmentation with K + 1 outputs. Random numbers are drawn in
-one place (``draw``), class maps (``class_maps``) and images (``fuse``) follow from them without
-chance.
+The network is trained on it as on a segmentation with K + 1 outputs. All random numbers are drawn
+in ``draw``; class maps (``class_maps``) and images (``fuse``) follow from them.
 
-What differs from the published code: sizes are fractions of the patch, which the published numbers
-    are of [64, 128, 128],
-so that any patch works; a batch is fused at once, on the device where its sub-volumes are.
+What differs from the published code: sizes are fractions of the patch (the published numbers are
+for [64, 128, 128]), and a batch is fused at once, on the device of its sub-volumes.
 
 Example::
 
@@ -31,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +40,6 @@ Fraction = float | tuple[float, ...]
 PUBLISHED_CLASSES = 4
 INVERTED = 0.25
 """Probability that both sub-volumes of a sample are inverted."""
-
-
-def _per_axis(fraction: Fraction, axes: int) -> tuple[float, ...]:
-    return fraction if isinstance(fraction, tuple) else (fraction,) * axes
 
 
 class Layout(Protocol):
@@ -110,12 +104,8 @@ class BlockSizes:
     largest: Fraction
 
     def __post_init__(self) -> None:
-        axes = max(
-            len(fraction) if isinstance(fraction, tuple) else 1
-            for fraction in (self.smallest, self.largest)
-        )
-        pairs = zip(_per_axis(self.smallest, axes), _per_axis(self.largest, axes), strict=True)
-        if not all(0 < smallest <= largest <= 1 for smallest, largest in pairs):
+        smallest, largest = np.broadcast_arrays(self.smallest, self.largest)
+        if not (smallest > 0).all() or not (smallest <= largest).all() or largest.max() > 1:
             raise PluginError(
                 "Blocks of Volume Fusion need 0 < smallest <= largest <= 1 (fractions of the"
                 f" patch), not smallest {self.smallest} and largest {self.largest}. Set"
@@ -128,35 +118,24 @@ class BlockSizes:
         Raises:
             PluginError: not even the largest block has a voxel on some axis.
         """
-        smallest, largest = (
-            [
-                fraction * axis
-                for fraction, axis in zip(
-                    _per_axis(fractions, len(patch_size)), patch_size, strict=True
-                )
-            ]
-            for fractions in (self.smallest, self.largest)
-        )
+        patch = np.array(patch_size)
         # 0.29 * 100 is a little less than 29.
-        largest_voxels = [int(size + 1e-6) for size in largest]
-        if min(largest_voxels) < 1:
+        largest = (self.largest * patch + 1e-6).astype(int)
+        if largest.min() < 1:
             raise PluginError(
                 f"A patch of {list(patch_size)} voxels is too small for Volume Fusion: the largest"
                 f" block, {self.largest} of an axis, has no voxel. Plan a larger patch, or set"
                 f" STUNET_VF_LARGEST to {1 / min(patch_size):.2g} or more."
             )
-        smallest_voxels = [
-            min(max(round(size), 1), most)
-            for size, most in zip(smallest, largest_voxels, strict=True)
-        ]
-        return smallest_voxels, largest_voxels
+        smallest = np.rint(self.smallest * patch).astype(int).clip(1, largest)
+        return smallest.tolist(), largest.tolist()
 
     def draw_sizes(
         self, count: int, patch_size: Sequence[int], generator: torch.Generator
     ) -> list[list[int]]:
         """Draw the sizes of ``count`` blocks, voxels per axis."""
         smallest, largest = self.size_range(patch_size)
-        return _whole_numbers((count, len(patch_size)), smallest, largest, generator)
+        return _integers(count, smallest, largest, generator)
 
 
 @dataclass(frozen=True)
@@ -164,9 +143,8 @@ class OverlappingBoxes(BlockSizes):
     """Scheme of 2023: M boxes, M uniform, each with a class 1..K; later ones cover earlier ones,
     the rest is class 0.
 
-    Centres are uniform over the voxels of the patch and boxes are cut at its border, as in the
-    published code.
-    Published: M from 10 to 40, in patch [64, 128, 128] depth 8 to 40 and the other axes 8 to 80.
+    Centres are uniform over the voxels of the patch; boxes are cut at its border. Published: M from
+    10 to 40, in patch [64, 128, 128] depth 8 to 40 and the other axes 8 to 80.
     """
 
     smallest: Fraction = 1 / 16
@@ -176,27 +154,15 @@ class OverlappingBoxes(BlockSizes):
 
     def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Boxes:
         count = int(torch.randint(self.fewest, self.most + 1, (), generator=generator))
-        sizes = self.draw_sizes(count, patch_size, generator)
-        centres = _whole_numbers(
-            (count, len(patch_size)),
-            [0] * len(patch_size),
-            [axis - 1 for axis in patch_size],
-            generator,
-        )
-        starts = [
-            [centre - side // 2 for centre, side in zip(*box, strict=True)]
-            for box in zip(centres, sizes, strict=True)
-        ]
+        sizes = np.array(self.draw_sizes(count, patch_size, generator))
+        last = [axis - 1 for axis in patch_size]
+        starts = np.array(_integers(count, [0] * len(last), last, generator)) - sizes // 2
+        drawn = torch.randint(1, classes + 1, (count,), generator=generator)
+        lower, upper = starts.clip(min=0), (starts + sizes).clip(max=patch_size)
         return Boxes(
-            lower=tuple(tuple(max(start, 0) for start in box) for box in starts),
-            upper=tuple(
-                tuple(
-                    min(start + side, axis)
-                    for start, side, axis in zip(*box, patch_size, strict=True)
-                )
-                for box in zip(starts, sizes, strict=True)
-            ),
-            classes=tuple(torch.randint(1, classes + 1, (count,), generator=generator).tolist()),
+            tuple(map(tuple, lower.tolist())),
+            tuple(map(tuple, upper.tolist())),
+            tuple(drawn.tolist()),
         )
 
 
@@ -205,11 +171,9 @@ class TiledBlocks(BlockSizes):
     """Scheme of 2025: one block size per sample tiles the patch; a share of the tiles (at least
     one) gets a class 1..K, the rest is class 0.
 
-    Whole tiles only: as many as fit, at a random offset within what is left over, which stays class
-        0.
-    Published: 70 % of the tiles; each axis 8 to 32 voxels in patch [64, 128, 128]. As one fraction
-        for all axes that is 5/64
-    to 5/16, which gives blocks of the same volume on average.
+    As many whole tiles as fit, at a random offset; the margin stays class 0. Published: 70 % of the
+    tiles; each axis 8 to 32 voxels in patch [64, 128, 128]. As one fraction for all axes that is
+    5/64 to 5/16, which gives blocks of the same volume on average.
     """
 
     smallest: Fraction = 5 / 64
@@ -218,12 +182,10 @@ class TiledBlocks(BlockSizes):
 
     def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Tiles:
         size = self.draw_sizes(1, patch_size, generator)[0]
-        left_over = [axis % side for axis, side in zip(patch_size, size, strict=True)]
-        offset = _whole_numbers((1, len(size)), [0] * len(size), left_over, generator)[0]
-        grid = [axis // side for axis, side in zip(patch_size, size, strict=True)]
-        tiles = torch.zeros(grid, dtype=torch.uint8)
-        # Where a tile takes more than half of every axis there is only one, and 70 % of it would be
-        # none, in all samples.
+        grid, margin = np.divmod(patch_size, size)
+        offset = _integers(1, [0] * len(size), margin.tolist(), generator)[0]
+        tiles = torch.zeros(grid.tolist(), dtype=torch.uint8)
+        # If there is one tile only, 70 % of it would be none.
         blended = max(int(tiles.numel() * self.foreground), 1)
         chosen = torch.randperm(tiles.numel(), generator=generator)[:blended]
         tiles.view(-1)[chosen] = torch.randint(
@@ -239,8 +201,7 @@ DEFAULT_SCHEME = 2025
 
 @dataclass(frozen=True)
 class FusionDraw:
-    """Everything that is random about the fusion of a batch: a layout per sample, and which samples
-    are inverted."""
+    """All that is random in the fusion of a batch: a layout per sample, and which are inverted."""
 
     layouts: tuple[Layout, ...]
     inverted: tuple[bool, ...]
@@ -315,8 +276,8 @@ class VolumeFusion:
     ) -> Tensor:
         """Return the images, (batch, channel, *spatial).
 
-        Where alpha is 0 or 1 they equal the background or foreground bit for bit: torch.lerp starts
-            from the nearer end.
+        Where alpha is 0 or 1 they equal the background or foreground bit for bit, as torch.lerp
+        starts from the nearer end.
         """
         alpha = class_map[:, None].to(foreground.dtype) / self.classes
         images = torch.lerp(background, foreground, alpha)
@@ -326,8 +287,7 @@ class VolumeFusion:
         if self.standardise:
             spread, mean = torch.std_mean(images.flatten(2), dim=2)
             shape = (*spread.shape, *[1] * (images.ndim - 2))
-            # A constant channel stays constant: a standard deviation far below any image's counts
-            # as none.
+            # A constant channel stays constant.
             images = (images - mean.view(shape)) / spread.clamp(min=1e-6).view(shape)
         return images
 
@@ -336,15 +296,12 @@ class VolumeFusion:
         return ["0", *(f"{index}/{self.classes}" for index in range(1, self.classes)), "1"]
 
 
-def _whole_numbers(
-    shape: tuple[int, int],
-    lowest: Sequence[int],
-    highest: Sequence[int],
-    generator: torch.Generator,
+def _integers(
+    count: int, lowest: Sequence[int], highest: Sequence[int], generator: torch.Generator
 ) -> list[list[int]]:
-    """Draw whole numbers, uniform from ``lowest`` to ``highest`` (included) of each column."""
+    """Draw rows of integers, uniform from ``lowest`` to ``highest`` (included) of each column."""
     low, high = torch.tensor(lowest), torch.tensor(highest)
-    # In float64 a draw just below 1 cannot round up to the next whole number.
-    shares = torch.rand(shape, generator=generator, dtype=torch.float64)
+    # In float64 a draw just below 1 cannot round up to the next integer.
+    shares = torch.rand((count, len(low)), generator=generator, dtype=torch.float64)
     numbers: list[list[int]] = (low + shares * (high - low + 1)).long().tolist()
     return numbers
