@@ -55,6 +55,6 @@ class MergeDatasets(Command):
     seed: int = option("--seed", default=0, metavar="N", help="of the folds")
 
     def run(self) -> int:
-        from stunet_plugin.datasets.merge import MergeOptions, run_merge
+        from stunet_plugin.datasets.merge import run_merge
 
-        return run_merge(MergeOptions.from_arguments(self))
+        return run_merge(self)

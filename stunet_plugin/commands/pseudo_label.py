@@ -31,6 +31,9 @@ class PseudoLabel(Command):
         " --ignore-below 0.6"
     )
     interrupted: ClassVar = RESUMES
+    failure: ClassVar = (
+        "a class is missing in too many cases (see --min-share), or the disk is full"
+    )
 
     model: str = required(
         metavar="MODEL", help="model folder of nnU-Net (TRAINER__PLANS__CONFIGURATION)"
@@ -48,10 +51,10 @@ class PseudoLabel(Command):
     ignore_below: float | None = option(
         "--ignore-below",
         heading=Heading(
-            "what to trust",
+            "confidence filter",
             "Confidence is the probability of the predicted class (with regions, of the least"
             " certain one); that of a class in a case is the mean over its voxels. What is not"
-            " trusted becomes the ignore label, which training passes over.",
+            " kept becomes the ignore label, which training passes over.",
         ),
         metavar="P",
         help="voxels of lower confidence become ignore",
@@ -69,7 +72,15 @@ class PseudoLabel(Command):
         " class becomes ignore there, and a case that lacks a class with a MIN is left out; may"
         " be repeated",
     )
-    drop_cases: bool = flag("--drop-cases", "leave out cases of which a class is not trusted")
+    drop_cases: bool = flag("--drop-cases", "leave out cases with a class that is not kept")
+    min_share: float = option(
+        "--min-share",
+        default=0.0,
+        metavar="P",
+        help="share of the kept cases, 0 to 1, that must show each class in the end; a class that"
+        " none shows is always too few",
+    )
+    allow_missing: bool = flag("--allow-missing", "accept classes that too few cases show")
 
     folds: tuple[str, ...] | None = option(
         "-f",
@@ -88,6 +99,6 @@ class PseudoLabel(Command):
     device: str = device_option()
 
     def run(self) -> int:
-        from stunet_plugin.datasets.pseudo_label import PseudoLabelOptions, run_pseudo_label
+        from stunet_plugin.datasets.pseudo_label import run_pseudo_label
 
-        return run_pseudo_label(PseudoLabelOptions.from_arguments(self))
+        return run_pseudo_label(self)

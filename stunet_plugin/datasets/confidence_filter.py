@@ -1,8 +1,9 @@
-"""Which parts of a prediction to trust: by confidence per voxel, by mean confidence and by volume
-per class and case."""
+"""Confidence filter of predictions: by confidence per voxel, by mean confidence and by volume per
+class and case."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from stunet_plugin.inference.predictor import Prediction
 
 @dataclass(frozen=True)
 class Rule:
-    """When a class of a case is trusted; None asks for nothing.
+    """When a class of a case is kept; None asks for nothing.
 
     Attributes:
         min_confidence: the least mean confidence over its voxels, from 0 to 1.
@@ -27,31 +28,30 @@ class Rule:
     min_mm3: float | None = None
     max_mm3: float | None = None
 
-    def objections(self, confidence: float | None, volume: float) -> list[str]:
-        """Say what speaks against a class (confidence None: it is not predicted at all)."""
+    def reasons_against(self, confidence: float | None, volume: float) -> list[str]:
+        """Return why a class is not kept (confidence None: it is not predicted at all)."""
         found = []
-        if (
-            self.min_confidence is not None
-            and confidence is not None
-            and confidence < self.min_confidence
-        ):
-            found.append(f"mean confidence {confidence:.3f} below {self.min_confidence:g}")
-        if self.min_mm3 is not None and volume < self.min_mm3:
+        # Comparisons are such that what is not a number is never confident.
+        least = self.min_confidence
+        if least is not None and confidence is not None and not confidence >= least:
+            found.append(f"mean confidence {confidence:.3f} below {least:g}")
+        if self.min_mm3 is not None and not volume >= self.min_mm3:
             found.append(f"{volume:.0f} mm3, less than {self.min_mm3:g}")
-        if self.max_mm3 is not None and volume > self.max_mm3:
+        if self.max_mm3 is not None and not volume <= self.max_mm3:
             found.append(f"{volume:.0f} mm3, more than {self.max_mm3:g}")
         return found
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What becomes of a case.
 
     Attributes:
-        labels: (z, y, x), with the ignore label where the prediction is not trusted; None if the
-            case is left out.
+        labels: (z, y, x), with the ignore label where the prediction is not kept; None if the case
+            is left out.
         reason: why it is left out, else empty.
-        classes: name to voxels, volume in mm3, mean confidence, objections.
+        classes: name to voxels, volume in mm3, mean confidence, reasons against it, and voxels that
+            are kept.
         ignored: share of the voxels that became ignore.
     """
 
@@ -62,15 +62,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Trust:
-    """The rules for a data set.
+class ConfidenceFilter:
+    """The rules for a dataset.
 
     Attributes:
         system: label system of the model.
         ignore: the ignore label's value.
         ignore_below: least confidence of a voxel, None asks for none.
         rules: canonical class name to its rule.
-        drop_cases: leave out a case of which a class is not trusted, instead of ignoring the class
+        drop_cases: leave out a case with a class that is not kept, instead of ignoring the class
             there.
     """
 
@@ -88,41 +88,62 @@ class Trust:
         rules = {name: asdict(rule) for name, rule in self.rules.items()}
         return {"ignore_below": self.ignore_below, "rules": rules, "drop_cases": self.drop_cases}
 
-    def judge(self, prediction: Prediction) -> Verdict:
+    def decide(self, prediction: Prediction) -> Decision:
         """Apply the rules; sizes and mean confidences are those of the whole prediction, doubtful
         voxels included."""
         labels, confidence = prediction.labels, prediction.confidence
-        doubtful = (
-            np.zeros(labels.shape, bool)
-            if self.ignore_below is None
-            else confidence < self.ignore_below
-        )
+        doubtful = np.zeros(labels.shape, bool)
+        if self.ignore_below is not None:
+            doubtful = ~(confidence >= self.ignore_below)
         classes: dict[str, dict[str, Any]] = {}
-        reasons = []
-        for name in self.system.classes:
-            mask = self.system.mask(labels, name)
+        left_out = []
+        masks = {name: self.system.mask(labels, name) for name in self.system.classes}
+        for name, mask in masks.items():
             voxels = int(mask.sum())
             mean = float(confidence[mask].mean(dtype=np.float64)) if voxels else None
             volume = voxels * prediction.voxel_mm3
-            objections = self.rules.get(name, Rule()).objections(mean, volume)
+            reasons = self.rules.get(name, Rule()).reasons_against(mean, volume)
             classes[name] = {
                 "voxels": voxels,
                 "mm3": round(volume, 3),
                 "confidence": mean,
-                "objections": objections,
+                "reasons": reasons,
             }
             # What is not predicted cannot be marked: it may be anywhere in the background.
-            if objections and (self.drop_cases or not voxels):
-                reasons += [f"{name}: {objection}" for objection in objections]
-            elif objections:
+            if reasons and (self.drop_cases or not voxels):
+                left_out += [f"{name}: {reason}" for reason in reasons]
+            elif reasons:
                 doubtful |= mask
-        if reasons:
-            return Verdict(None, "; ".join(reasons), classes, 0.0)
-        return Verdict(
-            np.where(doubtful, labels.dtype.type(self.ignore), labels),
-            "",
-            classes,
-            float(doubtful.mean()),
+        for name, mask in masks.items():
+            classes[name]["kept"] = 0 if left_out else int((mask & ~doubtful).sum())
+        if left_out:
+            return Decision(None, "; ".join(left_out), classes, 0.0)
+        filtered = np.where(doubtful, labels.dtype.type(self.ignore), labels)
+        return Decision(filtered, "", classes, float(doubtful.mean()))
+
+
+def check_regions(table: Mapping[str, Any], where: str) -> None:
+    """Raise a PluginError if a model's ``regions_class_order`` makes it write values that do not
+    mean its regions: then its label maps cannot be read by its own ``dataset.json``."""
+    order = table.get("regions_class_order")
+    if order is None:
+        return
+    regions = {
+        name: set(values if isinstance(values, (list, tuple)) else [values])
+        for name, values in table["labels"].items()
+        if name != "ignore" and values not in (0, [0])
+    }
+    names = list(regions)
+    fits = isinstance(order, (list, tuple)) and len(order) == len(names)
+    for number, (name, value) in enumerate(zip(names, order if fits else (), strict=False)):
+        later = [other for other in names[number + 1 :] if value in regions[other]]
+        if value not in regions[name] or later:
+            fits = False
+    if not fits:
+        raise PluginError(
+            f"{where}: regions_class_order {order} does not fit its regions {table['labels']}. Each"
+            " value must be one of its region's, and of no later region's: what the model writes"
+            " cannot be read otherwise. Correct its dataset.json and train again."
         )
 
 
@@ -139,11 +160,19 @@ def parse_rules(
     Raises:
         PluginError: an unknown class, or no such number.
     """
+
+    def known(name: str, where: str) -> str:
+        found = canonical_name(name)
+        if found not in system.classes:
+            classes = ", ".join(system.classes)
+            raise PluginError(f"{where}: the model has no class {name!r}. Its classes: {classes}.")
+        return found
+
     fields: dict[str, dict[str, float | None]] = {}
     for text in sorted(confidences, key=lambda text: "=" in text):
         name, separator, number = text.rpartition("=")
-        for known in [_known(system, name, text)] if separator else system.classes:
-            fields.setdefault(known, {})["min_confidence"] = probability(number, "--min-confidence")
+        for one in [known(name, text)] if separator else system.classes:
+            fields.setdefault(one, {})["min_confidence"] = probability(number, "--min-confidence")
     for text in sizes:
         name, separator, reach = text.rpartition("=")
         low, colon, high = reach.partition(":")
@@ -151,40 +180,27 @@ def parse_rules(
             raise PluginError(
                 f"--size must be CLASS=MIN:MAX (mm3, one of them may be left out), not {text!r}."
             )
-        least, most = (_volume(end, text) for end in (low, high))
+        wrong = f"--size {text}: {{!r}} is no volume in mm3."
+        least, most = (
+            _number(end, math.inf, wrong.format(end)) if end.strip() else None
+            for end in (low, high)
+        )
         if least is not None and most is not None and least > most:
             raise PluginError(f"--size {text}: the least volume is larger than the most.")
-        fields.setdefault(_known(system, name, text), {}).update(min_mm3=least, max_mm3=most)
+        fields.setdefault(known(name, text), {}).update(min_mm3=least, max_mm3=most)
     return {name: Rule(**given) for name, given in fields.items()}
 
 
 def probability(text: str, option: str) -> float:
     """Return a number from 0 to 1; raise PluginError if it is none."""
+    return _number(text, 1.0, f"{option} must be a number from 0 to 1, not {text!r}.")
+
+
+def _number(text: str, most: float, wrong: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 1:
-        raise PluginError(f"{option} must be a number from 0 to 1, not {text!r}.")
+        value = math.nan
+    if not (0 <= value <= most and math.isfinite(value)):
+        raise PluginError(wrong)
     return value
-
-
-def _volume(text: str, whole: str) -> float | None:
-    if not text.strip():
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < float("inf"):
-        raise PluginError(f"--size {whole}: {text!r} is no volume in mm3.")
-    return value
-
-
-def _known(system: LabelSystem, name: str, where: str) -> str:
-    known = canonical_name(name)
-    if known not in system.classes:
-        raise PluginError(
-            f"{where}: the model has no class {name!r}. Its classes: {', '.join(system.classes)}."
-        )
-    return known

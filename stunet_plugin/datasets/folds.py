@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from sklearn.model_selection import KFold, StratifiedKFold
 
-from stunet_plugin.nnunet.names import FOLDS
+from stunet_plugin.nnunet.names import FOLDS, PREPROCESSED
+
+SPLITS = "splits_final.json"
+"""In the raw dataset nnU-Net's planners find it and copy it to where training reads it."""
 
 
 def balanced_folds(
-    cases: Mapping[str, Sequence[str]], train_only: Sequence[str], seed: int
+    cases: Mapping[str, Sequence[str]],
+    train_only: Collection[str],
+    seed: int,
+    own: Mapping[str, Sequence[Collection[str]]] | None = None,
 ) -> list[dict[str, list[str]]]:
     """Return nnU-Net's ``splits_final.json``: folds of as equal a size as can be, for each dataset
     and altogether.
 
     Args:
-        cases: dataset to its cases, in their order.
+        cases: dataset to its cases.
         train_only: datasets whose cases are trained on in every fold and validated on in none.
         seed: of the shuffling.
+        own: dataset to the cases that each fold validates on by the dataset's own splits; kept.
 
     Returns:
         One entry per fold; none where there are fewer cases to validate on than folds.
     """
-    dealt: list[list[str]] = [[] for _ in range(FOLDS)]
-    turn = 0
-    for number, (dataset, names) in enumerate(cases.items()):
-        if dataset in train_only:
-            continue
-        for index in np.random.default_rng([seed, number]).permutation(len(names)):
-            dealt[turn % FOLDS].append(names[index])
-            turn += 1
-    if turn < FOLDS:
+    validation: list[list[str]] = [[] for _ in range(FOLDS)]
+    for dataset, folds in (own or {}).items():
+        for fold, names in enumerate(folds if dataset not in train_only else ()):
+            validation[fold] += names
+    dealt = {x: names for x, names in cases.items() if x not in train_only and x not in (own or {})}
+    origins = [dataset for dataset, names in dealt.items() for _ in names]
+    names = [name for names in dealt.values() for name in names]
+    if len(names) + sum(map(len, validation)) < FOLDS:
         return []
-    everything = [name for names in cases.values() for name in names]
-    return [
-        {"train": sorted(set(everything) - set(validation)), "val": sorted(validation)}
-        for validation in dealt
-    ]
+    # Without a dataset of as many cases as folds there are no shares to keep.
+    kind = StratifiedKFold if max(map(len, dealt.values()), default=0) >= FOLDS else KFold
+    if len(names) >= FOLDS:
+        splitter = kind(FOLDS, shuffle=True, random_state=seed)
+        for fold, (_, indices) in enumerate(splitter.split(names, origins)):
+            validation[fold] += [names[index] for index in indices]
+    else:
+        for name in names:
+            min(validation, key=len).append(name)
+    everything = {name for names in cases.values() for name in names}
+    return [{"train": sorted(everything - set(val)), "val": sorted(val)} for val in validation]
+
+
+def own_folds(folder: Path, cases: Collection[str]) -> tuple[list[list[str]] | None, str]:
+    """Return the cases that each fold of a dataset's own ``splits_final.json`` validates on, and
+    what to say of it: None and "" where there is none, None and why where it cannot be kept.
+
+    Args:
+        folder: the dataset in nnUNet_raw; splits in nnUNet_preprocessed, which training reads, come
+            first.
+        cases: of the dataset.
+    """
+    root = os.environ.get(PREPROCESSED)
+    places = [Path(root, folder.name)] if root else []
+    file = next((x / SPLITS for x in (*places, folder) if (x / SPLITS).is_file()), None)
+    if file is None:
+        return None, ""
+    try:
+        splits: Any = json.loads(file.read_text())
+        folds = [list(map(str, split["val"])) for split in splits]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None, f"{file} is not as nnU-Net has it"
+    names = [name for fold in folds for name in fold]
+    if len(folds) != FOLDS:
+        return None, f"{file} has {len(folds)} folds, not {FOLDS}"
+    if len(set(names)) != len(names) or not set(names) <= set(cases) or not all(folds):
+        return None, f"the folds of {file} share cases, or name some that are not there"
+    return folds, f"its own folds are kept ({file})"

@@ -1,4 +1,4 @@
-"""What the labels of a dataset become when it is joined with others that annotate other classes.
+"""Label mapping of datasets that are merged with others which annotate other classes.
 
 A class that a dataset does not annotate may hide in its background. So there, everything that is
 none of the joint classes becomes the ignore label, unless the dataset has a larger class that the
@@ -7,7 +7,7 @@ missing one is a part of (``kidney`` for ``kidney_left``): then that class alone
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from stunet_plugin.errors import PluginError
 
 
 @dataclass(frozen=True)
-class Joined:
+class LabelMapping:
     """How one dataset's labels are translated.
 
     Attributes:
@@ -25,7 +25,7 @@ class Joined:
         missing: joint classes that it does not annotate, whose place is not known.
         hidden_in: its own classes that become ignore because a missing one is a part of them.
         left_out: its own classes that are no part of the joint ones.
-        background_ignored: whether everything else does, too.
+        background_ignored: whether everything else becomes ignore, too.
     """
 
     table: np.ndarray
@@ -39,16 +39,18 @@ class Joined:
         known = self.table >= 0
         return bool(np.array_equal(self.table[known], np.flatnonzero(known)))
 
-    def translate(self, labels: np.ndarray, source: LabelSystem, where: str) -> np.ndarray:
-        """Return the joint labels of a label map (any shape).
-
-        Raises:
-            PluginError: it has values that its dataset does not declare.
-        """
-        source.check(np.unique(labels), where)
+    def translate(self, labels: np.ndarray) -> np.ndarray:
+        """Return the joint labels of a label map (any shape) whose values are declared."""
         smallest = np.uint8 if self.table.max() < 256 else np.uint16
-        joint: np.ndarray = self.table[labels.astype(np.int64)].astype(smallest)
+        joint: np.ndarray = self.table[labels].astype(smallest)
         return joint
+
+    def describe(self, source: LabelSystem, joint: LabelSystem) -> dict[str, str]:
+        """Return in names what each class of a dataset, and its background, becomes."""
+        names = {values[0]: name for name, values in joint.classes.items()}
+        names |= {0: "background"} | ({joint.ignore: "ignore"} if joint.ignore else {})
+        first = {name: source.classes[name][0] for name in all_classes([source])}
+        return {x: names[int(self.table[value])] for x, value in {"background": 0, **first}.items()}
 
 
 def all_classes(systems: Sequence[LabelSystem]) -> list[str]:
@@ -97,25 +99,21 @@ def joint_system(
                 " what to learn with --classes: the larger class, or the smaller ones (where a"
                 " dataset has the larger one alone, it then becomes ignore)."
             )
-    plain = LabelSystem.numbered("joint", classes)
-    pairs = zip(systems, not_shown, strict=True)
-    joined = [
-        join_labels(system, LabelSystem.numbered("joint", classes, ignore=True), absent, systems)
-        for system, absent in pairs
-    ]
-    needed = any(system.ignore is not None for system in systems) or any(
-        one.missing for one in joined
+    joint = LabelSystem.numbered("joint", classes, ignore=True)
+    needed = any(
+        system.ignore is not None or map_to_union(system, joint, absent, systems).missing
+        for system, absent in zip(systems, not_shown, strict=True)
     )
-    return LabelSystem.numbered("joint", classes, ignore=True) if needed else plain
+    return joint if needed else LabelSystem.numbered("joint", classes)
 
 
-def join_labels(
+def map_to_union(
     source: LabelSystem,
     joint: LabelSystem,
     not_shown: Collection[str],
     systems: Sequence[LabelSystem],
-) -> Joined:
-    """Work out what the labels of a dataset become.
+) -> LabelMapping:
+    """Return what the labels of a dataset become.
 
     Args:
         source: its label system.
@@ -128,11 +126,8 @@ def join_labels(
     """
     absent = {canonical_name(name) for name in not_shown}
     missing = [name for name in joint.classes if source.find(name) is None and name not in absent]
-    own = [
-        name
-        for name in source.classes
-        if not any(_overlap(source, name, other) for other in joint.classes)
-    ]
+    joint_values = {value for name in joint.classes for value in source.find(name) or ()}
+    own = [name for name, values in source.classes.items() if not joint_values & set(values)]
     hidden_in = {name: [part for part in missing if _contains(name, part, systems)] for name in own}
     placed = {part for parts in hidden_in.values() for part in parts}
     background_ignored = bool(set(missing) - placed)
@@ -146,17 +141,13 @@ def join_labels(
     for name, parts in hidden_in.items():
         if parts:
             table[list(source.values_of(name))] = joint.ignore
-    return Joined(
+    return LabelMapping(
         table,
         tuple(missing),
         tuple(name for name, parts in hidden_in.items() if parts),
         tuple(name for name, parts in hidden_in.items() if not parts),
         background_ignored,
     )
-
-
-def _overlap(system: LabelSystem, one: str, other: str) -> bool:
-    return bool(set(system.find(one) or ()) & set(system.find(other) or ()))
 
 
 def _contains(larger: str, part: str, systems: Sequence[LabelSystem]) -> bool:
@@ -166,15 +157,3 @@ def _contains(larger: str, part: str, systems: Sequence[LabelSystem]) -> bool:
         if whole and piece and set(piece) <= set(whole):
             return True
     return False
-
-
-def describe_table(joined: Joined, source: LabelSystem, joint: LabelSystem) -> Mapping[str, str]:
-    """Return in names what each class of a dataset, and its background, becomes."""
-    names = {values[0]: name for name, values in joint.classes.items()} | {0: "background"}
-    if joint.ignore is not None:
-        names[joint.ignore] = "ignore"
-    first_values = {
-        "background": 0,
-        **{name: source.classes[name][0] for name in all_classes([source])},
-    }
-    return {name: names[int(joined.table[value])] for name, value in first_values.items()}

@@ -1,19 +1,23 @@
-"""``stunet pseudo-label``: a model's predictions on unlabelled images become a dataset to train
-on."""
+"""Pseudo-labels: a model's predictions on unlabelled images as a dataset to train on."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
-from stunet_plugin.datasets.confidence_filter import Trust, parse_rules, probability
+from stunet_plugin.datasets.confidence_filter import (
+    ConfidenceFilter,
+    check_regions,
+    parse_rules,
+    probability,
+)
 from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import find_raw, list_images
@@ -21,8 +25,11 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Model
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.device import choose_device
-from stunet_plugin.utils.files import sha256_of, write_atomically
+from stunet_plugin.utils.files import read_json, sha256_of, write_atomically
 from stunet_plugin.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from stunet_plugin.commands.pseudo_label import PseudoLabel
 
 PROVENANCE = "pseudo_labels.json"
 KEPT_ENTRIES = (
@@ -35,153 +42,142 @@ KEPT_ENTRIES = (
 """Of the model's dataset.json, for that of the new dataset."""
 
 
-@dataclass(frozen=True)
-class PseudoLabelOptions:
-    """What the user asked for; see ``stunet pseudo-label --help``."""
-
-    model: str
-    images: str
-    dataset_id: int
-    name: str
-    copy: bool = False
-    ignore_below: float | None = None
-    min_confidence: Sequence[str] = ()
-    size: Sequence[str] = ()
-    drop_cases: bool = False
-    folds: Sequence[str] | None = None
-    checkpoint: str = "checkpoint_final.pth"
-    step_size: float = 0.5
-    mirroring: bool = True
-    device: str = "auto"
-
-    @classmethod
-    def from_arguments(cls, given: Any) -> PseudoLabelOptions:
-        return cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
-
-
-def run_pseudo_label(options: PseudoLabelOptions) -> int:
-    """Predict, filter, and make the dataset; return 0.
+def run_pseudo_label(options: PseudoLabel) -> int:
+    """Predict, filter, and make the dataset; return 0, or 1 if a class is all but lost.
 
     Raises:
-        PluginError: wrong input, or no case is left; the same command goes on where it was.
+        PluginError: wrong input, or no case is left; the same command resumes where it stopped.
     """
-    _PseudoLabelling(options).run()
-    return 0
+    return _PseudoLabelling(options).run()
 
 
 class _PseudoLabelling:
-    """One run; the constructor checks everything and writes nothing."""
+    """One run; the constructor checks everything but the images and writes nothing."""
 
-    def __init__(self, options: PseudoLabelOptions) -> None:
+    def __init__(self, options: PseudoLabel) -> None:
         self.options = options
-        self.target = NewDataset(options.dataset_id, options.name)
-        device = choose_device(options.device)
-        self.model = Model(
+        self.target = NewDataset(options.dataset_id, options.name, PROVENANCE, options.copy)
+        self.min_share = probability(str(options.min_share), "--min-share")
+        self.model = model = Model(
             Path(options.model),
             options.folds,
             options.checkpoint,
             options.step_size,
             options.mirroring,
-            device,
+            choose_device(options.device),
         )
-        self.ending = str(self.model.dataset["file_ending"])
-        self.cases = find_images(options.images, self.ending, self.model.channels)
-        labels = dict(self.model.dataset["labels"])
-        system = LabelSystem.from_table(self.model.dataset, f"the model {self.model.folder.name}")
-        ignore_below = (
-            None
-            if options.ignore_below is None
-            else probability(str(options.ignore_below), "--ignore-below")
+        self.ending = str(model.dataset["file_ending"])
+        where = f"the model {model.folder.name}"
+        system = LabelSystem.from_table(model.dataset, where)
+        check_regions(model.dataset, where)
+        self.cases = find_images(options.images, self.ending, model.channels)
+        below = options.ignore_below
+        self.filter = ConfidenceFilter(
+            system,
+            max(system.values) + 1 if system.ignore is None else system.ignore,
+            None if below is None else probability(str(below), "--ignore-below"),
+            parse_rules(system, options.min_confidence, options.size),
+            options.drop_cases,
         )
-        rules = parse_rules(system, options.min_confidence, options.size)
-        ignore = max(system.values) + 1 if system.ignore is None else system.ignore
-        self.trust = Trust(system, ignore, ignore_below, rules, options.drop_cases)
-        self.labels = {**labels, "ignore": ignore} if self.trust.may_ignore else labels
         self.settings: dict[str, Any] = {
             "command": "pseudo-label",
-            "model": str(self.model.folder),
-            "trainer": self.model.trainer,
-            "plans": self.model.plans_name,
-            "configuration": self.model.configuration,
-            "folds": list(self.model.folds),
-            "checkpoints": {file.parent.name: sha256_of(file) for file in self.model.files},
+            "model": str(model.folder),
+            "trainer": model.trainer,
+            "plans": model.plans_name,
+            "configuration": model.configuration,
+            "folds": list(model.folds),
+            "checkpoints": {file.parent.name: sha256_of(file) for file in model.files},
             "step_size": options.step_size,
             "mirroring": options.mirroring,
-            **self.trust.to_json(),
+            **self.filter.to_json(),
             "copy": options.copy,
-            "images": {
-                case: [_state(file) for file in files] for case, files in self.cases.items()
-            },
+            "images": {case: list(map(_state, files)) for case, files in self.cases.items()},
         }
 
-    def run(self) -> None:
-        print(
-            f"{len(self.cases)} cases; {self.model.folder.name}, fold(s)"
-            f" {', '.join(self.model.folds)}; into {self.target.folder}",
-            flush=True,
-        )
+    def run(self) -> int:
+        model, folds = self.model.folder.name, ", ".join(self.model.folds)
+        if self.target.is_there(self.settings):
+            return self._warn(read_json(self.target.folder / PROVENANCE)["cases"])
+        print(f"{len(self.cases)} cases; {model}, fold(s) {folds}; into {self.target.folder}")
+        print("Checking the images ...", flush=True)
+        left = [case for case in self.cases if not self.target.record_of(case).is_file()]
+        self.model.check(self.cases[case] for case in left)
         with self.target.begun(self.settings):
             progress = Progress(len(self.cases))
-            for case, images in self.cases.items():
-                if self.target.record_of(case).is_file():
-                    progress.known += 1
-                    continue
-                progress.add(self._label(case, images))
+            progress.known = len(self.cases) - len(left)
+            for case in left:
+                progress.add(self._label(case, self.cases[case]))
             progress.end()
-            records = {
-                case: json.loads(self.target.record_of(case).read_text()) for case in self.cases
-            }
-            kept = [case for case, record in records.items() if not record["left_out"]]
-            self._say(records, kept)
+            records = {case: read_json(self.target.record_of(case)) for case in self.cases}
+            kept = self._say(records)
             if not kept:
                 shutil.rmtree(self.target.unfinished)
                 raise PluginError(
                     "No case is left, so no dataset was made. Ask for less (--min-confidence,"
                     " --size)."
                 )
-            self.target.finish(
-                self._description(len(kept)), {PROVENANCE: self._provenance(records)}
-            )
+            self.target.finish(self._description(kept), self._provenance(records))
         number = self.options.dataset_id
-        joining = f"stunet merge-datasets LABELLED {number} --train-only {number} -d ID"
-        print(self.target.closing_lines(f", or join it with labelled cases: {joining}"))
+        self.target.say_written(
+            ", or join it with labelled cases:"
+            f" stunet merge-datasets LABELLED {number} --train-only {number} -d ID"
+        )
+        return self._warn(records)
 
     def _label(self, case: str, images: tuple[Path, ...]) -> bool:
         """Predict one case and write what is kept of it, its record last; return whether it is
         kept."""
         prediction = self.model.predict(images)
-        verdict = self.trust.judge(prediction)
-        if verdict.labels is not None:
-            self.target.add_images(case, images, self.ending, self.options.copy)
-            write_labels(
-                self.model.reader,
-                verdict.labels,
-                prediction.properties,
-                self.target.label_of(case, self.ending),
-            )
+        decision = self.filter.decide(prediction)
+        if decision.labels is not None:
+            self.target.add_images(case, images, self.ending)
+            label = self.target.label_of(case, self.ending)
+            write_labels(self.model.reader, decision.labels, prediction.properties, label)
         record = {
             "images": [str(image) for image in images],
-            "left_out": verdict.reason,
-            "ignored": verdict.ignored,
-            "classes": verdict.classes,
+            "left_out": decision.reason,
+            "ignored": decision.ignored,
+            "classes": decision.classes,
         }
         write_atomically(self.target.record_of(case), json.dumps(record))
-        return verdict.labels is not None
+        return decision.labels is not None
 
-    def _say(self, records: Mapping[str, Mapping[str, Any]], kept: Sequence[str]) -> None:
+    def _say(self, records: Mapping[str, Mapping[str, Any]]) -> int:
+        """Print what became of the cases; return how many are kept."""
+        kept = [case for case, record in records.items() if not record["left_out"]]
         print(f"{len(kept)} of {len(records)} cases are kept.")
         for case, record in records.items():
             if record["left_out"]:
                 print(f"  left out: {case}: {record['left_out']}")
-        if self.trust.may_ignore and kept:
+        if self.filter.may_ignore and kept:
             share = sum(records[case]["ignored"] for case in kept) / len(kept)
             print(f"  ignored: {share:.1%} of their voxels")
+        return len(kept)
+
+    def _warn(self, records: Mapping[str, Mapping[str, Any]]) -> int:
+        """Warn of classes that too few cases show; return the exit code."""
+        kept = [record for record in records.values() if not record["left_out"]]
+        lost = []
+        for name in self.filter.system.classes:
+            count = sum(record["classes"][name]["kept"] > 0 for record in kept)
+            if not count or count < self.min_share * len(kept):
+                lost.append(f"{name} in {count}")
+        if not lost:
+            return 0
+        print(
+            f"WARNING: classes that too few of the {len(kept)} cases show: {', '.join(lost)}. A"
+            " network trained on them does not learn these. Does the model suit the images? Ask for"
+            " less (--ignore-below, --min-confidence, --size), or accept it: --allow-missing",
+            file=sys.stderr,
+        )
+        return 0 if self.options.allow_missing else 1
 
     def _description(self, cases: int) -> dict[str, Any]:
-        kept = {key: self.model.dataset[key] for key in KEPT_ENTRIES if key in self.model.dataset}
+        dataset = self.model.dataset
+        ignore = {"ignore": self.filter.ignore} if self.filter.may_ignore else {}
         return {
-            **kept,
-            "labels": self.labels,
+            **{key: dataset[key] for key in KEPT_ENTRIES if key in dataset},
+            "labels": {**dataset["labels"], **ignore},
             "numTraining": cases,
             "name": self.target.folder.name,
             "description": (
@@ -220,7 +216,7 @@ def find_images(given: str, ending: str, channels: int) -> dict[str, tuple[Path,
     return cases
 
 
-def _state(file: Path) -> list[Any]:
-    """What tells whether an image is still the same."""
+def _state(file: Path) -> Sequence[Any]:
+    """Return what tells whether an image is still the same."""
     state = file.stat()
     return [str(file), state.st_size, state.st_mtime_ns]

@@ -1,29 +1,33 @@
-"""A dataset in nnUNet_raw: its description, its cases, and where their files are. Imports nothing
-heavy."""
+"""Datasets in nnUNet_raw: their description, their cases, and where their files are."""
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import RAW
 from stunet_plugin.utils.files import read_json
+from stunet_plugin.utils.images import PICTURES, TIFF
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case: its images, one per channel, and its labels; None where it has none."""
+    """A case: its images, one per channel (or a picture in colours), and its label map."""
 
     name: str
     images: tuple[Path, ...]
-    label: Path | None
+    label: Path
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class RawDataset:
 
     Attributes:
         folder: in nnUNet_raw or elsewhere.
-        description: content of its ``dataset.json``.
+        description: content of its ``dataset.json``, checked.
         cases: in the order of their names, each with labels.
     """
 
@@ -46,12 +50,20 @@ class RawDataset:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        names: dict[str, Any] = _channel_names(self.description) or {}
+        names = channel_names(self.description, self.name)
         return tuple(str(names[key]) for key in sorted(names, key=int))
 
     @property
     def file_ending(self) -> str:
         return str(self.description["file_ending"])
+
+
+def raw_root() -> Path:
+    """Return nnUNet_raw; raise PluginError if it is not set."""
+    root = os.environ.get(RAW)
+    if not root:
+        raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
+    return Path(root).absolute()
 
 
 def find_raw(given: str) -> Path:
@@ -64,25 +76,15 @@ def find_raw(given: str) -> Path:
         return Path(given).absolute()
     if os.sep in given:
         raise PluginError(f"{given} is not a folder.")
-    root = os.environ.get(RAW)
-    if not root:
-        raise PluginError(
-            f"{RAW} is not set, so {given} cannot be found. Set it (export {RAW}=/path/to/{RAW}),"
-            " or give a path."
-        )
-    prefix = f"Dataset{int(given):03d}_" if given.isdigit() else given
-    folders = (
-        sorted(path for path in Path(root).absolute().iterdir() if path.is_dir())
-        if Path(root).is_dir()
-        else []
-    )
-    found = [
-        path
-        for path in folders
-        if path.name == given or (given.isdigit() and path.name.startswith(prefix))
-    ]
+    root = raw_root()
+    if given.isdigit():
+        wanted = f"Dataset{int(given):03d}_"
+        names = [x for x in find_candidate_datasets(int(given)) if x.startswith(wanted)]
+        wanted += "*"
+    else:
+        wanted, names = given, [given]
+    found = [root / name for name in names if (root / name).is_dir()]
     if len(found) != 1:
-        wanted = f"{prefix}*" if given.isdigit() else given
         raise PluginError(
             f"Expected one {wanted} in {RAW} ({root}), found {len(found)}. Give its ID, its full"
             " name or a path."
@@ -102,26 +104,22 @@ def read_raw(folder: Path) -> RawDataset:
             f"{folder} is no dataset in nnU-Net's raw format: it has no dataset.json."
         )
     description = read_json(file)
-    names = _channel_names(description)
+    names = channel_names(description, str(file))
     ending = description.get("file_ending")
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not isinstance(ending, str)
-        or not isinstance(description.get("labels"), dict)
-    ):
-        raise PluginError(
-            f"{file} lacks channel_names, labels or file_ending, which nnU-Net v2 needs."
-        )
+    if not isinstance(ending, str) or not re.fullmatch(r"(\.\w+)+", ending):
+        raise PluginError(f"{file}: file_ending must be such as '.nii.gz', not {ending!r}.")
+    labels = description.get("labels")
+    if not isinstance(labels, dict) or not labels:
+        raise PluginError(f"{file}: labels must be a table of names and values, not {labels!r}.")
     if "dataset" in description:
-        cases = _listed_cases(folder, description["dataset"], file)
+        cases = _listed_cases(folder, description, file)
     else:
         images = list_images(folder / "imagesTr", ending, len(names))
-        cases = tuple(
+        cases = [
             Case(name, files, folder / "labelsTr" / f"{name}{ending}")
             for name, files in images.items()
-        )
-    lacking = [case.label for case in cases if case.label is None or not case.label.is_file()]
+        ]
+    lacking = [case.label for case in cases if not case.label.is_file()]
     if lacking:
         raise PluginError(
             f"{folder.name}: {len(lacking)} of {len(cases)} cases have no labels (for example"
@@ -129,37 +127,47 @@ def read_raw(folder: Path) -> RawDataset:
         )
     if not cases:
         raise PluginError(f"{folder} has no cases: no images *_0000{ending} in imagesTr.")
-    return RawDataset(folder, description, cases)
+    return RawDataset(folder, description, tuple(cases))
 
 
-def _channel_names(description: dict[str, Any]) -> Any:
-    """The channels; older datasets call them modality."""
-    return description.get("channel_names", description.get("modality"))
+def channel_names(description: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the channels of a ``dataset.json``; older ones call them modality.
 
-
-def _listed_cases(folder: Path, listed: Any, file: Path) -> tuple[Case, ...]:
-    """The cases where ``dataset.json`` lists their files itself, as nnU-Net allows."""
-    try:
-        entries = [
-            (name, files["images"], files["label"]) for name, files in sorted(listed.items())
-        ]
-        # An absolute path stays as it is.
-        return tuple(
-            Case(
-                name,
-                tuple(folder / os.path.expandvars(image) for image in images),
-                folder / os.path.expandvars(label),
-            )
-            for name, images, label in entries
-        )
-    except (AttributeError, KeyError, TypeError) as error:
+    Raises:
+        PluginError: they are not numbered 0, 1, ...
+    """
+    names = description.get("channel_names", description.get("modality"))
+    wanted = set(map(str, range(len(names)))) if isinstance(names, dict) else set()
+    if not isinstance(names, dict) or not names or set(names) != wanted:
+        turned = isinstance(names, dict) and names and {str(x) for x in names.values()} == wanted
+        hint = " Here names and numbers are the wrong way round." if turned else ""
         raise PluginError(
-            f"{file}: 'dataset' is not as nnU-Net has it, {{case: {{images: [...], label: ...}}}}."
-        ) from error
+            f'{where}: channel_names must be {{"0": "CT"}} and so on, not {names!r}.{hint}'
+        )
+    return names
+
+
+def _listed_cases(folder: Path, description: dict[str, Any], file: Path) -> list[Case]:
+    """Return the cases where ``dataset.json`` lists their files itself, as nnU-Net allows."""
+    try:
+        listed = get_filenames_of_train_images_and_targets(str(folder), copy.deepcopy(description))
+        cases = [
+            Case(str(name), tuple(map(Path, files["images"])), Path(files["label"]))
+            for name, files in sorted(listed.items())
+            if files["images"] and isinstance(files["images"], list)
+        ]
+        if len(cases) == len(listed):
+            return cases
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise PluginError(
+        f"{file}: 'dataset' is not as nnU-Net has it, {{case: {{images: [...], label: ...}}}}."
+    )
 
 
 def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
-    """Return the images of a folder by case, one file per channel, in the order of their names.
+    """Return the images of a folder by case, in the order of their names: one file per channel,
+    or fewer where one picture may have several (colours).
 
     Raises:
         PluginError: the folder is not there, or a case has not one file for each channel.
@@ -168,22 +176,16 @@ def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
         raise PluginError(f"{folder} is not a folder.")
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()):
-        match = (
-            _CHANNEL.fullmatch(path.name.removesuffix(ending))
-            if path.name.endswith(ending)
-            else None
-        )
-        if match and not path.name.startswith("."):
+        match = _CHANNEL.fullmatch(path.name.removesuffix(ending))
+        if match and path.name.endswith(ending) and not path.name.startswith("."):
             found.setdefault(match["case"], {})[int(match["channel"])] = path
-    wanted: Sequence[int] = range(channels)
+    colours = ending in (*PICTURES, *TIFF)
     for case, files in found.items():
-        if sorted(files) != list(wanted):
-            names = ", ".join(f"{case}_{channel:04d}{ending}" for channel in wanted)
+        complete = sorted(files) == list(range(len(files)))
+        if not complete or not (len(files) == channels or (colours and len(files) < channels)):
+            names = ", ".join(f"{case}_{channel:04d}{ending}" for channel in range(channels))
             raise PluginError(f"{folder}: case {case} has {len(files)} image(s), expected {names}.")
-    return {case: tuple(files[channel] for channel in wanted) for case, files in found.items()}
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+    return {case: tuple(files[x] for x in sorted(files)) for case, files in found.items()}
 
 
 def new_raw_folder(dataset_id: int, name: str) -> Path:
@@ -192,9 +194,7 @@ def new_raw_folder(dataset_id: int, name: str) -> Path:
     Raises:
         PluginError: bad ID or name, or nnUNet_raw is not set.
     """
-    raw = os.environ.get(RAW)
-    if not raw:
-        raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
+    root = raw_root()
     if not 1 <= dataset_id <= 999:
         raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
     if not _NAME.fullmatch(name):
@@ -202,4 +202,4 @@ def new_raw_folder(dataset_id: int, name: str) -> Path:
             "-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not"
             f" {name!r}."
         )
-    return Path(raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
+    return root / f"Dataset{dataset_id:03d}_{name}"

@@ -1,11 +1,9 @@
-"""Predictions of a model folder with nnU-Net's own predictor, one case at a time, with the
-confidence in each voxel."""
+"""Trained models run on images, with nnU-Net's own predictor: the only place that does so."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,14 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from stunet_plugin.errors import PluginError, last_line
+from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.build_network import build_network
-from stunet_plugin.utils.files import check_whole, read_json
+from stunet_plugin.nnunet.names import CHECKPOINT
+from stunet_plugin.utils.files import read_json
+from stunet_plugin.utils.images import MOVE, ImageError, place_image, read_images, side_files
 from stunet_plugin.weights.safe_loading import load_checkpoint
+
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -40,36 +42,38 @@ class Prediction:
 
 
 class Model:
-    """A model folder of nnU-Net, ready to predict.
+    """A model folder of nnU-Net, ready to predict; of any trainer that nnU-Net finds.
+
+    Args:
+        folder: ``TRAINER__PLANS__CONFIGURATION``.
+        folds: to average; None takes all that are trained.
+        checkpoint: file of each fold.
+        step_size: of the sliding window, in patches, above 0 and at most 1.
+        mirroring: average over mirrored images, as the model was trained.
+        device: ``cpu``, ``cuda`` or ``mps``.
 
     Attributes:
-        folder: ``TRAINER__PLANS__CONFIGURATION``.
-        folds: that are used, their outputs averaged.
         dataset: its ``dataset.json``.
         reader: nnU-Net's reader and writer of its images.
         trainer, plans_name, configuration: what trained it.
         predictor: nnU-Net's, with the weights loaded.
+
+    Raises:
+        PluginError: no model folder, a fold or checkpoint that it lacks, or a network that cannot
+            predict.
     """
 
     def __init__(
         self,
         folder: Path,
-        folds: Sequence[str] | None,
-        checkpoint: str,
-        step_size: float,
-        mirroring: bool,
-        device: str,
+        folds: Sequence[str] | None = None,
+        checkpoint: str = CHECKPOINT,
+        step_size: float = 0.5,
+        mirroring: bool = True,
+        device: str = "cpu",
     ) -> None:
-        """Read everything.
-
-        Raises:
-            PluginError: no model folder, a fold or checkpoint that it lacks, or a network that
-                cannot predict.
-        """
         if not 0 < step_size <= 1:
-            raise PluginError(
-                f"--step-size must be above 0 and at most 1 patch, not {step_size:g}."
-            )
+            raise PluginError(f"--step-size must be above 0 and at most 1, not {step_size:g}.")
         self.folder = folder.absolute()
         for name in ("plans.json", "dataset.json"):
             if not (folder / name).is_file():
@@ -79,29 +83,27 @@ class Model:
                     " with `stunet import`."
                 )
         self.dataset = read_json(folder / "dataset.json")
-        self.folds = tuple(folds) if folds is not None else _trained_folds(folder, checkpoint)
+        trained = trained_folds(folder, checkpoint)
+        self.folds = trained if folds is None else tuple(folds)
         self.files = [folder / f"fold_{fold}" / checkpoint for fold in self.folds]
         lacking = [file for file in self.files if not file.is_file()]
         if lacking:
-            trained = ", ".join(_trained_folds(folder, checkpoint))
+            known = ", ".join(trained)
             raise PluginError(
-                f"{lacking[0]}: there is no such file. Folds with a {checkpoint}: {trained} (-f)."
+                f"{lacking[0]}: no such file. Folds with a {checkpoint}: {known} (-f)."
             )
         # On the CPU it says that it will not do what it was not asked to do.
         with contextlib.redirect_stdout(None):
             self.predictor = nnUNetPredictor(
                 step_size, True, mirroring, device == "cuda", torch.device(device), allow_tqdm=False
             )
-        self._initialise(read_json(folder / "plans.json"))
+        self._initialise(PlansManager(read_json(folder / "plans.json")))
 
-    def _initialise(self, plans: dict[str, Any]) -> None:
-        manager = PlansManager(plans)
+    def _initialise(self, manager: PlansManager) -> None:
         checkpoints = [load_checkpoint(file) for file in self.files]
         first = checkpoints[0]
-        self.trainer, self.configuration = (
-            str(first.get("trainer_name")),
-            str((first.get("init_args") or {}).get("configuration")),
-        )
+        self.trainer = str(first.get("trainer_name"))
+        self.configuration = str((first.get("init_args") or {}).get("configuration"))
         self.plans_name = manager.plans_name
         if self.configuration not in manager.available_configurations:
             raise PluginError(
@@ -135,20 +137,37 @@ class Model:
     def channels(self) -> int:
         return len(self.dataset.get("channel_names", self.dataset.get("modality", {})))
 
+    def read(self, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the images of a case (channel, z, y, x) and their geometry, strictly checked.
+
+        Raises:
+            ImageError: one is damaged, not finite, or of another kind than the model takes.
+        """
+        return read_images(images, self.reader, self.channels)
+
+    def check(self, cases: Iterable[Sequence[Path]]) -> None:
+        """Read all cases, so that nothing stops the prediction later.
+
+        Raises:
+            PluginError: some cannot be used; the message lists up to ten.
+        """
+        problems = []
+        for images in cases:
+            try:
+                self.read(images)
+            except ImageError as error:
+                problems.append(str(error))
+        if problems:
+            more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+            raise PluginError("\n".join([*problems[:10], *more]))
+
     def predict(self, images: Sequence[Path]) -> Prediction:
         """Predict a case of one image per channel.
 
         Raises:
-            PluginError: an image cannot be read.
+            PluginError: an image cannot be used, or the network's output is not finite.
         """
-        for image in images:
-            check_whole(image)
-        try:
-            array, properties = self.reader.read_images([os.fspath(image) for image in images])
-        except Exception as error:  # each reader has its own
-            raise PluginError(
-                f"{images[0]} cannot be read: {last_line(error)}. Mend or remove the case."
-            ) from error
+        array, properties = self.read(images)
         labels, probabilities = self.predictor.predict_single_npy_array(
             array, properties, None, None, True
         )
@@ -156,20 +175,91 @@ class Model:
             confidence = np.maximum(probabilities, 1 - probabilities).min(axis=0)
         else:
             confidence = probabilities.max(axis=0)
-        return Prediction(
-            np.asarray(labels), confidence, properties, float(np.prod(properties["spacing"]))
-        )
+        if not np.isfinite(confidence).all():
+            raise PluginError(
+                f"{self.folder} predicts NaN for {images[0]}: its weights are damaged, or its"
+                " training diverged. Try another checkpoint (-chk)."
+            )
+        volume = float(np.prod(properties["spacing"]))
+        return Prediction(np.asarray(labels), confidence, properties, volume)
+
+    def predict_files(
+        self, cases: Mapping[Path, Sequence[Path]], ending: str, processes: int = 1
+    ) -> Iterator[Path]:
+        """Predict cases to files as nnUNetv2_predict does; yield each when it is complete and in
+        place, with the files that belong to it.
+
+        Args:
+            cases: file to write, in an existing folder, to the images of the case.
+            ending: of these files.
+            processes: for the preprocessing; with 1, in this process.
+        """
+        from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+        predictor = self.predictor
+        managers = (predictor.configuration_manager, predictor.plans_manager)
+        description = {**self.dataset, "file_ending": ending}
+        prepared = self._preprocessed(list(cases.values()), processes)
+        for target in cases:
+            partial = target.parent / PARTIAL
+            partial.mkdir(exist_ok=True)
+            try:
+                with contextlib.redirect_stdout(None):
+                    item = next(prepared)
+                    logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu()
+                    written = partial / target.name
+                    export_prediction_from_logits(
+                        logits,
+                        item["data_properties"],
+                        *managers,
+                        description,
+                        str(written).removesuffix(ending),
+                    )
+                for old in (*side_files(target), target) if target.exists() else ():
+                    old.unlink()
+                place_image(written, target, MOVE)
+            finally:
+                for left in partial.iterdir():
+                    left.unlink()
+                partial.rmdir()
+            yield target
+
+    def _preprocessed(
+        self, cases: Sequence[Sequence[Path]], processes: int
+    ) -> Iterator[dict[str, Any]]:
+        """Preprocess as nnU-Net does before prediction, in worker processes if there are more
+        than one."""
+        predictor = self.predictor
+        plans, configuration = predictor.plans_manager, predictor.configuration_manager
+        files = [[str(image) for image in images] for images in cases]
+        if processes > 1:
+            from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
+
+            pinned = predictor.device.type == "cuda"
+            yield from preprocessing_iterator_fromfiles(
+                files, None, None, plans, self.dataset, configuration, processes, pinned
+            )
+            return
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        for images in files:
+            data, _, properties = preprocessor.run_case(
+                images, None, plans, configuration, self.dataset
+            )
+            yield {"data": torch.from_numpy(data), "data_properties": properties}
 
 
-def _trained_folds(folder: Path, checkpoint: str) -> tuple[str, ...]:
-    """The folds that have a checkpoint; the one of all cases only where there are no others, as
-    nnU-Net does."""
+def trained_folds(folder: Path, checkpoint: str = CHECKPOINT) -> tuple[str, ...]:
+    """Return the folds that have a checkpoint; the one of all cases only where there are no
+    others, as nnU-Net does.
+
+    Raises:
+        PluginError: there are none.
+    """
     found = sorted(
         path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")
     )
-    numbered = tuple(fold for fold in found if fold != "all")
     if not found:
         raise PluginError(
             f"{folder} has no fold_X/{checkpoint}. Is it trained? Another checkpoint: -chk"
         )
-    return numbered or tuple(found)
+    return tuple(fold for fold in found if fold != "all") or tuple(found)

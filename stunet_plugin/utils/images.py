@@ -7,15 +7,16 @@ stream to the end, is checked against its header before voxels are believed.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import math
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -55,6 +56,20 @@ class ImageError(PluginError):
         found = f"{reason} ({detail})" if detail else reason
         super().__init__(f"{path}: {found}. {advice or 'Fix the file or leave the case out.'}")
         self.reason, self.detail = reason, detail
+
+
+class LabelArray(NamedTuple):
+    """A label map.
+
+    Attributes:
+        labels: (z, y, x), integers.
+        properties: its geometry, for the reader that writes it.
+        rounded: whether the file holds other values than these.
+    """
+
+    labels: np.ndarray
+    properties: dict[str, Any]
+    rounded: bool
 
 
 def ending_of(path: Path | str) -> str:
@@ -168,20 +183,46 @@ def read_label_map(path: Path | str, values: Collection[int] | None = None) -> A
 
 def read_label_array(
     path: Path | str, reader: Any, values: Collection[int] | None = None
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return a label map (z, y, x) of integers and its geometry, read by a reader of nnU-Net.
+) -> LabelArray:
+    """Return a label map as one of nnU-Net's readers sees it.
 
     Raises:
         ImageError: see :func:`read_label_map`, or the reader cannot read it.
     """
     check_image(path)
-    try:
-        array, properties = reader.read_seg(os.fspath(path))
-    except Exception as error:  # each reader has its own
-        raise ImageError(path, UNREADABLE, last_line(error)) from error
+    array, properties = _with_reader(path, lambda: reader.read_seg(os.fspath(path)))
     if array.shape[0] != 1:
         raise ImageError(path, COMPONENTS, f"{array.shape[0]}: a label map in colours or layers")
-    return check_labels(path, array[0], values), properties
+    labels = check_labels(path, array[0], values)
+    return LabelArray(labels, properties, not np.array_equal(labels, array[0]))
+
+
+def read_images(
+    paths: Sequence[Path], reader: Any, channels: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the images of a case (channel, z, y, x) and their geometry as one of nnU-Net's readers
+    sees them.
+
+    Raises:
+        ImageError: see :func:`check_image`, the reader cannot read them, or they have another
+            number of channels.
+    """
+    for path in paths:
+        check_image(path)
+    names = [os.fspath(path) for path in paths]
+    array, properties = _with_reader(paths[0], lambda: reader.read_images(names))
+    if len(array) != channels:
+        found = f"{len(array)}, expected {channels}"
+        raise ImageError(paths[0], "another number of channels", found)
+    return array, properties
+
+
+def _with_reader(path: Path | str, read: Callable[[], Any]) -> Any:
+    try:
+        with contextlib.redirect_stdout(None):
+            return read()
+    except Exception as error:  # each reader has its own
+        raise ImageError(path, UNREADABLE, last_line(error)) from error
 
 
 def check_labels(

@@ -20,12 +20,7 @@ from stunet_plugin.cli import main
 from stunet_plugin.datasets import merge
 from stunet_plugin.datasets.folds import balanced_folds
 from stunet_plugin.datasets.label_systems import LabelSystem
-from stunet_plugin.datasets.label_union import (
-    all_classes,
-    describe_table,
-    join_labels,
-    joint_system,
-)
+from stunet_plugin.datasets.label_union import all_classes, joint_system, map_to_union
 from stunet_plugin.errors import PluginError
 
 from unlabeled_helpers import snapshot
@@ -45,10 +40,7 @@ def joined(
     absent = [(not_shown or {}).get(number, set()) for number in range(len(systems))]
     joint = joint_system(systems, classes, absent)
     pairs = zip(systems, absent, strict=True)
-    return [
-        dict(describe_table(join_labels(one, joint, names, systems), one, joint))
-        for one, names in pairs
-    ]
+    return [map_to_union(one, joint, names, systems).describe(one, joint) for one, names in pairs]
 
 
 # --- labels
@@ -59,9 +51,9 @@ def test_same_classes_in_another_order_and_under_other_names() -> None:
     joint = joint_system([first, second], None, [(), ()])
     assert joint.classes == {"liver": (1,), "kidney_left": (2,)}
     assert joint.ignore is None
-    table = join_labels(second, joint, (), [first, second])
-    assert table.translate(np.array([0, 1, 2]), second, "x").tolist() == [0, 2, 1]
-    assert join_labels(first, joint, (), [first, second]).changes_nothing
+    table = map_to_union(second, joint, (), [first, second])
+    assert table.translate(np.array([0, 1, 2])).tolist() == [0, 2, 1]
+    assert map_to_union(first, joint, (), [first, second]).changes_nothing
     assert not table.changes_nothing
 
 
@@ -140,16 +132,9 @@ def test_an_ignore_label_stays_one() -> None:
     other = system("B", "liver", "spleen")
     joint = joint_system([source, other], ["liver"], [(), ()])
     assert joint.ignore == 2
-    assert join_labels(source, joint, (), [source, other]).translate(
-        np.array([0, 1, 2]), source, "x"
+    assert map_to_union(source, joint, (), [source, other]).translate(
+        np.array([0, 1, 2])
     ).tolist() == [0, 1, 2]
-
-
-def test_labels_that_are_not_declared() -> None:
-    first = system("A", "liver")
-    table = join_labels(first, joint_system([first, first], None, [(), ()]), (), [first])
-    with pytest.raises(PluginError, match="x.nii.gz holds the label 7"):
-        table.translate(np.array([0, 7]), first, "x.nii.gz")
 
 
 def test_classes_that_nobody_has() -> None:
@@ -373,7 +358,7 @@ def test_a_label_that_is_not_declared_stops_the_merge(
         )
     )
     assert main(["merge-datasets", "1", "2", "-d", "20"]) == 2
-    assert "case0.nii.gz holds the label 2" in capsys.readouterr().err
+    assert "case0.nii.gz: undeclared label values (2 (" in capsys.readouterr().err
     assert not (raw / "Dataset020_Merged").exists()
 
 
@@ -385,7 +370,7 @@ def test_a_damaged_or_full_disk_leaves_what_is_finished(
     content = label.read_bytes()
     label.write_bytes(content[:50])
     assert main(given) == 2
-    assert "case1.nii.gz cannot be read" in capsys.readouterr().err
+    assert "case1.nii.gz: cut off or damaged" in capsys.readouterr().err
     label.write_bytes(content)
 
     def cut(self: Any, labels: np.ndarray, file: str, properties: Any) -> None:
@@ -395,7 +380,7 @@ def test_a_damaged_or_full_disk_leaves_what_is_finished(
     with monkeypatch.context() as full:
         full.setattr(SimpleITKIO, "write_seg", cut)
         assert main(given) == 2
-        assert "could not be written as a whole" in capsys.readouterr().err
+        assert "could not be written whole" in capsys.readouterr().err
     unfinished = raw / ".unfinished_Dataset020_Merged"
     assert [path.name for path in (unfinished / "labelsTr").glob("*002_B*")] == [
         "002_B_case0.nii.gz"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet_plugin.cli import main
-from stunet_plugin.datasets.confidence_filter import Rule, Trust, parse_rules
+from stunet_plugin.datasets.confidence_filter import ConfidenceFilter, Rule, parse_rules
 from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference import predictor as predicting
@@ -42,39 +41,40 @@ def prediction() -> Prediction:
     return Prediction(labels, confidence, {}, 10.0)
 
 
-def judged(**trust: Any) -> tuple[list[int] | None, Any]:
-    verdict = Trust(SYSTEM, 3, **trust).judge(prediction())
-    return (None if verdict.labels is None else verdict.labels.ravel().tolist()), verdict
+def decided(**trust: Any) -> tuple[list[int] | None, Any]:
+    decision = ConfidenceFilter(SYSTEM, 3, **trust).decide(prediction())
+    return (None if decision.labels is None else decision.labels.ravel().tolist()), decision
 
 
 def test_without_rules_nothing_changes() -> None:
-    labels, verdict = judged()
+    labels, decision = decided()
     assert labels == [0, 0, 1, 1, 1, 1, 2, 2]
-    assert verdict.ignored == 0
-    assert verdict.classes["liver"] == {
+    assert decision.ignored == 0
+    assert decision.classes["liver"] == {
         "voxels": 4,
         "mm3": 40.0,
         "confidence": pytest.approx(0.75),
-        "objections": [],
+        "reasons": [],
+        "kept": 4,
     }
 
 
 def test_voxels_of_low_confidence_become_ignore() -> None:
-    labels, verdict = judged(ignore_below=0.6)
+    labels, decision = decided(ignore_below=0.6)
     # Those at the threshold stay; the classes' means are of the whole prediction.
     assert labels == [0, 3, 1, 1, 3, 1, 2, 2]
-    assert verdict.ignored == pytest.approx(2 / 8)
-    assert verdict.classes["liver"]["confidence"] == pytest.approx(0.75)
+    assert decision.ignored == pytest.approx(2 / 8)
+    assert decision.classes["liver"]["confidence"] == pytest.approx(0.75)
 
 
 def test_a_class_of_low_mean_confidence_becomes_ignore_or_drops_the_case() -> None:
     rules = {"spleen": Rule(min_confidence=0.7), "liver": Rule(min_confidence=0.7)}
-    labels, verdict = judged(rules=rules)
+    labels, decision = decided(rules=rules)
     assert labels == [0, 0, 1, 1, 1, 1, 3, 3]
-    assert verdict.classes["spleen"]["objections"] == ["mean confidence 0.600 below 0.7"]
-    labels, verdict = judged(rules=rules, drop_cases=True)
+    assert decision.classes["spleen"]["reasons"] == ["mean confidence 0.600 below 0.7"]
+    labels, decision = decided(rules=rules, drop_cases=True)
     assert labels is None
-    assert verdict.reason == "spleen: mean confidence 0.600 below 0.7"
+    assert decision.reason == "spleen: mean confidence 0.600 below 0.7"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_class_of_low_mean_confidence_becomes_ignore_or_drops_the_case() -> No
     [(40, 40, True), (41, None, False), (None, 39, False), (0, 100, True)],
 )
 def test_sizes(least: float | None, most: float | None, trusted: bool) -> None:
-    labels, _ = judged(rules={"liver": Rule(min_mm3=least, max_mm3=most)})
+    labels, _ = decided(rules={"liver": Rule(min_mm3=least, max_mm3=most)})
     assert labels == ([0, 0, 1, 1, 1, 1, 2, 2] if trusted else [0, 0, 3, 3, 3, 3, 2, 2])
 
 
@@ -92,18 +92,22 @@ def test_a_class_that_must_be_there_and_is_not_leaves_the_case_out() -> None:
         {"labels": {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}}, "model"
     )
     rules = {"kidney": Rule(min_mm3=1)}
-    verdict = Trust(system, 4, rules=rules).judge(prediction())
-    assert (verdict.labels, verdict.reason) == (None, "kidney: 0 mm3, less than 1")
+    decision = ConfidenceFilter(system, 4, rules=rules).decide(prediction())
+    assert (decision.labels, decision.reason) == (None, "kidney: 0 mm3, less than 1")
     assert (
-        Trust(system, 4, rules={"kidney": Rule(min_confidence=0.9)}).judge(prediction()).labels
+        ConfidenceFilter(system, 4, rules={"kidney": Rule(min_confidence=0.9)})
+        .decide(prediction())
+        .labels
         is not None
     )
 
 
 def test_regions_count_by_all_their_labels() -> None:
     table = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
-    trust = Trust(LabelSystem.from_table(table, "model"), 3, rules={"whole": Rule(max_mm3=59)})
-    labels = trust.judge(prediction()).labels
+    trust = ConfidenceFilter(
+        LabelSystem.from_table(table, "model"), 3, rules={"whole": Rule(max_mm3=59)}
+    )
+    labels = trust.decide(prediction()).labels
     assert labels is not None
     assert labels.ravel().tolist() == [0, 0, 3, 3, 3, 3, 3, 3]
 
@@ -175,7 +179,7 @@ def test_predictions_of_nnunet_become_a_dataset(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(folders / "images")
-    assert label(folders, "--ignore-below", 0.5, "--copy") == 0
+    assert label(folders, "--ignore-below", 0.5, "--copy", "--allow-missing") == 0
     dataset = folders / "nnUNet_raw" / "Dataset910_P"
     assert sorted(path.name for path in dataset.iterdir()) == [
         "dataset.json",
@@ -257,7 +261,9 @@ def test_interrupted_and_continued(
     assert os.readlink(link) == str(folders / "images" / "a_0000.nii.gz")
     # No voxel can become ignore, so there is no such label.
     assert "ignore" not in json.loads((raw / "Dataset910_P" / "dataset.json").read_text())["labels"]
-    assert label(folders) == 2
+    assert label(folders) == 0
+    assert "Already there" in capsys.readouterr().out
+    assert label(folders, "--copy") == 2
     assert "-d 910 is taken" in capsys.readouterr().err
 
 
@@ -302,7 +308,7 @@ def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert not any((folders / "nnUNet_raw").iterdir())
         return capsys.readouterr().err
 
-    assert "there is no such file" in refused("-f", "3")
+    assert "no such file" in refused("-f", "3")
     assert "has no fold_X/none.pth" in refused("-chk", "none.pth")
     assert "from 0 to 1" in refused("--ignore-below", "2")
     assert "--step-size" in refused("--step-size", "0")
@@ -319,8 +325,7 @@ def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folders / "images" / "z_0000.nii.gz").touch()
     (folders / "images" / "a_0001.nii.gz").unlink()
     assert label(folders, "--size", "liver=0:1e9") == 2
-    assert "z_0000.nii.gz cannot be read" in capsys.readouterr().err
-    shutil.rmtree(folders / "nnUNet_raw" / ".unfinished_Dataset910_P")
+    assert "z_0000.nii.gz: unreadable" in capsys.readouterr().err
     (folders / "images" / "z_0000.nii.gz").unlink()
     checkpoint = torch.load(
         folders / "model" / "fold_0" / "checkpoint_final.pth", weights_only=True
