@@ -319,8 +319,8 @@ def _find_parts(options: MergeDatasets) -> list[Part]:
             )
         else:
             system = LabelSystem.from_table(raw.description, raw.name)
-        absent = tuple(not_shown.get(raw.name, ()))
-        parts.append(Part(raw, system, absent, raw.name in train_only))
+        hidden = tuple(not_shown.get(raw.name, ()))
+        parts.append(Part(raw, system, hidden, raw.name in train_only))
     return parts
 
 
