@@ -25,7 +25,7 @@ from stunet_plugin.networks.misfm_from_plan import NETWORKS, PCTNET
 from stunet_plugin.networks.presets import PRESETS, get_preset
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import Strides
-from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet_keys
+from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet
 
 INPUT_CHANNELS = 1
 MODE_PATCHES = {0: (96, 96, 96), 1: (64, 128, 128), 2: (32, 128, 128)}
@@ -69,7 +69,7 @@ def _stunet(size: str) -> Subject:
         PUBLISHED_STRIDES,
         partial(_from_plan, stunet_architecture(preset, PUBLISHED_STRIDES)),
         plain,
-        stunet_keys.translate_state_dict,
+        stunet.translate_state_dict,
         partial(torch.optim.SGD, lr=1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True),
     )
 

@@ -6,7 +6,7 @@ decoder first upsamples the deeper features and then convolves them, which costs
 full-resolution tensor of twice the width than the reverse order of
 ``stunet_plugin.networks.stunet``. It is no straw man: activations are overwritten in place, and
 only the heads that are asked for are computed. Parameter names are the published ones, which
-``stunet_plugin.weights.stunet_keys`` translates.
+``stunet_plugin.weights.stunet`` translates.
 
 Axes of all tensors: (batch, channel, *spatial).
 """

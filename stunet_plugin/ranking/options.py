@@ -17,8 +17,7 @@ from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.nnunet.names import PREPROCESSED
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights.file_formats import recognise
-from stunet_plugin.weights.locate import HUB_PREFIX
-from stunet_plugin.weights.model_source import find_model
+from stunet_plugin.weights.locate import HUB_PREFIX, find_model
 
 RANDOM = "random"
 FEWEST_CASES = 2

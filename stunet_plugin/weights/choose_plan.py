@@ -3,8 +3,10 @@ lies nearest to the weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights, Origin
 from stunet_plugin.weights.locate import PLANS_SUFFIX, Source
 from stunet_plugin.weights.misfm import PYMIC_ORIGINS
 from stunet_plugin.weights.output_labels import Labels
-from stunet_plugin.weights.published import published_checkpoint, published_labels, published_plan
 from stunet_plugin.weights.read_plans import (
     plan_from_v1,
     plan_from_v2,
@@ -25,6 +26,9 @@ from stunet_plugin.weights.read_plans import (
 )
 from stunet_plugin.weights.safe_loading import load_plans_pickle, plain_copy, plain_dict
 from stunet_plugin.weights.source_plan import ZSCORE, SourcePlan
+from stunet_plugin.weights.stunet import STUNetWeights
+
+DATA_FILE = "published_stunet.json"
 
 
 @dataclass(frozen=True)
@@ -213,3 +217,37 @@ def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _configuration(checkpoint: Mapping[str, Any]) -> str:
     name = _arguments(checkpoint).get("configuration")
     return name if isinstance(name, str) else CONFIGURATION
+
+
+def published_facts() -> dict[str, Any]:
+    """Return the content of the data file."""
+    content: dict[str, Any] = json.loads(
+        files("stunet_plugin").joinpath("data", DATA_FILE).read_text()
+    )
+    return content
+
+
+def published_checkpoint(weights: FoundWeights) -> str | None:
+    """Return the name of the published file that weights of these sizes, channels and outputs are,
+    or None."""
+    facts = published_facts()
+    if not isinstance(weights, STUNetWeights) or weights.preset is None:
+        return None
+    if (weights.input_channels, weights.outputs) != (1, len(facts["labels"])):
+        return None
+    names = {size: name for name, size in facts["checkpoints"].items()}
+    return names.get(weights.preset.name)
+
+
+def published_plan(checkpoint: str) -> SourcePlan:
+    """Return the plan for a checkpoint that :func:`published_checkpoint` named."""
+    plan = plan_from_v1(published_facts(), DATA_FILE)
+    return replace(
+        plan,
+        origin=f"the published plan, as size, channels and outputs are those of {checkpoint}",
+        published=True,
+    )
+
+
+def published_labels() -> Labels:
+    return Labels.from_names(published_facts()["labels"], "the published label order")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
 from stunet_plugin.utils.validation import is_list, is_whole
-from stunet_plugin.weights.checkpoint_file import checkpoint_writer
-from stunet_plugin.weights.choose_plan import choose_labels, choose_plan
+from stunet_plugin.weights.choose_plan import choose_labels, choose_plan, published_facts
 from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights
 from stunet_plugin.weights.import_pretext import import_pretext, is_pretext, refuse_own_pretext
 from stunet_plugin.weights.import_record import ImportOptions, check_content, is_there, name_of_file
@@ -21,6 +20,7 @@ from stunet_plugin.weights.misfm import MISFMWeights
 from stunet_plugin.weights.model_folder import (
     Writer,
     check_target,
+    checkpoint_writer,
     dataset_folder_name,
     json_writer,
     leftovers,
@@ -29,7 +29,6 @@ from stunet_plugin.weights.model_folder import (
     write_model_folder,
 )
 from stunet_plugin.weights.output_labels import Labels
-from stunet_plugin.weights.published import published_facts
 from stunet_plugin.weights.read_weights import read_weights
 from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.source_plan import SourcePlan

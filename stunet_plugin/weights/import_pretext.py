@@ -17,12 +17,12 @@ from typing import Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.misfm_presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION
-from stunet_plugin.weights.checkpoint_file import checkpoint_writer
 from stunet_plugin.weights.import_record import ImportOptions, check_content, is_there, name_of_file
 from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.misfm import PYMIC_ORIGINS, MISFMWeights
 from stunet_plugin.weights.model_folder import (
     check_target,
+    checkpoint_writer,
     dataset_folder_name,
     results_folder,
     was_imported,

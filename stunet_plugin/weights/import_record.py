@@ -15,13 +15,12 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT, DEFAULT_DATASET_ID, DEFAULT_FOLD
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.files import sha256_of
-from stunet_plugin.weights.checkpoint_file import holds_weights
 from stunet_plugin.weights.choose_plan import PlanOptions
 from stunet_plugin.weights.file_formats import FileFormat, check_integrity, recognise
 from stunet_plugin.weights.identify import FoundWeights, check_finite
 from stunet_plugin.weights.input_channels import inflate_stem
 from stunet_plugin.weights.locate import Source
-from stunet_plugin.weights.model_folder import check_target, holds_import
+from stunet_plugin.weights.model_folder import check_target, holds_import, holds_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

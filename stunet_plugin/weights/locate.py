@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.nnunet.names import CHECKPOINT
 
 HUB_PREFIX = "hf://"
 PLANS_SUFFIX = ".pkl"
@@ -17,6 +18,10 @@ PLANS_SUFFIX = ".pkl"
 _HUB_ADDRESS = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>[^@]+)"
 )
+
+
+CHECKPOINTS = (CHECKPOINT, "checkpoint_best.pth", "checkpoint_latest.pth")
+"""What nnU-Net v2 writes into a fold, the most wanted first."""
 
 
 class Hub(Protocol):
@@ -104,3 +109,23 @@ def _hub_client() -> Hub:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def find_model(given: str) -> Source:
+    """Return the checkpoint file, or that of the first fold in a model folder.
+
+    Raises:
+        PluginError: no such file, or a folder without a checkpoint.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return find_source(given)
+    for name in CHECKPOINTS:
+        # The folder itself may be a fold.
+        for found in (path / name, *sorted(path.glob(f"fold_*/{name}"))):
+            if found.is_file():
+                return Source(given, found, None)
+    raise PluginError(
+        f"{path} is no model folder: it has no fold_X/{CHECKPOINT}. Name the folder"
+        " TRAINER__PLANS__CONFIGURATION in nnUNet_results, or a checkpoint file."
+    )

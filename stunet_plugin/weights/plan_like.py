@@ -22,8 +22,8 @@ from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields
 from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights
+from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.misfm import MISFMWeights
-from stunet_plugin.weights.model_source import find_model
 from stunet_plugin.weights.read_weights import any_mode, read_weights
 from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.source_plan import CT, SourcePlan

@@ -1,8 +1,9 @@
-"""Reading checkpoints and plans that nobody vouches for: nothing in them can run code.
+"""Safe loading of untrusted checkpoints and plans: nothing in a file can run code.
 
 Tensors come through ``torch.load(weights_only=True)`` with numpy's scalars as the one addition,
 plans of nnU-Net v1 through an unpickler that knows containers, numbers, text and numeric arrays.
-Zip-format files are mapped into memory, so that only what is used is read.
+numpy's own unpickling functions trust what they are given (an object dtype unpickles anything), so
+stand-ins take their place: numeric types only, sizes checked, Python numbers out.
 """
 
 from __future__ import annotations
@@ -11,18 +12,26 @@ import io
 import pickle
 import pickletools
 import re
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+import numpy as np
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.weights.file_formats import DOWNLOAD_AGAIN, FileFormat, recognise
-from stunet_plugin.weights.safe_numpy import SCALARS, STAND_INS, Array
 
 MAX_PLANS_BYTES = 16 * 1024**2
 """Published plans take under 2 kB; those of a large dataset, which list every image, some MB."""
 
 MINIMUM_TORCH = (2, 6)
 
+_NUMBER_CODE = re.compile(r"b1|[iu][1248]|f[248]")
+"""numpy's codes of booleans, integers and floats; nothing with objects, fields, text or dates."""
+_CORES = ("numpy.core", "numpy._core")
+"""numpy 2 renamed the module; files of both exist."""
 _MAX_DEPTH = 50
 _MAX_VALUES = 2_000_000
 _CONTAINERS = (dict, list, tuple, set, frozenset)
@@ -68,7 +77,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f" 'torch>={needed}'"
         )
     allowed: list[Any] = [
-        (stand_in, f"{module}.{name}") for (module, name), stand_in in SCALARS.items()
+        (stand_in, f"{module}.{name}") for (module, name), stand_in in _SCALARS.items()
     ]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -126,7 +135,7 @@ def plain_copy(value: Any, where: str) -> Any:
     """
     try:
         return _plain(value, _MAX_DEPTH, [0])
-    except (pickle.UnpicklingError, TypeError) as error:
+    except (UnpicklingError, TypeError) as error:
         raise PluginError(f"{where} is refused: {_why(error)}") from error
 
 
@@ -141,12 +150,12 @@ class _PlansUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return STAND_INS[module, name]
+            return _STAND_INS[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(_forbidden(f"{module}.{name}")) from None
+            raise UnpicklingError(_forbidden(f"{module}.{name}")) from None
 
     def persistent_load(self, identifier: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside of the file")
+        raise UnpicklingError("it refers to objects outside of the file")
 
 
 def _check_opcodes(content: bytes) -> None:
@@ -155,15 +164,15 @@ def _check_opcodes(content: bytes) -> None:
     for opcode, argument, position in pickletools.genops(content):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
-            if (module, name) not in STAND_INS:
-                raise pickle.UnpicklingError(_forbidden(f"{module}.{name}"))
+            if (module, name) not in _STAND_INS:
+                raise UnpicklingError(_forbidden(f"{module}.{name}"))
         if opcode.name in _FORBIDDEN_OPCODES:
-            raise pickle.UnpicklingError(
+            raise UnpicklingError(
                 f"its instruction {opcode.name} at byte {position} makes objects, which plans never"
                 " need"
             )
         if opcode.name in _MEMO_OPCODES and int(argument or 0) > len(content):
-            raise pickle.UnpicklingError("it is built to take all memory")
+            raise UnpicklingError("it is built to take all memory")
 
 
 def _plain(value: Any, depth: int, count: list[int]) -> Any:
@@ -171,8 +180,8 @@ def _plain(value: Any, depth: int, count: list[int]) -> Any:
     the whole walk)."""
     count[0] += 1
     if depth == 0 or count[0] > _MAX_VALUES:
-        raise pickle.UnpicklingError("it is nested without end")
-    if isinstance(value, Array):
+        raise UnpicklingError("it is nested without end")
+    if isinstance(value, _Array):
         return value.values
     if isinstance(value, dict):
         return {
@@ -183,7 +192,7 @@ def _plain(value: Any, depth: int, count: list[int]) -> Any:
         return type(value)(_plain(entry, depth - 1, count) for entry in value)
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return value
-    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+    raise UnpicklingError(f"it holds a {type(value).__name__}")
 
 
 def _forbidden(name: str) -> str:
@@ -209,10 +218,122 @@ def _why(error: Exception) -> str:
         or "unexpected pos" in text
     ):
         reason = f"it ends too early or is damaged. {DOWNLOAD_AGAIN.removesuffix('.')}"
-    elif isinstance(error, pickle.UnpicklingError) and not inner:
+    elif isinstance(error, UnpicklingError) and not inner:
         reason = text
     else:
         detail = inner.group(1) if inner else f"{type(error).__name__}: {text}"
         first_line = detail.strip().partition("\n")[0]
         reason = f"it cannot be read as tensors, numbers and containers ({first_line[:200]})"
     return f"{reason.removesuffix('.')}."
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype(code)``; the pickle hands the byte order over afterwards."""
+
+    def __init__(self, code: str, align: object = False, copy: object = False) -> None:
+        if not isinstance(code, str) or not _NUMBER_CODE.fullmatch(code):
+            raise UnpicklingError(f"numpy type {code!r} is not allowed, only numbers are")
+        self.numpy = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        # numpy: (version, byte order, subarray, names, fields, element size, alignment, flags).
+        if (
+            not isinstance(state, tuple)
+            or len(state) != 8
+            or any(part is not None for part in state[2:5])
+        ):
+            raise UnpicklingError("numpy types with fields are not allowed")
+        order = state[1]
+        if order not in ("<", ">", "=", "|"):
+            raise UnpicklingError(f"unknown byte order {order!r}")
+        self.numpy = self.numpy.newbyteorder(order)
+
+
+class _Array:
+    """Stands for a numpy array; ``values`` are nested lists once the pickle has handed the content
+    over."""
+
+    def __init__(self) -> None:
+        self.values: Any = []
+
+    def __setstate__(self, state: Any) -> None:
+        # numpy: (version, shape, dtype, whether Fortran order, bytes).
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise UnpicklingError("unknown content of a numpy array")
+        _, shape, dtype, fortran, data = state
+        self.values = _array(data, dtype, shape, "F" if fortran else "C").tolist()
+
+
+class _StandIn:
+    """A function that a pickle may call. The pickle cannot alter it: there is nothing to set on
+    it."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise UnpicklingError("a pickle may not change functions")
+
+
+def _scalar(dtype: object, data: object) -> Any:
+    """Return the Python number of a pickled numpy scalar."""
+    return _array(data, dtype, (), "C").item()
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _from_buffer(data: object, dtype: object, shape: object, order: object) -> _Array:
+    array = _Array()
+    array.values = _array(
+        bytes(data) if isinstance(data, bytearray) else data, dtype, shape, order
+    ).tolist()
+    return array
+
+
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    # How protocol 2 writes bytes; other encodings would import modules by name.
+    if not isinstance(text, str) or encoding != "latin1":
+        raise UnpicklingError(f"encoding {encoding!r} is not allowed")
+    return text.encode("latin1")
+
+
+def _array(data: object, dtype: object, shape: object, order: object) -> np.ndarray:
+    if not isinstance(dtype, _Dtype):
+        raise UnpicklingError("a numpy value without a type")
+    if not isinstance(data, bytes):
+        raise UnpicklingError("numpy arrays of objects are not allowed")
+    if not isinstance(shape, tuple) or any(not isinstance(size, int) or size < 0 for size in shape):
+        raise UnpicklingError(f"impossible shape {shape!r} of a numpy array")
+    if len(data) != prod(shape) * dtype.numpy.itemsize:
+        raise UnpicklingError(f"a numpy array of shape {shape} that holds {len(data)} bytes")
+    return np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
+
+
+_SCALARS: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): _Dtype,
+    **{(f"{core}.multiarray", "scalar"): _scalar for core in _CORES},
+}
+"""Enough for the numpy scalars in checkpoints."""
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    **{name: _StandIn(stand_in) for name, stand_in in _SCALARS.items()},
+    ("collections", "OrderedDict"): _StandIn(dict),
+    **{
+        (builtins, kind.__name__): _StandIn(kind)
+        for builtins in ("builtins", "__builtin__")
+        for kind in (set, frozenset)
+    },
+    ("_codecs", "encode"): _StandIn(_encode),
+    ("numpy", "ndarray"): _StandIn(_reconstruct),
+    **{(f"{core}.multiarray", "_reconstruct"): _StandIn(_reconstruct) for core in _CORES},
+    **{(f"{core}.numeric", "_frombuffer"): _StandIn(_from_buffer) for core in _CORES},
+}
+"""All that the plans of nnU-Net v1 may call."""

@@ -1,4 +1,10 @@
-"""Reading an STU-Net out of a checkpoint of any origin."""
+"""STU-Net weights: read from checkpoints of any origin, published names translated.
+
+Published names (nnU-Net v1 checkpoints and the published v2 port alike; i encoder stage, u decoder
+step from the deepest, j block): ``conv_blocks_context.i.j.{conv1,norm1,conv2,norm2,conv3}`` with
+conv3 the shortcut, ``upsample_layers.u.conv``, ``conv_blocks_localization.u.j.{...}``,
+``seg_outputs.u`` (the last is full resolution).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import STUNET_CLASS, resolve_stunet
@@ -21,10 +27,27 @@ from stunet_plugin.weights.identify import (
     plain_tensor,
 )
 from stunet_plugin.weights.input_channels import REPEAT
-from stunet_plugin.weights.stunet_keys import translate_state_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Value = TypeVar("Value")
+
+_RULES = (
+    (
+        re.compile(r"conv_blocks_context\.(\d+)\.(\d+)\.(conv1|norm1|conv2|norm2|conv3)\.(\w+)"),
+        r"encoder.stages.\1.\2.\3.\4",
+    ),
+    (re.compile(r"upsample_layers\.(\d+)\.conv\.(\w+)"), r"decoder.upsample_convs.\1.\2"),
+    (
+        re.compile(
+            r"conv_blocks_localization\.(\d+)\.(\d+)\.(conv1|norm1|conv2|norm2|conv3)\.(\w+)"
+        ),
+        r"decoder.stages.\1.\2.\3.\4",
+    ),
+    (re.compile(r"seg_outputs\.(\d+)\.(\w+)"), r"decoder.seg_layers.\1.\2"),
+)
+
 
 KERNEL_SIZE = 3
 
@@ -188,3 +211,31 @@ def _check_shapes(found: STUNetWeights) -> None:
     with torch.device("meta"):
         network = STUNet(found.input_channels, found.outputs, **arguments)
     check_tensors(found.tensors, network, "an STU-Net", f"widths {list(found.features)}")
+
+
+def translate_key(key: str) -> str:
+    """Return our name of a published parameter.
+
+    Raises:
+        PluginError: the name is not one of the published STU-Net's.
+    """
+    for pattern, replacement in _RULES:
+        if pattern.fullmatch(key):
+            return pattern.sub(replacement, key).replace(".conv3.", ".shortcut.")
+    raise PluginError(
+        f"{key!r} is not a parameter of the published STU-Net (expected conv_blocks_context,"
+        " upsample_layers, conv_blocks_localization or seg_outputs). Is this the checkpoint of"
+        " another network?"
+    )
+
+
+def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the same tensors under our names; nothing is copied.
+
+    Raises:
+        PluginError: a name is unknown, or two names lead to the same parameter.
+    """
+    translated = {translate_key(key): value for key, value in published.items()}
+    if len(translated) != len(published):
+        raise PluginError("The checkpoint names the same parameter twice.")
+    return translated

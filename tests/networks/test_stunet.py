@@ -15,7 +15,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference, winograd
 from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.weights.stunet_keys import translate_key, translate_state_dict
+from stunet_plugin.weights.stunet import translate_key, translate_state_dict
 
 ISOTROPIC = [[1, 1, 1]] + [[2, 2, 2]] * 5
 TINY: dict[str, Any] = {

@@ -20,10 +20,10 @@ from stunet_plugin.networks.window_attention import (
     offset_rows,
     windows_per_mask,
 )
-from stunet_plugin.weights.pctnet_keys import translate_state_dict
-from stunet_plugin.weights.relative_positions import (
+from stunet_plugin.weights.pctnet_keys import (
     published_rows,
     resample_table,
+    translate_state_dict,
     translate_table,
     window_of_table,
 )

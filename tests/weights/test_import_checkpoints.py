@@ -17,7 +17,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.utils.files import sha256_of
-from stunet_plugin.weights import checkpoint_file, model_folder
+from stunet_plugin.weights import model_folder
 from stunet_plugin.weights.import_model import import_checkpoint
 from stunet_plugin.weights.import_record import ImportOptions
 
@@ -195,7 +195,7 @@ def test_crash_while_writing_leaves_nothing(
         path.write_text("half a file")
         raise error
 
-    monkeypatch.setattr(checkpoint_file, "_save", fail)
+    monkeypatch.setattr(model_folder, "_save", fail)
     expected = PluginError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         import_checkpoint(ImportOptions(str(tiny), out=str(tmp_path / "new" / "deep" / "model")))

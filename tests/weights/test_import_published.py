@@ -16,9 +16,13 @@ import torch
 
 from stunet_plugin.networks.from_plan import resolve_stunet
 from stunet_plugin.networks.presets import get_preset
-from stunet_plugin.weights.choose_plan import PlanOptions, choose_labels, choose_plan
+from stunet_plugin.weights.choose_plan import (
+    PlanOptions,
+    choose_labels,
+    choose_plan,
+    published_facts,
+)
 from stunet_plugin.weights.locate import Source
-from stunet_plugin.weights.published import published_facts
 from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.stunet import read_stunet
 
