@@ -75,10 +75,10 @@ class Rank(Command):
     )
 
     def run(self) -> int:
-        from stunet_plugin.ranking.options import RankOptions
+        # Without torch, so that a slip is told at once.
+        from stunet_plugin.ranking.options import find_inputs
 
-        # Wrong options are told before torch is imported, which takes seconds.
-        options = RankOptions.from_arguments(self)
+        inputs = find_inputs(self)
         from stunet_plugin.ranking.run import run_rank
 
-        return run_rank(options)
+        return run_rank(self, inputs)

@@ -1,10 +1,10 @@
-"""The weights to rank: model folders of nnU-Net, their checkpoints, pretext checkpoints, and random
-weights to compare with."""
+"""Candidates of a ranking: model folders, checkpoints, pretext checkpoints, random weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,6 @@ class Candidate:
     trainer: str
     plan: Plan
 
-    def with_random_weights(self, name: str) -> Candidate:
-        return replace(self, name=name, file=None)
-
     def build(self, channels: int, seed: int) -> nn.Module:
         """Return the network, with heads at random and everything else as in the file, in
         evaluation mode.
@@ -89,27 +86,36 @@ class Candidate:
                     " with (-p), or leave -p out to take their own."
                 )
             own = {name for name in network.state_dict() if HEADS not in name}
-            network.load_state_dict(
-                {name: value for name, value in weights.items() if name in own}, strict=False
-            )
+            kept = {name: value for name, value in weights.items() if name in own}
+            network.load_state_dict(kept, strict=False)
         return network.eval()
 
     def architecture(self, channels: int, seed: int) -> nn.Module:
         """Return the network with its initial weights, drawn with the seed."""
+        plan = self.plan
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                # Outputs do not matter, as heads are not looked at: one takes the least memory.
-                return build_network(
-                    self.trainer,
-                    self.plan.manager,
-                    self.plan.chosen,
-                    channels,
-                    1,
-                    deep_supervision=True,
-                )
+                # Heads are not looked at: one output takes the least memory.
+                return build_network(self.trainer, plan.manager, plan.chosen, channels, 1, True)
             except PluginError as error:
                 raise PluginError(f"{self.name}: {error}") from error
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of the network's weights: its architecture."""
+        state = self._on_meta.state_dict()
+        return tuple((name, tuple(value.shape)) for name, value in state.items())
+
+    @cached_property
+    def levels(self) -> int:
+        """Segmentation heads, one per level of the decoder."""
+        return len(head_modules(self._on_meta))
+
+    @property
+    def _on_meta(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.architecture(1, 0)
 
 
 def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candidate]:
@@ -173,27 +179,16 @@ def own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
 
 
 def _random_ones(found: list[Candidate], name: str) -> list[Candidate]:
-    """One candidate with random weights for each network among the others, where images are
+    """Return one candidate with random weights for each network among the others, where images are
     prepared in one way."""
     different: dict[Any, Candidate] = {}
     for candidate in found:
-        if candidate.file is None:
-            continue
-        entries = [str(candidate.plan.chosen.configuration.get(entry)) for entry in DECISIVE]
-        different.setdefault((*entries, *_shapes(candidate)), candidate)
+        if candidate.file is not None:
+            entries = [str(candidate.plan.chosen.configuration.get(entry)) for entry in DECISIVE]
+            different.setdefault((*entries, *candidate.shapes), candidate)
     if len(different) == 1:
-        return [candidate.with_random_weights(name) for candidate in different.values()]
-    return [
-        candidate.with_random_weights(f"{name}, like {candidate.name}")
-        for candidate in different.values()
-    ]
-
-
-def _shapes(candidate: Candidate) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of a network's weights."""
-    with torch.device("meta"):
-        network = candidate.architecture(1, 0)
-    return tuple((name, tuple(value.shape)) for name, value in network.state_dict().items())
+        return [replace(one, name=name, file=None) for one in different.values()]
+    return [replace(one, name=f"{name}, like {one.name}", file=None) for one in different.values()]
 
 
 def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
@@ -201,25 +196,21 @@ def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
     for each architecture."""
     groups: dict[Any, list[str]] = {}
     for candidate in candidates:
-        groups.setdefault(_shapes(candidate), []).append(candidate.name)
+        groups.setdefault(candidate.shapes, []).append(candidate.name)
     return list(groups.values())
 
 
-def count_levels(candidates: list[Candidate], wanted: int | None, default: int) -> int:
+def count_levels(candidates: Sequence[Candidate], wanted: int | None, default: int) -> int:
     """Return how many levels to compare: as many as asked for, or the default where all networks
     have them.
 
     Raises:
         PluginError: a network has fewer heads than asked for.
     """
-    heads = {}
-    for candidate in candidates:
-        with torch.device("meta"):
-            heads[candidate.name] = len(head_modules(candidate.architecture(1, 0)))
-    fewest = min(heads, key=lambda name: heads[name])
-    if wanted is not None and not 1 <= wanted <= heads[fewest]:
+    fewest = min(candidates, key=lambda candidate: candidate.levels)
+    if wanted is not None and not 1 <= wanted <= fewest.levels:
         raise PluginError(
-            f"--levels must be from 1 to {heads[fewest]}, the segmentation heads that {fewest} has,"
-            f" not {wanted}."
+            f"--levels must be from 1 to {fewest.levels}, the segmentation heads that {fewest.name}"
+            f" has, not {wanted}."
         )
-    return wanted or min(default, heads[fewest])
+    return wanted or min(default, fewest.levels)

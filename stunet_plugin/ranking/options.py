@@ -1,14 +1,13 @@
-"""What a user asked ``stunet rank`` for, checked as far as that goes without torch, so that a slip
+"""Checks of what a user asked ``stunet rank`` for, as far as they go without torch, so that a slip
 is told at once."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +17,9 @@ from stunet_plugin.nnunet.names import PREPROCESSED
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights.file_formats import recognise
 from stunet_plugin.weights.locate import HUB_PREFIX, find_model
+
+if TYPE_CHECKING:
+    from stunet_plugin.commands.rank import Rank
 
 RANDOM = "random"
 FEWEST_CASES = 2
@@ -53,168 +55,122 @@ class Named:
 
     @property
     def file(self) -> Path:
-        """The checkpoint.
-
-        Raises:
-            PluginError: there is none.
-        """
+        """The checkpoint; raises PluginError if there is none."""
         file = find_model(self.path).checkpoint
         if not file.is_file():
             raise PluginError(
-                f"{file}: there is no such file. Name a model folder of nnU-Net, or a checkpoint."
+                f"{file}: no such file. Name a model folder of nnU-Net, or a checkpoint."
             )
         return file
 
 
 @dataclass(frozen=True)
-class RankOptions:
-    """See ``stunet rank --help``."""
+class Inputs:
+    """What the options name, found and checked.
 
-    weights: Sequence[str]
-    dataset: str
-    plans: str | None = None
-    configuration: str = "3d_fullres"
-    cases: int = 10
-    names: Sequence[str] | None = None
-    levels: int | None = None
-    seed: int = 0
-    step_size: float = 0.5
-    published_sums: bool = False
-    variety: str = "energy"
-    device: str = "auto"
-    json: str | None = None
-    figure: str | None = None
+    Attributes:
+        candidates: the weights.
+        raw: the labelled dataset.
+        preprocessed: its folder in nnUNet_preprocessed, None if it has none.
+        cases: to look at, in the order of their names.
+        plans: those given with -p, which have the configuration; None where none are given.
+    """
 
-    @classmethod
-    def from_arguments(cls, given: Any) -> RankOptions:
-        """Take the options and check them.
+    candidates: tuple[Named, ...]
+    raw: RawDataset
+    preprocessed: Path | None
+    cases: tuple[str, ...]
+    plans: dict[str, Any] | None
 
-        Raises:
-            PluginError: anything in them is wrong, or a file, dataset, case or plan that they name
-                is not there.
-        """
-        options = cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
-        options._check_numbers_and_files()
-        options._check_candidates()
-        # Each looks for what it names.
-        _ = options.raw, options.chosen_cases, options.plan_content
-        return options
 
-    @cached_property
-    def candidates(self) -> tuple[Named, ...]:
-        return tuple(map(Named.read, self.weights))
+def find_inputs(options: Rank) -> Inputs:
+    """Check the options and find what they name.
 
-    @cached_property
-    def raw(self) -> RawDataset:
-        return read_raw(find_raw(self.dataset))
+    Raises:
+        PluginError: anything in them is wrong, or a file, dataset, case or plan that they name is
+            not there.
+    """
+    if not 0 < options.step_size <= 1:
+        raise PluginError(f"--step-size must be above 0 and at most 1, not {options.step_size:g}.")
+    if options.seed < 0:
+        raise PluginError(f"--seed must be at least 0, not {options.seed}.")
+    if options.levels is not None and options.levels < 1:
+        raise PluginError(f"--levels must be at least 1, not {options.levels}.")
+    for name, file in (("--json", options.json), ("--figure", options.figure)):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise PluginError(f"{name} {file}: there is no folder {Path(file).parent}.")
+    candidates = tuple(map(Named.read, options.weights))
+    _check_candidates(candidates, options)
+    raw = read_raw(find_raw(options.dataset))
+    root = os.environ.get(PREPROCESSED)
+    preprocessed = Path(root, raw.name) if root and Path(root, raw.name).is_dir() else None
+    cases = _choose_cases(raw, options)
+    return Inputs(candidates, raw, preprocessed, cases, _read_plans(raw, preprocessed, options))
 
-    @cached_property
-    def preprocessed(self) -> Path | None:
-        """The dataset's folder in nnUNet_preprocessed, None if it has none."""
-        root = os.environ.get(PREPROCESSED)
-        folder = Path(root, self.raw.name) if root else None
-        return folder if folder and folder.is_dir() else None
 
-    @cached_property
-    def chosen_cases(self) -> tuple[str, ...]:
-        """The cases to look at, in the order of their names: those that are named, or drawn with
-        the seed.
+def _check_candidates(candidates: tuple[Named, ...], options: Rank) -> None:
+    for one in candidates:
+        if one.trainer and options.plans is None:
+            raise PluginError(f"{RANDOM}:{one.trainer} has no plan of its own. Give one: -p PLANS")
+        if one.path and not one.path.startswith(HUB_PREFIX):
+            recognise(one.file)
+    alone = any(not one.path and not one.trainer for one in candidates)
+    if alone and not any(one.path for one in candidates):
+        raise PluginError(
+            f"'{RANDOM}' is to compare other weights with. Name some, or a network:"
+            f" {RANDOM}:TRAINER -p PLANS"
+        )
+    names = [one.name for one in candidates]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PluginError(f"Two candidates are called {twice[0]}. Give them names: NAME=PATH")
+    if len(names) < 2:
+        raise PluginError(
+            f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'."
+        )
 
-        Raises:
-            PluginError: the dataset lacks one, or they are fewer than two.
-        """
-        known = [case.name for case in self.raw.cases]
-        if self.names is not None:
-            unknown = sorted(set(self.names) - set(known))
-            if unknown or len(set(self.names)) < FEWEST_CASES:
-                wrong = (
-                    f"{self.raw.name} has no case {unknown[0]}"
-                    if unknown
-                    else f"{len(set(self.names))} case(s) make no pair"
-                )
-                hint = did_you_mean(unknown[0], known) if unknown else ""
-                raise PluginError(
-                    f"--names: {wrong}. Name at least {FEWEST_CASES} of its {len(known)}"
-                    f" cases.{hint}"
-                )
-            return tuple(sorted(set(self.names)))
-        if self.cases < FEWEST_CASES:
-            raise PluginError(
-                f"--cases must be at least {FEWEST_CASES}, as pairs of cases are compared, not"
-                f" {self.cases}."
-            )
-        if len(known) < FEWEST_CASES:
-            raise PluginError(
-                f"{self.raw.name} has {len(known)} labelled case(s); at least {FEWEST_CASES} are"
-                " needed, better ten."
-            )
-        drawn = np.random.default_rng(self.seed).permutation(len(known))[: self.cases]
-        return tuple(known[index] for index in sorted(drawn))
 
-    @cached_property
-    def plan_content(self) -> dict[str, Any] | None:
-        """The plans given with -p, which have the configuration; None where none are given.
+def _choose_cases(raw: RawDataset, options: Rank) -> tuple[str, ...]:
+    """Return the cases that are named, or drawn with the seed."""
+    known = [case.name for case in raw.cases]
+    if options.names is not None:
+        names = set(options.names)
+        unknown = sorted(names - set(known))
+        if unknown:
+            hint = did_you_mean(unknown[0], known)
+            raise PluginError(f"--names: {raw.name} has no case {unknown[0]}.{hint}")
+        if len(names) < FEWEST_CASES:
+            raise PluginError(f"--names: {len(names)} case(s) make no pair. Name {FEWEST_CASES}.")
+        return tuple(sorted(names))
+    if options.cases < FEWEST_CASES:
+        raise PluginError(
+            f"--cases must be at least {FEWEST_CASES}, as pairs of cases are compared, not"
+            f" {options.cases}."
+        )
+    if len(known) < FEWEST_CASES:
+        raise PluginError(
+            f"{raw.name} has {len(known)} labelled case(s); at least {FEWEST_CASES} are needed,"
+            " better ten."
+        )
+    drawn = np.random.default_rng(options.seed).permutation(len(known))[: options.cases]
+    return tuple(known[index] for index in sorted(drawn))
 
-        Raises:
-            PluginError: the dataset has no such plans or configuration.
-        """
-        if self.plans is None:
-            return None
-        file = self.preprocessed / f"{self.plans}.json" if self.preprocessed else None
-        if file is None or not file.is_file():
-            others = (
-                sorted(path.stem for path in self.preprocessed.glob("*lans*.json"))
-                if self.preprocessed
-                else []
-            )
-            there = f" It has: {', '.join(others)}." if others else ""
-            raise PluginError(
-                f"-p {self.plans}: {self.raw.name} has no such plans in {PREPROCESSED}.{there} Plan"
-                " it (nnUNetv2_plan_and_preprocess, `stunet plan` or `stunet plan-like`), or leave"
-                " -p out: each model then sees the images as in its own training."
-            )
-        plans = read_json(file)
-        check_configuration(plans, self.configuration, f"-p {self.plans}")
-        return plans
 
-    def _check_numbers_and_files(self) -> None:
-        if not 0 < self.step_size <= 1:
-            raise PluginError(
-                f"--step-size must be above 0 and at most 1 patch, not {self.step_size:g}."
-            )
-        if self.seed < 0:
-            raise PluginError(f"--seed must be at least 0, not {self.seed}.")
-        if self.levels is not None and self.levels < 1:
-            raise PluginError(f"--levels must be at least 1, not {self.levels}.")
-        for name, file in (("--json", self.json), ("--figure", self.figure)):
-            if file is not None and not Path(file).absolute().parent.is_dir():
-                raise PluginError(f"{name} {file}: there is no folder {Path(file).parent}.")
-
-    def _check_candidates(self) -> None:
-        for candidate in self.candidates:
-            if candidate.trainer and self.plans is None:
-                raise PluginError(
-                    f"{RANDOM}:{candidate.trainer} has no plan of its own. Give one: -p PLANS"
-                    " (those of the dataset)"
-                )
-            if candidate.path and not candidate.path.startswith(HUB_PREFIX):
-                recognise(candidate.file)
-        alone = any(not candidate.path and not candidate.trainer for candidate in self.candidates)
-        if alone and not any(candidate.path for candidate in self.candidates):
-            raise PluginError(
-                f"'{RANDOM}' is to compare other weights with. Name some, or a network:"
-                f" {RANDOM}:TRAINER -p PLANS"
-            )
-        names = [candidate.name for candidate in self.candidates]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise PluginError(
-                f"Two candidates are called {twice[0]}. Give them names of their own: NAME=PATH"
-            )
-        if len(names) < 2:
-            raise PluginError(
-                f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'."
-            )
+def _read_plans(raw: RawDataset, folder: Path | None, options: Rank) -> dict[str, Any] | None:
+    if options.plans is None:
+        return None
+    file = folder / f"{options.plans}.json" if folder else None
+    if file is None or not file.is_file():
+        others = sorted(path.stem for path in folder.glob("*lans*.json")) if folder else []
+        there = f" It has: {', '.join(others)}." if others else ""
+        raise PluginError(
+            f"-p {options.plans}: {raw.name} has no such plans in {PREPROCESSED}.{there} Plan it"
+            " (nnUNetv2_plan_and_preprocess, `stunet plan` or `stunet plan-like`), or leave -p"
+            " out: each model then sees the images as in its own training."
+        )
+    plans = read_json(file)
+    check_configuration(plans, options.configuration, f"-p {options.plans}")
+    return plans
 
 
 def check_configuration(plans: Mapping[str, Any], configuration: str, where: str) -> None:

@@ -1,5 +1,4 @@
-"""``stunet rank``: scores pretrained weights on a labelled dataset with CCFV, without training, and
-ranks them."""
+"""Ranking of pretrained weights on a labelled dataset with CCFV, without training."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,13 +31,15 @@ from stunet_plugin.ranking.ccfv import (
 )
 from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
 from stunet_plugin.ranking.figure import save_ranking
-from stunet_plugin.ranking.options import FEWEST_CASES, RankOptions
+from stunet_plugin.ranking.options import FEWEST_CASES, Inputs
 from stunet_plugin.ranking.target import Target, check_channels
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import write_atomically
 
-BACKGROUND = 0
+if TYPE_CHECKING:
+    from stunet_plugin.commands.rank import Rank
 
+BACKGROUND = 0
 DEFAULT_LEVELS = 3
 
 
@@ -66,13 +67,11 @@ class LevelFeatures:
     def score(self, definition: Definition) -> LevelScore:
         if not self.finite:
             return LevelScore(float("nan"), {}, float("nan"), None)
-        # In the order of the labels: the script's sums depend on it.
-        scored = {
-            label: self.classes[label]
-            for label in sorted(self.classes)
-            if len(self.classes[label]) >= FEWEST_CASES
-        }
-        return score_level(scored, self.means, definition)
+        # In the order of the labels: the published sums depend on it.
+        pairs = sorted(
+            (x, cases) for x, cases in self.classes.items() if len(cases) >= FEWEST_CASES
+        )
+        return score_level(dict(pairs), self.means, definition)
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,11 @@ class Result:
 
     @property
     def score(self) -> float | None:
-        scores = [level.score for level in self.levels]
-        return (
-            None
-            if any(score is None for score in scores)
-            else float(sum(score for score in scores if score is not None))
-        )
+        scores = [level.score for level in self.levels if level.score is not None]
+        return float(sum(scores)) if len(scores) == len(self.levels) else None
 
 
-def run_rank(options: RankOptions) -> int:
+def run_rank(options: Rank, inputs: Inputs) -> int:
     """Rank, and print the table; return 0.
 
     Raises:
@@ -102,88 +97,68 @@ def run_rank(options: RankOptions) -> int:
     """
     # What nnU-Net and the networks have to say is no part of the result.
     with contextlib.redirect_stdout(sys.stderr):
-        target, results, alike = _rank(options)
+        target, results, alike = _rank(options, inputs)
     print(ranking_table(results, alike))
     if options.json is not None:
-        write_atomically(
-            Path(options.json),
-            json.dumps(_report(options, target, results, alike), indent=1) + "\n",
-        )
+        report = json.dumps(_report(options, target, results, alike), indent=1)
+        write_atomically(Path(options.json), f"{report}\n")
     if options.figure is not None:
-        save_ranking(
-            [(result.candidate.name, result.score) for result in results],
-            target.raw.name,
-            Path(options.figure),
-        )
+        scores = [(result.candidate.name, result.score) for result in results]
+        save_ranking(scores, target.raw.name, Path(options.figure))
     return 0
 
 
-def _rank(options: RankOptions) -> tuple[Target, list[Result], list[list[str]]]:
+def _rank(options: Rank, inputs: Inputs) -> tuple[Target, list[Result], list[list[str]]]:
     """Score all candidates; return them with the best first, and their names by architecture.
     Progress goes to stderr."""
     device = torch.device(choose_device(options.device))
-    plan = (
-        None if options.plan_content is None else Plan(options.plan_content, options.configuration)
-    )
+    plan = None if inputs.plans is None else Plan(inputs.plans, options.configuration)
     if plan is not None:
         plan.check(f"-p {options.plans}")
-    candidates = find_candidates(options.candidates, plan)
-    check_channels(options.raw, [candidate.plan for candidate in candidates])
+    candidates = find_candidates(inputs.candidates, plan)
+    check_channels(inputs.raw, [candidate.plan for candidate in candidates])
     levels, alike = (
         count_levels(candidates, options.levels, DEFAULT_LEVELS),
         same_networks(candidates),
     )
-    target = Target(options.raw, options.chosen_cases, options.preprocessed)
-    counts = (
-        f"{len(target.chosen)} of {len(target.raw.cases)} cases, {len(candidates)} candidates,"
-        f" {levels} levels"
+    target = Target(inputs.raw, inputs.cases, inputs.preprocessed)
+    print(
+        f"{target.raw.name}: {len(target.chosen)} of {len(target.raw.cases)} cases,"
+        f" {len(candidates)} candidates, {levels} levels",
+        flush=True,
     )
-    print(f"{target.raw.name}: {counts}", file=sys.stderr, flush=True)
     results = []
     for candidate in candidates:
         result = _score(candidate, target, levels, options, device)
         results.append(result)
-        print(
-            f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)", flush=True)
     # Without a score last; equal ones as they were given.
-    results.sort(
-        key=lambda result: -float("inf") if result.score is None else result.score, reverse=True
-    )
+    results.sort(key=lambda x: np.inf if x.score is None else -x.score)
     return target, results, alike
 
 
 def _score(
-    candidate: Candidate, target: Target, levels: int, options: RankOptions, device: torch.device
+    candidate: Candidate, target: Target, levels: int, options: Rank, device: torch.device
 ) -> Result:
     """Run the network over the cases, one in memory at a time."""
     started = time.monotonic()
     network = candidate.build(len(target.raw.channels), options.seed).to(device)
     collected = [LevelFeatures() for _ in range(levels)]
-    labels = list(target.labels)
-    patch_size = candidate.plan.chosen.patch_size
+    patch, step = candidate.plan.chosen.patch_size, options.step_size
     for case, image, segmentation in target.cases(candidate.plan):
-        voxels = sample_voxels(segmentation, labels, case, options.seed)
-        if not set(voxels) - {BACKGROUND}:
-            continue
-        for level, features in zip(
-            collected,
-            read_features(network, image, voxels, patch_size, options.step_size, levels),
-            strict=True,
-        ):
-            level.add(features)
-    if all(level.finite for level in collected) and not any(
-        len(cases) >= FEWEST_CASES for cases in collected[-1].classes.values()
-    ):
+        voxels = sample_voxels(segmentation, list(target.labels), case, options.seed)
+        if set(voxels) - {BACKGROUND}:
+            features = read_features(network, image, voxels, patch, step, levels)
+            for level, of_case in zip(collected, features, strict=True):
+                level.add(of_case)
+    shown = any(len(cases) >= FEWEST_CASES for cases in collected[-1].classes.values())
+    if all(level.finite for level in collected) and not shown:
         raise PluginError(
             f"No class has {MINIMUM_SAMPLES} voxels in two of the cases {', '.join(target.chosen)},"
             " so nothing can be compared. Take more cases (--cases), or others (--seed)."
         )
-    scores = tuple(
-        level.score(Definition(options.published_sums, options.variety)) for level in collected
-    )
+    definition = Definition(options.published_sums, options.variety)
+    scores = tuple(level.score(definition) for level in collected)
     return Result(candidate, scores, time.monotonic() - started)
 
 
@@ -194,9 +169,9 @@ def ranking_table(results: Sequence[Result], alike: Sequence[Sequence[str]]) -> 
         results: the best first.
         alike: names of the candidates with one architecture, for each architecture.
     """
-    levels = len(results[0].levels)
-    names = ["level " + ("1/1" if step == 0 else f"1/{2**step}") for step in range(levels)][::-1]
-    lines = [f"{'rank':>4}  {'CCFV':>8}  {'  '.join(f'{name:>9}' for name in names)}  weights"]
+    steps = range(len(results[0].levels))[::-1]
+    names = "  ".join(f"{f'level 1/{2**step}':>9}" for step in steps)
+    lines = [f"{'rank':>4}  {'CCFV':>8}  {names}  weights"]
     for rank, result in enumerate(results, start=1):
         place = "-" if result.score is None else str(rank)
         cells = "  ".join(f"{_number(level.score):>9}" for level in result.levels)
@@ -220,28 +195,22 @@ def _number(value: float | None) -> str:
 
 
 def _report(
-    options: RankOptions, target: Target, results: Sequence[Result], alike: Sequence[Sequence[str]]
+    options: Rank, target: Target, results: Sequence[Result], alike: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    names = target.labels
+    left_out = ("json", "figure", "weights", "names")
     return {
         "method": "CCFV, arXiv:2307.11958",
         "dataset": target.raw.name,
         "cases": list(target.chosen),
         "samples": samples_of_levels(len(results[0].levels)),
-        "options": {
-            key: value
-            for key, value in asdict(options).items()
-            if key not in ("json", "figure", "weights", "names")
-        },
+        "options": {key: x for key, x in asdict(options).items() if key not in left_out},
         "by_architecture": alike,
         "candidates": [
             {
                 "rank": None if result.score is None else rank,
                 "name": result.candidate.name,
                 "score": result.score,
-                "file": (
-                    None if result.candidate.file is None else str(result.candidate.file.absolute())
-                ),
+                "file": None if (file := result.candidate.file) is None else str(file.absolute()),
                 "trainer": result.candidate.trainer,
                 "plan": result.candidate.plan.name,
                 "levels": [
@@ -250,7 +219,7 @@ def _report(
                         "consistency": _finite(level.consistency),
                         "energy": _finite(level.energy),
                         "class_distances": {
-                            names[label]: value for label, value in level.class_distances.items()
+                            target.labels[x]: value for x, value in level.class_distances.items()
                         },
                     }
                     for level in result.levels

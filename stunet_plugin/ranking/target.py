@@ -1,22 +1,36 @@
-"""The labelled dataset that weights are ranked for: a few of its cases, prepared as a plan says,
-one at a time."""
+"""Cases of the labelled dataset that weights are ranked for, prepared as a plan says."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
-from stunet_plugin.datasets.raw_dataset import RawDataset
+from stunet_plugin.datasets.raw_dataset import Case, RawDataset
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
+from stunet_plugin.utils.geometry import on_grid_of
+from stunet_plugin.utils.images import (
+    PICTURES,
+    SKEWED,
+    TIFF,
+    ImageError,
+    ending_of,
+    read_geometry,
+    read_image,
+    read_images,
+    read_label_array,
+    read_label_map,
+)
 
 
 @dataclass(frozen=True)
@@ -31,20 +45,20 @@ class Target:
 
     raw: RawDataset
     chosen: tuple[str, ...]
-    preprocessed: Path | None = field(default=None)
+    preprocessed: Path | None = None
+
+    @property
+    def _manager(self) -> LabelManager:
+        description = self.raw.description
+        return LabelManager(description["labels"], description.get("regions_class_order"))
 
     @property
     def labels(self) -> dict[int, str]:
         """Label values to names, background included and the ignore label left out; regions count
         by their labels."""
         entries: dict[str, Any] = self.raw.description["labels"]
-        manager = LabelManager(entries, self.raw.description.get("regions_class_order"))
-        names = {
-            int(value): name
-            for name, value in entries.items()
-            if not isinstance(value, (list, tuple))
-        }
-        return {int(value): names.get(int(value), f"label {value}") for value in manager.all_labels}
+        single = {value: name for name, value in entries.items() if isinstance(value, int)}
+        return {int(x): single.get(int(x), f"label {x}") for x in self._manager.all_labels}
 
     def cases(self, plan: Plan) -> Iterator[tuple[str, Tensor, np.ndarray]]:
         """Yield name, image (channel, z, y, x) and labels (z, y, x), prepared as the plan says.
@@ -52,38 +66,48 @@ class Target:
         Where nnU-Net has preprocessed the dataset with this very plan, its files are read.
         """
         ready = self._preprocessed_cases(plan)
-        if ready is not None:
-            for name in self.chosen:
-                data, segmentation, _, _ = ready.load_case(name)
-                yield (
-                    name,
-                    torch.from_numpy(np.asarray(data[:], dtype=np.float32)),
-                    np.asarray(segmentation[0]),
-                )
-            return
-        preprocessor = plan.chosen.preprocessor_class(verbose=False)
         by_name = {case.name: case for case in self.raw.cases}
         for name in self.chosen:
-            images = [str(image) for image in by_name[name].images]
-            label = str(by_name[name].label)
-            try:
-                data, segmentation, _ = preprocessor.run_case(
-                    images, label, plan.manager, plan.chosen, self.raw.description
+            if ready is not None:
+                data, segmentation, _, _ = ready.load_case(name)
+                image = np.asarray(data[:], dtype=np.float32)
+            else:
+                data, segmentation = self._prepare(by_name[name], plan)
+                image = np.ascontiguousarray(data, dtype=np.float32)
+            yield name, torch.from_numpy(image), np.asarray(segmentation[0])
+
+    def _prepare(self, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """Return image and labels (channel, z, y, x), read strictly and preprocessed."""
+        reader = plan.manager.image_reader_writer_class()
+        ignore = self._manager.ignore_label
+        declared = {0, *map(int, self._manager.all_labels), *([] if ignore is None else [ignore])}
+        try:
+            image, properties = read_images(case.images, reader, len(self.raw.channels))
+            labels = read_label_array(case.label, reader, declared).labels
+            labels = _in_order_of(case, reader, labels)
+            if labels.shape != image.shape[1:]:
+                size = f"{labels.shape}, its image {image.shape[1:]}"
+                raise ImageError(case.label, "not of its image's size", size)
+            with contextlib.redirect_stdout(None):
+                data, segmentation, _ = plan.chosen.preprocessor_class(verbose=False).run_case_npy(
+                    image,
+                    labels[None].astype(np.float32),
+                    properties,
+                    plan.manager,
+                    plan.chosen,
+                    self.raw.description,
                 )
-            except Exception as error:  # each reader has its own
-                raise PluginError(
-                    f"Case {name} of {self.raw.name} cannot be prepared ({last_line(error)}). Mend"
-                    " it, or take others: --names"
-                ) from error
-            yield (
-                name,
-                torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)),
-                segmentation[0],
-            )
+        except Exception as error:  # whatever a preprocessor raises
+            reason = str(error) if isinstance(error, PluginError) else last_line(error)
+            raise PluginError(
+                f"Case {case.name} of {self.raw.name} cannot be prepared: {reason} Or take others:"
+                " --names"
+            ) from error
+        return data, segmentation
 
     def _preprocessed_cases(self, plan: Plan) -> Any:
-        """nnU-Net's dataset of preprocessed cases, None where it is not there or lacks one of
-        ours."""
+        """Return nnU-Net's dataset of preprocessed cases, None where it is not there or lacks one
+        of ours."""
         # Of another dataset's plan the identifier may be the same, the data are not.
         if self.preprocessed is None or plan.plans.get("dataset_name") != self.raw.name:
             return None
@@ -95,12 +119,35 @@ class Target:
         return kind(str(folder)) if complete else None
 
 
+def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:
+    """Return labels (z, y, x) in the order of the image's voxels, where they are stored in another
+    (RAS against LPS).
+
+    Raises:
+        ImageError: they do not have the image's voxels.
+    """
+    if ending_of(case.label) in (*PICTURES, *TIFF) or type(reader).__name__.endswith("Reorient"):
+        return labels
+    try:
+        grid, wanted = read_geometry(case.label), read_geometry(case.images[0])
+    except ImageError as error:
+        if error.reason == SKEWED:
+            return labels
+        raise
+    if grid.agrees(wanted):
+        return labels
+    turned = on_grid_of(read_label_map(case.label), read_image(case.images[0]))
+    if turned is None:
+        raise ImageError(case.label, "not on its image's voxels", f"{grid}; image {wanted}")
+    return np.asarray(sitk.GetArrayFromImage(turned))
+
+
 def check_channels(raw: RawDataset, plans: Sequence[Plan]) -> None:
     """Raise a PluginError if the dataset's channels are not as many as a plan normalises."""
     for plan in plans:
-        schemes = plan.chosen.normalization_schemes
-        if len(schemes) != len(raw.channels):
+        expected = len(plan.chosen.normalization_schemes)
+        if expected != len(raw.channels):
             raise PluginError(
                 f"{raw.name} has {len(raw.channels)} channel(s) ({', '.join(raw.channels)}), the"
-                f" plan {plan.name} is for {len(schemes)}. Give the dataset's own plans: -p PLANS"
+                f" plan {plan.name} is for {expected}. Give the dataset's own plans: -p PLANS"
             )
