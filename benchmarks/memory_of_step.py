@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stunet_plugin.networks.checkpointing_settings import SETTINGS
+from stunet_plugin.networks.activation_checkpointing import SETTINGS
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES, STUNetShape
 from stunet_plugin.networks.presets import get_preset

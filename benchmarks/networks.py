@@ -21,8 +21,7 @@ from stunet_plugin.networks import fmunet, pctnet
 from stunet_plugin.networks.anisotropy import get_mode
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES
-from stunet_plugin.networks.misfm_from_plan import NETWORKS, PCTNET
-from stunet_plugin.networks.presets import PRESETS, get_preset
+from stunet_plugin.networks.presets import MISFM_PRESETS, PCTNET, PRESETS, get_preset
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet
@@ -30,7 +29,7 @@ from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet
 INPUT_CHANNELS = 1
 MODE_PATCHES = {0: (96, 96, 96), 1: (64, 128, 128), 2: (32, 128, 128)}
 """Anisotropy mode to the patch it is measured with; that of mode 1 is the published example."""
-MISFM = {f"{network.name}-mode{mode}": (network, mode) for network in NETWORKS for mode in range(3)}
+MISFM = {f"{network.name}-mode{n}": (network, n) for network in MISFM_PRESETS for n in range(3)}
 NAMES = (*PRESETS, *MISFM)
 
 

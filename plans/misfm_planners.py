@@ -12,8 +12,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import DIMENSIONS, USE_FOR_2D, get_mode
-from stunet_plugin.networks.misfm_from_plan import NETWORKS, MISFMNetwork, fitting_patch
-from stunet_plugin.networks.traced_memory import traced_training_memory
+from stunet_plugin.networks.from_plan import fitting_patch
+from stunet_plugin.networks.memory import traced_training_memory
+from stunet_plugin.networks.presets import MISFM_PRESETS, MISFMPreset
 from stunet_plugin.plans.base_planner import PluginPlanner
 
 
@@ -21,7 +22,7 @@ class MISFMPlanner(PluginPlanner):
     """Plans for one of the two networks; use PCTNetPlanner or FMUNetPlanner. 3D configurations
     only."""
 
-    network_record: ClassVar[MISFMNetwork]
+    network_record: ClassVar[MISFMPreset]
 
     def fit(
         self,
@@ -67,7 +68,7 @@ class MISFMPlanner(PluginPlanner):
 
 @cache
 def _training_bytes(
-    network: MISFMNetwork,
+    network: MISFMPreset,
     mode: int,
     patch_size: tuple[int, ...],
     batch_size: int,
@@ -88,7 +89,7 @@ def _training_bytes(
     return traced_training_memory(built, input_channels, patch_size, batch_size).total
 
 
-def make_planner(network: MISFMNetwork) -> type[MISFMPlanner]:
+def make_planner(network: MISFMPreset) -> type[MISFMPlanner]:
     """Make the planner class of a network."""
     attributes = {
         "__doc__": (
@@ -104,7 +105,7 @@ def make_planner(network: MISFMNetwork) -> type[MISFMPlanner]:
     return type(network.planner, (MISFMPlanner,), attributes)
 
 
-PLANNERS = {planner.__name__: planner for planner in map(make_planner, NETWORKS)}
+PLANNERS = {planner.__name__: planner for planner in map(make_planner, MISFM_PRESETS)}
 globals().update(PLANNERS)
 
 __all__ = list(PLANNERS)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from stunet_plugin.networks.checkpointing_settings import AUTO, OFF
+from stunet_plugin.networks.activation_checkpointing import AUTO, OFF
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import STUNetShape
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset

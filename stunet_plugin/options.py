@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError, did_you_mean
-from stunet_plugin.networks.checkpointing_settings import AUTO, SETTINGS
+from stunet_plugin.networks.activation_checkpointing import AUTO, SETTINGS
 
 
 @dataclass(frozen=True)

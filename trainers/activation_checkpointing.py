@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stunet_plugin.networks.checkpointing_settings import AUTO, OFF, SETTINGS
+from stunet_plugin.networks.activation_checkpointing import AUTO, OFF, SETTINGS
 from stunet_plugin.networks.memory import ADAM_VALUES, GIGABYTE, SGD_VALUES, STUNetShape
 from stunet_plugin.networks.presets import find_preset
 from stunet_plugin.options import CHECKPOINTING, SHARD, Options

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from stunet_plugin.networks.misfm_from_plan import NETWORKS, MISFMNetwork, resolve_misfm
+from stunet_plugin.networks.from_plan import resolve
+from stunet_plugin.networks.presets import MISFM_PRESETS, MISFMPreset
 from stunet_plugin.trainers.base_trainer import PluginTrainer
 
 
@@ -30,11 +31,11 @@ class MISFMOptimizer(PluginTrainer):
 class MISFMTrainer(MISFMOptimizer):
     """Base of the trainers of one of the two networks."""
 
-    network_record: ClassVar[MISFMNetwork]
+    network_record: ClassVar[MISFMPreset]
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        return resolve_misfm(configuration, cls.network_record, cls.__name__)[0]
+        return resolve(configuration, cls.network_record, cls.__name__).architecture
 
     @classmethod
     def plans_to_record(cls, plans: dict, configuration: str) -> dict:
@@ -46,7 +47,7 @@ class MISFMTrainer(MISFMOptimizer):
 
     def describe_choices(self, configuration: dict[str, Any]) -> list[str]:
         name = self.network_record.name
-        _, reason = resolve_misfm(configuration, self.network_record, type(self).__name__)
+        _, reason = resolve(configuration, self.network_record, type(self).__name__)
         lines = [f"{name}: {reason}"]
         if self.configuration_manager.batch_size < 2:
             lines.append(
@@ -57,7 +58,7 @@ class MISFMTrainer(MISFMOptimizer):
         return lines
 
 
-def make_trainer(network: MISFMNetwork, fine_tuning: bool) -> type[MISFMTrainer]:
+def make_trainer(network: MISFMPreset, fine_tuning: bool) -> type[MISFMTrainer]:
     """Make the trainer class of a network."""
     text = ", to start from pretrained weights" if fine_tuning else ""
     attributes = {
@@ -71,7 +72,7 @@ def make_trainer(network: MISFMNetwork, fine_tuning: bool) -> type[MISFMTrainer]
 
 TRAINERS = {
     trainer.__name__: trainer
-    for network in NETWORKS
+    for network in MISFM_PRESETS
     for trainer in (make_trainer(network, False), make_trainer(network, True))
 }
 globals().update(TRAINERS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from stunet_plugin.networks.from_plan import resolve_stunet
+from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset
 from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
@@ -55,7 +55,7 @@ class STUNetTrainer(CheckpointingTrainer):
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        return resolve_stunet(configuration, cls.preset, cls.__name__)
+        return resolve(configuration, cls.preset, cls.__name__).architecture
 
 
 def make_trainer(preset: STUNetPreset | None, schedule: Schedule) -> type[STUNetTrainer]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stunet_plugin.commands.command import NETWORKS, Command, flag, option
+from stunet_plugin.errors import PluginError
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,55 @@ class List(Command):
         if self.trainers:
             print(_names())
             return 0
-        from stunet_plugin.networks.size_table import size_table
-
-        print(size_table(self.patch_size, self.batch_size, self.channels, self.classes))
+        print(size_table(self))
         return 0
+
+
+def size_table(options: List) -> str:
+    """Return parameters, FLOPs and training memory of every size of STU-Net.
+
+    Raises:
+        PluginError: the patch cannot be pooled, or a number is smaller than 1.
+    """
+    from stunet_plugin.networks.activation_checkpointing import SETTINGS
+    from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
+    from stunet_plugin.networks.presets import PRESETS
+    from stunet_plugin.networks.topology import strides_for_patch, total_stride
+
+    batch, channels, classes = options.batch_size, options.channels, options.classes
+    for name, value in (("--batch-size", batch), ("--channels", channels), ("--classes", classes)):
+        if value < 1:
+            raise PluginError(f"{name} must be at least 1, not {value}.")
+    strides = strides_for_patch(options.patch_size)
+    patch, reduced = (
+        "x".join(map(str, sizes)) for sizes in (options.patch_size, total_stride(strides))
+    )
+    lines = [
+        f"{'size':<7}{'width':>6}{'blocks':>8}{'parameters':>15}{'TFLOPs':>9}{'memory':>10}"
+        f"{'least':>10}  planner default"
+    ]
+    for preset in PRESETS.values():
+        shape = STUNetShape.of_preset(preset, strides, channels, classes)
+        peaks = [
+            shape.training_memory(options.patch_size, batch, checkpointing=setting).total / GIGABYTE
+            for setting in SETTINGS
+        ]
+        tera = shape.multiply_adds(options.patch_size) / 1e12
+        lines.append(
+            f"{preset.name:<7}{preset.width:>6}{preset.blocks:>8}{shape.parameters():>15,}"
+            f"{tera:>9.2f}{peaks[0]:>7.1f} GB{min(peaks):>7.1f} GB{preset.gpu_memory_gb:>8g} GB"
+        )
+    return (
+        "\n".join(lines)
+        + f"""
+
+At patch {patch} (reduced by {reduced}), batch {batch}, {channels} channel(s), {classes} outputs.
+FLOPs: forward pass of one patch, a multiply-add counted once, as in the paper. Memory: estimated
+peak of a training step on CUDA with AMP; with many outputs most of it is the loss. Least: with
+activation checkpointing, which large and huge switch on where it is needed (STUNET_CHECKPOINTING).
+The planner's default is what STUNetPlanner_<size> fits patch and batch to.
+Sources: arXiv:2304.06716 and the published checkpoints; tiny is for tests."""
+    )
 
 
 def _names() -> str:

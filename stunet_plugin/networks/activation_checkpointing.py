@@ -1,55 +1,60 @@
-"""Less memory in training: what is cheap to compute is computed again in the backward pass instead
-of being kept."""
+"""Activation checkpointing: the backward pass computes again what is cheap to compute.
+
+Imports torch only when used: ``stunet --help`` reads the settings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OFF = "off"
+"""Everything is kept."""
+STAGE = "stage"
+"""The output of each stage is kept; one stage at a time exists again in the backward pass."""
+BLOCK = "block"
+"""The output of each residual block is kept: more than with STAGE, but one block at a time."""
+SETTINGS = (OFF, STAGE, BLOCK)
+"""Of ``STUNet.checkpointing``."""
+AUTO = "auto"
+"""The trainer chooses one of SETTINGS by the free memory."""
 
 
-def compute_again_in_backward(
+def checkpointed(
     module: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor, random: bool = True
 ) -> Tensor:
-    """Return ``forward(*inputs)`` without keeping what is inside; the backward pass, if there is
-    one, computes it again.
+    """Return ``forward(*inputs)``, of which the inputs alone are kept for the backward pass.
 
     Args:
         module: what ``forward`` runs; its batch norms count the batch once.
         forward: a function of tensors and of the module's parameters.
-        inputs: to it.
-        random: it draws random numbers, which then repeat; False saves the effort where it draws
-            none.
+        random: it draws random numbers, which then repeat; False saves time where it draws none.
     """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    if torch.compiler.is_compiling():  # The compiler itself repeats only what has no side effect.
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random)
-    contexts = nullcontext(), _StatisticsKept(module)
-    return checkpoint(
-        forward,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=random,
-        context_fn=lambda: contexts,
-    )
+    settings = {"use_reentrant": False, "preserve_rng_state": random}
+    if not torch.compiler.is_compiling():  # the compiler repeats only what has no side effect
+        settings["context_fn"] = lambda: (nullcontext(), _StatisticsKept(module))
+    return checkpoint(forward, *inputs, **settings)
 
 
 class _StatisticsKept:
-    """Context in which batch norms of a module normalise by the batch without changing their
-    running statistics."""
+    """Context in which batch norms normalise by the batch and keep their running statistics."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.kept: list[tuple[_BatchNorm, float | None, Tensor | None]] = []
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        self.kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
 
     def __enter__(self) -> None:
-        norms = [part for part in self.module.modules() if isinstance(part, _BatchNorm)]
-        self.kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm, _, count in self.kept:
             norm.momentum = 0.0
             norm.num_batches_tracked = None if count is None else count.clone()

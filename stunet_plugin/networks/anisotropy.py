@@ -1,11 +1,9 @@
-"""The three anisotropy modes of PCT-Net and FMUNet, and which of them suits a plan. Every number of
-a mode stands here.
+"""Anisotropy modes of PCT-Net and FMUNet: three, and which of them suits a plan.
 
 Source: MIS-FM, arXiv:2306.16925, and its published code (github.com/openmedlab/MIS-FM). Both
-    networks have five levels. In
-mode 1 the first pooling, in mode 2 the first two leave axis 0 (through-plane, the coarse one after
-nnU-Net's transpose) as it is, and the levels above such a pooling convolve in-plane only. Plain
-Python, no torch.
+networks have five levels. In mode 1 the first pooling, in mode 2 the first two leave axis 0
+(through-plane, the coarse one after nnU-Net's transpose) as it is, and the levels above such a
+pooling convolve in-plane only. No torch.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.misfm_presets import MODE_PURPOSES
 from stunet_plugin.networks.topology import Strides, as_strides, total_stride
 
 NUM_LEVELS = 5
@@ -25,6 +22,12 @@ Triple = tuple[int, int, int]
 
 _IN_PLANE: Triple = (1, 2, 2)
 _ALL_AXES: Triple = (2, 2, 2)
+
+MODE_PURPOSES = (
+    "0 (all axes alike, such as 1 x 1 x 1 mm), 1 (slices about twice as far apart as voxels within"
+    " them), 2 (three times or more)"
+)
+"""What each mode is for."""
 
 USE_FOR_2D = "It is a 3D network: use a 3D configuration (3d_fullres), or STUNetTrainer for 2d."
 """What PCT-Net and FMUNet answer to two axes."""
@@ -83,16 +86,14 @@ def choose_mode(spacing: Sequence[float], patch_size: Sequence[int]) -> tuple[An
     The rule, in this order:
 
     1. By spacing. Each in-plane pooling halves the ratio of the spacing on axis 0 to the finest of
-    the others; take the
-       number of them that brings it closest to 1 on a logarithmic scale. That is mode 0 below a
-       ratio of 1.41 (sqrt 2), mode 1 from there to 2.83 (2 sqrt 2), mode 2 above.
-    2. By patch. A higher mode reduces axis 0 less. If the patch is not divisible by the mode's
-    reduction, or is so thin
-       that a single voxel would be left on axis 0 at the deepest level, the first higher mode
-       without that fault takes over (failing that, the first that divides the patch).
+       the others; take the number of them that brings it closest to 1 on a logarithmic scale:
+       mode 0 below a ratio of 1.41 (sqrt 2), mode 1 up to 2.83 (2 sqrt 2), mode 2 above.
+    2. By patch. A higher mode reduces axis 0 less. If the mode's reduction does not divide the
+       patch, or would leave a single voxel on axis 0, the first higher mode without that fault
+       is taken (failing that, the first that divides the patch).
 
-    If no mode takes the patch, the one that suits the spacing comes back; ``check_patch_size`` then
-    names patch sizes that work.
+    If no mode takes the patch, the one that suits the spacing is returned; ``check_patch_size``
+    then names patch sizes that work.
 
     Args:
         spacing: of the plan in mm, in nnU-Net's transposed order (axis 0 is the coarse one).
@@ -125,13 +126,10 @@ def choose_mode(spacing: Sequence[float], patch_size: Sequence[int]) -> tuple[An
     if chosen.number == suited:
         return chosen, f"Mode {chosen.number}, because {because}."
     fault = "leave a single voxel of" if MODES[suited] in dividing else "not divide"
-    return (
-        chosen,
-        (
-            f"Mode {chosen.number}: {because}, which suits mode {suited}, but that would {fault}"
-            f" the patch {list(patch_size)} (it reduces axis 0 by {MODES[suited].reduction[0]},"
-            f" mode {chosen.number} by {chosen.reduction[0]})."
-        ),
+    return chosen, (
+        f"Mode {chosen.number}: {because}, which suits mode {suited}, but that would {fault} the"
+        f" patch {list(patch_size)} (it reduces axis 0 by {MODES[suited].reduction[0]}, mode"
+        f" {chosen.number} by {chosen.reduction[0]})."
     )
 
 

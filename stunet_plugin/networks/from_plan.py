@@ -1,20 +1,28 @@
-"""Which network a plans file asks for, and the STU-Net that a trainer builds from it.
+"""Architecture of a plan: which network a trainer builds for a configuration of a plans file.
 
-The trainers, at training and at inference, and the planners go through here, so the network, its
-deep-supervision scales and the checks of a plan can never disagree.
+Trainers (at training and at inference) and planners go through here, so that the network, its
+deep-supervision scales and the checks of a plan agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.anisotropy import (
+    DIMENSIONS,
+    USE_FOR_2D,
+    AnisotropyMode,
+    choose_mode,
+    get_mode,
+)
 from stunet_plugin.networks.presets import (
     DEFAULT_SIZE,
     PRESETS,
+    MISFMPreset,
     STUNetPreset,
     find_preset,
     get_preset,
@@ -28,14 +36,155 @@ from stunet_plugin.networks.topology import (
 
 STUNET_CLASS = "stunet_plugin.networks.stunet.STUNet"
 HOST_ARCHITECTURES = "dynamic_network_architectures.architectures.unet."
-"""Plans of nnU-Net's own planners name networks of this module: U-Nets whose strides we take
-over."""
+"""Module of the U-Nets that nnU-Net's own planners plan; we take over their strides."""
 
-REPLAN = "Mend the plans file, or plan again with nnUNetv2_plan_experiment."
+REPLAN = "Fix the plans file, or plan again with nnUNetv2_plan_experiment."
+
+
+class Resolved(NamedTuple):
+    """An ``architecture`` entry of a plans file, and for a mode of MIS-FM why it was chosen."""
+
+    architecture: dict[str, Any]
+    reason: str = ""
+
+
+def resolve(
+    configuration: Mapping[str, Any], network: STUNetPreset | MISFMPreset | None, who: str
+) -> Resolved:
+    """Return the architecture that a trainer builds for a configuration of a plan.
+
+    It is the plan's own where that names the trainer's network, else the trainer's with the
+    strides, or for a network of MIS-FM the mode, that suit the plan of nnU-Net's planner.
+
+    Args:
+        configuration: of a plans file, inheritance resolved.
+        network: what the trainer's name asks for; None is an STU-Net of the plan's size, or base.
+        who: the trainer's name, for messages.
+
+    Raises:
+        PluginError: the plan is for another network or size, or its patch does not fit.
+    """
+    architecture, patch = configuration.get("architecture"), configuration.get("patch_size")
+    kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
+    if not isinstance(architecture, Mapping) or not isinstance(kwargs, Mapping):
+        raise PluginError(f"The plan of {who} has no architecture with arch_kwargs. {REPLAN}")
+    if not isinstance(patch, (list, tuple)) or not all(
+        isinstance(size, (int, np.integer)) for size in patch
+    ):
+        raise PluginError(
+            f"patch_size in the plan of {who} must be a list of integers, not {patch!r}. {REPLAN}"
+        )
+    if isinstance(network, MISFMPreset):
+        return _resolve_misfm(configuration, architecture, network, who)
+    return _resolve_stunet(patch, architecture, network, who)
+
+
+def _resolve_stunet(
+    patch: Sequence[int], architecture: Mapping[str, Any], preset: STUNetPreset | None, who: str
+) -> Resolved:
+    planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
+    if planned == STUNET_CLASS:
+        needed = ("strides", "features_per_stage", "n_blocks_per_stage")
+        missing = [name for name in needed if name not in kwargs]
+        if missing:
+            raise PluginError(
+                f"The STU-Net in the plan of {who} lacks {', '.join(missing)}. {REPLAN}"
+            )
+        if preset is not None:
+            _check_size(kwargs, preset, who)
+        resolved = dict(architecture)
+    elif planned.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
+        resolved = stunet_architecture(preset or get_preset(DEFAULT_SIZE), kwargs["strides"])
+    else:
+        raise _other_network(
+            who, planned, "STUNetPlanner_<size> (-p STUNetPlans_<size>)", "nnUNetResEncUNetLPlans, "
+        )
+    strides = as_strides(resolved["arch_kwargs"]["strides"])
+    advice = (
+        "Set patch_size in the plans file to one of them, or plan again with"
+        " nnUNetv2_plan_experiment."
+    )
+    check_patch_size(patch, strides, f"The network of {who}", advice)
+    if tuple(patch) == total_stride(strides):
+        raise PluginError(
+            f"Patch size {list(patch)} leaves a single voxel at the deepest stage of {who}, and"
+            " instance norm cannot train on one. Double at least one axis in the plans file."
+        )
+    return Resolved(resolved)
+
+
+def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> None:
+    """Raise if the STU-Net of a plan is not the one that the trainer's name promises."""
+    features, blocks = kwargs["features_per_stage"], kwargs["n_blocks_per_stage"]
+    features = tuple(features) if isinstance(features, (list, tuple)) else (features,)
+    blocks = (blocks,) * len(features) if isinstance(blocks, int) else tuple(blocks)
+    if (features, blocks) == (preset.features_per_stage, preset.blocks_per_stage):
+        published = stunet_architecture(preset, kwargs["strides"])["arch_kwargs"]
+        for name in ("n_stages", "kernel_sizes", "n_blocks_per_stage_decoder"):
+            if kwargs.get(name) != published[name] and kwargs.get(name) not in (3, preset.blocks):
+                raise PluginError(
+                    f"{who} trains the published STU-Net {preset.name}, but the plan has {name}"
+                    f" {kwargs.get(name)}, not {published[name]}, and published weights would not"
+                    " fit. Use -tr STUNetTrainer to train it as planned."
+                )
+        return
+    planned = find_preset(features, blocks)
+    description = f"STU-Net {planned.name}" if planned else f"widths {features}, blocks {blocks}"
+    trainer = who.replace(preset.name, planned.name, 1) if planned else "STUNetTrainer"
+    raise PluginError(
+        f"{who} trains STU-Net {preset.name} (widths {list(preset.features_per_stage)}), but the"
+        f" plan is for {description}. Use -tr {trainer} with this plan, or"
+        f" -p STUNetPlans_{preset.name} with this trainer (planner STUNetPlanner_{preset.name})."
+        f" Sizes: {', '.join(PRESETS)}."
+    )
+
+
+def _resolve_misfm(
+    configuration: Mapping[str, Any],
+    architecture: Mapping[str, Any],
+    network: MISFMPreset,
+    who: str,
+) -> Resolved:
+    patch, spacing = configuration["patch_size"], configuration.get("spacing")
+    if len(patch) != DIMENSIONS:
+        raise PluginError(
+            f"{who} cannot train a configuration with patch size {list(patch)}. {USE_FOR_2D}"
+        )
+    planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
+    if planned == network.class_name:
+        if "mode" not in kwargs:
+            raise PluginError(f"The {network.name} in the plan of {who} lacks its mode. {REPLAN}")
+        mode, reason = get_mode(kwargs["mode"]), f"Mode {kwargs['mode']}, as the plan says."
+        # Widths and the like that somebody set in the plans file are kept.
+        kwargs = {**kwargs, **network.architecture(mode)["arch_kwargs"]}
+        resolved = {**architecture, "arch_kwargs": kwargs}
+    elif planned.startswith(HOST_ARCHITECTURES):
+        if not isinstance(spacing, (list, tuple, np.ndarray)):
+            raise PluginError(
+                f"spacing in the plan of {who} must be a list of millimetres, not {spacing!r}."
+                f" {REPLAN}"
+            )
+        mode, reason = choose_mode([float(step) for step in spacing], patch)
+        resolved = network.architecture(mode)
+    else:
+        raise _other_network(who, planned, f"{network.planner} (-p {network.plans})")
+    advice = (
+        f"Plan with -pl {network.planner}, which makes {network.plans} of such sizes, or set"
+        " patch_size in the plans file."
+    )
+    check_patch_size(patch, mode.strides, f"{network.name} in mode {mode.number}", advice)
+    return Resolved(resolved, reason)
+
+
+def _other_network(who: str, planned: str, ours: str, more: str = "") -> PluginError:
+    return PluginError(
+        f"{who} cannot use a plan for the network {planned or '(none named)'!r}. Allowed: plans of"
+        f" nnU-Net's own planners (-p nnUNetPlans, {more}...) and of {ours}."
+    )
 
 
 def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the ``architecture`` entry of a plans file for a published size.
+    """Return the ``architecture`` entry of a plans file for a size of STU-Net.
 
     Args:
         preset: the size.
@@ -58,107 +207,19 @@ def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) 
     }
 
 
-def resolve_stunet(
-    configuration: Mapping[str, Any], preset: STUNetPreset | None, who: str
-) -> dict[str, Any]:
-    """Return the architecture that an STU-Net trainer builds for a configuration of a plan.
+def fitting_patch(
+    spacing: Sequence[float], patch_size: Sequence[int]
+) -> tuple[list[int], AnisotropyMode]:
+    """Return the mode of MIS-FM that suits a spacing, and the patch size nearest to a wished one.
 
-    Args:
-        configuration: of a plans file, inheritance resolved.
-        preset: the size the trainer's name asks for; None takes the plan's own size, or the
-            published default.
-        who: the trainer's name, for messages.
-
-    Returns:
-        An ``architecture`` entry: the plan's own where it carries an STU-Net, else the preset's
-        with the plan's strides.
-
-    Raises:
-        PluginError: the plan belongs to another architecture or another size, or its patch does not
-            fit the strides.
+    Each axis becomes a multiple of the mode's reduction, at least two of them: a single voxel at
+    the deepest level leaves nothing to attend to, and batch norm with little to count.
     """
-    architecture, patch_size = configuration.get("architecture"), configuration.get("patch_size")
-    if not isinstance(architecture, Mapping) or not isinstance(
-        architecture.get("arch_kwargs"), Mapping
-    ):
-        raise PluginError(f"The plan of {who} has no architecture with arch_kwargs. {REPLAN}")
-    if not isinstance(patch_size, (list, tuple)) or not all(
-        isinstance(size, (int, np.integer)) for size in patch_size
-    ):
-        raise PluginError(
-            f"patch_size in the plan of {who} must be a list of whole numbers, not {patch_size!r}."
-            f" {REPLAN}"
-        )
-    class_name, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
-    if class_name == STUNET_CLASS:
-        missing = [
-            name
-            for name in ("strides", "features_per_stage", "n_blocks_per_stage")
-            if name not in kwargs
-        ]
-        if missing:
-            raise PluginError(
-                f"The STU-Net in the plan of {who} lacks {', '.join(missing)}. {REPLAN}"
-            )
-        _check_size(kwargs, preset, who)
-        resolved = dict(architecture)
-    elif class_name.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
-        resolved = stunet_architecture(preset or get_preset(DEFAULT_SIZE), kwargs["strides"])
-    else:
-        raise PluginError(
-            f"{who} cannot use a plan for the network {class_name or '(none named)'!r}. Allowed:"
-            " plans of nnU-Net's own planners (-p nnUNetPlans, nnUNetResEncUNetLPlans, ...) and of"
-            " STUNetPlanner_<size> (-p STUNetPlans_<size>)."
-        )
-    strides = as_strides(resolved["arch_kwargs"]["strides"])
-    advice = (
-        "Set patch_size in the plans file to one of them, or plan again with"
-        " nnUNetv2_plan_experiment."
-    )
-    check_patch_size(configuration["patch_size"], strides, f"The network of {who}", advice)
-    if all(
-        size == step
-        for size, step in zip(configuration["patch_size"], total_stride(strides), strict=True)
-    ):
-        raise PluginError(
-            f"With patch size {list(configuration['patch_size'])} a single voxel is left at the"
-            f" deepest stage of {who}, and instance normalisation cannot train on one. Double at"
-            " least one axis of the patch in the plans file."
-        )
-    return resolved
-
-
-def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset | None, who: str) -> None:
-    """Raise if the STU-Net of a plan is not the published network that the trainer's name
-    promises."""
-    if preset is None:
-        return
-    features, blocks = kwargs["features_per_stage"], kwargs["n_blocks_per_stage"]
-    features = tuple(features) if isinstance(features, (list, tuple)) else (features,)
-    blocks = (blocks,) * len(features) if isinstance(blocks, int) else tuple(blocks)
-    if features == preset.features_per_stage and blocks == preset.blocks_per_stage:
-        published = stunet_architecture(preset, kwargs["strides"])["arch_kwargs"]
-        for name in ("n_stages", "kernel_sizes", "n_blocks_per_stage_decoder"):
-            if kwargs.get(name) != published[name] and kwargs.get(name) not in (3, preset.blocks):
-                raise PluginError(
-                    f"{who} trains the published STU-Net {preset.name}, but the plan has {name}"
-                    f" {kwargs.get(name)}, not {published[name]}, and published weights would not"
-                    " fit. Use -tr STUNetTrainer to train it as planned."
-                )
-        return
-    planned = find_preset(features, blocks)
-    description = (
-        f"STU-Net {planned.name}"
-        if planned
-        else f"an STU-Net with widths {list(features)} and blocks {list(blocks)}"
-    )
-    advice = (
-        f"-tr {who.replace(preset.name, planned.name, 1)} with this plan, or "
-        if planned
-        else "-tr STUNetTrainer with this plan, or "
-    )
-    raise PluginError(
-        f"{who} trains STU-Net {preset.name} (widths {list(preset.features_per_stage)}), but the"
-        f" plan is for {description}. Use {advice}-p STUNetPlans_{preset.name} with this trainer"
-        f" (planner STUNetPlanner_{preset.name}). Sizes: {', '.join(PRESETS)}."
-    )
+    # A patch that every mode divides: here the patch follows the mode.
+    mode, _ = choose_mode(spacing, [step * 2 for step in get_mode(0).reduction])
+    # Half a step is rounded up: a patch that covers the image is worth some padding.
+    fitted = [
+        max((int(size) + step // 2) // step, 2) * step
+        for size, step in zip(patch_size, mode.reduction, strict=True)
+    ]
+    return fitted, mode

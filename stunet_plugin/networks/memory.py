@@ -1,8 +1,8 @@
-"""Parameters, floating-point operations and training memory of an STU-Net, by arithmetic: nothing
-is built.
+"""Memory of a training step, with parameters and FLOPs: nothing is computed or allocated.
 
-``stunet list`` and the planners use it. Plain numbers, no torch; the tests hold it against the
-network itself.
+One account (:class:`TrainingMemory`) of what a step of nnU-Net takes. What the forward pass keeps
+is counted by arithmetic for STU-Net, which ``stunet list`` prints without torch (the tests hold it
+against the network), and for any other network by tracing it on the meta device.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
-from stunet_plugin.networks.checkpointing_settings import OFF, STAGE
+from stunet_plugin.networks.activation_checkpointing import OFF, STAGE
 from stunet_plugin.networks.presets import (
     REFERENCE_INPUT_CHANNELS,
     REFERENCE_OUTPUT_CHANNELS,
@@ -19,20 +20,22 @@ from stunet_plugin.networks.presets import (
 )
 from stunet_plugin.networks.topology import Strides, stage_shapes
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 REFERENCE_PATCH = (128, 128, 128)
 PUBLISHED_STRIDES: Strides = ((1, 1, 1), *(((2, 2, 2),) * 5))
 """Of an isotropic plan: five poolings by two on every axis."""
 
 GIGABYTE = 1024**3
 
-# Bytes per parameter that stay for the whole training: float32 weight and gradient, and each value
-# that the optimizer keeps.
+# Bytes per parameter for the whole training: float32 weight and gradient, and each value that the
+# optimizer keeps (momentum; running means of the gradient and its square).
 WEIGHT_AND_GRADIENT_BYTES = 2 * 4
 OPTIMIZER_VALUE_BYTES = 4
-# Momentum; running means of the gradient and its square.
 SGD_VALUES, ADAM_VALUES = 1, 2
-# Autocast keeps a half-precision copy of every convolution weight from the forward to the end of
-# the backward.
+# Autocast keeps a half-precision copy of every weight until the end of the backward pass.
 AUTOCAST_BYTES_PER_PARAMETER = 2
 # Per class and voxel, for nnU-Net's Dice and cross-entropy: float32 softmax, its input,
 # log-softmax, its input, and the one-hot target.
@@ -40,27 +43,12 @@ LOSS_BYTES_PER_LOGIT = 4 * 4 + 1
 # Activations that a residual block keeps, each as large as its output: the inputs of its two norms
 # and of its second convolution, and its output.
 MAPS_OF_A_BLOCK = 4
-# CUDA context and library handles that a process holds, and the workspace that cuDNN picks its
-# algorithms within.
+# While the widest layer is differentiated: the gradients of its output and inputs, and workspace.
+# STU-Net: in maps of the first stage, whose concatenation has twice the width; any other network:
+# in its largest activations.
+BACKWARD_MAPS_STUNET, BACKWARD_MAPS = 5, 4
+# CUDA context, library handles, and the workspace that cuDNN picks its algorithms within.
 CUDA_CONTEXT_BYTES = 1.0 * GIGABYTE
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """One convolution: channels, kernel elements, and the stage whose resolution its output has."""
-
-    in_channels: int
-    out_channels: int
-    kernel_elements: int
-    stage: int
-
-    @property
-    def parameters(self) -> int:
-        return self.out_channels * (self.in_channels * self.kernel_elements + 1)
-
-    @property
-    def multiply_adds_per_voxel(self) -> int:
-        return self.out_channels * self.in_channels * self.kernel_elements
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,8 @@ class TrainingMemory:
         loss: while it is computed.
         backward: gradients of activations.
         context: of CUDA.
-        recomputed: activations that exist a second time at once, and the logits, which by then are
-            what the loss has left.
+        recomputed: activations that exist a second time at once, and the logits, which are what
+            the loss has left by then.
     """
 
     parameters: float
@@ -86,20 +74,94 @@ class TrainingMemory:
 
     @property
     def total(self) -> float:
-        # All of the loss is differentiated before anything of the network is.
-        return (
-            self.parameters
-            + self.activations
-            + max(self.loss, self.recomputed)
-            + self.backward
-            + self.context
+        # The whole loss is differentiated before anything of the network is.
+        most = max(self.loss, self.recomputed)
+        return self.parameters + self.activations + most + self.backward + self.context
+
+    @classmethod
+    def of_counts(
+        cls,
+        parameters: int,
+        activations: float,
+        backward: float,
+        logits: float,
+        optimizer_values: int,
+        mixed_precision: bool = True,
+        recomputed: float = 0,
+        processes: int = 1,
+    ) -> TrainingMemory:
+        """Return the bytes of these numbers of elements, all of a whole batch.
+
+        Args:
+            mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU,
+                without a CUDA context.
+            processes: that weights, gradients and momentum are sharded over; the blocks that are
+                gathered are not counted.
+        """
+        element = 2 if mixed_precision else 4
+        kept = WEIGHT_AND_GRADIENT_BYTES + optimizer_values * OPTIMIZER_VALUE_BYTES
+        copies = AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0
+        return cls(
+            parameters=float(parameters * (kept / processes + copies)),
+            activations=float(activations * element),
+            loss=float(logits * (element + LOSS_BYTES_PER_LOGIT)),
+            backward=float(backward * element),
+            context=CUDA_CONTEXT_BYTES if mixed_precision else 0.0,
+            recomputed=float((recomputed + 2 * logits) * element) if recomputed else 0.0,
         )
+
+
+def traced_training_memory(
+    network: nn.Module, input_channels: int, patch_size: Sequence[int], batch_size: int
+) -> TrainingMemory:
+    """Estimate the peak of one of nnU-Net's training steps on CUDA with Adam.
+
+    Args:
+        network: on the meta device, with deep supervision on.
+        input_channels, patch_size: of its input.
+        batch_size: samples on this device.
+    """
+    import torch
+
+    kept: dict[int, torch.Tensor] = {}
+    parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in parameters:
+            kept[storage] = tensor
+        return tensor
+
+    def elements(tensor: torch.Tensor) -> float:
+        """In half precision; masks and indices have the bytes that they have."""
+        stored = len(tensor.untyped_storage())
+        return stored / (tensor.element_size() if tensor.is_floating_point() else 2)
+
+    network.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Two samples, because batch norm refuses one voxel of one.
+        outputs = network(torch.empty(2, input_channels, *patch_size, device="meta"))
+    sizes = [elements(tensor) * batch_size / 2 for tensor in kept.values()]
+    return TrainingMemory.of_counts(
+        sum(parameter.numel() for parameter in network.parameters()),
+        activations=sum(sizes),
+        backward=BACKWARD_MAPS * max(sizes),
+        logits=batch_size * sum(output[0].numel() for output in outputs),
+        optimizer_values=ADAM_VALUES,
+    )
+
+
+class Convolution(NamedTuple):
+    """Number of weights, output channels, and the stage whose resolution the output has."""
+
+    weights: int
+    outputs: int
+    stage: int
 
 
 @dataclass(frozen=True)
 class STUNetShape:
-    """What the cost of a network depends on besides the patch; stages with full resolution first,
-    kernel size 3."""
+    """What the cost of an STU-Net depends on besides the patch; full resolution first."""
 
     features: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -123,50 +185,38 @@ class STUNetShape:
             output_channels,
         )
 
-    def _block_inputs(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (stage, input channels, output channels) of every residual block, encoder first."""
-        inputs = self.input_channels
-        for stage, width in enumerate(self.features):
-            for _ in range(self.blocks[stage]):
-                yield stage, inputs, width
+    def _blocks(self) -> Iterator[tuple[int, int, int, bool]]:
+        """Yield stage, input and output channels of every residual block, encoder first, and
+        whether its shortcut is a convolution."""
+        last, inputs = len(self.features) - 1, self.input_channels
+        for step, stage in enumerate((*range(last + 1), *reversed(range(last)))):
+            width = self.features[stage]
+            inputs = 2 * width if step > last else inputs
+            for block in range(self.blocks[stage]):
+                yield stage, inputs, width, block == 0
                 inputs = width
-        for stage in reversed(range(len(self.features) - 1)):
-            inputs = 2 * self.features[stage]
-            for _ in range(self.blocks[stage]):
-                yield stage, inputs, self.features[stage]
-                inputs = self.features[stage]
 
     def convolutions(self) -> Iterator[Convolution]:
         """Yield every convolution of the network."""
         kernel = 3 ** len(self.strides[0])
-        first_of_stage: set[tuple[int, bool]] = set()
-        decoder = False
-        previous_stage = -1
-        for stage, inputs, width in self._block_inputs():
-            decoder = decoder or stage < previous_stage
-            previous_stage = stage
-            yield Convolution(inputs, width, kernel, stage)
-            yield Convolution(width, width, kernel, stage)
-            if (stage, decoder) not in first_of_stage:
-                first_of_stage.add((stage, decoder))
-                yield Convolution(inputs, width, 1, stage)
+        for stage, inputs, width, projects in self._blocks():
+            yield Convolution(inputs * width * kernel, width, stage)
+            yield Convolution(width * width * kernel, width, stage)
+            if projects:
+                yield Convolution(inputs * width, width, stage)
         for stage, width in enumerate(self.features[:-1]):
-            yield Convolution(self.features[stage + 1], width, 1, stage + 1)
-            yield Convolution(width, self.output_channels, 1, stage)
+            yield Convolution(self.features[stage + 1] * width, width, stage + 1)
+            yield Convolution(width * self.output_channels, self.output_channels, stage)
 
     def parameters(self) -> int:
         """Return the number of trained parameters; every block has two affine norms."""
-        norms = sum(2 * 2 * width for _, _, width in self._block_inputs())
-        return norms + sum(convolution.parameters for convolution in self.convolutions())
+        norms = sum(2 * 2 * width for _, _, width, _ in self._blocks())
+        return norms + sum(conv.weights + conv.outputs for conv in self.convolutions())
 
     def multiply_adds(self, patch_size: Sequence[int]) -> int:
-        """Return the multiply-adds of a forward pass for one patch (what the paper's table calls
-        FLOPs)."""
+        """Return the multiply-adds of a forward pass for one patch (the paper's FLOPs)."""
         voxels = self.voxels(patch_size)
-        return sum(
-            convolution.multiply_adds_per_voxel * voxels[convolution.stage]
-            for convolution in self.convolutions()
-        )
+        return sum(conv.weights * voxels[conv.stage] for conv in self.convolutions())
 
     def voxels(self, patch_size: Sequence[int]) -> list[int]:
         """Return the voxels of each stage for one patch."""
@@ -185,7 +235,7 @@ class STUNetShape:
         if checkpointing == STAGE:
             encoder = sum(width * size for width, size in zip(self.features, voxels, strict=True))
             return total + 2 * encoder - self.features[-1] * voxels[-1]
-        blocks = sum(width * voxels[stage] for stage, _, width in self._block_inputs())
+        blocks = sum(width * voxels[stage] for stage, _, width, _ in self._blocks())
         if checkpointing != OFF:
             return total + blocks
         concatenations = sum(
@@ -212,37 +262,23 @@ class STUNetShape:
         processes: int = 1,
         optimizer_values: int = SGD_VALUES,
     ) -> TrainingMemory:
-        """Estimate the peak of one of nnU-Net's training steps (deep supervision, Dice +
-        cross-entropy).
+        """Estimate the peak of one of nnU-Net's training steps (deep supervision, Dice + CE).
 
         Args:
             patch_size: voxels per axis.
             batch_size: samples on this device.
-            mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU,
-                without a CUDA context.
-            checkpointing: a setting of ``stunet_plugin.networks.checkpointing_settings``.
-            processes: that share weights, gradients and momentum out; the blocks that are gathered
-                are not counted.
+            mixed_precision, processes: see :meth:`TrainingMemory.of_counts`.
+            checkpointing: one of ``activation_checkpointing.SETTINGS``.
             optimizer_values: that the optimizer keeps per parameter.
         """
         voxels = self.voxels(patch_size)
-        element = 2 if mixed_precision else 4
-        parameters = self.parameters()
-        kept = WEIGHT_AND_GRADIENT_BYTES + optimizer_values * OPTIMIZER_VALUE_BYTES
-        per_parameter = kept / processes + (AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0)
-        logits = batch_size * self.output_channels * sum(voxels[:-1])
-        # While the widest layer is differentiated, its output's and its inputs' gradients exist
-        # together (decoder, full resolution: the concatenation has twice the width), beside what
-        # the convolution needs as workspace.
-        backward = batch_size * 5 * self.features[0] * voxels[0] * element
-        recomputed = batch_size * self.recomputed_activations(patch_size, checkpointing)
-        return TrainingMemory(
-            parameters=float(parameters * per_parameter),
-            activations=float(
-                batch_size * self.kept_activations(patch_size, checkpointing) * element
-            ),
-            loss=float(logits * (element + LOSS_BYTES_PER_LOGIT)),
-            backward=float(backward),
-            context=CUDA_CONTEXT_BYTES if mixed_precision else 0.0,
-            recomputed=float((recomputed + 2 * logits) * element) if recomputed else 0.0,
+        return TrainingMemory.of_counts(
+            self.parameters(),
+            activations=batch_size * self.kept_activations(patch_size, checkpointing),
+            backward=batch_size * BACKWARD_MAPS_STUNET * self.features[0] * voxels[0],
+            logits=batch_size * self.output_channels * sum(voxels[:-1]),
+            optimizer_values=optimizer_values,
+            mixed_precision=mixed_precision,
+            recomputed=batch_size * self.recomputed_activations(patch_size, checkpointing),
+            processes=processes,
         )

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stunet_plugin.networks.activation_checkpointing import compute_again_in_backward
+from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import Triple
 from stunet_plugin.networks.preactivation_unet import (
     Decoder,
@@ -106,7 +106,7 @@ class PCTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.checkpointing and self.training:
-            return compute_again_in_backward(self, self._sum, x)
+            return checkpointed(self, self._sum, x)
         return self._sum(x)
 
     def _sum(self, x: Tensor) -> Tensor:

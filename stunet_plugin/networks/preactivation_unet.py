@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.activation_checkpointing import compute_again_in_backward
+from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import (
     NUM_LEVELS,
     USE_FOR_2D,
@@ -78,9 +78,7 @@ class PreActivation(nn.Module):
             return cpu_inference.convolve(self.conv, x)
         # The compiler decides itself what to keep.
         if self.training and not torch.compiler.is_compiling():
-            return compute_again_in_backward(
-                self, self._convolve, *inputs, random=self.dropout.p > 0
-            )
+            return checkpointed(self, self._convolve, *inputs, random=self.dropout.p > 0)
         return self._convolve(*inputs)
 
     def _convolve(self, *inputs: Tensor) -> Tensor:

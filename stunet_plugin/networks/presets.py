@@ -1,30 +1,27 @@
-"""The published sizes of STU-Net, one frozen record each. Every number of a size stands here and
-nowhere else.
+"""Presets: the published sizes of all networks. Imports nothing heavy.
 
-Source: Huang et al., "STU-Net: Scalable and Transferable Medical Image Segmentation Models
-    Empowered by Large-Scale
-Supervised Pre-training", arXiv:2304.06716 (table 1), and the published checkpoints
-``{small,base,large,huge}_ep4k``.
-This module imports nothing heavy: ``stunet --help`` and ``stunet list`` read it.
+Every number of a size is here and nowhere else. Sources: STU-Net, arXiv:2304.06716 (table 1) and
+the checkpoints ``{small,base,large,huge}_ep4k``; MIS-FM, arXiv:2306.16925, and its weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError, did_you_mean
 
-NUM_STAGES = 6
-"""Resolution stages of the published topology: one at full resolution and five behind a pooling
-each."""
+if TYPE_CHECKING:
+    from stunet_plugin.networks.anisotropy import AnisotropyMode
 
+NUM_STAGES = 6
+"""Resolution stages of STU-Net: one at full resolution, five after a pooling each."""
 WIDTH_MULTIPLIERS = (1, 2, 4, 8, 16, 16)
 """Channels of each stage as multiples of the base width."""
-
-REFERENCE_INPUT_CHANNELS = 1
-REFERENCE_OUTPUT_CHANNELS = 105
-"""What the published parameter counts refer to: one CT channel, 104 TotalSegmentator classes and
-the background."""
+REFERENCE_INPUT_CHANNELS, REFERENCE_OUTPUT_CHANNELS = 1, 105
+"""Of STU-Net's published parameter counts: CT; 104 TotalSegmentator classes and the background."""
+PRETEXT_OUTPUTS = 5
+"""Of the weights of MIS-FM: four classes of Volume Fusion and the background."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,10 @@ class STUNetPreset:
         name: what users type, as in ``STUNetTrainer_base``.
         width: channels of the first stage.
         blocks: residual blocks of every encoder and decoder stage.
-        parameters: published (or, for ``tiny``, computed) count at 1 input channel and 105 outputs.
-        gpu_memory_gb: default of the planner's ``-gpu_memory_target`` for this size.
-        paper_tera_flops: FLOPs at 128^3 as the paper states them (one multiply-add counted once);
-            None if unpublished.
-        source: where the numbers come from.
+        parameters: published (``tiny``: computed) at 1 input channel and 105 outputs.
+        gpu_memory_gb: default of the planner's ``-gpu_memory_target``.
+        paper_tera_flops: at 128^3, a multiply-add counted once; None if unpublished.
+        source: of the numbers.
     """
 
     name: str
@@ -71,16 +67,74 @@ PRESETS: dict[str, STUNetPreset] = {
         STUNetPreset("huge", 96, 3, 1_457_326_221, 80, 12.60, "arXiv:2304.06716, huge_ep4k.model"),
     )
 }
+"""The sizes of STU-Net."""
 
 DEFAULT_SIZE = "base"
 """What the published ``STUNetTrainer`` without a suffix trains."""
 
 
+@dataclass(frozen=True)
+class MISFMPreset:
+    """A network of MIS-FM, in its three anisotropy modes.
+
+    Attributes:
+        name: what users type, as in ``PCTNetTrainer``.
+        class_name: dotted path that a plans file names.
+        parameters: of ours at 1 input channel and 5 outputs, one number per mode.
+        published_parameters: of the published code built for a patch of 64 x 128 x 128. PCT-Net's
+            holds the stems and heads of all modes, norms that it never uses, and smaller tables.
+        weights: name of the published file.
+        gpu_memory_gb: default of the planner's ``-gpu_memory_target``.
+    """
+
+    name: str
+    class_name: str
+    parameters: tuple[int, int, int]
+    published_parameters: tuple[int, int, int]
+    weights: str
+    gpu_memory_gb: float = 8.0
+
+    @property
+    def planner(self) -> str:
+        return f"{self.name}Planner"
+
+    @property
+    def plans(self) -> str:
+        return f"{self.name}Plans"
+
+    def architecture(self, mode: AnisotropyMode) -> dict[str, Any]:
+        """Return the ``architecture`` entry of a plans file for one mode."""
+        # The strides follow from the mode; nnU-Net reads them for its deep-supervision scales.
+        kwargs = {"mode": mode.number, "strides": [list(stage) for stage in mode.strides]}
+        return {
+            "network_class_name": self.class_name,
+            "arch_kwargs": kwargs,
+            "_kw_requires_import": [],
+        }
+
+
+PCTNET = MISFMPreset(
+    "PCTNet",
+    "stunet_plugin.networks.pctnet.PCTNet",
+    (44_265_454, 44_198_206, 43_904_062),
+    (45_257_938, 45_289_554, 45_289_554),
+    "pctnet_ct10k_volf.pt",
+)
+FMUNET = MISFMPreset(
+    "FMUNet",
+    "stunet_plugin.networks.fmunet.FMUNet",
+    (47_371_572, 47_220_660, 46_625_076),
+    (47_371_572, 47_220_660, 46_625_076),
+    "fmunet_abk1k_volf.pt",
+)
+MISFM_PRESETS = (PCTNET, FMUNET)
+
+
 def get_preset(name: str) -> STUNetPreset:
-    """Return the preset called ``name``.
+    """Return a size of STU-Net.
 
     Raises:
-        PluginError: the size is unknown; the message names the known ones and the nearest.
+        PluginError: unknown size, with the known ones and the nearest.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -92,12 +146,9 @@ def get_preset(name: str) -> STUNetPreset:
 def find_preset(
     features_per_stage: tuple[int, ...], blocks_per_stage: tuple[int, ...]
 ) -> STUNetPreset | None:
-    """Return the preset with these widths and encoder depths, or None if they are no published
-    size."""
+    """Return the size with these widths and encoder depths, None if it is not published."""
+    wanted = features_per_stage, blocks_per_stage
     for preset in PRESETS.values():
-        if (
-            preset.features_per_stage == features_per_stage
-            and preset.blocks_per_stage == blocks_per_stage
-        ):
+        if (preset.features_per_stage, preset.blocks_per_stage) == wanted:
             return preset
     return None

@@ -16,8 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.activation_checkpointing import compute_again_in_backward
-from stunet_plugin.networks.checkpointing_settings import STAGE
+from stunet_plugin.networks.activation_checkpointing import STAGE, checkpointed
 from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.networks.winograd import FEWEST_VOXELS, convolve
 
@@ -137,7 +136,7 @@ def compute_stage_again(
         stage: a :func:`residual_stage`.
     """
     first, *others = [stage] if checkpointing == STAGE else stage
-    x = compute_again_in_backward(first, lambda *given: first(enter(*given)), *inputs, random=False)
+    x = checkpointed(first, lambda *given: first(enter(*given)), *inputs, random=False)
     for block in others:
-        x = compute_again_in_backward(block, block, x, random=False)
+        x = checkpointed(block, block, x, random=False)
     return x

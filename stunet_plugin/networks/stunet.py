@@ -34,7 +34,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.checkpointing_settings import OFF, SETTINGS
+from stunet_plugin.networks.activation_checkpointing import OFF, SETTINGS
 from stunet_plugin.networks.residual_block import (
     NEGATIVE_SLOPE,
     ConvOp,
@@ -181,7 +181,7 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         deep_supervision: see :class:`STUNetDecoder`.
 
     Attributes:
-        checkpointing: a setting of ``stunet_plugin.networks.checkpointing_settings``: which
+        checkpointing: a setting of ``stunet_plugin.networks.activation_checkpointing``: which
             activations the backward pass computes again instead of having them kept. The same
             outputs and gradients for less memory and one more forward pass; no part of a
             checkpoint, and of no effect where no gradient is computed.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stunet_plugin.networks import cpu_inference
-from stunet_plugin.networks.activation_checkpointing import compute_again_in_backward
+from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import Triple
 
 WINDOW_SIZE = 6
@@ -254,7 +254,7 @@ class WindowAttention(nn.Module):
             if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
                 # torch's fused attention of the CPU has no dropout and no gradient of the mask, so
                 # it would keep all weights.
-                attend = functools.partial(compute_again_in_backward, self, self._attend)
+                attend = functools.partial(checkpointed, self, self._attend)
             attended = [
                 attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)
             ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.misfm_presets import PRETEXT_OUTPUTS
+from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION
 from stunet_plugin.weights.import_record import ImportOptions, check_content, is_there, name_of_file
 from stunet_plugin.weights.locate import Source

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stunet_plugin.networks.misfm_presets import MODE_PURPOSES
+from stunet_plugin.networks.anisotropy import MODE_PURPOSES
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights.choose_plan import choose_labels, find_plan
 from stunet_plugin.weights.file_formats import FileFormat, recognise

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import (
     DIMENSIONS,
+    MODE_PURPOSES,
     MODES,
     NUM_LEVELS,
     AnisotropyMode,
     get_mode,
 )
-from stunet_plugin.networks.misfm_from_plan import FMUNET, PCTNET, MISFMNetwork, resolve_misfm
-from stunet_plugin.networks.misfm_presets import MODE_PURPOSES
+from stunet_plugin.networks.from_plan import resolve
+from stunet_plugin.networks.presets import FMUNET, PCTNET, MISFMPreset
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights.identify import (
     FoundWeights,
@@ -31,7 +32,7 @@ from stunet_plugin.weights.input_channels import MEAN
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-NETWORKS: dict[Origin, MISFMNetwork] = {
+NETWORKS: dict[Origin, MISFMPreset] = {
     Origin.PCTNET: PCTNET,
     Origin.OWN_PCTNET: PCTNET,
     Origin.FMUNET: FMUNET,
@@ -71,7 +72,7 @@ class MISFMWeights(FoundWeights):
             does.
     """
 
-    network: MISFMNetwork
+    network: MISFMPreset
     mode: AnisotropyMode
     features: tuple[int, ...]
     num_heads: tuple[int, ...]
@@ -122,7 +123,7 @@ class MISFMWeights(FoundWeights):
         return {**entry, "arch_kwargs": {**entry["arch_kwargs"], **self._unpublished()}}
 
     def check_plan(self, configuration: Mapping[str, Any]) -> None:
-        resolve_misfm(configuration, self.network, self.trainer)
+        resolve(configuration, self.network, self.trainer)
 
     def build(self) -> nn.Module:
         """Return a network of these sizes with its initial weights."""
@@ -211,14 +212,14 @@ def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: plain_tensor(name, value) for name, value in tensors.items()}
 
 
-def _network_class(network: MISFMNetwork) -> Any:
+def _network_class(network: MISFMPreset) -> Any:
     from stunet_plugin.networks.fmunet import FMUNet
     from stunet_plugin.networks.pctnet import PCTNet
 
     return PCTNet if network is PCTNET else FMUNet
 
 
-def _measure(origin: Origin, network: MISFMNetwork, tensors: dict[str, Tensor]) -> MISFMWeights:
+def _measure(origin: Origin, network: MISFMPreset, tensors: dict[str, Tensor]) -> MISFMWeights:
     """Read sizes and mode off names and shapes."""
     tables = _TABLES if network is PCTNET else ()
     has_heads = any(".seg_layers." in name for name in tensors)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import STUNET_CLASS, resolve_stunet
+from stunet_plugin.networks.from_plan import STUNET_CLASS, resolve
 from stunet_plugin.networks.presets import STUNetPreset, find_preset
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights.identify import (
@@ -130,7 +130,7 @@ class STUNetWeights(FoundWeights):
         }
 
     def check_plan(self, configuration: Mapping[str, Any]) -> None:
-        resolve_stunet(configuration, self.preset, self.trainer)
+        resolve(configuration, self.preset, self.trainer)
 
 
 def read_stunet(checkpoint: Mapping[str, Any], path: Path) -> STUNetWeights:

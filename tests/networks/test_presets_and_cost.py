@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stunet_plugin.commands.list import List, size_table
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.memory import (
     ADAM_VALUES,
@@ -16,7 +17,6 @@ from stunet_plugin.networks.memory import (
     STUNetShape,
 )
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset, find_preset, get_preset
-from stunet_plugin.networks.size_table import size_table
 from stunet_plugin.networks.stunet import STUNet
 
 STRIDES = (
@@ -135,16 +135,16 @@ def test_find_preset_knows_published_sizes_alone() -> None:
 
 
 def test_size_table_shows_every_size_and_refuses_what_does_not_fit() -> None:
-    table = size_table((128, 128, 128), 2, 1, 105)
+    table = size_table(List(False, (128, 128, 128), 2, 1, 105))
     for preset in PRESETS.values():
         assert f"{preset.parameters:,}" in table
-    assert "reduced by 8x8x8" in size_table((40, 56, 40), 2, 1, 3)
+    assert "reduced by 8x8x8" in size_table(List(False, (40, 56, 40), 2, 1, 3))
     with pytest.raises(
         PluginError, match=r"\[33, 35, 7\] cannot be pooled: give even sizes of at least 8"
     ):
-        size_table((33, 35, 7), 2, 1, 105)
+        size_table(List(False, (33, 35, 7), 2, 1, 105))
     with pytest.raises(PluginError, match="--batch-size must be at least 1, not 0"):
-        size_table((128, 128, 128), 0, 1, 105)
+        size_table(List(False, (128, 128, 128), 0, 1, 105))
 
 
 def test_adam_keeps_one_value_more_per_parameter_than_sgd() -> None:

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.checkpointing_settings import BLOCK, OFF, SETTINGS, STAGE
+from stunet_plugin.networks.activation_checkpointing import BLOCK, OFF, SETTINGS, STAGE
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
 from stunet_plugin.networks.presets import PRESETS

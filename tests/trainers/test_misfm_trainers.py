@@ -20,15 +20,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import get_mode
-from stunet_plugin.networks.from_plan import HOST_ARCHITECTURES
+from stunet_plugin.networks.from_plan import HOST_ARCHITECTURES, fitting_patch, resolve
 from stunet_plugin.networks.memory import GIGABYTE
-from stunet_plugin.networks.misfm_from_plan import (
-    NETWORKS,
-    PCTNET,
-    MISFMNetwork,
-    fitting_patch,
-    resolve_misfm,
-)
+from stunet_plugin.networks.presets import MISFM_PRESETS, PCTNET, MISFMPreset
 from stunet_plugin.plans.misfm_planners import PLANNERS
 from stunet_plugin.trainers.misfm_trainers import TRAINERS
 
@@ -52,7 +46,7 @@ def host_configuration(patch_size: list[int], spacing: list[float]) -> dict[str,
     return {"patch_size": patch_size, "spacing": spacing, "architecture": architecture}
 
 
-def small_architecture(network: MISFMNetwork, mode: int) -> dict[str, Any]:
+def small_architecture(network: MISFMPreset, mode: int) -> dict[str, Any]:
     architecture = network.architecture(get_mode(mode))
     architecture["arch_kwargs"].update(SMALL[network.name])
     return architecture
@@ -76,12 +70,12 @@ def make(nnunet_environment: Workspace) -> Callable[..., Any]:
     return build
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
+@pytest.mark.parametrize("network", MISFM_PRESETS, ids=lambda network: network.name)
 @pytest.mark.parametrize(
     ("mode", "patch"), [(0, [32, 32, 32]), (1, [16, 32, 32]), (2, [8, 32, 32])]
 )
 def test_targets_and_outputs_pair_and_every_parameter_gets_a_gradient(
-    make: Callable[..., Any], network: MISFMNetwork, mode: int, patch: list[int]
+    make: Callable[..., Any], network: MISFMPreset, mode: int, patch: list[int]
 ) -> None:
     trainer = make(
         f"{network.name}Trainer",
@@ -110,7 +104,7 @@ def test_targets_and_outputs_pair_and_every_parameter_gets_a_gradient(
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_published_hyper_parameters(make: Callable[..., Any], name: str) -> None:
-    network = next(network for network in NETWORKS if name.startswith(network.name))
+    network = next(network for network in MISFM_PRESETS if name.startswith(network.name))
     trainer = make(name, architecture=small_architecture(network, 0), patch_size=[32, 32, 32])
     trainer.initialize()
     assert isinstance(trainer.optimizer, torch.optim.Adam)
@@ -132,7 +126,7 @@ def test_published_hyper_parameters(make: Callable[..., Any], name: str) -> None
     ],
 )
 def test_the_mode_follows_from_the_plan(spacing: list[float], patch: list[int], mode: int) -> None:
-    architecture, reason = resolve_misfm(
+    architecture, reason = resolve(
         host_configuration(patch, spacing), PCTNET, "PCTNetTrainer"
     )
     assert architecture["arch_kwargs"]["mode"] == mode
@@ -140,7 +134,7 @@ def test_the_mode_follows_from_the_plan(spacing: list[float], patch: list[int], 
         f"Mode {mode}, because the spacing on axis 0 is {spacing[0]:.2f} times"
     )
     planned = {"patch_size": patch, "spacing": spacing, "architecture": architecture}
-    assert resolve_misfm(planned, PCTNET, "PCTNetTrainer")[0] == architecture
+    assert resolve(planned, PCTNET, "PCTNetTrainer")[0] == architecture
 
 
 def test_mode_is_recorded_with_the_model_and_printed(make: Callable[..., Any], capsys: Any) -> None:
@@ -199,7 +193,7 @@ def test_mode_is_recorded_with_the_model_and_printed(make: Callable[..., Any], c
 def test_wrong_plans_are_refused(changes: dict[str, Any], message: str) -> None:
     configuration = {**host_configuration([32, 32, 32], [1.0, 1.0, 1.0]), **changes}
     with pytest.raises(PluginError, match=message):
-        resolve_misfm(configuration, PCTNET, "PCTNetTrainer")
+        resolve(configuration, PCTNET, "PCTNetTrainer")
 
 
 def test_patch_that_fits_is_near_and_divisible() -> None:
@@ -214,7 +208,7 @@ def test_plans_fit_the_memory_target(nnunet_environment: Workspace, name: str) -
     plans = planner.plan_experiment()
     assert "2d" not in plans["configurations"]
     chosen = plans["configurations"]["3d_fullres"]
-    resolved, _ = resolve_misfm(chosen, planner.network_record, "a trainer")
+    resolved, _ = resolve(chosen, planner.network_record, "a trainer")
     assert resolved == chosen["architecture"]
     assert (
         planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], 1, 6)

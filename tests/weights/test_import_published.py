@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stunet_plugin.networks.from_plan import resolve_stunet
+from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.weights.choose_plan import (
     PlanOptions,
@@ -179,10 +179,9 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
         assert labels.names[77] == "spleen"
         plans.append(plan.to_plans(weights, "Dataset101_TotalSegmentator"))
     assert plans[0] == plans[1]
-    architecture = resolve_stunet(
-        plans[0]["configurations"]["3d_fullres"], get_preset(size), f"STUNetTrainer_{size}"
-    )
-    assert architecture == plans[0]["configurations"]["3d_fullres"]["architecture"]
+    chosen = plans[0]["configurations"]["3d_fullres"]
+    resolved = resolve(chosen, get_preset(size), f"STUNetTrainer_{size}")
+    assert resolved.architecture == chosen["architecture"]
 
 
 IMPORT_AND_MEASURE = """
