@@ -186,7 +186,7 @@ def test_mode_is_recorded_with_the_model_and_printed(make: Callable[..., Any], c
         ),
         (
             {"patch_size": "big"},
-            r"patch_size in the plan .* must be a list of whole numbers, not 'big'",
+            r"patch_size in the plan .* must be a list of integers, not 'big'",
         ),
     ],
 )

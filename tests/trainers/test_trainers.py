@@ -270,7 +270,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "STUNetTrainer_tiny",
         {"patch_size": [8, 8, 8]},
-        "a single voxel is left at the deepest stage",
+        "a single voxel at the deepest stage",
     ),
 ]
 
