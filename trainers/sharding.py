@@ -105,8 +105,8 @@ def _shard_tensor(whole: Any, like: Tensor) -> Any:
     """Return this process's part of a whole tensor, sharded like another of its shape."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    is_whole = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
-    if not is_whole or not isinstance(like, DTensor) or whole.shape != like.shape:
+    is_integer = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
+    if not is_integer or not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     # Every process has the whole tensor, so none needs to send it.
     whole = whole.to(like.dtype)

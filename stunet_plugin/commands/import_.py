@@ -108,6 +108,5 @@ class Import(Command):
 
     def run(self) -> int:
         from stunet_plugin.weights.import_model import run_import
-        from stunet_plugin.weights.import_record import ImportOptions
 
-        return run_import(ImportOptions.from_arguments(self))
+        return run_import(self)

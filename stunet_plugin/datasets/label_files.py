@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin.errors import PluginError, did_you_mean
-from stunet_plugin.utils.validation import is_list, is_whole
+from stunet_plugin.utils.validation import is_integer, is_list
 
 DATA_FILE, STUNET_FILE = "label_systems.json", "published_stunet.json"
 MAX_BYTES = 16 << 20
@@ -87,7 +87,7 @@ def check_labels_file(table: Mapping[str, Any], where: str) -> None:
     odd = {
         key: value
         for key, value in table.items()
-        if isinstance(value, Mapping) or (is_list(value) and not all(map(is_whole, value)))
+        if isinstance(value, Mapping) or (is_list(value) and not all(map(is_integer, value)))
     }
     check_entries(odd, LABEL_ENTRIES, where)
     if odd:

@@ -23,7 +23,7 @@ import numpy as np
 
 from stunet_plugin.datasets.label_files import check_labels_file, published_facts, read_table
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.validation import is_list, is_whole
+from stunet_plugin.utils.validation import is_integer, is_list
 
 BACKGROUND, IGNORE = "background", "ignore"
 """Names that nnU-Net's ``dataset.json`` reserves."""
@@ -298,7 +298,7 @@ def _named_values(labels: Any, system: str) -> dict[str, tuple[int, ...]]:
     if (
         labels
         and all(str(key).isdigit() for key in labels)
-        and not any(map(is_whole, labels.values()))
+        and not any(map(is_integer, labels.values()))
     ):
         labels = {name: int(key) for key, name in labels.items()}
     named: dict[str, tuple[int, ...]] = {}
@@ -307,7 +307,7 @@ def _named_values(labels: Any, system: str) -> dict[str, tuple[int, ...]]:
         if (
             not isinstance(name, str)
             or not values
-            or not all(is_whole(one) and 0 <= one <= MAX_VALUE for one in values)
+            or not all(is_integer(one) and 0 <= one <= MAX_VALUE for one in values)
         ):
             raise PluginError(
                 f"Label system {system}: {name!r} must be a value of 0 to {MAX_VALUE}, or a list,"

@@ -56,7 +56,7 @@ class Fields:
 
     def integer(self, key: Any, minimum: int, default: Any = _REQUIRED) -> int:
         value = self.get(key, default)
-        if not is_whole(value) or value < minimum:
+        if not is_integer(value) or value < minimum:
             raise self.wrong(key, f"a whole number of at least {minimum}")
         return int(value)
 
@@ -83,7 +83,7 @@ class Fields:
     ) -> tuple[Any, ...]:
         """Return ``count`` positive numbers, whole ones as int."""
         value = self.get(key, default)
-        kind = is_whole if whole else is_number
+        kind = is_integer if whole else is_number
         if (
             not is_list(value)
             or len(value) != count
@@ -107,7 +107,7 @@ class Fields:
         value = self.get(key, default)
         if (
             not is_list(value)
-            or not all(map(is_whole, value))
+            or not all(map(is_integer, value))
             or sorted(value) != list(range(axes))
         ):
             raise self.wrong(key, f"an order of the axes {list(range(axes))}")
@@ -134,7 +134,7 @@ def is_list(value: object) -> bool:
     )
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     # v1 plans hold sizes as floats at times (128.0).
     return is_number(value) and float(value).is_integer()
 

@@ -1,20 +1,19 @@
-"""Which plan and which label names an imported checkpoint gets: the user's word first, then what
-lies nearest to the weights."""
+"""Plan and labels of an imported checkpoint: the user's word first, then what is nearest to it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.nnunet.names import AS_IN_FILE, CONFIGURATION, NIFTI_ENDINGS, TO_RAS
 from stunet_plugin.utils.validation import Fields
-from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights, Origin
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, Origin
 from stunet_plugin.weights.locate import PLANS_SUFFIX, Source
 from stunet_plugin.weights.misfm import PYMIC_ORIGINS
 from stunet_plugin.weights.output_labels import Labels
@@ -24,68 +23,19 @@ from stunet_plugin.weights.read_plans import (
     read_plans_file,
     with_dataset,
 )
-from stunet_plugin.weights.safe_loading import load_plans_pickle, plain_copy, plain_dict
+from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.source_plan import ZSCORE, SourcePlan
 from stunet_plugin.weights.stunet import STUNetWeights
+
+if TYPE_CHECKING:
+    from stunet_plugin.commands.import_ import Import
 
 DATA_FILE = "published_stunet.json"
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """Plan options of ``stunet import``; each that is given replaces that part of the plan that is
-    found.
-
-    Attributes:
-        plans_file: plans.json of nnU-Net v2 or .pkl of v1.
-        spacing: mm per axis, in nnU-Net's order (z, y, x).
-        patch_size: voxels per axis.
-        strides: one text "2,2,2" per pooling, full resolution first.
-        mask_for_norm: normalise within the nonzero region alone.
-        reader: nnU-Net's reader and writer.
-    """
-
-    plans_file: str | None = None
-    spacing: Sequence[float] | None = None
-    patch_size: Sequence[int] | None = None
-    strides: Sequence[str] | None = None
-    mask_for_norm: bool = False
-    reader: str | None = None
-
-    @property
-    def says_how_images_were_prepared(self) -> bool:
-        return bool(self.plans_file or self.spacing or self.patch_size)
-
-    def apply(self, plan: SourcePlan) -> SourcePlan:
-        """Return the plan with the options in place of its own values."""
-        fields = Fields(
-            {"--spacing": self.spacing, "--patch-size": self.patch_size}, "the command line"
-        )
-        changes: dict[str, Any] = {}
-        if self.spacing is not None:
-            changes["spacing"] = fields.positives("--spacing", DIMENSIONS, whole=False)
-        if self.patch_size is not None:
-            changes["patch_size"] = fields.positives("--patch-size", DIMENSIONS, whole=True)
-        if self.strides is not None:
-            changes["poolings"] = parse_strides(self.strides)
-        if self.mask_for_norm:
-            changes["mask_for_norm"] = (True,) * plan.channels
-        if self.reader is not None:
-            changes["reader"] = self.reader
-            if self.reader.startswith("Nibabel") and plan.file_ending not in NIFTI_ENDINGS:
-                changes["file_ending"] = NIFTI_ENDINGS[0]
-        if set(changes) & {"spacing", "patch_size", "poolings"}:
-            changes["origin"] = (
-                f"{plan.origin}, with options" if plan.origin else "the command line"
-            )
-        return replace(plan, **changes)
-
-
-def choose_plan(
-    source: Source, checkpoint: Mapping[str, Any], weights: FoundWeights, options: PlanOptions
-) -> SourcePlan:
+def choose_plan(source: Source, weights: NetworkWeights, options: Import) -> SourcePlan:
     """Return the plan: ``--plans``, the ``.pkl`` beside the file, the checkpoint's own, the
-    published one, or the options.
+    published one, or the options; each option replaces that part of what is found.
 
     Raises:
         PluginError: none of them, with what to give.
@@ -96,11 +46,11 @@ def choose_plan(
         raise PluginError(
             f"{network} has the strides {[list(step) for step in dictated]}. Leave --strides out."
         )
-    plan = find_plan(source, checkpoint, weights, options.plans_file)
+    plan = find_plan(source, weights, options.plans)
     if plan is None and options.spacing and options.patch_size and (options.strides or dictated):
         plan = _blank(weights)
     if plan is not None:
-        plan = options.apply(plan)
+        plan = _with_options(plan, options)
         return replace(plan, poolings=dictated) if dictated else plan
     if dictated:
         raise PluginError(
@@ -117,7 +67,30 @@ def choose_plan(
     )
 
 
-def _blank(weights: FoundWeights) -> SourcePlan:
+def _with_options(plan: SourcePlan, options: Import) -> SourcePlan:
+    """Return the plan with the options in place of its own values."""
+    fields = Fields(
+        {"--spacing": options.spacing, "--patch-size": options.patch_size}, "the command line"
+    )
+    changes: dict[str, Any] = {}
+    if options.spacing is not None:
+        changes["spacing"] = fields.positives("--spacing", DIMENSIONS, whole=False)
+    if options.patch_size is not None:
+        changes["patch_size"] = fields.positives("--patch-size", DIMENSIONS, whole=True)
+    if options.strides is not None:
+        changes["poolings"] = parse_strides(options.strides)
+    if changes:
+        changes["origin"] = f"{plan.origin}, with options" if plan.origin else "the command line"
+    if options.mask_for_norm:
+        changes["mask_for_norm"] = (True,) * plan.channels
+    if options.reader is not None:
+        changes["reader"] = options.reader
+        if options.reader.startswith("Nibabel") and plan.file_ending not in NIFTI_ENDINGS:
+            changes["file_ending"] = NIFTI_ENDINGS[0]
+    return replace(plan, **changes)
+
+
+def _blank(weights: NetworkWeights) -> SourcePlan:
     """Return a plan whose spacing, patch and strides are still to be set. Published trainings all
     take a z-score per image."""
     channels = weights.input_channels
@@ -137,21 +110,18 @@ def _blank(weights: FoundWeights) -> SourcePlan:
 
 
 def find_plan(
-    source: Source,
-    checkpoint: Mapping[str, Any],
-    weights: FoundWeights,
-    plans_file: str | None = None,
+    source: Source, weights: NetworkWeights, plans_file: str | None = None
 ) -> SourcePlan | None:
     """Return the plan that the user names, that lies beside or in the checkpoint, or the published
     one; None if there is none."""
-    configuration = _configuration(checkpoint)
-    dataset = _entry_of_init(checkpoint, "dataset_json")
+    configuration = weights.training_argument("configuration", str) or CONFIGURATION
+    dataset = weights.training_argument("dataset_json", dict)
     published = published_checkpoint(weights)
     if plans_file:
         found = read_plans_file(Path(plans_file), configuration)
     elif source.plans_pickle and weights.origin is Origin.V1:
         found = plan_from_v1(load_plans_pickle(source.plans_pickle), source.plans_pickle.name)
-    elif plans := _entry_of_init(checkpoint, "plans"):
+    elif plans := weights.training_argument("plans", dict):
         found = plan_from_v2(plans, configuration, f"plans in {source.checkpoint.name}")
     elif published and weights.origin is Origin.V1:
         return published_plan(published)
@@ -168,20 +138,15 @@ def find_plan(
 
 
 def choose_labels(
-    source: Source,
-    checkpoint: Mapping[str, Any],
-    weights: FoundWeights,
-    plan: SourcePlan | None,
-    given: Sequence[str] | None,
+    source: Source, weights: NetworkWeights, plan: SourcePlan | None, given: Sequence[str] | None
 ) -> Labels:
     """Return the labels: ``--labels``, the checkpoint's own, the published ones, or numbers."""
     if given:
         return Labels.from_option(given)
-    dataset = _entry_of_init(checkpoint, "dataset_json")
-    if dataset:
+    if dataset := weights.training_argument("dataset_json", dict):
         return Labels.from_dataset(dataset, f"dataset_json in {source.checkpoint.name}")
     if plan and plan.published:
-        return published_labels()
+        return Labels.from_names(published_facts()["labels"], "the published label order")
     return Labels.numbered(weights.outputs)
 
 
@@ -202,23 +167,6 @@ def parse_strides(texts: Sequence[str]) -> Strides:
     return tuple(rows[1:] if rows[0] == (1,) * DIMENSIONS else rows)
 
 
-def _entry_of_init(checkpoint: Mapping[str, Any], entry: str) -> dict[str, Any]:
-    """Return what an nnU-Net v2 checkpoint keeps of its trainer's arguments, empty where it has
-    none."""
-    value = _arguments(checkpoint).get(entry)
-    return plain_copy(value, f"{entry} in the checkpoint") if isinstance(value, dict) else {}
-
-
-def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = checkpoint.get("init_args")
-    return plain_dict(arguments) if isinstance(arguments, dict) else {}
-
-
-def _configuration(checkpoint: Mapping[str, Any]) -> str:
-    name = _arguments(checkpoint).get("configuration")
-    return name if isinstance(name, str) else CONFIGURATION
-
-
 def published_facts() -> dict[str, Any]:
     """Return the content of the data file."""
     content: dict[str, Any] = json.loads(
@@ -227,7 +175,7 @@ def published_facts() -> dict[str, Any]:
     return content
 
 
-def published_checkpoint(weights: FoundWeights) -> str | None:
+def published_checkpoint(weights: NetworkWeights) -> str | None:
     """Return the name of the published file that weights of these sizes, channels and outputs are,
     or None."""
     facts = published_facts()
@@ -247,7 +195,3 @@ def published_plan(checkpoint: str) -> SourcePlan:
         origin=f"the published plan, as size, channels and outputs are those of {checkpoint}",
         published=True,
     )
-
-
-def published_labels() -> Labels:
-    return Labels.from_names(published_facts()["labels"], "the published label order")

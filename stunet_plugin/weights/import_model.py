@@ -1,57 +1,85 @@
-"""``stunet import``: a published checkpoint becomes an nnU-Net v2 model folder."""
+"""Import of published weights: a checkpoint becomes a model folder of nnU-Net v2."""
 
 from __future__ import annotations
 
+import re
 import reprlib
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
-from stunet_plugin.utils.validation import is_list, is_whole
+from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights.choose_plan import choose_labels, choose_plan, published_facts
-from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights
-from stunet_plugin.weights.import_pretext import import_pretext, is_pretext, refuse_own_pretext
-from stunet_plugin.weights.import_record import ImportOptions, check_content, is_there, name_of_file
+from stunet_plugin.weights.file_formats import FileFormat, check_integrity, recognise
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, check_finite
+from stunet_plugin.weights.import_pretext import (
+    PRETEXT,
+    is_pretext,
+    pretext_advice,
+    refuse_own_pretext,
+)
+from stunet_plugin.weights.import_record import is_same_import, make_record
+from stunet_plugin.weights.input_channels import adapt_input_channels
 from stunet_plugin.weights.locate import Hub, Source, find_source
 from stunet_plugin.weights.misfm import MISFMWeights
 from stunet_plugin.weights.model_folder import (
     Writer,
-    check_target,
+    check_replaceable,
     checkpoint_writer,
     dataset_folder_name,
+    find_import,
     json_writer,
-    leftovers,
     results_folder,
-    was_imported,
     write_model_folder,
 )
 from stunet_plugin.weights.output_labels import Labels
 from stunet_plugin.weights.read_weights import read_weights
-from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.source_plan import SourcePlan
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from stunet_plugin.commands.import_ import Import
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """The folder that an import wrote, and what to run with it.
+    """What an import writes.
 
     Attributes:
-        folder: the model's.
+        folder: the model folder.
+        weights: to write, without the heads of a pretext task.
+        plan, labels: where they come from, for the record.
+        init_args: of the trainer in the checkpoint.
+        mirroring: axes that prediction may mirror.
+        contents: path within the folder to the content of each JSON file that tells the model.
+        others: path within the folder to what writes the files that nnU-Net's export asks for.
         advice: (what it does, command) of each thing to run next.
     """
 
     folder: Path
-    advice: tuple[tuple[str, str], ...]
+    weights: NetworkWeights
+    plan: str
+    labels: str
+    init_args: dict[str, Any]
+    mirroring: tuple[int, ...] | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Writer] = field(default_factory=dict)
+    advice: tuple[tuple[str, str], ...] = ()
 
 
-def import_checkpoint(options: ImportOptions, hub: Hub | None = None) -> ImportedModel:
-    """Import a checkpoint and return its model folder.
+def run_import(options: Import, hub: Hub | None = None) -> int:
+    """Import, and say what to run next."""
+    model = import_checkpoint(options, hub)
+    for name, text in (("Model folder", str(model.folder)), *model.advice):
+        print(f"{name + ':':<14}{text}")
+    return 0
+
+
+def import_checkpoint(options: Import, hub: Hub | None = None) -> ImportedModel:
+    """Import a checkpoint and return what was written.
 
     Args:
         options: what to import and how.
@@ -60,150 +88,162 @@ def import_checkpoint(options: ImportOptions, hub: Hub | None = None) -> Importe
     Raises:
         PluginError: with what is wrong and what to do; no output is left.
     """
+    if options.fold != "all" and not options.fold.isdigit():
+        raise PluginError(f"--fold must be a number or 'all', not {options.fold!r}.")
     source = find_source(options.source, hub)
-    checkpoint = load_checkpoint(source.checkpoint)
-    refuse_own_pretext(checkpoint, source.checkpoint)
-    weights = read_weights(checkpoint, source.checkpoint, options.mode)
+    file_format = recognise(source.checkpoint)
+    weights = read_weights(source.checkpoint, file_format, options.mode)
+    refuse_own_pretext(weights.checkpoint, source.checkpoint)
     if isinstance(weights, MISFMWeights) and is_pretext(options, weights, source):
-        return ImportedModel(*import_pretext(options, source, weights))
-    plan = choose_plan(source, checkpoint, weights, options.plan)
-    labels = choose_labels(source, checkpoint, weights, plan, options.labels)
+        model = _pretext_model(options, source, weights)
+    else:
+        model = _segmentation_model(options, source, weights)
+    there = find_import(model.folder)
+    if file_format is FileFormat.TORCH_ZIP:
+        check_integrity(source.checkpoint)
+    check_finite(weights.tensors, source.checkpoint)
+    record = make_record(options, source, weights, model.plan, model.labels)
+    checkpoint = f"fold_{options.fold}/{CHECKPOINT}"
+    if there is not None:
+        if not options.force and is_same_import(model.folder, record, model.contents, checkpoint):
+            print(f"Already there: {model.folder} holds this very import. Nothing was written.")
+            return model
+        check_replaceable(model.folder, there, options.force)
+    tensors: Mapping[str, Any] = model.weights.tensors
+    if options.in_channels is not None:
+        stem = options.stem or weights.default_stem
+        names = weights.input_weights
+        tensors = adapt_input_channels(tensors, names, options.in_channels, stem)
+    files = {
+        **{name: json_writer(content) for name, content in model.contents.items()},
+        checkpoint: checkpoint_writer(tensors, weights.trainer, model.init_args, model.mirroring),
+        **model.others,
+    }
+    write_model_folder(model.folder, files, record, checkpoint)
+    return model
+
+
+def _segmentation_model(options: Import, source: Source, weights: NetworkWeights) -> ImportedModel:
+    plan = choose_plan(source, weights, options)
+    labels = choose_labels(source, weights, plan, options.labels)
     plan.check_network(weights)
     labels.check_outputs(weights.outputs)
-    print(
-        f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}\nNetwork:     "
-        f" {weights.description}\nPlan:         {plan.origin}: {plan.summary()}\nLabels:      "
-        f" {labels.origin}"
-    )
-    name = options.name or (
-        published_facts()["dataset_name"] if plan.published else name_of_file(source)
-    )
-    dataset_name = dataset_folder_name(options.dataset_id, name)
-    trainer = weights.trainer
-    target = (
-        Path(options.out)
-        if options.out
-        else results_folder(dataset_name) / f"{trainer}__{PLANS_NAME}__{CONFIGURATION}"
-    )
-    if options.force or not was_imported(target):
-        check_target(target, options.force)
-
-    check_content(source, weights.tensors)
-    provenance = options.provenance(source, weights, plan.origin, labels.origin)
-    # From here on the weights and the plan are the ones to write.
-    tensors = options.fit_channels(weights.tensors, weights)
+    _print_source(source, weights)
+    print(f"Plan:         {plan.origin}: {plan.summary()}\nLabels:       {labels.origin}")
+    name = published_facts()["dataset_name"] if plan.published else _name_of_file(source)
+    dataset_name = dataset_folder_name(options.dataset_id, options.name or name)
+    folder = _folder(options, dataset_name, f"{weights.trainer}__{PLANS_NAME}__{CONFIGURATION}")
     if options.in_channels is not None:
         plan = plan.with_channels(options.in_channels)
     plans = plan.to_plans(weights, dataset_name)
     weights.check_plan(plans["configurations"][CONFIGURATION])
     dataset = _dataset(plan, labels, dataset_name, source)
-    mirroring = _mirroring_axes(checkpoint)
-    advice = _advice(options, target, weights)
-    if is_there(
-        options, target, provenance, {"plans.json": plans, "dataset.json": dataset}, tensors
-    ):
-        return ImportedModel(target, advice)
-    files = _files(options.fold, plans, dataset, plan, tensors, trainer, mirroring)
-    del checkpoint, weights, tensors
-    for leftover in leftovers(target):
-        print(
-            f"Left over from an import that was killed: {leftover}. Delete it if no import is"
-            " running."
-        )
-    write_model_folder(target, files, provenance, options.force)
-    return ImportedModel(target, advice)
+    return ImportedModel(
+        folder,
+        weights,
+        plan.origin,
+        labels.origin,
+        {
+            "plans": plans,
+            "configuration": CONFIGURATION,
+            "fold": int(options.fold) if options.fold.isdigit() else options.fold,
+            "dataset_json": dataset,
+        },
+        _mirroring_axes(weights.checkpoint),
+        {"plans.json": plans, "dataset.json": dataset},
+        _files_for_export(options.fold, plan, plans),
+        _advice(options, folder, weights),
+    )
 
 
-def run_import(options: ImportOptions, hub: Hub | None = None) -> int:
-    """Import, and say what to run next."""
-    from stunet_plugin.nnunet.commands import terminate_as_interrupt
+def _pretext_model(options: Import, source: Source, weights: MISFMWeights) -> ImportedModel:
+    """Return weights of a pretext task without their heads, for ``-pretrained_weights``."""
+    _print_source(source, weights)
+    print(
+        f"Heads:        left out: {weights.outputs} outputs of a pretext task (a segmentation model"
+        " has --spacing and --patch-size)"
+    )
+    mode = f"mode{weights.mode.number}"
+    name = options.name or f"{_name_of_file(source)}_{mode}"
+    dataset_name = dataset_folder_name(options.dataset_id, name)
+    folder = _folder(options, dataset_name, f"{weights.trainer}__{PRETEXT}__{mode}")
+    return ImportedModel(
+        folder,
+        weights.without_heads(),
+        "none: weights of a pretext task",
+        "none: heads left out",
+        {"configuration": CONFIGURATION, "mode": weights.mode.number},
+        advice=pretext_advice(weights, folder / f"fold_{options.fold}" / CHECKPOINT),
+    )
 
-    with terminate_as_interrupt():
-        model = import_checkpoint(options, hub)
-    for name, text in (("Model folder", str(model.folder)), *model.advice):
-        print(f"{name + ':':<14}{text}")
-    return 0
+
+def _print_source(source: Source, weights: NetworkWeights) -> None:
+    print(f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}")
+    print(f"Network:      {weights.description}")
 
 
-def _advice(
-    options: ImportOptions, target: Path, weights: FoundWeights
-) -> tuple[tuple[str, str], ...]:
+def _name_of_file(source: Source) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", source.checkpoint.stem).lstrip("_-") or "imported"
+
+
+def _folder(options: Import, dataset_name: str, model_name: str) -> Path:
+    if options.out:
+        return Path(options.out).expanduser().absolute()
+    return results_folder(dataset_name).absolute() / model_name
+
+
+def _advice(options: Import, folder: Path, weights: NetworkWeights) -> tuple[tuple[str, str], ...]:
+    place = shlex.quote(str(folder))
+    file = shlex.quote(str(folder / f"fold_{options.fold}" / CHECKPOINT))
     installed = f" -d {options.dataset_id} -c {CONFIGURATION} -tr {weights.trainer}"
-    where = f"_from_modelfolder -m {target}" if options.out else installed
-    file = target / f"fold_{options.fold}" / CHECKPOINT
+    where = f"_from_modelfolder -m {place}" if options.out else installed
+    plans = ""
     if isinstance(weights, MISFMWeights):
+        network = weights.network
         plans = (
-            f" -p {weights.network.plans}    # planner {weights.network.planner}; must come to mode"
+            f" -p {network.plans}    # planner {network.planner}; must come to mode"
             f" {weights.mode.number}"
         )
-    else:
-        plans = (
-            ""
-            if weights.published_size
-            else f" -p NAME    # plans from: stunet plan-like {target} -d DATASET"
-        )
+    elif not weights.published_size:
+        plans = f" -p NAME    # plans from: stunet plan-like {place} -d DATASET"
+    train = f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -tr {weights.trainer}_ft"
     return (
         ("Predict", f"nnUNetv2_predict{where} -f {options.fold} -i IMAGES -o PREDICTIONS"),
-        (
-            "Fine-tune",
-            (
-                f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -tr {weights.trainer}_ft"
-                f" -pretrained_weights {file}{plans}"
-            ),
-        ),
+        ("Fine-tune", f"{train} -pretrained_weights {file}{plans}"),
     )
 
 
 def _mirroring_axes(checkpoint: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Axes that prediction may mirror: what an nnU-Net v2 checkpoint says, else all, as every
-    published training mirrors on all."""
+    """Return axes that prediction may mirror: what an nnU-Net v2 checkpoint says, else all, as
+    every published training mirrors on all."""
     axes = checkpoint.get("inference_allowed_mirroring_axes", tuple(range(DIMENSIONS)))
+    known = range(DIMENSIONS)
     if axes is not None and not (
-        is_list(axes) and all(is_whole(axis) and axis in range(DIMENSIONS) for axis in axes)
+        is_list(axes) and all(is_integer(axis) and axis in known for axis in axes)
     ):
         raise PluginError(
             f"The checkpoint allows mirroring on {reprlib.repr(axes)}; expected some of"
-            f" {list(range(DIMENSIONS))}."
+            f" {list(known)}."
         )
     return tuple(int(axis) for axis in axes) if axes else None
 
 
-def _files(
-    fold: str,
-    plans: dict[str, Any],
-    dataset: dict[str, Any],
-    plan: SourcePlan,
-    tensors: Mapping[str, Tensor],
-    trainer: str,
-    mirroring: tuple[int, ...] | None,
-) -> dict[str, Writer]:
-    """Return the folder's files. The last three are only there for nnUNetv2_export_model_to_zip,
-    which stops without them."""
+def _files_for_export(fold: str, plan: SourcePlan, plans: dict[str, Any]) -> dict[str, Writer]:
+    """Return the files without which nnUNetv2_export_model_to_zip stops."""
     note = "imported by `stunet import`; the training that wrote these weights left no such file"
-    init_args = {
-        "plans": plans,
-        "configuration": CONFIGURATION,
-        "fold": int(fold) if fold.isdigit() else fold,
-        "dataset_json": dataset,
-    }
+    intensities = "foreground_intensity_properties_per_channel"
     fingerprint = {
         "note": note,
         "spacings": [list(plan.spacing)],
         "shapes_after_crop": [list(plan.median_shape or plan.patch_size)],
-        "foreground_intensity_properties_per_channel": plans[
-            "foreground_intensity_properties_per_channel"
-        ],
+        intensities: plans[intensities],
         "median_relative_size_after_cropping": 1.0,
     }
+    summary = {"note": note, "metric_per_case": [], "mean": {}}
     return {
-        "plans.json": json_writer(plans),
-        "dataset.json": json_writer(dataset),
-        f"fold_{fold}/{CHECKPOINT}": checkpoint_writer(tensors, trainer, init_args, mirroring),
         "dataset_fingerprint.json": json_writer(fingerprint),
         f"fold_{fold}/progress.png": _save_progress,
-        f"fold_{fold}/validation/summary.json": json_writer(
-            {"note": note, "metric_per_case": [], "mean": {}}
-        ),
+        f"fold_{fold}/validation/summary.json": json_writer(summary),
     }
 
 
@@ -215,9 +255,9 @@ def _save_progress(path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def _dataset(plan: SourcePlan, labels: Labels, dataset_name: str, source: Source) -> dict[str, Any]:
+def _dataset(plan: SourcePlan, labels: Labels, name: str, source: Source) -> dict[str, Any]:
     return {
-        "name": dataset_name,
+        "name": name,
         "description": (
             f"Labels and channels of the weights in {source.checkpoint.name}; there are no training"
             " cases here."

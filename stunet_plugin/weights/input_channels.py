@@ -1,4 +1,4 @@
-"""The first block's input convolutions for another number of image channels."""
+"""Input convolutions adapted to another number of image channels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ STEMS = {
 }
 
 
-def inflate_stem(
+def adapt_input_channels(
     tensors: Mapping[str, Tensor], names: Iterable[str], channels: int, stem: str
 ) -> dict[str, Tensor]:
-    """Return the weights with the stem fitted to ``channels`` image channels.
+    """Return the weights with the input convolutions adapted to ``channels`` image channels.
 
     With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M:
 
@@ -45,11 +45,11 @@ def inflate_stem(
         raise PluginError(f"--in-channels must be at least 1, not {channels}.")
     if stem not in STEMS:
         raise PluginError(f"--stem must be one of {', '.join(STEMS)}, not {stem!r}.")
-    inflated = dict(tensors)
+    adapted = dict(tensors)
     for name in names:
-        weight = inflated[name]
+        weight = adapted[name]
         old = weight.shape[1]
         if old != channels:
             kernel = weight.mean(dim=1, keepdim=True) * (old / channels if stem == MEAN else 1.0)
-            inflated[name] = kernel.repeat(1, channels, *([1] * (weight.ndim - 2)))
-    return inflated
+            adapted[name] = kernel.repeat(1, channels, *([1] * (weight.ndim - 2)))
+    return adapted

@@ -1,9 +1,8 @@
-"""``stunet inspect``: what a checkpoint or a model folder is, reading no more of it than that
-takes."""
+"""Inspection of a checkpoint or a model folder, reading no more of it than that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ from stunet_plugin.networks.anisotropy import MODE_PURPOSES
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights.choose_plan import choose_labels, find_plan
 from stunet_plugin.weights.file_formats import FileFormat, recognise
-from stunet_plugin.weights.identify import FoundWeights, Origin, find_origin
+from stunet_plugin.weights.identify import NetworkWeights, Origin
+from stunet_plugin.weights.import_record import PROVENANCE
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.misfm import MISFMWeights
-from stunet_plugin.weights.model_folder import PROVENANCE
 from stunet_plugin.weights.output_labels import Labels
 from stunet_plugin.weights.read_plans import plan_from_v1
-from stunet_plugin.weights.read_weights import any_mode, read_weights
-from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickle
+from stunet_plugin.weights.read_weights import read_weights
+from stunet_plugin.weights.safe_loading import load_plans_pickle
 
 SHOWN_LABELS = 12
 
@@ -46,23 +45,21 @@ def facts(given: str) -> Iterator[tuple[str, str]]:
         yield "format", "plans of nnU-Net v1"
         yield "plan", plan_from_v1(load_plans_pickle(path), path.name).summary()
         return
-    checkpoint = load_checkpoint(path)
-    origin, _ = find_origin(checkpoint, path)
-    yield "format", origin.value
-    weights = read_weights(checkpoint, path, any_mode(checkpoint, path))
+    weights = read_weights(path, file_format, any_mode=True)
+    yield "format", weights.origin.value
     yield "network", weights.description
-    if origin is Origin.PCTNET:
+    if weights.origin is Origin.PCTNET:
         yield "modes", f"it holds all: choose one with `stunet import --mode N`. {MODE_PURPOSES}"
-    yield from _training(checkpoint)
-    plan = find_plan(source, checkpoint, weights)
+    yield from _training(weights.checkpoint)
+    plan = find_plan(source, weights)
     yield "plan", f"{plan.summary()} ({plan.origin})" if plan else _no_plan(weights)
     if weights.outputs:
-        labels = choose_labels(source, checkpoint, weights, plan, None)
+        labels = choose_labels(source, weights, plan, None)
         yield "labels", f"{_list_labels(labels)} ({labels.origin})"
     yield from _provenance(path)
 
 
-def _no_plan(weights: FoundWeights) -> str:
+def _no_plan(weights: NetworkWeights) -> str:
     """Say why there is no plan, and what that means."""
     if isinstance(weights, MISFMWeights) and not weights.outputs:
         network = weights.network
@@ -71,7 +68,7 @@ def _no_plan(weights: FoundWeights) -> str:
     return "unknown: `stunet import` will ask for --plans or plan options"
 
 
-def _training(checkpoint: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _training(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     trainer, epoch = (
         checkpoint.get("trainer_name"),
         checkpoint.get("epoch", checkpoint.get("current_epoch")),

@@ -1,16 +1,14 @@
-"""Reading a PCT-Net or an FMUNet out of a checkpoint: of PyMIC, which trained the published
-weights, or of this plugin."""
+"""PCT-Net and FMUNet weights, read from checkpoints of PyMIC (the published ones) or of ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import (
-    DIMENSIONS,
     MODE_PURPOSES,
     MODES,
     NUM_LEVELS,
@@ -21,10 +19,10 @@ from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import FMUNET, PCTNET, MISFMPreset
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights.identify import (
-    FoundWeights,
+    NetworkWeights,
     Origin,
+    check_convolutions,
     check_tensors,
-    find_origin,
     plain_tensor,
 )
 from stunet_plugin.weights.input_channels import MEAN
@@ -60,7 +58,7 @@ _LAST_HEAD = f"decoder.seg_layers.{NUM_LEVELS - 2}.conv.weight"
 
 
 @dataclass(frozen=True)
-class MISFMWeights(FoundWeights):
+class MISFMWeights(NetworkWeights):
     """The weights of one mode's PCT-Net or FMUNet under this plugin's names.
 
     Attributes:
@@ -103,12 +101,13 @@ class MISFMWeights(FoundWeights):
         )
 
     @property
-    def stem_weights(self) -> tuple[str, ...]:
+    def input_weights(self) -> tuple[str, ...]:
         return (_STEM,)
 
     @property
     def default_stem(self) -> str:
-        return MEAN  # PCT-Net's batch norms have learned the stem's response, FMUNet's residuals pass it on  # noqa: E501
+        # PCT-Net's batch norms have learned the stem's response; FMUNet's residuals pass it on.
+        return MEAN
 
     @property
     def stages(self) -> int:
@@ -136,9 +135,10 @@ class MISFMWeights(FoundWeights):
             network.decoder.seg_layers = nn.ModuleList()
         return network
 
-    def without_heads(self) -> dict[str, Tensor]:
-        """Return the tensors that serve every task."""
-        return {name: tensor for name, tensor in self.tensors.items() if ".seg_layers." not in name}
+    def without_heads(self) -> MISFMWeights:
+        """Return what serves every task."""
+        kept = {name: value for name, value in self.tensors.items() if ".seg_layers." not in name}
+        return replace(self, tensors=kept, outputs=0)
 
     def _unpublished(self) -> dict[str, Any]:
         """Arguments of the network that are not its defaults."""
@@ -153,18 +153,26 @@ class MISFMWeights(FoundWeights):
         return given
 
 
-def read_misfm(checkpoint: Mapping[str, Any], path: Path, mode: int | None) -> MISFMWeights:
-    """Read a PCT-Net or an FMUNet out of a checkpoint.
+def read_misfm(
+    origin: Origin,
+    checkpoint: Mapping[str, Any],
+    weights: dict[str, Any],
+    path: Path,
+    mode: int | None,
+) -> MISFMWeights:
+    """Read a PCT-Net or an FMUNet.
 
     Args:
+        origin, weights: as identified in the checkpoint.
         checkpoint, path: as loaded, and its file.
-        mode: the anisotropy mode. A PyMIC checkpoint of PCT-Net holds all three, so it needs one;
-            all others hold one, which their kernels tell, so that None will do.
+        mode: anisotropy mode. A PyMIC checkpoint of PCT-Net holds all three, so it needs one; all
+            others hold one, which their kernels tell, so None will do.
 
     Raises:
-        PluginError: another network; unknown mode; missing, unknown or misshapen tensors.
+        PluginError: unknown mode; missing, unknown or misshapen tensors.
     """
-    origin, weights = find_origin(checkpoint, path)
+    import torch
+
     network = NETWORKS[origin]
     if mode is not None:
         get_mode(mode)
@@ -175,18 +183,14 @@ def read_misfm(checkpoint: Mapping[str, Any], path: Path, mode: int | None) -> M
             " mode that it takes for a plan."
         )
     try:
-        tensors = {str(name): value for name, value in weights.items()}
         if origin in PYMIC_ORIGINS:
-            tensors = _translate(origin, tensors, mode)
-        found = _measure(
-            origin, network, {name: plain_tensor(name, value) for name, value in tensors.items()}
-        )
-        import torch
-
+            weights = _translate(origin, weights, mode)
+        tensors = {name: plain_tensor(name, value) for name, value in weights.items()}
+        found = _measure(origin, checkpoint, tensors)
         with torch.device("meta"):
-            check_tensors(
-                found.tensors, found.build(), f"a {network.name}", f"widths {list(found.features)}"
-            )
+            expected = found.build()
+        size = f"widths {list(found.features)}"
+        check_tensors(tensors, expected, f"a {network.name}", size)
     except PluginError as error:
         raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
     if mode is not None and found.mode.number != mode:
@@ -201,15 +205,12 @@ def _translate(origin: Origin, published: dict[str, Any], mode: int | None) -> d
     """Return the published tensors under our names, those of one mode."""
     from stunet_plugin.weights import fmunet_keys, pctnet_keys
 
+    if origin is Origin.PCTNET:
+        published = pctnet_keys.used_in(published, mode or 0)
+    tensors = {name: plain_tensor(name, value) for name, value in published.items()}
     if origin is Origin.FMUNET:
-        return fmunet_keys.translate_state_dict(_plain(published))
-    return pctnet_keys.translate_state_dict(
-        _plain(pctnet_keys.used_in(published, mode or 0)), mode or 0
-    )
-
-
-def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: plain_tensor(name, value) for name, value in tensors.items()}
+        return fmunet_keys.translate_state_dict(tensors)
+    return pctnet_keys.translate_state_dict(tensors, mode or 0)
 
 
 def _network_class(network: MISFMPreset) -> Any:
@@ -219,8 +220,11 @@ def _network_class(network: MISFMPreset) -> Any:
     return PCTNet if network is PCTNET else FMUNet
 
 
-def _measure(origin: Origin, network: MISFMPreset, tensors: dict[str, Tensor]) -> MISFMWeights:
+def _measure(
+    origin: Origin, checkpoint: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> MISFMWeights:
     """Read sizes and mode off names and shapes."""
+    network = NETWORKS[origin]
     tables = _TABLES if network is PCTNET else ()
     has_heads = any(".seg_layers." in name for name in tensors)
     convolutions = (*_WIDTHS[network], *_KERNELS[network], *((_LAST_HEAD,) if has_heads else ()))
@@ -229,12 +233,7 @@ def _measure(origin: Origin, network: MISFMPreset, tensors: dict[str, Tensor]) -
         raise PluginError(
             f"{len(missing)} tensors that tell its sizes are missing (for example {missing[0]})."
         )
-    for name in convolutions:
-        if tensors[name].ndim != DIMENSIONS + 2:
-            raise PluginError(
-                f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with"
-                f" {DIMENSIONS} axes."
-            )
+    check_convolutions(tensors, convolutions)
     kernels = tuple(tuple(tensors[name].shape[2:]) for name in _KERNELS[network])
     mode = next((mode for mode in MODES if mode.kernel_sizes[:2] == kernels), None)
     if mode is None:
@@ -244,6 +243,7 @@ def _measure(origin: Origin, network: MISFMPreset, tensors: dict[str, Tensor]) -
         )
     return MISFMWeights(
         origin,
+        checkpoint,
         tensors,
         input_channels=int(tensors[_STEM].shape[1]),
         outputs=int(tensors[_LAST_HEAD].shape[0]) if has_heads else 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.utils.validation import is_list, is_whole
+from stunet_plugin.utils.validation import is_integer, is_list
 
 BACKGROUND, IGNORE = "background", "ignore"
 _MAX_NAME = 200
@@ -76,7 +76,7 @@ class Labels:
                 " regions)."
             )
         order = dataset.get("regions_class_order")
-        if order is not None and (not is_list(order) or not all(map(is_whole, order))):
+        if order is not None and (not is_list(order) or not all(map(is_integer, order))):
             raise PluginError(f"{origin}: regions_class_order must be a list of label values.")
         values = {
             name: [int(one) for one in value] if is_list(value) else int(value)
@@ -144,5 +144,5 @@ class Labels:
 
 def _is_entry(name: object, value: Any) -> bool:
     values = value if is_list(value) else [value]
-    fits = bool(values) and all(is_whole(one) and 0 <= one <= _MAX_VALUE for one in values)
+    fits = bool(values) and all(is_integer(one) and 0 <= one <= _MAX_VALUE for one in values)
     return fits and isinstance(name, str) and 0 < len(name) <= _MAX_NAME

@@ -21,11 +21,10 @@ from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME,
 from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields
 from stunet_plugin.weights.choose_plan import find_plan
-from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.misfm import MISFMWeights
-from stunet_plugin.weights.read_weights import any_mode, read_weights
-from stunet_plugin.weights.safe_loading import load_checkpoint
+from stunet_plugin.weights.read_weights import read_weights
 from stunet_plugin.weights.source_plan import CT, SourcePlan
 
 _PLANS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -45,9 +44,8 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
         PluginError: model or dataset are not there or do not fit, or the name is taken.
     """
     source = find_model(given)
-    checkpoint = load_checkpoint(source.checkpoint)
-    weights = read_weights(checkpoint, source.checkpoint, any_mode(checkpoint, source.checkpoint))
-    model = find_plan(source, checkpoint, weights)
+    weights = read_weights(source.checkpoint, any_mode=True)
+    model = find_plan(source, weights)
     if model is None:
         raise PluginError(
             f"{source.checkpoint} has no plan. {_without_plan(given, weights, dataset_id)}"
@@ -81,7 +79,7 @@ def plan_like(given: str, dataset_id: int, name: str | None, force: bool) -> int
     return 0
 
 
-def _without_plan(given: str, weights: FoundWeights, dataset_id: int) -> str:
+def _without_plan(given: str, weights: NetworkWeights, dataset_id: int) -> str:
     """What to do where nothing says how the images of pretraining were prepared."""
     if not isinstance(weights, MISFMWeights):
         return f"Import it first, with one: stunet import {given} --plans FILE"
@@ -117,7 +115,7 @@ def find_preprocessed(dataset_id: int) -> Path:
 
 
 def make_plans(
-    model: SourcePlan, weights: FoundWeights, base: Fields, dataset: Fields, name: str
+    model: SourcePlan, weights: NetworkWeights, base: Fields, dataset: Fields, name: str
 ) -> dict[str, Any]:
     """Return the content of the plans file.
 

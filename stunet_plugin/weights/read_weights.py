@@ -1,42 +1,43 @@
-"""The one way into a checkpoint for commands that take any network."""
+"""Weights of any network that is known here, read from a checkpoint file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.weights.identify import Origin, find_origin
-from stunet_plugin.weights.misfm import NETWORKS, MISFMWeights, read_misfm
-from stunet_plugin.weights.stunet import STUNetWeights, read_stunet
-
-
-def any_mode(checkpoint: Mapping[str, Any], path: Path) -> int | None:
-    """Return a mode to read a checkpoint by where only sizes matter: that of PyMIC's PCT-Net has
-    all, each of which tells them."""
-    origin, _ = find_origin(checkpoint, path)
-    return 0 if origin is Origin.PCTNET else None
+from stunet_plugin.weights.file_formats import FileFormat, recognise
+from stunet_plugin.weights.identify import NetworkWeights, Origin, identify
+from stunet_plugin.weights.misfm import NETWORKS, read_misfm
+from stunet_plugin.weights.safe_loading import load_checkpoint
+from stunet_plugin.weights.stunet import read_stunet
 
 
 def read_weights(
-    checkpoint: Mapping[str, Any], path: Path, mode: int | None = None
-) -> STUNetWeights | MISFMWeights:
-    """Read the network out of a checkpoint, whichever it is.
+    path: Path,
+    file_format: FileFormat | None = None,
+    mode: int | None = None,
+    any_mode: bool = False,
+) -> NetworkWeights:
+    """Read the network out of a checkpoint.
 
     Args:
-        checkpoint, path: as loaded, and its file.
-        mode: the anisotropy mode, see :func:`stunet_plugin.weights.misfm.read_misfm`.
+        path: of the file.
+        file_format: of the file if the caller knows it.
+        mode: anisotropy mode, see :func:`stunet_plugin.weights.misfm.read_misfm`.
+        any_mode: read a file that holds all modes by mode 0, where only sizes matter.
 
     Raises:
         PluginError: no network that is known; missing, unknown or misshapen tensors; a mode for a
             network that has none.
     """
-    origin, _ = find_origin(checkpoint, path)
+    checkpoint = load_checkpoint(path, file_format or recognise(path))
+    origin, weights = identify(checkpoint, path)
+    if any_mode and origin is Origin.PCTNET:
+        mode = 0
     if origin in NETWORKS:
-        return read_misfm(checkpoint, path, mode)
+        return read_misfm(origin, checkpoint, weights, path, mode)
     if mode is not None:
         raise PluginError(
             f"{path} is a {origin.value}, which has no anisotropy modes. Leave --mode out."
         )
-    return read_stunet(checkpoint, path)
+    return read_stunet(origin, checkpoint, weights, path)

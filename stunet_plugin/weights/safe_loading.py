@@ -52,7 +52,7 @@ _FORBIDDEN_OPCODES = {
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"}
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, file_format: FileFormat | None = None) -> dict[str, Any]:
     """Read a torch checkpoint of either format onto the CPU; the tensors of a zip-format file stay
     mapped to the file.
 
@@ -60,7 +60,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         PluginError: the file is no torch checkpoint, is damaged, or asks for anything beside
             tensors, numbers, text and containers.
     """
-    file_format = recognise(path)
+    file_format = file_format or recognise(path)
     if file_format is FileFormat.PICKLE:
         raise PluginError(
             f"{path} is a plain pickle, not a checkpoint with weights; nothing in it was run. If it"

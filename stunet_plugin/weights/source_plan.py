@@ -11,7 +11,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.presets import NUM_STAGES
 from stunet_plugin.networks.topology import Strides, check_patch_size, published_strides
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, READERS
-from stunet_plugin.weights.identify import DIMENSIONS, FoundWeights
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights
 
 ZSCORE, CT = "ZScoreNormalization", "CTNormalization"
 NORMALIZATIONS = (ZSCORE, CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
@@ -96,7 +96,7 @@ class SourcePlan:
             )
         return full
 
-    def check_network(self, weights: FoundWeights) -> None:
+    def check_network(self, weights: NetworkWeights) -> None:
         """Raise unless the plan is one for these weights: as many channels, and a patch that the
         strides divide."""
         if self.channels != weights.input_channels:
@@ -131,7 +131,7 @@ class SourcePlan:
             intensities=tuple(self.intensities[channel] for channel in order),
         )
 
-    def to_plans(self, weights: FoundWeights, dataset_name: str) -> dict[str, Any]:
+    def to_plans(self, weights: NetworkWeights, dataset_name: str) -> dict[str, Any]:
         """Return the content of ``plans.json``.
 
         Args:

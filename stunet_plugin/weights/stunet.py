@@ -20,10 +20,10 @@ from stunet_plugin.networks.presets import STUNetPreset, find_preset
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights.identify import (
     DIMENSIONS,
-    FoundWeights,
+    NetworkWeights,
     Origin,
+    check_convolutions,
     check_tensors,
-    find_origin,
     plain_tensor,
 )
 from stunet_plugin.weights.input_channels import REPEAT
@@ -51,13 +51,12 @@ _RULES = (
 
 KERNEL_SIZE = 3
 
-STUNET_ORIGINS = (Origin.V1, Origin.V2_PORT, Origin.OWN)
 _HEAD = re.compile(r"decoder\.seg_layers\.(\d+)\.weight")
 _BLOCK = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.(\d+)\.conv1\.weight")
 
 
 @dataclass(frozen=True)
-class STUNetWeights(FoundWeights):
+class STUNetWeights(NetworkWeights):
     """The weights of an STU-Net under this plugin's names.
 
     Attributes:
@@ -81,10 +80,6 @@ class STUNetWeights(FoundWeights):
         return self.preset is not None
 
     @property
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
-    @property
     def trainer(self) -> str:
         """The size's trainer, or the one that follows the plan."""
         return f"STUNetTrainer_{self.preset.name}" if self.preset else "STUNetTrainer"
@@ -96,14 +91,15 @@ class STUNetWeights(FoundWeights):
     @property
     def description(self) -> str:
         size = f"STU-Net {self.preset.name}" if self.preset else "an STU-Net of no published size"
+        parameters = sum(tensor.numel() for tensor in self.tensors.values())
         return (
             f"{size} (widths {list(self.features)}, blocks {list(self.blocks)}),"
-            f" {self.parameters:,} parameters, {self.input_channels} input channel(s),"
+            f" {parameters:,} parameters, {self.input_channels} input channel(s),"
             f" {self.outputs} outputs"
         )
 
     @property
-    def stem_weights(self) -> tuple[str, ...]:
+    def input_weights(self) -> tuple[str, ...]:
         return ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.shortcut.weight")
 
     @property
@@ -133,32 +129,31 @@ class STUNetWeights(FoundWeights):
         resolve(configuration, self.preset, self.trainer)
 
 
-def read_stunet(checkpoint: Mapping[str, Any], path: Path) -> STUNetWeights:
-    """Read the STU-Net out of a checkpoint.
+def read_stunet(
+    origin: Origin, checkpoint: Mapping[str, Any], weights: dict[str, Any], path: Path
+) -> STUNetWeights:
+    """Read an STU-Net.
+
+    Args:
+        origin, weights: as identified in the checkpoint.
+        checkpoint, path: as loaded, and its file.
 
     Raises:
-        PluginError: another network; missing, unknown or misshapen tensors.
+        PluginError: missing, unknown or misshapen tensors.
     """
-    origin, weights = find_origin(checkpoint, path)
-    if origin not in STUNET_ORIGINS:
-        raise PluginError(
-            f"{path} is a {origin.value} ({len(weights)} tensors). This command takes STU-Net:"
-            " checkpoints of nnU-Net v1 (.model), of the published v2 port and of this plugin"
-            " (.pth)."
-        )
     try:
         translated = weights if origin is Origin.OWN else translate_state_dict(weights)
-        found = _measure(
-            origin,
-            {str(name): plain_tensor(str(name), value) for name, value in translated.items()},
-        )
+        tensors = {name: plain_tensor(name, value) for name, value in translated.items()}
+        found = _measure(origin, checkpoint, tensors)
         _check_shapes(found)
     except PluginError as error:
         raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
     return found
 
 
-def _measure(origin: Origin, tensors: dict[str, Tensor]) -> STUNetWeights:
+def _measure(
+    origin: Origin, checkpoint: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> STUNetWeights:
     """Read sizes off names and shapes."""
     blocks: dict[tuple[str, int], set[int]] = {}
     for part, stage, block in (match.groups() for match in map(_BLOCK.fullmatch, tensors) if match):
@@ -183,17 +178,14 @@ def _measure(origin: Origin, tensors: dict[str, Tensor]) -> STUNetWeights:
             f" {stages - 1}."
         )
     firsts = [f"{part}.stages.{stage}.0.conv1.weight" for part, stage in expected]
-    for name in (*firsts, f"decoder.seg_layers.{stages - 2}.weight"):
-        if tensors[name].ndim != DIMENSIONS + 2:
-            raise PluginError(
-                f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with"
-                f" {DIMENSIONS} axes."
-            )
+    last_head = f"decoder.seg_layers.{stages - 2}.weight"
+    check_convolutions(tensors, (*firsts, last_head))
     return STUNetWeights(
         origin,
+        checkpoint,
         tensors,
         input_channels=int(tensors[firsts[0]].shape[1]),
-        outputs=int(tensors[f"decoder.seg_layers.{stages - 2}.weight"].shape[0]),
+        outputs=int(tensors[last_head].shape[0]),
         features=tuple(int(tensors[name].shape[0]) for name in firsts[:stages]),
         blocks=tuple(len(blocks["encoder", stage]) for stage in range(stages)),
         decoder_blocks=tuple(len(blocks["decoder", stage]) for stage in range(stages - 1)),
@@ -220,7 +212,7 @@ def translate_key(key: str) -> str:
         PluginError: the name is not one of the published STU-Net's.
     """
     for pattern, replacement in _RULES:
-        if pattern.fullmatch(key):
+        if isinstance(key, str) and pattern.fullmatch(key):
             return pattern.sub(replacement, key).replace(".conv3.", ".shortcut.")
     raise PluginError(
         f"{key!r} is not a parameter of the published STU-Net (expected conv_blocks_context,"

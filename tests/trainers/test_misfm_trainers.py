@@ -126,9 +126,7 @@ def test_published_hyper_parameters(make: Callable[..., Any], name: str) -> None
     ],
 )
 def test_the_mode_follows_from_the_plan(spacing: list[float], patch: list[int], mode: int) -> None:
-    architecture, reason = resolve(
-        host_configuration(patch, spacing), PCTNET, "PCTNetTrainer"
-    )
+    architecture, reason = resolve(host_configuration(patch, spacing), PCTNET, "PCTNetTrainer")
     assert architecture["arch_kwargs"]["mode"] == mode
     assert reason.startswith(
         f"Mode {mode}, because the spacing on axis 0 is {spacing[0]:.2f} times"
@@ -184,10 +182,7 @@ def test_mode_is_recorded_with_the_model_and_printed(make: Callable[..., Any], c
             {"spacing": None, "patch_size": [32, 32, 32]},
             r"spacing in the plan .* must be a list of millimetres, not None",
         ),
-        (
-            {"patch_size": "big"},
-            r"patch_size in the plan .* must be a list of integers, not 'big'",
-        ),
+        ({"patch_size": "big"}, r"patch_size in the plan .* must be a list of integers, not 'big'"),
     ],
 )
 def test_wrong_plans_are_refused(changes: dict[str, Any], message: str) -> None:

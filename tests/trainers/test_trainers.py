@@ -267,11 +267,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"patch_size": [40, 48, 60]},
         r"\[8, 8, 8\].*\[40, 48, 60\].*\[40, 48, 56\] and \[40, 48, 64\].*plans file",
     ),
-    (
-        "STUNetTrainer_tiny",
-        {"patch_size": [8, 8, 8]},
-        "a single voxel at the deepest stage",
-    ),
+    ("STUNetTrainer_tiny", {"patch_size": [8, 8, 8]}, "a single voxel at the deepest stage"),
 ]
 
 

@@ -13,13 +13,13 @@ from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
+from stunet_plugin.commands.import_ import Import
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.weights import model_folder
 from stunet_plugin.weights.import_model import import_checkpoint
-from stunet_plugin.weights.import_record import ImportOptions
 
 from import_helpers import (
     checkpoint_in,
@@ -198,7 +198,7 @@ def test_crash_while_writing_leaves_nothing(
     monkeypatch.setattr(model_folder, "_save", fail)
     expected = PluginError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
-        import_checkpoint(ImportOptions(str(tiny), out=str(tmp_path / "new" / "deep" / "model")))
+        import_checkpoint(Import(str(tiny), out=str(tmp_path / "new" / "deep" / "model")))
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -207,7 +207,7 @@ def test_crash_while_replacing_keeps_the_old_folder(
     failing: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "models" / "model"
-    options = ImportOptions(str(tiny), out=str(out), force=True)
+    options = Import(str(tiny), out=str(out), force=True)
     import_checkpoint(options)
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     calls: list[Path] = []
@@ -250,7 +250,7 @@ def test_other_number_formats_become_float32(
     path = tmp_path / "source" / "x.model"
     write_v1(path)
     torch.save(v1_checkpoint(weights), path, _use_new_zipfile_serialization=not legacy)
-    import_checkpoint(ImportOptions(str(path), out=str(tmp_path / "model")))
+    import_checkpoint(Import(str(path), out=str(tmp_path / "model")))
     written = checkpoint_in(tmp_path / "model")["network_weights"]
     assert {value.dtype for value in written.values()} == {torch.float32}
     stem = written["encoder.stages.0.0.conv1.weight"]

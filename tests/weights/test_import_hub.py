@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from stunet_plugin.commands.import_ import Import
 from stunet_plugin.errors import PluginError
 from stunet_plugin.weights import import_model as import_command
-from stunet_plugin.weights.choose_plan import PlanOptions
 from stunet_plugin.weights.import_model import import_checkpoint
-from stunet_plugin.weights.import_record import ImportOptions
 
 from import_helpers import refuse, stunet_import, write_v1
 
@@ -38,19 +37,10 @@ def test_hub_files_are_imported(
 ) -> None:
     write_v1(tmp_path / "hub" / "weights" / "tiny.model", plans=None if pickled else {})
     hub, source = LocalHub(tmp_path / "hub"), "hf://someone/STU-Net@v1.0/weights/tiny.model"
-    options = (
-        PlanOptions()
-        if pickled
-        else PlanOptions(
-            spacing=[1.5] * 3, patch_size=[32, 32, 64], strides=["2,2,2"] * 4 + ["1,1,2"]
-        )
-    )
-    assert (
-        import_command.run_import(
-            ImportOptions(source, out=str(tmp_path / "model"), plan=options), hub
-        )
-        == 0
-    )
+    plan = {} if pickled else {"spacing": (1.5,) * 3, "patch_size": (32, 32, 64)}
+    strides = {} if pickled else {"strides": ("2,2,2",) * 4 + ("1,1,2",)}
+    options = Import(source, out=str(tmp_path / "model"), **plan, **strides)
+    assert import_command.run_import(options, hub) == 0
     assert hub.asked == [
         ("someone/STU-Net", f"weights/tiny.model{ending}", "v1.0") for ending in ("", ".pkl")
     ]
@@ -63,7 +53,7 @@ def test_hub_errors_say_what_to_do(
 ) -> None:
     with pytest.raises(PluginError, match=r"could not be downloaded \(FileNotFoundError: 404"):
         import_checkpoint(
-            ImportOptions("hf://someone/STU-Net/none.model", out=str(tmp_path / "model")),
+            Import("hf://someone/STU-Net/none.model", out=str(tmp_path / "model")),
             LocalHub(tmp_path),
         )
     for wrong in ("hf://someone", "hf://someone/STU-Net", "hf://someone/STU-Net/../x.model"):

@@ -335,7 +335,7 @@ def test_a_pretext_checkpoint_of_ours_is_not_imported(
     arguments = {"dataset_json": {"volume_fusion": {"classes": 4}}}
     torch.save(
         {
-            "network_weights": {},
+            "network_weights": small_network("FMUNet", 1, 5).state_dict(),
             "trainer_name": "VolumeFusionTrainer_FMUNet",
             "init_args": arguments,
         },

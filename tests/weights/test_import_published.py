@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from stunet_plugin.commands.import_ import Import
 from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import get_preset
-from stunet_plugin.weights.choose_plan import (
-    PlanOptions,
-    choose_labels,
-    choose_plan,
-    published_facts,
-)
+from stunet_plugin.weights.choose_plan import choose_labels, choose_plan, published_facts
+from stunet_plugin.weights.identify import Origin
 from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.stunet import read_stunet
@@ -164,17 +161,15 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
         {name: torch.empty(value.shape) for name, value in published_weights(network).items()}
     )
     file = Path(f"{size}_ep4k.model")
-    weights = read_stunet(checkpoint, file)
-    assert (weights.parameters, weights.trainer) == (
-        get_preset(size).parameters,
-        f"STUNetTrainer_{size}",
-    )
+    weights = read_stunet(Origin.V1, checkpoint, checkpoint["state_dict"], file)
+    assert weights.trainer == f"STUNetTrainer_{size}"
+    assert f"{get_preset(size).parameters:,} parameters" in weights.description
     plans = []
     for pickled in (shared / "fixtures" / "official" / f"{file}.pkl", None):
         source = Source(str(file), file, pickled)
-        plan = choose_plan(source, checkpoint, weights, PlanOptions())
+        plan = choose_plan(source, weights, Import(str(file)))
         plan.check_network(weights)
-        labels = choose_labels(source, checkpoint, weights, plan, None)
+        labels = choose_labels(source, weights, plan, None)
         labels.check_outputs(weights.outputs)
         assert labels.names[77] == "spleen"
         plans.append(plan.to_plans(weights, "Dataset101_TotalSegmentator"))
@@ -187,12 +182,12 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
 IMPORT_AND_MEASURE = """
 import resource, sys
 from stunet_plugin.weights.import_model import import_checkpoint
-from stunet_plugin.weights.import_record import ImportOptions
+from stunet_plugin.commands.import_ import Import
 tiny, small, out = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-import_checkpoint(ImportOptions(tiny, out=out + "/tiny"))
+import_checkpoint(Import(tiny, out=out + "/tiny"))
 before = peak()
-import_checkpoint(ImportOptions(small, out=out + "/small"))
+import_checkpoint(Import(small, out=out + "/small"))
 print(peak() - before)
 """
 
