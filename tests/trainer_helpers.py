@@ -1,0 +1,134 @@
+"""Small trainers of every family on the phantoms, in this process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stunet_plugin import trainers
+from stunet_plugin.networks.anisotropy import get_mode
+
+Make = Callable[..., Any]
+PATCH = [16, 32, 32]
+STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+DATASET = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5},
+    "file_ending": ".nii.gz",
+}
+FAMILIES = (
+    "STUNetTrainer",
+    "STUNetTrainer_tiny_ft",
+    "PCTNetTrainer",
+    "FMUNetTrainer",
+    "VolumeFusionTrainer",
+    "VolumeFusionTrainer_STUNet_tiny",
+    "VolumeFusionTrainer_PCTNet",
+    "VolumeFusionTrainer_FMUNet",
+)
+"""A trainer of each kind; those of the networks' other sizes and schedules differ in numbers."""
+
+
+def stunet(strides: list[list[int]] = STRIDES, width: int = 2) -> dict[str, Any]:
+    """Return the architecture entry of a narrow STU-Net with these strides."""
+    stages, axes = len(strides), len(strides[0])
+    return {
+        "network_class_name": "stunet_plugin.networks.stunet.STUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": [width * min(2**stage, 4) for stage in range(stages)],
+            "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
+            "kernel_sizes": [[3] * axes] * stages,
+            "strides": strides,
+            "n_blocks_per_stage": [1] * stages,
+            "n_blocks_per_stage_decoder": [1] * (stages - 1),
+        },
+        "_kw_requires_import": ["conv_op"],
+    }
+
+
+def misfm(network: str, mode: int = 1) -> dict[str, Any]:
+    """Return the architecture entry of a narrow PCTNet or FMUNet."""
+    strides = [list(stage) for stage in get_mode(mode).strides]
+    widths = [4, 8, 16, 32, 64] if network == "PCTNet" else [2, 4, 4, 4, 4]
+    return {
+        "network_class_name": f"stunet_plugin.networks.{network.lower()}.{network}",
+        "arch_kwargs": {"mode": mode, "strides": strides, "features_per_stage": widths},
+        "_kw_requires_import": [],
+    }
+
+
+def small_plans(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return plans with a small patch, and a small network for a trainer, in all configurations."""
+    plans = {**copy.deepcopy(plans), "continue_training": False}
+    for configuration, chosen in plans["configurations"].items():
+        if "architecture" not in chosen:
+            continue
+        two_axes = configuration == "2d"
+        strides = [stage[1:] for stage in STRIDES] if two_axes else STRIDES
+        chosen.update(patch_size=PATCH[1:] if two_axes else PATCH, batch_size=2)
+        network = next((one for one in ("PCTNet", "FMUNet") if one in name), None)
+        if network and not two_axes:
+            chosen["architecture"] = misfm(network)
+        elif name == "STUNetTrainer":
+            chosen["architecture"] = stunet(strides)
+        else:
+            kwargs = chosen["architecture"]["arch_kwargs"]
+            stages = len(strides)
+            kwargs.update(
+                n_stages=stages,
+                features_per_stage=[4, 8, 8, 8],
+                strides=strides,
+                kernel_sizes=[[3] * len(strides[0])] * stages,
+                n_conv_per_stage=[1] * stages,
+                n_conv_per_stage_decoder=[1] * (stages - 1),
+            )
+    return plans
+
+
+def build(
+    name: str,
+    plans: dict[str, Any],
+    configuration: str = "3d_fullres",
+    fold: int | str = 0,
+    dataset: dict[str, Any] = DATASET,
+) -> Any:
+    """Return a trainer on the CPU, not initialised."""
+    return trainers.TRAINERS[name](plans, configuration, fold, dataset, torch.device("cpu"))
+
+
+def started(trainer: Any) -> Any:
+    """Initialise a trainer as nnU-Net does at the start of a training."""
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(True)
+    return trainer
+
+
+def batch_for(trainer: Any, seed: int = 1) -> dict[str, Any]:
+    """Return a random batch of two samples of a segmentation trainer."""
+    random = torch.Generator().manual_seed(seed)
+    patch = trainer.configuration_manager.patch_size
+    data = torch.randn(2, trainer.num_input_channels, *patch, generator=random)
+    shapes = [
+        [max(round(size * scale), 1) for size, scale in zip(patch, scales, strict=True)]
+        for scales in trainer._get_deep_supervision_scales()
+    ]
+    targets = [torch.randint(0, 3, (2, 1, *shape), generator=random).short() for shape in shapes]
+    return {"data": data, "target": targets}
+
+
+def state(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return copies of weights, buffers and momentum."""
+    values = dict(trainer.network.state_dict())
+    for number, momentum in trainer.optimizer.state_dict()["state"].items():
+        values.update({f"{number} {name}": value for name, value in momentum.items()})
+    return {name: value.detach().clone() for name, value in values.items() if value is not None}
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Return whether two states are the same to the bit."""
+    same = first.keys() == second.keys()
+    return same and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,292 @@
+"""What is asked of every trainer: gradients, an epoch in nnU-Net's loop, resuming, prediction, the
+stock commands, names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from trainer_helpers import FAMILIES, Make, batch_for, small_plans, started
+
+from stunet_plugin import trainers
+from stunet_plugin.errors import PluginError
+from stunet_plugin.trainers.stunet_trainers import SCHEDULES
+from stunet_plugin.weights.pretrained import describe_misfits
+
+from conftest import PHANTOM_ID, Workspace
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def training_batch(trainer: Any) -> dict[str, Any]:
+    if not hasattr(trainer, "fusion"):
+        return batch_for(trainer)
+    patch = trainer.configuration_manager.patch_size
+    return {"data": torch.rand(4, trainer.num_input_channels, *patch)}
+
+
+def test_names_and_signatures() -> None:
+    """The names of the published sizes and schedules, found as nnU-Net looks for them."""
+    sizes = ("", "_tiny", "_small", "_base", "_large", "_huge")
+    expected = {f"STUNetTrainer{size}{one.suffix}" for size in sizes for one in SCHEDULES}
+    expected |= {f"{net}Trainer{suffix}" for net in ("PCTNet", "FMUNet") for suffix in ("", "_ft")}
+    expected |= {f"VolumeFusionTrainer_STUNet{size}" for size in sizes if size}
+    expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
+    assert set(trainers.__all__) == expected
+    stock = list(inspect.signature(nnUNetTrainer.__init__).parameters)
+    for name in expected:
+        trainer: Any = getattr(trainers, name)
+        assert trainer.__name__ == name
+        assert trainer.fine_tuning == name.endswith("_ft")
+        # nnU-Net reads them off the signature.
+        assert list(inspect.signature(trainer.__init__).parameters) == stock
+        fine_tuned_by = getattr(trainer, "segmentation_trainer", name)
+        assert fine_tuned_by == "nnUNetTrainer" or fine_tuned_by in expected
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("STUNetTrainer_lage", "STUNetTrainer_large"),
+        ("STUnetTrainer_smal", "STUNetTrainer_small"),
+        ("PCTnetTrainer", "PCTNetTrainer"),
+        ("VolumeFusionTrainer_STUNet_bse", "VolumeFusionTrainer_STUNet_base"),
+        ("SomebodyElsesTrainer", None),
+        ("nnUNetTrainer_5epochs", None),
+    ],
+)
+def test_mistyped_names_get_a_hint(given: str, meant: str | None, capsys: Any) -> None:
+    assert not hasattr(trainers, given)
+    assert not hasattr(trainers.volume_fusion_trainers, given)  # found by nnUNet_extTrainer
+    hint = capsys.readouterr().err
+    assert hint.count(f"Did you mean {meant}?") == 2 if meant else hint == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "epochs", "optimizer"),
+    [
+        ("STUNetTrainer", 1e-2, 1000, "SGD"),
+        ("STUNetTrainer_tiny_ft", 1e-3, 1000, "SGD"),
+        ("STUNetTrainer_base_ep2k", 1e-2, 2000, "SGD"),
+        ("STUNetTrainer_huge_ep4k", 1e-2, 4000, "SGD"),
+        ("PCTNetTrainer", 1e-3, 1000, "Adam"),
+        ("FMUNetTrainer_ft", 1e-3, 1000, "Adam"),
+        ("VolumeFusionTrainer", 1e-3, 1000, "Adam"),
+        ("VolumeFusionTrainer_STUNet_small", 1e-3, 1000, "Adam"),
+        ("VolumeFusionTrainer_FMUNet", 1e-3, 1000, "Adam"),
+    ],
+)
+def test_published_hyper_parameters(name: str, rate: float, epochs: int, optimizer: str) -> None:
+    trainer = trainers.TRAINERS[name]
+    instance = trainer.__new__(trainer)
+    instance.initial_lr, instance.weight_decay = trainer.learning_rate, 3e-5
+    made = instance.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    given = made.defaults["lr"], trainer.epochs, type(made).__name__, made.defaults["weight_decay"]
+    assert given == (rate, epochs, optimizer, 3e-5 if optimizer == "SGD" else 1e-5)
+    if optimizer == "SGD":
+        assert (made.defaults["momentum"], made.defaults["nesterov"]) == (0.99, True)
+
+
+@every_family
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+def test_outputs_and_targets_pair_and_every_parameter_gets_a_gradient(
+    make: Make, name: str, configuration: str
+) -> None:
+    if configuration == "2d" and ("PCTNet" in name or "FMUNet" in name):
+        with pytest.raises(PluginError, match="use a 3D configuration .*STUNetTrainer for 2d"):
+            make(name, configuration)
+        return
+    trainer = started(make(name, configuration))
+    batch = training_batch(trainer)
+    fused = trainer._fuse(batch) if hasattr(trainer, "fusion") else batch
+    outputs = trainer.network(fused["data"])
+    assert [one.shape[2:] for one in outputs] == [one.shape[2:] for one in fused["target"]]
+    assert len(outputs) == len(trainer.loss.weight_factors)
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    assert [key for key, value in trainer.network.named_parameters() if value.grad is None] == []
+
+
+def train(trainer: Any) -> None:
+    """Train as nnUNetv2_train does; the final validation of segmentations, which makes processes,
+    is left to the stock command."""
+    if not hasattr(trainer, "fusion"):
+        trainer.perform_actual_validation = lambda save_probabilities: None
+    trainer.run_training()
+
+
+def predict(model: Path, channels: int = 1) -> np.ndarray:
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    image = np.random.default_rng(0).normal(0, 300, (channels, 20, 36, 40)).astype(np.float32)
+    spacing = predictor.configuration_manager.spacing
+    properties = {"spacing": [4.0, *spacing] if len(spacing) == 2 else spacing}
+    return predictor.predict_single_npy_array(image, properties)
+
+
+def check_trains_resumes_and_predicts(make: Make, name: str, **how: Any) -> None:
+    train(make(name, **how))
+    resumed = make(name, options={"STUNET_EPOCHS": 2}, **how)
+    maybe_load_checkpoint(resumed, True, False)
+    assert resumed.current_epoch == 1
+    train(resumed)
+    fold = Path(resumed.output_folder)
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert (checkpoint["current_epoch"], checkpoint["trainer_name"]) == (2, name)
+    channels = resumed.num_input_channels
+    if hasattr(resumed, "fusion"):
+        with pytest.raises(PluginError, match="pretrained with Volume Fusion.*Fine-tune it"):
+            predict(fold.parent, channels)
+        return
+    segmentation = predict(fold.parent, channels)
+    assert segmentation.shape == (20, 36, 40)
+    assert segmentation.max() < len(resumed.dataset_json["labels"])
+
+
+@every_family
+def test_trains_resumes_and_predicts(make: Make, name: str) -> None:
+    check_trains_resumes_and_predicts(make, name)
+
+
+@pytest.fixture(scope="session")
+def regions(new_workspace: Any, phantoms: Workspace) -> Workspace:
+    """Thick slices of the phantoms in four channels, with regions and an ignore label."""
+    workspace: Workspace = new_workspace("regions")
+    raw, source = workspace.raw / "Dataset902_Regions", phantoms.dataset_folder(phantoms.raw)
+    for part in ("imagesTr", "labelsTr"):
+        (raw / part).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for file in sorted((source / "labelsTr").iterdir()):
+        labels = sitk.ReadImage(str(file))[:, :, ::2]
+        case = file.name.removesuffix(".nii.gz")
+        image = sitk.ReadImage(str(source / "imagesTr" / f"{case}_0000.nii.gz"))[:, :, ::2]
+        values = sitk.GetArrayFromImage(labels)
+        values = np.where(values <= 2, values, 0).astype(np.uint8)
+        values[::3] = 3
+        with_ignore = sitk.GetImageFromArray(values)
+        with_ignore.CopyInformation(labels)
+        sitk.WriteImage(with_ignore, str(raw / "labelsTr" / file.name))
+        for channel in range(4):
+            noise = random.normal(0, 30, values.shape).astype(np.float32)
+            noisy = sitk.GetImageFromArray(sitk.GetArrayFromImage(image) + channel * noise)
+            noisy.CopyInformation(image)
+            sitk.WriteImage(noisy, str(raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz"))
+    description = {
+        "channel_names": {str(channel): "MRI" for channel in range(4)},
+        "labels": {"background": 0, "whole": [1, 2], "part": [2], "ignore": 3},
+        "regions_class_order": [1, 2],
+        "numTraining": 6,
+        "file_ending": ".nii.gz",
+    }
+    (raw / "dataset.json").write_text(json.dumps(description))
+    arguments = ("-d", "902", "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+    workspace.run("nnUNetv2_plan_and_preprocess", *arguments)
+    return workspace
+
+
+@pytest.mark.slow
+@every_family
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+def test_four_channels_regions_and_ignore_label(
+    make: Make, regions: Workspace, monkeypatch: Any, name: str, configuration: str
+) -> None:
+    if configuration == "2d" and ("PCTNet" in name or "FMUNet" in name):
+        pytest.skip("a 3D network")
+    monkeypatch.setenv("nnUNet_preprocessed", str(regions.preprocessed))
+    dataset = json.loads((regions.raw / "Dataset902_Regions" / "dataset.json").read_text())
+    how = {"workspace": regions, "dataset": dataset, "dataset_id": "902"}
+    check_trains_resumes_and_predicts(make, name, configuration=configuration, **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["STUNetTrainer", "PCTNetTrainer", "FMUNetTrainer"])
+def test_stock_commands_train_resume_and_predict(phantoms: Workspace, name: str) -> None:
+    plans = {**small_plans(phantoms.plans(), name), "plans_name": f"Small{name}"}
+    file = phantoms.dataset_folder(phantoms.preprocessed) / f"Small{name}.json"
+    file.write_text(json.dumps(plans))
+    what = ("-tr", name, "-p", f"Small{name}", "-device", "cpu")
+    phantoms.run("nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, *what)
+    if name == "STUNetTrainer":  # the others resume in this process, above
+        command = (PHANTOM_ID, "3d_fullres", 0, *what, "--c")
+        resumed = phantoms.run("nnUNetv2_train", *command, STUNET_EPOCHS="2").stdout
+        assert "Epoch 1" in resumed
+        assert "Epoch 0" not in resumed
+    model = phantoms.model(name, plans=f"Small{name}")
+    assert (model / "fold_0" / "validation" / "summary.json").is_file()
+    folders = [phantoms.root / f"{name}_{part}" for part in ("in", "out")]
+    folders[0].mkdir()
+    source = min(phantoms.dataset_folder(phantoms.raw).glob("imagesTr/*"))
+    (folders[0] / source.name).symlink_to(source)
+    where = ("-i", folders[0], "-o", folders[1], "-d", PHANTOM_ID, "-c", "3d_fullres", "-f", 0)
+    phantoms.run("nnUNetv2_predict", *where, *what, "--disable_tta", "-npp", 0, "-nps", 0)
+    assert len(list(folders[1].glob("*.nii.gz"))) == 1
+
+
+@pytest.mark.slow
+def test_cascade(phantoms: Workspace) -> None:
+    """The phantoms are too small for nnU-Net to plan one: added as its documentation says."""
+    plans = {**small_plans(phantoms.plans(), "STUNetTrainer"), "plans_name": "CascadePlans"}
+    full = plans["configurations"]["3d_fullres"]
+    plans["configurations"]["3d_lowres"] = {
+        "inherits_from": "3d_fullres",
+        "data_identifier": "CascadePlans_3d_lowres",
+        "spacing": [2 * step for step in full["spacing"]],
+        "next_stage": "3d_cascade_fullres",
+    }
+    plans["configurations"]["3d_cascade_fullres"] = {
+        "inherits_from": "3d_fullres",
+        "previous_stage": "3d_lowres",
+    }
+    file = phantoms.dataset_folder(phantoms.preprocessed) / "CascadePlans.json"
+    file.write_text(json.dumps(plans))
+    lowres = ("-plans_name", "CascadePlans", "-c", "3d_lowres", "-np", 1)
+    phantoms.run("nnUNetv2_preprocess", "-d", PHANTOM_ID, *lowres)
+    what = ("-tr", "STUNetTrainer", "-p", "CascadePlans", "-device", "cpu")
+    # Fold all, so that the second stage finds a prediction of the first for every case.
+    phantoms.run("nnUNetv2_train", PHANTOM_ID, "3d_lowres", "all", *what)
+    phantoms.run("nnUNetv2_train", PHANTOM_ID, "3d_cascade_fullres", 0, *what)
+    model = phantoms.model("STUNetTrainer", "3d_cascade_fullres", "CascadePlans")
+    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1
+
+
+def test_models_of_the_version_before_predict_the_same(nnunet_environment: Workspace) -> None:
+    model = DATA / "STUNetTrainer__EarlierPlans__3d_fullres"
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(str(model / "prediction.nii.gz")))
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    image = np.random.default_rng(0).normal(0, 300, (1, 20, 36, 40)).astype(np.float32)
+    found = predictor.predict_single_npy_array(image, {"spacing": [5.0, 5.0, 5.0]})
+    assert (found == expected).mean() > 0.999
+    assert len(np.unique(found)) == len(np.unique(expected)) > 3
+
+
+@pytest.mark.parametrize("name", ["STUNetTrainer", "VolumeFusionTrainer"])
+def test_checkpoints_of_the_version_before_resume(
+    make: Make, nnunet_environment: Workspace, name: str, monkeypatch: Any
+) -> None:
+    model = DATA / f"{name}__EarlierPlans__3d_fullres"
+    file = str(model / "fold_0" / "checkpoint_final.pth")
+    checkpoint = torch.load(file, weights_only=False)
+    chosen = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]
+    raw = nnunet_environment.dataset_folder(nnunet_environment.raw)
+    dataset = json.loads((raw / "dataset.json").read_text())
+    trainer = make(name, dataset=dataset, options={"STUNET_EPOCHS": 2}, **chosen)
+    trainer.load_checkpoint(file)
+    assert trainer.current_epoch == 1
+    for key, value in checkpoint["network_weights"].items():
+        assert torch.equal(trainer.network.state_dict()[key], value)
+    train(trainer)
+    assert Path(trainer.output_folder, "checkpoint_final.pth").is_file()
+    network = started(make("STUNetTrainer", dataset=dataset, **chosen)).network
+    misfits = describe_misfits(network, checkpoint["network_weights"], heads_too=False)
+    assert misfits == ""
