@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_helpers import DATASET, Make, build, small_plans
 
 from conftest import Workspace
+from trainer_helpers import DATASET, Make, build, small_plans
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from trainer_helpers import FAMILIES, Make, batch_for, small_plans, started
 
 from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
@@ -23,6 +22,7 @@ from stunet_plugin.trainers.stunet_trainers import SCHEDULES
 from stunet_plugin.weights.pretrained import describe_misfits
 
 from conftest import PHANTOM_ID, Workspace
+from trainer_helpers import FAMILIES, Make, batch_for, small_plans, started
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -195,7 +195,7 @@ def published(size: str) -> dict[str, Any]:
         ),
         (TINY, {"architecture": OTHER}, "'other.Net'.*STUNetPlans_<size>"),
         (TINY, {"patch_size": [40, 48, 60]}, r"\[40, 48, 56\] and \[40, 48, 64\].*plans file"),
-        (TINY, {"patch_size": [4, 8, 8]}, "a single voxel is left at the deepest stage"),
+        (TINY, {"patch_size": [4, 8, 8]}, "single voxel at the deepest stage"),
         (TINY, {"data_identifier": "nowhere"}, f"nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name"),
         (TINY, {"batch_size": None}, "has no batch_size. Plan again"),
         ("PCTNetTrainer", {"architecture": OTHER}, "'other.Net'.*-p PCTNetPlans"),
