@@ -24,7 +24,7 @@ from stunet_plugin.networks.memory import PUBLISHED_STRIDES
 from stunet_plugin.networks.presets import MISFM_PRESETS, PCTNET, PRESETS, get_preset
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import Strides
-from stunet_plugin.weights import fmunet_keys, pctnet_keys, stunet
+from stunet_plugin.weights import misfm_keys, stunet
 
 INPUT_CHANNELS = 1
 MODE_PATCHES = {0: (96, 96, 96), 1: (64, 128, 128), 2: (32, 128, 128)}
@@ -88,9 +88,9 @@ def _misfm(network: Any, number: int) -> Subject:
         mode.strides,
         partial(_from_plan, network.architecture(mode)),
         plain,
-        partial(pctnet_keys.translate_state_dict, mode=number)
+        partial(misfm_keys.translate_pctnet, mode=number)
         if is_pctnet
-        else fmunet_keys.translate_state_dict,
+        else misfm_keys.translate_fmunet,
         partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-5),
     )
 

@@ -197,7 +197,7 @@ class WindowAttention(nn.Module):
     voxels means the same in windows of all sizes, and weights fit any plan.
 
     The published table depends on the window that the network was built for, and its index has a
-    quirk that lets different offsets share a row. :mod:`stunet_plugin.weights.pctnet_keys`
+    quirk that lets different offsets share a row. :mod:`stunet_plugin.weights.misfm_keys`
     translates such tables to this one, function for function.
 
     Args:

@@ -8,7 +8,9 @@ reads further.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
@@ -113,6 +115,12 @@ def _describe(head: bytes) -> str:
             "a tar archive (torch's format before 0.1.10 is one too). Unpack it, or save it again"
             " with a newer torch"
         )
+    start = head
+    if head.startswith(b"\x1f\x8b"):
+        with contextlib.suppress(zlib.error):
+            start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head)
+    if start[344:348] in (b"n+1\0", b"ni1\0"):
+        return "a NIfTI image, not a checkpoint. Images are for nnUNetv2_predict -i"
     for start, description in _KNOWN_STARTS.items():
         if head.lstrip().startswith(start):
             return description

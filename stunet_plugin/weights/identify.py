@@ -27,6 +27,9 @@ DIMENSIONS = 3
 COUNTER = ".num_batches_tracked"
 """End of the names of the batches that a batch norm has seen; integers, unlike other tensors."""
 
+HEADS = ".seg_layers."
+"""Part of the names of the segmentation heads."""
+
 _WEIGHT_TYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 
 
@@ -71,7 +74,9 @@ class NetworkWeights(ABC):
         origin: who wrote them.
         checkpoint: all that the file holds, untrusted.
         tensors: name to tensor; those of a zip-format file are still mapped to it.
-        input_channels, outputs: of the first convolution and of the segmentation heads.
+        input_channels, outputs: of the first convolution and of the segmentation heads; 0 outputs
+            where the heads were left out, as an import of pretrained weights does.
+        features: channels per stage, full resolution first.
     """
 
     origin: Origin
@@ -79,6 +84,38 @@ class NetworkWeights(ABC):
     tensors: dict[str, Tensor]
     input_channels: int
     outputs: int
+    features: tuple[int, ...]
+
+    def build(self) -> nn.Module:
+        """Return the network of these sizes on the meta device, by nnU-Net's own function."""
+        import torch
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+        entry = self.architecture(((1,) * DIMENSIONS,) * self.stages)
+        with torch.device("meta"):
+            network: nn.Module = get_network_from_plans(
+                entry["network_class_name"],
+                entry["arch_kwargs"],
+                entry["_kw_requires_import"],
+                self.input_channels,
+                self.outputs or 1,
+                allow_init=False,
+            )
+        return network
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, without heads where they were left out."""
+        return sum(
+            parameter.numel()
+            for name, parameter in self.build().named_parameters()
+            if self.outputs or HEADS not in name
+        )
+
+    @property
+    @abstractmethod
+    def network_name(self) -> str:
+        """Network with its article, for messages."""
 
     @property
     @abstractmethod
@@ -225,19 +262,18 @@ def plain_tensor(name: object, value: Any) -> Tensor:
     return tensor
 
 
-def check_tensors(tensors: Mapping[str, Tensor], network: nn.Module, who: str, size: str) -> None:
-    """Compare names and shapes with a network, which may be on the meta device.
-
-    Args:
-        tensors: under its names.
-        network: of the sizes that were read off them.
-        who: with its article, for messages.
-        size: those sizes, for messages.
+def check_tensors(weights: NetworkWeights) -> None:
+    """Compare names and shapes with the network that the weights claim to be.
 
     Raises:
         PluginError: missing, unknown or misshapen tensors.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    tensors, network = weights.tensors, weights.build()
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in network.state_dict().items()
+        if weights.outputs or HEADS not in name
+    }
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing:
@@ -245,13 +281,16 @@ def check_tensors(tensors: Mapping[str, Tensor], network: nn.Module, who: str, s
             f"{len(missing)} of {len(expected)} tensors are missing (for example {missing[0]})."
         )
     if extra:
-        raise PluginError(f"{len(extra)} tensors are no part of {who} (for example {extra[0]}).")
+        raise PluginError(
+            f"{len(extra)} tensors are no part of {weights.network_name} (for example {extra[0]})."
+        )
     wrong = [name for name, shape in expected.items() if tuple(tensors[name].shape) != shape]
     if wrong:
         name = wrong[0]
         raise PluginError(
-            f"{len(wrong)} of {len(expected)} tensors have the wrong shape for {size} (for example"
-            f" {name}: {tuple(tensors[name].shape)}, expected {expected[name]})."
+            f"{len(wrong)} of {len(expected)} tensors have the wrong shape for widths"
+            f" {list(weights.features)} (for example {name}: {tuple(tensors[name].shape)}, expected"
+            f" {expected[name]})."
         )
 
 

@@ -1,47 +1,55 @@
-"""Import of published weights: a checkpoint becomes a model folder of nnU-Net v2."""
+"""Import of published weights: a checkpoint becomes a model folder of nnU-Net v2.
+
+PyMIC checkpoints say neither how images were prepared nor what outputs mean. Those that MIS-FM
+publishes were trained on Volume Fusion, whose outputs mean nothing to anyone else: their heads are
+left out, as stock ``-pretrained_weights`` would.
+"""
 
 from __future__ import annotations
 
+import platform
 import re
 import reprlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
+from stunet_plugin.nnunet.registration import host_version
+from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights.choose_plan import choose_labels, choose_plan, published_facts
 from stunet_plugin.weights.file_formats import FileFormat, check_integrity, recognise
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, check_finite
-from stunet_plugin.weights.import_pretext import (
-    PRETEXT,
-    is_pretext,
-    pretext_advice,
-    refuse_own_pretext,
-)
-from stunet_plugin.weights.import_record import is_same_import, make_record
 from stunet_plugin.weights.input_channels import adapt_input_channels
 from stunet_plugin.weights.locate import Hub, Source, find_source
-from stunet_plugin.weights.misfm import MISFMWeights
+from stunet_plugin.weights.misfm import PYMIC_ORIGINS, MISFMWeights
 from stunet_plugin.weights.model_folder import (
     Writer,
     check_replaceable,
     checkpoint_writer,
     dataset_folder_name,
     find_import,
+    is_same_import,
     json_writer,
     results_folder,
     write_model_folder,
 )
 from stunet_plugin.weights.output_labels import Labels
+from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 from stunet_plugin.weights.read_weights import read_weights
 from stunet_plugin.weights.source_plan import SourcePlan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
+
+PRETEXT = "pretext"
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,8 @@ def import_checkpoint(options: Import, hub: Hub | None = None) -> ImportedModel:
     source = find_source(options.source, hub)
     file_format = recognise(source.checkpoint)
     weights = read_weights(source.checkpoint, file_format, options.mode)
-    refuse_own_pretext(weights.checkpoint, source.checkpoint)
-    if isinstance(weights, MISFMWeights) and is_pretext(options, weights, source):
+    _refuse_own_pretext(weights.checkpoint, source.checkpoint)
+    if isinstance(weights, MISFMWeights) and _is_pretext(options, weights, source):
         model = _pretext_model(options, source, weights)
     else:
         model = _segmentation_model(options, source, weights)
@@ -102,7 +110,7 @@ def import_checkpoint(options: Import, hub: Hub | None = None) -> ImportedModel:
     if file_format is FileFormat.TORCH_ZIP:
         check_integrity(source.checkpoint)
     check_finite(weights.tensors, source.checkpoint)
-    record = make_record(options, source, weights, model.plan, model.labels)
+    record = _make_record(options, source, weights, model.plan, model.labels)
     checkpoint = f"fold_{options.fold}/{CHECKPOINT}"
     if there is not None:
         if not options.force and is_same_import(model.folder, record, model.contents, checkpoint):
@@ -173,8 +181,104 @@ def _pretext_model(options: Import, source: Source, weights: MISFMWeights) -> Im
         "none: weights of a pretext task",
         "none: heads left out",
         {"configuration": CONFIGURATION, "mode": weights.mode.number},
-        advice=pretext_advice(weights, folder / f"fold_{options.fold}" / CHECKPOINT),
+        advice=_pretext_advice(weights, folder / f"fold_{options.fold}" / CHECKPOINT),
     )
+
+
+def _refuse_own_pretext(checkpoint: Mapping[str, Any], file: Path) -> None:
+    """Raise if a checkpoint is of a VolumeFusionTrainer, which fine-tuning takes as it is."""
+    arguments = checkpoint.get("init_args")
+    dataset = arguments.get("dataset_json") if isinstance(arguments, Mapping) else None
+    if isinstance(dataset, Mapping) and VOLUME_FUSION_ENTRY in dataset:
+        raise PluginError(
+            f"{file} is from pretraining with Volume Fusion (trainer"
+            f" {reprlib.repr(checkpoint.get('trainer_name'))}) and segments nothing. There is"
+            f" nothing to import: fine-tune with -pretrained_weights {shlex.quote(str(file))}"
+        )
+
+
+def _is_pretext(options: Import, weights: MISFMWeights, source: Source) -> bool:
+    """Return whether weights are those of a pretext task.
+
+    They are if the user says so (``--pretext``), or if a PyMIC checkpoint has the pretext task's
+    five outputs and the user gives neither a plan nor labels, which a segmentation model needs.
+
+    Raises:
+        PluginError: that cannot be told, or the options contradict each other.
+    """
+    if weights.outputs == 0:
+        return True
+    given = (options.plans, options.spacing, options.patch_size, options.labels)
+    segments = any(given)
+    if options.pretext and (segments or weights.origin not in PYMIC_ORIGINS):
+        raise PluginError(
+            "--pretext is for PyMIC checkpoints whose outputs mean nothing outside of pretraining,"
+            " so it goes with neither --plans, --spacing, --patch-size nor --labels. Leave one or"
+            " the other out."
+        )
+    if options.pretext or segments or weights.origin not in PYMIC_ORIGINS:
+        return options.pretext
+    if weights.outputs != PRETEXT_OUTPUTS:
+        raise PluginError(
+            f"{source.checkpoint} has {weights.outputs} outputs, and a {weights.origin.value} does"
+            " not say what they are. If it segments, say how its images were prepared: --spacing Z"
+            " Y X --patch-size Z Y X (or --plans FILE), and --labels background NAME ... If it was"
+            " pretrained and you want to fine-tune it: --pretext."
+        )
+    return True
+
+
+def _pretext_advice(weights: MISFMWeights, file: Path) -> tuple[tuple[str, str], ...]:
+    """Return (what it does, command) of each thing to run with the checkpoint that was written."""
+    network = weights.network
+    plan = (
+        f"nnUNetv2_plan_experiment -d DATASET -pl {network.planner} && nnUNetv2_preprocess -d"
+        f" DATASET -plans_name {network.plans} -c {CONFIGURATION}    # must come to mode"
+        f" {weights.mode.number}"
+    )
+    widths = (
+        f'"features_per_stage": {list(weights.features)} into the arch_kwargs of {CONFIGURATION} in'
+        f" {network.plans}.json, since the planner takes the published widths"
+    )
+    train = f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {network.plans}"
+    fine_tune = f"{train} -tr {weights.trainer}_ft -pretrained_weights {shlex.quote(str(file))}"
+    then = () if weights.published_size else (("Then write", widths),)
+    return (("Plan", plan), *then, ("Fine-tune", fine_tune))
+
+
+def _make_record(
+    options: Import, source: Source, weights: NetworkWeights, plan: str, labels: str
+) -> dict[str, Any]:
+    """Return the record of an import.
+
+    Args:
+        options, source, weights: what is imported.
+        plan, labels: where they come from.
+    """
+    import numpy
+    import torch
+
+    adapted = options.in_channels not in (None, weights.input_channels)
+    return {
+        "source": options.source,
+        "file": source.checkpoint.name,
+        "sha256": sha256_of(source.checkpoint),
+        "plans_pickle_sha256": sha256_of(source.plans_pickle) if source.plans_pickle else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "format": weights.origin.value,
+        "network": weights.description,
+        "plan": plan,
+        "labels": labels,
+        "input_channels": options.in_channels or weights.input_channels,
+        "stem": (options.stem or weights.default_stem) if adapted else "as in the source",
+        "versions": {
+            "stunet-plugin": __version__,
+            "nnunetv2": host_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def _print_source(source: Source, weights: NetworkWeights) -> None:

@@ -11,9 +11,9 @@ from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights.choose_plan import choose_labels, find_plan
 from stunet_plugin.weights.file_formats import FileFormat, recognise
 from stunet_plugin.weights.identify import NetworkWeights, Origin
-from stunet_plugin.weights.import_record import PROVENANCE
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.misfm import MISFMWeights
+from stunet_plugin.weights.model_folder import PROVENANCE
 from stunet_plugin.weights.output_labels import Labels
 from stunet_plugin.weights.read_plans import plan_from_v1
 from stunet_plugin.weights.read_weights import read_weights

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,12 @@ _HUB_ADDRESS = re.compile(
 
 CHECKPOINTS = (CHECKPOINT, "checkpoint_best.pth", "checkpoint_latest.pth")
 """What nnU-Net v2 writes into a fold, the most wanted first."""
+
+
+_WEB_ADDRESS = "https://huggingface.co/{}/resolve/{}/{}"
+_WEB = re.compile(
+    r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([\w.-]+)/([^?#]+).*"
+)
 
 
 class Hub(Protocol):
@@ -60,6 +67,15 @@ def find_source(given: str, hub: Hub | None = None) -> Source:
     """
     if given.startswith(HUB_PREFIX):
         return _from_hub(given, hub)
+    if given.startswith(("http://", "https://")):
+        web = _WEB.fullmatch(given)
+        revision = f"@{web[2]}" if web and web[2] != "main" else ""
+        advice = (
+            f"stunet import {HUB_PREFIX}{web[1]}{revision}/{web[3]}"
+            if web
+            else "download the file, and stunet import its path"
+        )
+        raise PluginError(f"{given} is an address of the web. Run: {advice}")
     path = Path(given).expanduser()
     beside = path.with_name(path.name + PLANS_SUFFIX) if path.name else path
     return Source(given, path, beside if beside.is_file() and beside != path else None)
@@ -77,25 +93,28 @@ def _from_hub(given: str, hub: Hub | None) -> Source:
     try:
         checkpoint = Path(client.hf_hub_download(filename=match["file"], **where))
     except Exception as error:  # the client has dozens of its own, and those of the network
+        address = _WEB_ADDRESS.format(
+            match["repository"], match["revision"] or "main", match["file"]
+        )
         raise PluginError(
             f"{given} could not be downloaded ({type(error).__name__}: {_first_line(error)}). Check"
             " the spelling and the network, then run the same command again: what is there already"
-            " is not downloaded twice. Or download the file yourself and give its path."
+            f" is not downloaded twice. Or download {address} by hand and give its path."
         ) from error
     try:
         pickled: Path | None = Path(
             client.hf_hub_download(filename=match["file"] + PLANS_SUFFIX, **where)
         )
     except Exception as error:  # the file is optional, whatever the reason
-        print(
-            f"No {Path(match['file']).name}{PLANS_SUFFIX} beside it on the hub"
-            f" ({type(error).__name__})."
-        )
+        name = f"{Path(match['file']).name}{PLANS_SUFFIX}"
+        print(f"No {name} beside it on the hub ({type(error).__name__}).")
         pickled = None
     return Source(given, checkpoint, pickled)
 
 
 def _hub_client() -> Hub:
+    # Without a network the client would try for minutes.
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:

@@ -15,11 +15,14 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.utils.files import flush, sha256_of
 from stunet_plugin.weights.identify import COUNTER
-from stunet_plugin.weights.import_record import CHECKPOINT_SHA256, PROVENANCE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PROVENANCE = "provenance.json"
+CHECKPOINT_SHA256 = "checkpoint_sha256"
+_CIRCUMSTANCES = ("source", "file", "date", "versions", "files", CHECKPOINT_SHA256)
+"""Entries of the record in which two imports of the same content may differ."""
 TEMPORARY_PREFIX = ".stunet_import_"
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -88,6 +91,33 @@ def find_import(target: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise PluginError(f"{file} is damaged. Move {target} away and import again.") from error
     return record
+
+
+def is_same_import(
+    target: Path, record: Mapping[str, Any], contents: Mapping[str, Any], checkpoint: str
+) -> bool:
+    """Return whether a model folder is that of the same import, whole and unchanged.
+
+    Args:
+        target: the model folder.
+        record: what would be recorded now.
+        contents: path within the folder to the content of each JSON file that would be written.
+        checkpoint: path of the checkpoint within the folder.
+    """
+    try:
+        there = json.loads((target / PROVENANCE).read_text())
+        wanted = {key: value for key, value in record.items() if key not in _CIRCUMSTANCES}
+        return (
+            all(there[key] == value for key, value in json.loads(json.dumps(wanted)).items())
+            and all((target / name).is_file() for name in there["files"])
+            and all(
+                json.loads((target / name).read_text()) == json.loads(json.dumps(content))
+                for name, content in contents.items()
+            )
+            and there[CHECKPOINT_SHA256] == sha256_of(target / checkpoint)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_replaceable(target: Path, record: Mapping[str, Any], force: bool) -> None:

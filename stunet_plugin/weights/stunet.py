@@ -60,12 +60,10 @@ class STUNetWeights(NetworkWeights):
     """The weights of an STU-Net under this plugin's names.
 
     Attributes:
-        features: channels per stage, full resolution first.
         blocks: residual blocks per encoder stage.
         decoder_blocks: per decoder stage, deepest first.
     """
 
-    features: tuple[int, ...]
     blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
 
@@ -80,6 +78,10 @@ class STUNetWeights(NetworkWeights):
         return self.preset is not None
 
     @property
+    def network_name(self) -> str:
+        return "an STU-Net"
+
+    @property
     def trainer(self) -> str:
         """The size's trainer, or the one that follows the plan."""
         return f"STUNetTrainer_{self.preset.name}" if self.preset else "STUNetTrainer"
@@ -91,10 +93,9 @@ class STUNetWeights(NetworkWeights):
     @property
     def description(self) -> str:
         size = f"STU-Net {self.preset.name}" if self.preset else "an STU-Net of no published size"
-        parameters = sum(tensor.numel() for tensor in self.tensors.values())
         return (
             f"{size} (widths {list(self.features)}, blocks {list(self.blocks)}),"
-            f" {parameters:,} parameters, {self.input_channels} input channel(s),"
+            f" {self.parameters:,} parameters, {self.input_channels} input channel(s),"
             f" {self.outputs} outputs"
         )
 
@@ -145,7 +146,7 @@ def read_stunet(
         translated = weights if origin is Origin.OWN else translate_state_dict(weights)
         tensors = {name: plain_tensor(name, value) for name, value in translated.items()}
         found = _measure(origin, checkpoint, tensors)
-        _check_shapes(found)
+        check_tensors(found)
     except PluginError as error:
         raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
     return found
@@ -190,19 +191,6 @@ def _measure(
         blocks=tuple(len(blocks["encoder", stage]) for stage in range(stages)),
         decoder_blocks=tuple(len(blocks["decoder", stage]) for stage in range(stages - 1)),
     )
-
-
-def _check_shapes(found: STUNetWeights) -> None:
-    """Hold names and shapes against the network of these sizes, built without memory."""
-    import torch
-
-    from stunet_plugin.networks.stunet import STUNet
-
-    no_strides = ((1,) * DIMENSIONS,) * found.stages
-    arguments = found.architecture(no_strides)["arch_kwargs"] | {"conv_op": torch.nn.Conv3d}
-    with torch.device("meta"):
-        network = STUNet(found.input_channels, found.outputs, **arguments)
-    check_tensors(found.tensors, network, "an STU-Net", f"widths {list(found.features)}")
 
 
 def translate_key(key: str) -> str:

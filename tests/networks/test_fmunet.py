@@ -15,7 +15,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import MODES
 from stunet_plugin.networks.fmunet import DROPOUT, FEATURES, FMUNet
 from stunet_plugin.networks.presets import FMUNET
-from stunet_plugin.weights.fmunet_keys import translate_state_dict
+from stunet_plugin.weights.misfm_keys import translate_fmunet
 
 from misfm_helpers import (
     SMALL,
@@ -60,7 +60,7 @@ def test_published_function(shared: Path, mode: int) -> None:
         shared / "fixtures",
         f"fmunet_mode{mode}_tiny",
         "",
-        translate_state_dict,
+        translate_fmunet,
     )
 
 
@@ -75,18 +75,18 @@ def test_prediction_slab_by_slab_is_the_published_function(
 ) -> None:
     published = randomise(plain(2, 4, mode, *SMALL.values(), DROPOUT, True)).double().eval()
     network = tiny(mode, input_channels=2, num_classes=4).double().eval()
-    network.load_state_dict(translate_state_dict(published.state_dict()))
+    network.load_state_dict(translate_fmunet(published.state_dict()))
     check_slab_by_slab(network, published, size, monkeypatch, 1e-10)
 
 
 def test_computing_again_changes_no_gradient(plain: Callable[..., nn.Module]) -> None:
     published = randomise(plain(1, 3, 1, *SMALL.values(), (0.0,) * 5, True)).double()
     network = tiny(dropout_per_stage=(0.0,) * 5).double()
-    network.load_state_dict(translate_state_dict(published.state_dict()))
+    network.load_state_dict(translate_fmunet(published.state_dict()))
     x = torch.randn(2, 1, 16, 32, 48, dtype=torch.float64)
     for each in (published, network):
         sum(output.square().mean() for output in each(x)).backward()
-    translated = translate_state_dict(
+    translated = translate_fmunet(
         {name: parameter.grad for name, parameter in published.named_parameters()}
     )
     for name, parameter in network.named_parameters():
@@ -158,4 +158,4 @@ def test_input_that_does_not_fit_is_refused() -> None:
 
 def test_keys_of_other_networks_are_refused() -> None:
     with pytest.raises(PluginError, match=r"block1\.weight.*published FMUNet"):
-        translate_state_dict({"block1.weight": torch.zeros(1)})
+        translate_fmunet({"block1.weight": torch.zeros(1)})

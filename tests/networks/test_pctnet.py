@@ -19,7 +19,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import MODES
 from stunet_plugin.networks.pctnet import DROPOUT, FEATURES, PCTNet
 from stunet_plugin.networks.presets import PCTNET
-from stunet_plugin.weights.pctnet_keys import translate_state_dict
+from stunet_plugin.weights.misfm_keys import translate_pctnet
 
 from misfm_helpers import (
     SMALL,
@@ -66,7 +66,7 @@ def plain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn
 @pytest.mark.shared
 @pytest.mark.parametrize("mode", FIXTURES)
 def test_published_function(shared: Path, mode: int) -> None:
-    translate = functools.partial(translate_state_dict, mode=mode)
+    translate = functools.partial(translate_pctnet, mode=mode)
     check_fixture(tiny(mode, num_classes=5), shared / "fixtures", *FIXTURES[mode], translate)
 
 
@@ -81,7 +81,7 @@ def test_prediction_slab_by_slab_is_the_published_function(
 ) -> None:
     published = randomise(plain(2, 4, mode, size, *SMALL.values(), DROPOUT, True)).double().eval()
     network = tiny(mode, input_channels=2, num_classes=4).double().eval()
-    network.load_state_dict(translate_state_dict(published.state_dict(), mode))
+    network.load_state_dict(translate_pctnet(published.state_dict(), mode))
     check_slab_by_slab(network, published, size, monkeypatch, 1e-12)
 
 
@@ -91,7 +91,7 @@ def test_computing_again_changes_no_gradient(plain: Callable[..., nn.Module]) ->
     size = (16, 32, 48)
     published = randomise(plain(1, 3, 1, size, *SMALL.values(), (0.0,) * 5, True)).double()
     network = tiny(**NO_DROPOUT).double()
-    network.load_state_dict(translate_state_dict(published.state_dict(), 1))
+    network.load_state_dict(translate_pctnet(published.state_dict(), 1))
     for (
         part
     ) in published.modules():  # The plain network has a constant in place of the drop-path option.
@@ -104,12 +104,12 @@ def test_computing_again_changes_no_gradient(plain: Callable[..., nn.Module]) ->
         name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in published.named_parameters()
     }
-    translated = translate_state_dict(expected, 1)
+    translated = translate_pctnet(expected, 1)
     for name, parameter in network.named_parameters():
         if not name.endswith("bias_table"):
             torch.testing.assert_close(parameter.grad, translated[name], rtol=1e-8, atol=1e-10)
     # Running statistics count the batch once.
-    buffers = translate_state_dict(published.state_dict(), 1)
+    buffers = translate_pctnet(published.state_dict(), 1)
     for name, buffer in network.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-9, atol=1e-12)
 
@@ -231,7 +231,7 @@ def test_input_that_does_not_fit_is_refused() -> None:
 
 def test_keys_of_other_networks_are_refused() -> None:
     with pytest.raises(PluginError, match=r"block1\.weight.*published PCT-Net"):
-        translate_state_dict({"block1.weight": torch.zeros(1)}, 0)
+        translate_pctnet({"block1.weight": torch.zeros(1)}, 0)
 
 
 @pytest.mark.shared

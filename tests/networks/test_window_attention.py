@@ -20,10 +20,10 @@ from stunet_plugin.networks.window_attention import (
     offset_rows,
     windows_per_mask,
 )
-from stunet_plugin.weights.pctnet_keys import (
+from stunet_plugin.weights.misfm_keys import (
     published_rows,
     resample_table,
-    translate_state_dict,
+    translate_pctnet,
     translate_table,
     window_of_table,
 )
@@ -76,7 +76,7 @@ def pair(
     def make(shape: tuple[int, ...]) -> tuple[Callable[[Tensor], Tensor], WindowTransformer]:
         published = randomise(plain.PlainTransformer(CHANNELS, shape, HEADS, 0.2).double().eval())
         prefix, own = "pyramid_ct.convtrans_e2.trans.", "encoder.stages.2.2.transformer."
-        weights = translate_state_dict(
+        weights = translate_pctnet(
             {prefix + key: value for key, value in published.state_dict().items()}, mode=0
         )
         ours = transformer().double().eval()

@@ -108,7 +108,7 @@ def test_v1_stage_and_batch_dice_come_from_the_trainer(tmp_path: Path) -> None:
         ({f"{STAGE}/patch_size": [32, 32]}, "3 positive whole numbers"),
         ({f"{STAGE}/patch_size": "128"}, "3 positive whole numbers"),
         ({f"{STAGE}/patch_size": [32, 32, 63]}, "must be divisible by [16, 16, 32]"),
-        ({f"{STAGE}/patch_size": [16, 16, 32]}, "a single voxel is left"),
+        ({f"{STAGE}/patch_size": [16, 16, 32]}, "leaves a single voxel"),
         ({f"{STAGE}/batch_size": 0}, "at least 1"),
         ({f"{STAGE}/pool_op_kernel_sizes": []}, "3 whole numbers for each pooling"),
         (

@@ -1,32 +1,76 @@
-"""Parameter names of the published PCT-Net, translated to ours. Pure functions from a state dict to
-a state dict.
+"""Parameter names of the published PCT-Net and FMUNet, translated to ours.
 
-Published names (PyMIC checkpoints; m anisotropy mode):
-    ``embeddings.m.{proj,conv0,conv1,down1,down2}``,
+Pure functions from a state dict to a state dict. Published names (PyMIC checkpoints; m anisotropy
+mode, l level, u unit) of PCT-Net: ``embeddings.m.{proj,conv0,conv1,down1,down2}``,
 ``pyramid_ct.{down3,down4,convtrans_{e2,e3,e4,d3,d2},up3,up4,out_conv2,out_conv3}``,
-``pred_heads.m.{up1,up2,conv0,conv1,out_conv0,out_conv1}``, and in each the positions of norms,
-activations and convolutions. A file holds the stems and heads of all three modes around one
-pyramid.
+``pred_heads.m.{up1,up2,conv0,conv1,out_conv0,out_conv1}``; a file holds the stems and heads of all
+three modes around one pyramid. Of FMUNet: ``project``, ``out_layers.L``,
+``encoder.{en_convL.conv_list.U,downL.down}``,
+``decoder.{upcatL.up,upcatL.conv,de_convL.conv_list.U}``. In each follow the positions of
+norms, activations and convolutions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.anisotropy import MODES, get_mode
-from stunet_plugin.networks.pctnet import DEPTH
+from stunet_plugin.networks import fmunet, pctnet
+from stunet_plugin.networks.anisotropy import MODES, NUM_LEVELS, get_mode
 from stunet_plugin.networks.window_attention import WINDOW_SIZE
-from stunet_plugin.weights.key_tables import numbered, translate, unknown_key
 
 Value = TypeVar("Value")
 
-NETWORK = "PCT-Net"
+
+def numbered(published: str, ours: str, names: Mapping[int, str]) -> dict[str, str]:
+    """Return a table entry for each module of a published sequence that has parameters: position to
+    our name."""
+    return {f"{published}.{position}": f"{ours}.{name}" for position, name in names.items()}
+
+
+def translate(
+    key: str, value: Tensor, modules: Mapping[str, str], network: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield our names and tensors for a published parameter or buffer.
+
+    Its module's name is looked up, its own is kept. The published networks concatenate (skip,
+    upsampled) and normalise then; ours normalise the two and concatenate then, so such a norm comes
+    apart into two halves.
+
+    Args:
+        key: published name, such as ``project.weight``.
+        value: what it names.
+        modules: our name of every published module.
+        network: what the message calls the published network.
+
+    Raises:
+        PluginError: the published network has no such module.
+    """
+    module, _, name = key.rpartition(".")
+    if module not in modules:
+        raise unknown_key(key, modules, network)
+    ours = modules[module]
+    if not (ours.startswith("decoder.merges.") and ours.endswith(".norms.0")):
+        yield f"{ours}.{name}", value
+        return
+    halves = value.chunk(2) if value.ndim else (value, value)
+    for half, part in enumerate(halves):
+        yield f"{ours.removesuffix('0')}{half}.{name}", part
+
+
+def unknown_key(key: str, modules: Mapping[str, str], network: str) -> PluginError:
+    """Return the error for a name that the published network does not have."""
+    parts = sorted({published.partition(".")[0] for published in modules})
+    return PluginError(
+        f"{key!r} is not a parameter of the published {network} (its parts: {', '.join(parts)}). "
+        f"Is this the checkpoint of another network?"
+    )
+
 
 _UNIT = {0: "norms.0", 1: "act", 2: "conv"}
 _CONV_BLOCK = {0: "0.norms.0", 1: "0.act", 2: "0.conv", 3: "1.norms.0", 4: "1.act", 6: "1.conv"}
@@ -43,7 +87,7 @@ _TRANSFORMER_BLOCK = {
 
 def _pct_block(published: str, ours: str) -> dict[str, str]:
     modules = numbered(f"{published}.conv.conv_conv", f"{ours}.conv", _CONV_BLOCK)
-    for block in range(DEPTH):
+    for block in range(pctnet.DEPTH):
         theirs, mine = f"{published}.trans.blocks.{block}", f"{ours}.transformer.blocks.{block}"
         modules |= {
             f"{theirs}.{name}": f"{mine}.{translated}"
@@ -52,7 +96,7 @@ def _pct_block(published: str, ours: str) -> dict[str, str]:
     return modules
 
 
-def _modules(mode: int) -> dict[str, str]:
+def _pctnet_modules(mode: int) -> dict[str, str]:
     """Our names of the modules that one mode uses; decoder steps are counted from the deepest."""
     stem, pyramid, head = f"embeddings.{mode}", "pyramid_ct", f"pred_heads.{mode}"
     modules = {f"{stem}.proj": "encoder.stages.0.0"}
@@ -93,8 +137,8 @@ def _modules(mode: int) -> dict[str, str]:
     return modules
 
 
-_MODULES = tuple(_modules(mode.number) for mode in MODES)
-_ALL_MODULES = {name: ours for modules in _MODULES for name, ours in modules.items()}
+_PCTNET_MODULES = tuple(_pctnet_modules(mode.number) for mode in MODES)
+_ALL_MODULES = {name: ours for modules in _PCTNET_MODULES for name, ours in modules.items()}
 
 # A norm in every PCT block that the published forward never uses, and buffers that ours computes.
 _UNUSED = re.compile(
@@ -108,15 +152,15 @@ def used_in(published: Mapping[str, Value], mode: int) -> dict[str, Value]:
     Raises:
         PluginError: no such mode, or a name is not one of the published PCT-Net's.
     """
-    chosen = _MODULES[get_mode(mode).number]
+    chosen = _PCTNET_MODULES[get_mode(mode).number]
     modules = {key: key.rpartition(".")[0] for key in published if not _UNUSED.fullmatch(key)}
     for key, module in modules.items():
         if module not in _ALL_MODULES:
-            raise unknown_key(key, _ALL_MODULES, NETWORK)
+            raise unknown_key(key, _ALL_MODULES, "PCT-Net")
     return {key: published[key] for key, module in modules.items() if module in chosen}
 
 
-def translate_state_dict(published: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
+def translate_pctnet(published: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
     """Return the tensors that one mode uses, under our names. Only the relative position tables
     change.
 
@@ -127,10 +171,10 @@ def translate_state_dict(published: Mapping[str, Tensor], mode: int) -> dict[str
     Raises:
         PluginError: no such mode, or a name is not one of the published PCT-Net's.
     """
-    modules = _MODULES[get_mode(mode).number]
+    modules = _PCTNET_MODULES[get_mode(mode).number]
     used = used_in(published, mode)
     translated = dict(
-        pair for key, value in used.items() for pair in translate(key, value, modules, NETWORK)
+        pair for key, value in used.items() for pair in translate(key, value, modules, "PCT-Net")
     )
     return {
         key: (
@@ -209,3 +253,42 @@ def translate_table(table: Tensor, window: int) -> Tensor:
         )
     by_offset = table[published_rows(known).to(table.device)]
     return resample_table(by_offset, window)
+
+
+def _fmunet_modules() -> dict[str, str]:
+    unit, residual = {0: "norms.0", 2: "conv"}, {0: "norms.0", 3: "conv"}
+    modules = {"project": "encoder.stages.0.0"}
+    for level in range(NUM_LEVELS):
+        step = NUM_LEVELS - 2 - level
+        block = f"decoder.blocks.{step}" if step >= 0 else "decoder.bottom"
+        for depth in range(fmunet.DEPTH):
+            modules |= numbered(
+                f"encoder.en_conv{level}.conv_list.{depth}",
+                f"encoder.stages.{level}.1.units.{depth}",
+                residual,
+            )
+            modules |= numbered(
+                f"decoder.de_conv{level}.conv_list.{depth}", f"{block}.units.{depth}", residual
+            )
+        if step >= 0:
+            modules |= numbered(f"encoder.down{level}.down", f"encoder.stages.{level + 1}.0", unit)
+            modules |= numbered(f"decoder.upcat{level}.up", f"decoder.ups.{step}.0", unit)
+            modules |= numbered(f"decoder.upcat{level}.conv", f"decoder.merges.{step}", unit)
+            modules |= numbered(f"out_layers.{level}", f"decoder.seg_layers.{step}", unit)
+    return modules
+
+
+_FMUNET_MODULES = _fmunet_modules()
+
+
+def translate_fmunet(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same tensors under our names; nothing is copied.
+
+    Raises:
+        PluginError: a name is not one of the published FMUNet's.
+    """
+    return dict(
+        pair
+        for key, value in published.items()
+        for pair in translate(key, value, _FMUNET_MODULES, "FMUNet")
+    )
