@@ -1,16 +1,13 @@
-"""Features of a network at voxels of a case: what its segmentation heads take in, read at sampled
-voxels alone.
+"""Features of a network at voxels of a case: what its segmentation heads take in.
 
 The voxels are chosen first, from the labels; a sliding window then goes only where there are some,
-each voxel being read where a window has it nearest to its middle. Nothing of a window is kept but
-the features of its voxels.
+each voxel being read where a window has it nearest to its middle.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -98,30 +95,18 @@ def read_features(
     with torch.inference_mode(), HeadInputs(network, levels) as heads:
         for start in np.unique(starts, axis=0):
             here = np.flatnonzero((starts == start).all(axis=1))
-            window = padded[
-                (
-                    slice(None),
-                    *(slice(first, first + size) for first, size in zip(start, patch, strict=True)),
-                )
-            ]
+            box = (slice(first, first + size) for first, size in zip(start, patch, strict=True))
+            window = padded[(slice(None), *box)]
             if len(patch_size) == 2:
                 window = window[:, 0]
-            places = torch.from_numpy((points[here] - start + 0.5) / patch).to(
-                device, torch.float32
-            )
-            chosen = [here[rank[here] < count] for count in counts]
-            heads.places = [
-                places[torch.from_numpy(rank[here] < count)][:, -len(patch_size) :]
-                for count in counts
-            ]
+            places = torch.from_numpy((points[here] - start + 0.5) / patch).float().to(device)
+            chosen = [rank[here] < count for count in counts]
+            heads.places = [places[torch.from_numpy(x)][:, -len(patch_size) :] for x in chosen]
             network(window[None].to(device))
-            for level, (found, indices) in enumerate(zip(heads.found, chosen, strict=True)):
-                all_of_them = features[level]
-                if all_of_them is None:
-                    all_of_them = features[level] = np.zeros(
-                        (len(points), found.shape[1]), np.float32
-                    )
-                all_of_them[indices] = found
+            for level, (found, mine) in enumerate(zip(heads.found, chosen, strict=True)):
+                if features[level] is None:
+                    features[level] = np.zeros((len(points), found.shape[1]), np.float32)
+                features[level][here[mine]] = found  # type: ignore[index]
     return [
         {value: of_level[(label == value) & (rank < count)] for value in voxels}
         for of_level, count in zip(features, counts, strict=True)
@@ -144,7 +129,7 @@ def _window_starts(
     return np.stack(nearest, axis=1)
 
 
-class HeadInputs:
+class HeadInputs(contextlib.ExitStack):
     """Reads, at given places, what the finest segmentation heads of a network take in while it
     runs.
 
@@ -155,28 +140,14 @@ class HeadInputs:
     """
 
     def __init__(self, network: nn.Module, levels: int) -> None:
-        self.heads = head_modules(network)[-levels:]
+        super().__init__()
         self.places: list[Tensor] = []
         self.found: list[np.ndarray] = [np.empty((0, 0))] * levels
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> HeadInputs:
-        for level, head in enumerate(self.heads):
-            self._hooks.append(
-                head.register_forward_pre_hook(
-                    lambda _, inputs, level=level: self._read(level, inputs[0])
-                )
+        for level, head in enumerate(head_modules(network)[-levels:]):
+            hook = head.register_forward_pre_hook(
+                lambda _, inputs, level=level: self._read(level, inputs[0])
             )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+            self.callback(hook.remove)
 
     def _read(self, level: int, features: Tensor) -> None:
         """Interpolate features (1, channel, *spatial) at the places of a level."""

@@ -287,7 +287,8 @@ def nifti_voxels(path: Path | str) -> np.ndarray:
         header = nifti_header(path, file)
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         if not len(shape) or any(count != 1 for count in shape[3:]):
-            raise ImageError(path, AXES, f"{' x '.join(map(str, shape))} voxels")
+            reason = COMPONENTS if len(shape) == 5 and shape[3] == 1 else AXES
+            raise ImageError(path, reason, f"{' x '.join(map(str, shape))} voxels")
         if dtype.kind not in "iuf":
             raise ImageError(path, COMPONENTS, "colours or complex numbers")
         expected = int(header.get_data_offset()) + math.prod(map(int, shape)) * dtype.itemsize

@@ -1,10 +1,10 @@
-"""`stunet pseudo-label`: nnU-Net's own predictions as a dataset, what is not trusted ignored,
-interrupted runs, refusals."""
+"""`stunet pseudo-label`: nnU-Net's own predictions as a dataset, interrupted runs, refusals."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,163 +16,48 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet_plugin.cli import main
-from stunet_plugin.datasets.confidence_filter import ConfidenceFilter, Rule, parse_rules
-from stunet_plugin.datasets.label_systems import LabelSystem
-from stunet_plugin.errors import PluginError
 from stunet_plugin.inference import predictor as predicting
 from stunet_plugin.inference.predictor import Prediction
 from stunet_plugin.nnunet.registration import trainers_folder
 
+from dataset_helpers import read_array
 from import_helpers import make_network, published_weights, v1_plans, write_v1
 from unlabeled_helpers import snapshot
 
 SHAPE = (12, 20, 16)
 CASES = ("a", "b_c", "d")
-SYSTEM = LabelSystem.from_table({"labels": {"background": 0, "liver": 1, "spleen": 2}}, "model")
-
-
-# --- the rules
-
-
-def prediction() -> Prediction:
-    """Four voxels of liver, two of spleen; a voxel is 10 mm3."""
-    labels = np.array([[[0, 0, 1, 1, 1, 1, 2, 2]]], np.uint8)
-    confidence = np.array([[[0.9, 0.4, 0.9, 0.9, 0.5, 0.7, 0.6, 0.6]]], np.float32)
-    return Prediction(labels, confidence, {}, 10.0)
-
-
-def decided(**trust: Any) -> tuple[list[int] | None, Any]:
-    decision = ConfidenceFilter(SYSTEM, 3, **trust).decide(prediction())
-    return (None if decision.labels is None else decision.labels.ravel().tolist()), decision
-
-
-def test_without_rules_nothing_changes() -> None:
-    labels, decision = decided()
-    assert labels == [0, 0, 1, 1, 1, 1, 2, 2]
-    assert decision.ignored == 0
-    assert decision.classes["liver"] == {
-        "voxels": 4,
-        "mm3": 40.0,
-        "confidence": pytest.approx(0.75),
-        "reasons": [],
-        "kept": 4,
-    }
-
-
-def test_voxels_of_low_confidence_become_ignore() -> None:
-    labels, decision = decided(ignore_below=0.6)
-    # Those at the threshold stay; the classes' means are of the whole prediction.
-    assert labels == [0, 3, 1, 1, 3, 1, 2, 2]
-    assert decision.ignored == pytest.approx(2 / 8)
-    assert decision.classes["liver"]["confidence"] == pytest.approx(0.75)
-
-
-def test_a_class_of_low_mean_confidence_becomes_ignore_or_drops_the_case() -> None:
-    rules = {"spleen": Rule(min_confidence=0.7), "liver": Rule(min_confidence=0.7)}
-    labels, decision = decided(rules=rules)
-    assert labels == [0, 0, 1, 1, 1, 1, 3, 3]
-    assert decision.classes["spleen"]["reasons"] == ["mean confidence 0.600 below 0.7"]
-    labels, decision = decided(rules=rules, drop_cases=True)
-    assert labels is None
-    assert decision.reason == "spleen: mean confidence 0.600 below 0.7"
-
-
-@pytest.mark.parametrize(
-    ("least", "most", "trusted"),
-    [(40, 40, True), (41, None, False), (None, 39, False), (0, 100, True)],
-)
-def test_sizes(least: float | None, most: float | None, trusted: bool) -> None:
-    labels, _ = decided(rules={"liver": Rule(min_mm3=least, max_mm3=most)})
-    assert labels == ([0, 0, 1, 1, 1, 1, 2, 2] if trusted else [0, 0, 3, 3, 3, 3, 2, 2])
-
-
-def test_a_class_that_must_be_there_and_is_not_leaves_the_case_out() -> None:
-    """No voxel could be marked in its place: all of the background would be wrong."""
-    system = LabelSystem.from_table(
-        {"labels": {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}}, "model"
-    )
-    rules = {"kidney": Rule(min_mm3=1)}
-    decision = ConfidenceFilter(system, 4, rules=rules).decide(prediction())
-    assert (decision.labels, decision.reason) == (None, "kidney: 0 mm3, less than 1")
-    assert (
-        ConfidenceFilter(system, 4, rules={"kidney": Rule(min_confidence=0.9)})
-        .decide(prediction())
-        .labels
-        is not None
-    )
-
-
-def test_regions_count_by_all_their_labels() -> None:
-    table = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
-    trust = ConfidenceFilter(
-        LabelSystem.from_table(table, "model"), 3, rules={"whole": Rule(max_mm3=59)}
-    )
-    labels = trust.decide(prediction()).labels
-    assert labels is not None
-    assert labels.ravel().tolist() == [0, 0, 3, 3, 3, 3, 3, 3]
-
-
-def test_rules_as_users_write_them() -> None:
-    rules = parse_rules(SYSTEM, ["Liver=0.9", "0.5"], ["spleen=10:", "liver=:2000"])
-    assert rules == {"liver": Rule(0.9, None, 2000), "spleen": Rule(0.5, 10, None)}
-    for confidences, sizes, message in (
-        (["1.5"], [], "from 0 to 1"),
-        (["heart=0.5"], [], "no class 'heart'"),
-        ([], ["liver=10"], "CLASS=MIN:MAX"),
-        ([], ["liver=x:"], "no volume"),
-        ([], ["liver=10:5"], "larger than"),
-    ):
-        with pytest.raises(PluginError, match=message):
-            parse_rules(SYSTEM, confidences, sizes)
-
-
-# --- the command
+FAST = ("--device", "cpu", "--no-mirroring", "--step-size", "1")
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(nnunet_folders: Path) -> Path:
     """A model of three classes with random weights, and three images."""
-    (tmp_path / "nnUNet_raw").mkdir()
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+    root = nnunet_folders
     torch.manual_seed(0)
     network = make_network(outputs=3)
     for head in network.decoder.seg_layers:
         # Random weights alone would be sure of nothing.
         head.weight.data *= 2
-    source = write_v1(tmp_path / "m.model", published_weights(network), v1_plans(classes=2))
+    source = write_v1(root / "m.model", published_weights(network), v1_plans(classes=2))
     labels = ["--labels", "background", "liver", "spleen"]
-    assert main(["import", str(source), "--out", str(tmp_path / "model"), *labels]) == 0
+    assert main(["import", str(source), "--out", str(root / "model"), *labels]) == 0
     rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
+    (root / "images").mkdir()
     for case in CASES:
         image = sitk.GetImageFromArray(rng.normal(size=SHAPE).astype(np.float32).cumsum(0))
         image.SetSpacing((1.5, 1.5, 3))
         image.SetOrigin((5, -7, 11))
-        sitk.WriteImage(image, str(tmp_path / "images" / f"{case}_0000.nii.gz"))
-    return tmp_path
+        sitk.WriteImage(image, str(root / "images" / f"{case}_0000.nii.gz"))
+    return root
 
 
-def label(folders: Path, *more: object, images: str = "images") -> int:
-    given = [
-        "pseudo-label",
-        folders / "model",
-        "-i",
-        folders / images,
-        "-d",
-        910,
-        "-n",
-        "P",
-        "--device",
-        "cpu",
-        "--no-mirroring",
-    ]
-    return main([*map(str, (*given, "--step-size", 1, *more))])
+def words(folders: Path, *more: object, images: str = "images") -> list[str]:
+    given = ("pseudo-label", folders / "model", "-i", folders / images, "-d", 910, "-n", "P")
+    return [*map(str, (*given, *FAST, *more))]
 
 
-def read(path: Path) -> np.ndarray:
-    array: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    return array
+def label(folders: Path, *more: object) -> int:
+    return main(words(folders, *more))
 
 
 def test_predictions_of_nnunet_become_a_dataset(
@@ -181,12 +66,8 @@ def test_predictions_of_nnunet_become_a_dataset(
     before = snapshot(folders / "images")
     assert label(folders, "--ignore-below", 0.5, "--copy", "--allow-missing") == 0
     dataset = folders / "nnUNet_raw" / "Dataset910_P"
-    assert sorted(path.name for path in dataset.iterdir()) == [
-        "dataset.json",
-        "imagesTr",
-        "labelsTr",
-        "pseudo_labels.json",
-    ]
+    files = ["dataset.json", "imagesTr", "labelsTr", "pseudo_labels.json"]
+    assert sorted(path.name for path in dataset.iterdir()) == files
     description = json.loads((dataset / "dataset.json").read_text())
     assert description["labels"] == {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}
     assert LabelManager(description["labels"], None).ignore_label == 3
@@ -195,21 +76,20 @@ def test_predictions_of_nnunet_become_a_dataset(
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
     predictor = nnUNetPredictor(1.0, True, False, False, torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folders / "model"), ("0",))
+    reader = predictor.plans_manager.image_reader_writer_class()
     record = json.loads((dataset / "pseudo_labels.json").read_text())
     for case in CASES:
-        reader = predictor.plans_manager.image_reader_writer_class()
         image = folders / "images" / f"{case}_0000.nii.gz"
         array, properties = reader.read_images([str(image)])
         expected, probabilities = predictor.predict_single_npy_array(
             array, properties, None, None, True
         )
         confidence = probabilities.max(0)
-        reader.write_seg(
-            np.where(confidence < 0.5, 3, expected), str(folders / "expected.nii.gz"), properties
-        )
+        filtered = np.where(confidence < 0.5, 3, expected)
+        reader.write_seg(filtered, str(folders / "expected.nii.gz"), properties)
         found = dataset / "labelsTr" / f"{case}.nii.gz"
-        assert np.array_equal(read(found), read(folders / "expected.nii.gz"))
-        assert 0 < (read(found) == 3).mean() < 1
+        assert np.array_equal(read_array(found), read_array(folders / "expected.nii.gz"))
+        assert 0 < (read_array(found) == 3).mean() < 1
         assert sitk.ReadImage(str(found)).GetOrigin() == (5, -7, 11)
         entry = record["cases"][case]
         assert entry["ignored"] == pytest.approx((confidence < 0.5).mean())
@@ -218,9 +98,8 @@ def test_predictions_of_nnunet_become_a_dataset(
             mask = expected == value
             assert entry["classes"][name]["mm3"] == pytest.approx(mask.sum() * 6.75)
             if mask.any():
-                assert entry["classes"][name]["confidence"] == pytest.approx(
-                    confidence[mask].mean(), rel=1e-4
-                )
+                mean = pytest.approx(confidence[mask].mean(), rel=1e-4)
+                assert entry["classes"][name]["confidence"] == mean
         copied = dataset / "imagesTr" / image.name
         assert copied.read_bytes() == image.read_bytes()
         assert not copied.is_symlink()
@@ -229,8 +108,11 @@ def test_predictions_of_nnunet_become_a_dataset(
     assert snapshot(folders / "images") == before
 
 
-def test_interrupted_and_continued(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_interrupted_and_resumed(
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     predict, seen = predicting.Model.predict, []
 
@@ -243,17 +125,11 @@ def test_interrupted_and_continued(
     monkeypatch.setattr(predicting.Model, "predict", interrupted)
     raw = folders / "nnUNet_raw"
     assert label(folders) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
     unfinished = raw / ".unfinished_Dataset910_P"
-    assert (
-        last
-        == f"Interrupted. What is finished is in {unfinished}. The same command resumes where it"
-        " stopped."
-    )
-    assert [path.name for path in raw.iterdir()] == [".unfinished_Dataset910_P"]
+    assert str(unfinished) in capsys.readouterr().err.splitlines()[-1]
+    assert list(raw.iterdir()) == [unfinished]
     # Other options would mix two kinds of labels.
-    assert label(folders, "--ignore-below", 0.9) == 2
-    assert "ignore_below" in capsys.readouterr().err
+    assert "ignore_below" in refused(*words(folders, "--ignore-below", 0.9))
     assert label(folders) == 0
     assert seen == [f"{case}_0000.nii.gz" for case in ("a", "b_c", "b_c", "d")]
     assert [path.name for path in raw.iterdir()] == ["Dataset910_P"]
@@ -261,14 +137,30 @@ def test_interrupted_and_continued(
     assert os.readlink(link) == str(folders / "images" / "a_0000.nii.gz")
     # No voxel can become ignore, so there is no such label.
     assert "ignore" not in json.loads((raw / "Dataset910_P" / "dataset.json").read_text())["labels"]
+    capsys.readouterr()
     assert label(folders) == 0
     assert "Already there" in capsys.readouterr().out
-    assert label(folders, "--copy") == 2
-    assert "-d 910 is taken" in capsys.readouterr().err
+    assert "-d 910 is taken" in refused(*words(folders, "--copy"))
 
 
-def test_cases_that_are_left_out(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert label(folders, "--size", "liver=1e9:", "--drop-cases") == 2
+def test_classes_that_are_lost_are_a_warning_and_exit_code_1(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--min-confidence", 1)
+    assert label(folders, *given) == 1
+    told = capsys.readouterr()
+    assert "3 of 3 cases are kept" in told.out
+    assert "WARNING" in told.err
+    assert "liver in 0, spleen in 0" in told.err
+    assert label(folders, *given) == 1
+    assert label(folders, *given, "--allow-missing") == 0
+    assert "WARNING" in capsys.readouterr().err
+
+
+def test_cases_that_are_left_out(
+    folders: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(folders, "--size", "liver=1e9:", "--drop-cases")) == 2
     told = capsys.readouterr()
     assert "0 of 3 cases are kept" in told.out
     assert "left out: a: liver: " in told.out
@@ -280,58 +172,63 @@ def test_a_dataset_as_input(folders: Path) -> None:
     scans = folders / "nnUNet_raw" / "Dataset900_Scans"
     scans.mkdir()
     (folders / "images").rename(scans / "imagesTr")
-    assert (
-        main(
-            [
-                "pseudo-label",
-                str(folders / "model"),
-                "-i",
-                "900",
-                "-d",
-                "910",
-                "--device",
-                "cpu",
-                "--no-mirroring",
-            ]
-        )
-        == 0
-    )
-    assert (
-        len(list((folders / "nnUNet_raw" / "Dataset910_PseudoLabels" / "labelsTr").iterdir())) == 3
-    )
+    given = ["pseudo-label", str(folders / "model"), "-i", "900", "-d", "910", *FAST]
+    assert main(given) == 0
+    made = folders / "nnUNet_raw" / "Dataset910_PseudoLabels"
+    assert len(list((made / "labelsTr").iterdir())) == 3
 
 
-def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(*more: object, images: str = "images") -> str:
-        capsys.readouterr()
-        assert label(folders, *more, images=images) == 2
+def change_json(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
+def test_damaged_images_stop_before_anything_is_predicted(
+    folders: Path, refused: Callable[..., str], reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_json(folders / "model" / "plans.json", image_reader_writer=reader)
+    monkeypatch.setattr(predicting.Model, "predict", None)
+    good = (folders / "images" / "a_0000.nii.gz").read_bytes()
+    array = read_array(folders / "images" / "a_0000.nii.gz")
+    array[0, 0, 0] = np.nan
+    bad = folders / "images" / "z_0000.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(bad))
+    assert "z_0000.nii.gz: not finite (1 of 3840" in refused(*words(folders))
+    for content in (b"", b"text", good[:-30]):
+        bad.write_bytes(content)
+        assert "z_0000.nii.gz: " in refused(*words(folders))
+    assert not any((folders / "nnUNet_raw").iterdir())
+
+
+def test_refusals(folders: Path, refused: Callable[..., str]) -> None:
+    def wrong(*more: object, images: str = "images") -> str:
+        told = refused(*words(folders, *more, images=images))
         assert not any((folders / "nnUNet_raw").iterdir())
-        return capsys.readouterr().err
+        return told
 
-    assert "no such file" in refused("-f", "3")
-    assert "has no fold_X/none.pth" in refused("-chk", "none.pth")
-    assert "from 0 to 1" in refused("--ignore-below", "2")
-    assert "--step-size" in refused("--step-size", "0")
-    assert "no class 'heart'" in refused("--size", "heart=1:2")
-    assert "nothing_there is not a folder" in refused(images="nothing_there")
+    assert "no such file" in wrong("-f", "3")
+    assert "has no fold_X/none.pth" in wrong("-chk", "none.pth")
+    assert "--ignore-below must be a number" in wrong("--ignore-below", "2")
+    assert "--min-share must be a number" in wrong("--min-share", "2")
+    assert "--step-size" in wrong("--step-size", "0")
+    assert "no class 'heart'" in wrong("--size", "heart=1:2")
+    assert "nothing_there is not a folder" in wrong(images="nothing_there")
     (folders / "none").mkdir()
     (folders / "none" / "scan.nrrd").touch()
-    assert (
-        "no images CASE_0000.nii.gz, which the model reads (it has files that end in .nrrd)"
-        in refused(images="none")
-    )
+    assert "no images CASE_0000.nii.gz" in (told := wrong(images="none"))
+    assert "files that end in .nrrd" in told
     (folders / "images" / "a_0001.nii.gz").touch()
-    assert "case a has 2 image(s), expected a_0000.nii.gz" in refused()
-    (folders / "images" / "z_0000.nii.gz").touch()
+    assert "case a has 2 image(s), expected a_0000.nii.gz" in wrong()
     (folders / "images" / "a_0001.nii.gz").unlink()
-    assert label(folders, "--size", "liver=0:1e9") == 2
-    assert "z_0000.nii.gz: unreadable" in capsys.readouterr().err
-    (folders / "images" / "z_0000.nii.gz").unlink()
-    checkpoint = torch.load(
-        folders / "model" / "fold_0" / "checkpoint_final.pth", weights_only=True
-    )
+    model = folders / "model"
+    description = (model / "dataset.json").read_text()
+    regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3}
+    change_json(model / "dataset.json", labels=regions, regions_class_order=[4, 5, 6])
+    assert "regions_class_order" in wrong()
+    (model / "dataset.json").write_text(description)
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
     pretext = {**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny"}
-    torch.save(pretext, folders / "model" / "fold_0" / "checkpoint_final.pth")
-    assert "pretrained with Volume Fusion" in refused()
-    (folders / "model" / "plans.json").unlink()
-    assert "no model folder" in refused()
+    torch.save(pretext, model / "fold_0" / "checkpoint_final.pth")
+    assert "pretrained with Volume Fusion" in wrong()
+    (model / "plans.json").unlink()
+    assert "no model folder" in wrong()

@@ -1,0 +1,48 @@
+"""Small datasets in nnUNet_raw, for the tests of datasets/ and ranking/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+
+def write_dataset(
+    folder: Path,
+    labels: dict[str, Any],
+    cases: int,
+    channel: str = "CT",
+    ending: str = ".nii.gz",
+    **more: Any,
+) -> Path:
+    """Cases of the same names in every dataset; the labels are drawn from all values."""
+    rng = np.random.default_rng(len(folder.name))
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    values = sorted({x for entry in labels.values() for x in np.atleast_1d(entry).tolist()})
+    for number in range(cases):
+        for array, file in (
+            (rng.normal(size=(9, 10, 11)).astype(np.float32), f"imagesTr/case{number}_0000"),
+            (rng.choice(values, (9, 10, 11)).astype(np.uint8), f"labelsTr/case{number}"),
+        ):
+            write_array(folder / f"{file}{ending}", array, (number, 5, -3))
+    content = {"channel_names": {"0": channel}, "labels": labels, "numTraining": cases}
+    (folder / "dataset.json").write_text(json.dumps({**content, "file_ending": ending, **more}))
+    return folder
+
+
+def write_array(path: Path, array: np.ndarray, origin: Any = (0, 0, 0), **options: Any) -> Path:
+    image = sitk.GetImageFromArray(array, **options)
+    if image.GetDimension() == 3:
+        image.SetSpacing((1.0, 2.0, 3.0))
+        image.SetOrigin(origin)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def read_array(path: Path) -> np.ndarray:
+    array: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    return array

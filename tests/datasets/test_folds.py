@@ -1,0 +1,79 @@
+"""Folds in which every dataset has its share, and those of a dataset's own splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stunet_plugin.datasets.folds import balanced_folds, own_folds
+
+from damage import damaged_json
+
+
+def names(letter: str, count: int) -> list[str]:
+    return [f"{letter}{number}" for number in range(count)]
+
+
+def test_every_dataset_has_its_share_of_every_fold() -> None:
+    cases = {"A": names("a", 13), "B": names("b", 7), "C": names("c", 4)}
+    folds = balanced_folds(cases, ["C"], 0)
+    assert [len(fold["val"]) for fold in folds] == [4] * 5
+    for fold in folds:
+        assert set(cases["C"]) <= set(fold["train"])
+        assert not set(fold["train"]) & set(fold["val"])
+        assert len(fold["train"]) + len(fold["val"]) == 24
+        assert 2 <= len(set(fold["val"]) & set(cases["A"])) <= 3
+        assert 1 <= len(set(fold["val"]) & set(cases["B"])) <= 2
+    validated = sorted(name for fold in folds for name in fold["val"])
+    assert validated == sorted([*cases["A"], *cases["B"]])
+    assert folds == balanced_folds(cases, ["C"], 0) != balanced_folds(cases, ["C"], 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sizes"), [((2, 2), []), ((3, 3), [1, 1, 1, 1, 2]), ((5, 1), [1, 1, 1, 1, 2])]
+)
+@pytest.mark.filterwarnings("ignore:The least populated class")
+def test_few_cases(counts: tuple[int, int], sizes: list[int]) -> None:
+    folds = balanced_folds({"A": names("a", counts[0]), "B": names("b", counts[1])}, [], 0)
+    assert sorted(len(fold["val"]) for fold in folds) == sizes
+
+
+def test_own_splits_keep_patients_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    folder = tmp_path / "Dataset001_A"
+    folder.mkdir()
+    cases = names("a", 10)
+    assert own_folds(folder, cases) == (None, "")
+    vals = [[f"a{2 * fold}", f"a{2 * fold + 1}"] for fold in range(5)]
+    splits = [{"train": sorted(set(cases) - set(val)), "val": val} for val in vals]
+    (folder / "splits_final.json").write_text(json.dumps(splits))
+    own, said = own_folds(folder, cases)
+    assert own == vals
+    assert "kept" in said
+    folds = balanced_folds({"A": cases, "B": names("b", 6)}, [], 0, {"A": vals})
+    for fold, val in zip(folds, vals, strict=True):
+        assert set(val) <= set(fold["val"])
+        assert 3 <= len(fold["val"]) <= 4
+    # Those that training reads come first.
+    (tmp_path / "preprocessed" / "Dataset001_A").mkdir(parents=True)
+    (tmp_path / "preprocessed" / "Dataset001_A" / "splits_final.json").write_text("[]")
+    assert own_folds(folder, cases)[0] is None
+
+
+def test_damaged_splits_end_in_a_sentence_or_the_right_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    cases = names("a", 10)
+    splits = [{"train": [], "val": [f"a{2 * x}", f"a{2 * x + 1}"]} for x in range(5)]
+    for _, text in damaged_json(splits, 200):
+        (tmp_path / "splits_final.json").write_text(text)
+        own, said = own_folds(tmp_path, cases)
+        assert said
+        if own is not None:
+            found = [name for fold in own for name in fold]
+            assert len(own) == 5
+            assert len(found) == len(set(found))
+            assert set(found) <= set(cases)
