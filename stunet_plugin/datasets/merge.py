@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,14 @@ from stunet_plugin.datasets.label_union import LabelMapping, joint_system, map_t
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.names import FOLDS
-from stunet_plugin.utils.images import ImageError, place_image, read_images, read_label_array
+from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS
+from stunet_plugin.utils.images import (
+    PICTURES,
+    ImageError,
+    place_image,
+    read_images,
+    read_label_array,
+)
 from stunet_plugin.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -194,7 +201,8 @@ class Merge:
                 f"Fewer than {FOLDS} cases to validate on cannot be split into folds: train with"
                 " fold 'all'."
             )
-        self.target.say_written(f"    # takes {SPLITS} over" if splits else "")
+        configuration = "2d" if self.ending in PICTURES else CONFIGURATION
+        self.target.say_written(configuration, f"    # takes {SPLITS} over" if splits else "")
 
     def _write_case(self, part: Part, mapping: LabelMapping, case: Case) -> None:
         name = part.new_name(case.name)
@@ -222,7 +230,9 @@ class Merge:
 
         example = str(self.parts[0].raw.cases[0].images[0])
         try:
-            return determine(self._description(0), example, verbose=False)()
+            # It prints the traceback of every reader that it tries.
+            with contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
+                return determine(self._description(0), example, verbose=False)()
         except RuntimeError as error:
             raise ImageError(example, "nnU-Net has no reader for it", self.ending) from error
 

@@ -138,11 +138,11 @@ class NewDataset:
         (self.unfinished / ".lock").unlink(missing_ok=True)
         os.rename(self.unfinished, self.folder)
 
-    def say_written(self, more: str = "") -> None:
+    def say_written(self, configuration: str, more: str = "") -> None:
         """Print what a command says last: where the dataset is and what comes next."""
         print(
             f"Written: {self.folder}\n"
-            f"Next: nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c 3d_fullres{more}"
+            f"Next: nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c {configuration}{more}"
         )
 
 

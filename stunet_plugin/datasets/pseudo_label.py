@@ -119,8 +119,9 @@ class _PseudoLabelling:
             self.target.finish(self._description(kept), self._provenance(records))
         number = self.options.dataset_id
         self.target.say_written(
+            self.model.configuration,
             ", or join it with labelled cases:"
-            f" stunet merge-datasets LABELLED {number} --train-only {number} -d ID"
+            f" stunet merge-datasets LABELLED {number} --train-only {number} -d ID",
         )
         return self._warn(records)
 
