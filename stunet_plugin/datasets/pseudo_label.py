@@ -23,6 +23,7 @@ from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import find_raw, list_images
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Model
+from stunet_plugin.nnunet.names import CONFIGURATION
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import read_json, sha256_of, write_atomically
@@ -119,7 +120,7 @@ class _PseudoLabelling:
             self.target.finish(self._description(kept), self._provenance(records))
         number = self.options.dataset_id
         self.target.say_written(
-            self.model.configuration,
+            "2d" if self.model.configuration == "2d" else CONFIGURATION,
             ", or join it with labelled cases:"
             f" stunet merge-datasets LABELLED {number} --train-only {number} -d ID",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import SimpleITK as sitk
 
 from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.demo.phantom import write_dataset
@@ -22,6 +23,7 @@ from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS, PREPROCESSED, RAW, 
 from stunet_plugin.nnunet.registration import find_host, trainers_folder
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.figures import OverlayCase, save_overlays
+from stunet_plugin.utils.images import LINK, place_image, read_image, read_label_map
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.demo import Demo
@@ -153,11 +155,11 @@ class _Run:
         for kind in ("images", "labels"):
             (self.held_out / kind).mkdir(parents=True)
         for case in self.dataset.cases:
-            if case.name in cases and case.label:
+            if case.name in cases:
                 for channel, image in enumerate(case.images):
                     link = self.held_out / "images" / f"{case.name}_{channel:04d}{ending}"
-                    link.symlink_to(image)
-                (self.held_out / "labels" / f"{case.name}{ending}").symlink_to(case.label)
+                    place_image(image, link, LINK)
+                place_image(case.label, self.held_out / "labels" / f"{case.name}{ending}", LINK)
         # Each process imports torch, which takes longer than a small image.
         workers = str(min(max(PROCESSES // 2, 1), 3))
         self._stock(
@@ -193,18 +195,17 @@ class _Run:
         # matplotlib keeps a font cache, by default in the home directory.
         os.environ.setdefault("MPLCONFIGDIR", self._environment()["MPLCONFIGDIR"])
         picture = self.folder / "overlay.png"
-        labels = sorted((self.held_out / "labels").iterdir())[:OVERLAY_ROWS]
-        save_overlays([self._overlay(label) for label in labels], self._class_names(), picture)
+        labels = sorted((self.held_out / "labels").glob(f"*{self.dataset.file_ending}"))
+        save_overlays(
+            [self._overlay(label) for label in labels[:OVERLAY_ROWS]], self._class_names(), picture
+        )
         print(f"\nOverlay: {picture}\nCurve:   {self.model / f'fold_{FOLD}' / 'progress.png'}")
 
     def _overlay(self, label: Path) -> OverlayCase:
-        import SimpleITK as sitk
-
-        ending = self.dataset.file_ending
-        name = label.name.removesuffix(ending)
-        image = sitk.ReadImage(str(self.held_out / "images" / f"{name}_0000{ending}"))
+        name = label.name.removesuffix(self.dataset.file_ending)
+        image = read_image(self.held_out / "images" / f"{name}_0000{self.dataset.file_ending}")
         reference, prediction = (
-            sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+            sitk.GetArrayFromImage(read_label_map(path))
             for path in (label, self.predictions / label.name)
         )
         array, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]

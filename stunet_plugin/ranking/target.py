@@ -18,7 +18,7 @@ from torch import Tensor
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
-from stunet_plugin.utils.geometry import on_grid_of
+from stunet_plugin.utils.geometry import can_be_turned, on_grid_of
 from stunet_plugin.utils.images import (
     PICTURES,
     SKEWED,
@@ -126,7 +126,7 @@ def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:
     Raises:
         ImageError: they do not have the image's voxels.
     """
-    if ending_of(case.label) in (*PICTURES, *TIFF) or type(reader).__name__.endswith("Reorient"):
+    if ending_of(case.label) in (*PICTURES, *TIFF):
         return labels
     try:
         grid, wanted = read_geometry(case.label), read_geometry(case.images[0])
@@ -134,11 +134,12 @@ def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:
         if error.reason == SKEWED:
             return labels
         raise
-    if grid.agrees(wanted):
+    if not can_be_turned(grid, wanted):
+        raise ImageError(case.label, "not on its image's voxels", f"{grid}; image {wanted}")
+    # That reader turns both itself.
+    if grid.agrees(wanted) or type(reader).__name__.endswith("Reorient"):
         return labels
     turned = on_grid_of(read_label_map(case.label), read_image(case.images[0]))
-    if turned is None:
-        raise ImageError(case.label, "not on its image's voxels", f"{grid}; image {wanted}")
     return np.asarray(sitk.GetArrayFromImage(turned))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -176,6 +177,24 @@ def test_a_dataset_as_input(folders: Path) -> None:
     assert main(given) == 0
     made = folders / "nnUNet_raw" / "Dataset910_PseudoLabels"
     assert len(list((made / "labelsTr").iterdir())) == 3
+
+
+@pytest.mark.parametrize("copy", [(), ("--copy",)])
+def test_spacing_of_tif_travels(folders: Path, copy: tuple[str, ...]) -> None:
+    change_json(folders / "model" / "plans.json", image_reader_writer="Tiff3DIO")
+    change_json(folders / "model" / "dataset.json", file_ending=".tif")
+    for case in CASES:
+        image = folders / "images" / f"{case}_0000.nii.gz"
+        tifffile.imwrite(image.with_name(f"{case}_0000.tif"), read_array(image))
+        image.with_name(f"{case}.json").write_text('{"spacing": [3, 1.5, 1.5]}')
+    assert label(folders, "--allow-missing", *copy) == 0
+    dataset = folders / "nnUNet_raw" / "Dataset910_P"
+    for part in ("imagesTr", "labelsTr"):
+        files = sorted(path.name for path in (dataset / part).glob("*.json"))
+        assert files == [f"{case}.json" for case in CASES]
+        for file in files:
+            assert json.loads((dataset / part / file).read_text()) == {"spacing": [3, 1.5, 1.5]}
+    assert not list(dataset.rglob(".partial*"))
 
 
 def change_json(file: Path, **entries: Any) -> None:

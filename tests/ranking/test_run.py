@@ -266,6 +266,32 @@ def test_classes_that_only_some_cases_have(folders: Path) -> None:
     assert set(found["candidates"][0]["levels"][0]["class_distances"]) == {"dim", "bright"}
 
 
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+def test_labels_in_another_orientation_than_the_image(
+    folders: Path, capsys: pytest.CaptureFixture[str], reader: str
+) -> None:
+    """RAS against LPS: the same voxels in another order, as a label tool may write them."""
+    for name in ("one", "two"):
+        file = folders / name / "plans.json"
+        plans = {**json.loads(file.read_text()), "image_reader_writer": reader}
+        file.write_text(json.dumps(plans))
+    given = (f"a={folders / 'one'}", f"b={folders / 'two'}")
+    expected = rank(folders, *given)
+    labels = folders / "nnUNet_raw" / "Dataset004_Boxes" / "labelsTr"
+    for file in labels.iterdir():
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "RAS"), str(file))
+    for entry in (*expected["candidates"], *(found := rank(folders, *given))["candidates"]):
+        entry.pop("seconds")
+    assert found["candidates"] == expected["candidates"]
+    moved = sitk.ReadImage(str(labels / "case0.nii.gz"))
+    moved.SetOrigin((50, 0, 0))
+    sitk.WriteImage(moved, str(labels / "case0.nii.gz"))
+    assert "not on its image's voxels" in refused(capsys, *given, "-d", 4)
+    changed = sitk.Cast(moved, sitk.sitkInt16) * 5
+    sitk.WriteImage(changed, str(labels / "case0.nii.gz"))
+    assert "undeclared label values (5" in refused(capsys, *given, "-d", 4)
+
+
 def test_broken_weights_are_ranked_last(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = torch.load(folders / "two" / "fold_0" / "checkpoint_final.pth", weights_only=True)
     for value in checkpoint["network_weights"].values():
