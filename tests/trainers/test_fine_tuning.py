@@ -1,5 +1,4 @@
-"""Options of fine-tuning: warm-up, a frozen encoder, a lower rate for the encoder; off unless asked
-for."""
+"""Fine-tuning options: warm-up, a frozen encoder, a lower rate for the encoder."""
 
 from __future__ import annotations
 
