@@ -15,7 +15,8 @@ from stunet_plugin.crosseval.predictions import Place
 from stunet_plugin.crosseval.results import TESTED, Results
 from stunet_plugin.crosseval.statistics import mean_by_case
 from stunet_plugin.utils.figures import distinct_colours, plain_style, save_atomically
-from stunet_plugin.utils.geometry import Grid, on_grid_of, read_labels, resampled
+from stunet_plugin.utils.geometry import Grid, on_grid_of, resampled
+from stunet_plugin.utils.images import read_label_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,10 +177,10 @@ def _panel(pair: Pair, row: int, out: Path, title: str) -> _Panel:
     import SimpleITK as sitk
 
     case = pair.dataset.cases[row]
-    reference = read_labels(case.reference)
+    reference = read_label_map(case.reference)
     image, prediction = (
         sitk.ReadImage(str(case.images[0])),
-        read_labels(Place.of(out, pair).file(case)),
+        read_label_map(Place.of(out, pair).file(case)),
     )
     turned_image, turned = on_grid_of(image, reference), on_grid_of(prediction, reference)
     image = turned_image if turned_image is not None else sitk.Resample(image, reference)

@@ -22,7 +22,8 @@ from typing import Any
 from stunet_plugin.crosseval.comparison import Pair
 from stunet_plugin.crosseval.inputs import Case, Dataset, Model, folder_name
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.files import check_whole, sha256_of, write_atomically
+from stunet_plugin.utils.files import sha256_of, write_atomically
+from stunet_plugin.utils.images import check_image
 from stunet_plugin.utils.progress import in_words
 
 PREDICTIONS = "predictions"
@@ -97,7 +98,7 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
             if not _is_done(Place.of(out, pair), case, key):
                 wanted.append((pair, case, key))
     for image in dict.fromkeys(image for _, case, _ in wanted for image in case.images):
-        check_whole(image)
+        check_image(image)
     total = sum(len(pair.dataset.cases) for pair in pairs if pair.classes)
     print(f"Predictions: {total - len(wanted)} of {total} are there.", flush=True)
     started, done = time.monotonic(), 0

@@ -37,8 +37,9 @@ from stunet_plugin.crosseval.results import (
 )
 from stunet_plugin.crosseval.scoring import CaseTask, read_known_labels, score_all
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.files import check_whole, sha256_of, write_atomically
-from stunet_plugin.utils.geometry import can_be_turned, grid_of
+from stunet_plugin.utils.files import sha256_of, write_atomically
+from stunet_plugin.utils.geometry import can_be_turned
+from stunet_plugin.utils.images import check_image, read_geometry
 
 SCORES = "scores"
 CSV, SUMMARY, MATRIX, REPORT = "scores.csv", "summary.json", "matrix.md", "report.html"
@@ -140,15 +141,15 @@ def _check_inputs(run: Run) -> None:
         differing = [
             case
             for case in dataset.cases
-            if not can_be_turned(grid_of(case.reference), grid_of(case.images[0]))
+            if not can_be_turned(read_geometry(case.reference), read_geometry(case.images[0]))
         ]
         if differing and not run.rules.resample:
             first = differing[0]
             raise PluginError(
                 f"Dataset {dataset.name}: {len(differing)} of {len(dataset.cases)} references do"
                 f" not lie on the voxels of their image. {first.name}: reference"
-                f" {grid_of(first.reference)}; image {grid_of(first.images[0])}. Mend the files, or"
-                " have predictions resampled to the references with --resample."
+                f" {read_geometry(first.reference)}; image {read_geometry(first.images[0])}. Fix the"
+                " files, or have predictions resampled to the references with --resample."
             )
 
 
@@ -165,7 +166,7 @@ def _check_files(run: Run) -> None:
         for case in dataset.cases:
             try:
                 for image in case.images:
-                    check_whole(image)
+                    check_image(image)
                 read_known_labels(case.reference, dataset.labels)
             except PluginError as error:
                 problems.append(f"Dataset {dataset.name}, {case.name}: {error}")

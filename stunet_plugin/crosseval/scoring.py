@@ -14,7 +14,8 @@ from stunet_plugin.crosseval.comparison import ScoredClass
 from stunet_plugin.crosseval.measures import between_first_and_last, score
 from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.geometry import Grid, on_grid_of, read_labels, resampled
+from stunet_plugin.utils.geometry import Grid, on_grid_of, resampled
+from stunet_plugin.utils.images import read_label_map
 from stunet_plugin.utils.workers import run_ordered
 
 
@@ -92,9 +93,7 @@ def read_known_labels(path: Path, labels: LabelSystem) -> Any:
     Raises:
         PluginError: it cannot be read, is no label map, or holds other values.
     """
-    image = read_labels(path)
-    labels.check(np.unique(sitk.GetArrayViewFromImage(image)), str(path))
-    return image
+    return read_label_map(path, labels.values)
 
 
 def _read_both(task: CaseTask) -> tuple[Any, Any, list[str]]:

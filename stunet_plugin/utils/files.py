@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,31 +83,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PluginError(f"{path} holds a {type(content).__name__}, not a JSON object.")
     return content
-
-
-_PIECE = 2**20
-"""Bytes that are read at a time."""
-
-
-def check_whole(path: Path) -> None:
-    """Read a compressed image to its end, where the checksum is: ITK fills what is missing of one
-    with zeros and says nothing.
-
-    Raises:
-        PluginError: it is cut off or damaged.
-    """
-    try:
-        with path.open("rb") as raw:
-            compressed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            with gzip.GzipFile(fileobj=raw) as file:
-                while compressed and file.read(_PIECE):
-                    pass
-    except (OSError, EOFError, zlib.error) as error:
-        raise PluginError(
-            f"{path} cannot be read: it is damaged or incomplete ({error}). Mend or remove the"
-            " case."
-        ) from error
 
 
 def link_or_copy(path: str, target: Path) -> str:

@@ -1,18 +1,13 @@
-"""Whether a prediction and its reference lie on the same voxels, and what to do where they do
-not."""
+"""Geometry of images: whether two have the same voxels, and what to do where they have not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-
-from stunet_plugin.errors import PluginError, last_line
-from stunet_plugin.utils.files import check_whole
 
 NEAR = 1e-3
 """Headers agree if spacings, directions and (in voxels) origins do to this; programs write other
@@ -75,43 +70,6 @@ class Grid(Geometry):
             f"origin {_short(self.origin)}",
         )
         return ", ".join((*shown, f"orientation {self.orientation}"))
-
-
-def grid_of(path: Path) -> Grid:
-    """Read the header of an image.
-
-    Raises:
-        PluginError: it cannot be read.
-    """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise PluginError(f"{path} cannot be read: {last_line(error)}") from error
-    return Grid.of(reader)
-
-
-def read_labels(path: Path) -> Any:
-    """Read a label map.
-
-    Raises:
-        PluginError: it cannot be read, is incomplete, or its values are no whole numbers.
-    """
-    check_whole(path)
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise PluginError(f"{path} cannot be read: {last_line(error)}") from error
-    if image.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64):
-        values = sitk.GetArrayViewFromImage(image)
-        if not np.array_equal(values, np.round(values)):
-            raise PluginError(
-                f"{path} is no label map: it holds values such as"
-                f" {values[values != np.round(values)][0]:g}."
-            )
-        image = sitk.Cast(image, sitk.sitkInt32)
-    return image
 
 
 def on_grid_of(prediction: Any, reference: Any) -> Any | None:

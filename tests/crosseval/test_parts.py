@@ -220,7 +220,7 @@ def test_ignored_voxels_and_unknown_labels(tmp_path: Path) -> None:
     assert found.values["liver"][DSC] == 1
     prediction[0, 0, 0] = 9
     problem = scored(tmp_path, image(reference), image(prediction)).problem
-    assert "prediction.nii.gz holds the label 9, which test does not have (0 to 3)" in problem
+    assert "prediction.nii.gz: undeclared label values (9 (1 voxels))" in problem
     (tmp_path / "prediction.nii.gz").write_bytes(b"nothing")
     task = CaseTask(
         ("m", "d", "c"),
