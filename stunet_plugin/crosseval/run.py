@@ -148,8 +148,8 @@ def _check_inputs(run: Run) -> None:
             raise PluginError(
                 f"Dataset {dataset.name}: {len(differing)} of {len(dataset.cases)} references do"
                 f" not lie on the voxels of their image. {first.name}: reference"
-                f" {read_geometry(first.reference)}; image {read_geometry(first.images[0])}. Fix the"
-                " files, or have predictions resampled to the references with --resample."
+                f" {read_geometry(first.reference)}; image {read_geometry(first.images[0])}. Fix"
+                " the files, or have predictions resampled to the references with --resample."
             )
 
 

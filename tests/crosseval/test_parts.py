@@ -231,7 +231,7 @@ def test_ignored_voxels_and_unknown_labels(tmp_path: Path) -> None:
         SYSTEM,
         False,
     )
-    assert "cannot be read" in score_case(task).problem
+    assert "not gzip" in score_case(task).problem
 
 
 def test_tubular_organs_between_the_ends_of_the_reference(tmp_path: Path) -> None:
