@@ -217,6 +217,20 @@ def test_spacing_of_tif_travels(raw: Path, copy: list[str]) -> None:
     assert not list(merged.rglob(".partial*"))
 
 
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_voxels_of_detached_headers_travel(raw: Path, ending: str) -> None:
+    more = {"ending": ending, "overwrite_image_reader_writer": "SimpleITKIO"}
+    write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 2, **more)
+    write_dataset(raw / "Dataset004_D", {"background": 0, "spleen": 1, "liver": 2}, 2, **more)
+    assert main(["merge-datasets", "3", "4", "-d", "20"]) == 0
+    shutil.move(raw / "Dataset020_Merged", raw.parent / "moved")
+    for part, name in (("imagesTr", "003_C_case1_0000"), ("labelsTr", "004_D_case0")):
+        folder, case = raw / f"Dataset{name[:5]}" / part, name[6:]
+        old, new = read_array(folder / f"{case}{ending}"), raw.parent / "moved" / part / name
+        expected = np.array([0, 2, 1])[old] if part == "labelsTr" else old
+        assert np.array_equal(read_array(new.with_name(f"{name}{ending}")), expected)
+
+
 def test_pictures_in_colours(raw: Path, refused: Refused) -> None:
     """One file per case with three channels, as nnU-Net reads them."""
     labels = {"background": 0, "vessel": 1}
