@@ -1,18 +1,19 @@
-"""Predicting on the CPU: the same functions in another order of memory.
+"""Prediction on the CPU: the networks' functions in another order of memory.
 
-On the CPU, three things cost more than they look. Its convolutions are up to three times faster
-with the channels last in memory. Every large new tensor has to be paged in by the system, which
-takes longer than to compute its values. And what does not fit the cache is read from memory anew at
-each step. So where no gradient is wanted, the networks keep the channels last, go through feature
-maps slab by slab with all steps at a time, and overwrite what nothing else reads any more.
-Measurements: docs/decisions.md.
+On the CPU, convolutions are up to three times faster with the channels last, every large new tensor
+has to be paged in, which takes longer than its values, and what does not fit the cache is read
+again at each step. So a prediction keeps the channels last, takes feature maps slab by slab with
+all steps at a time, and overwrites what nothing else reads. Measurements: docs/decisions.md.
 
-Axes of feature maps: (batch, channel, depth, height, width).
+A network's forward asks :func:`applies` and then calls :func:`predict`; nothing else knows of this
+module. Axes of feature maps: (batch, channel, depth, height, width).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -20,24 +21,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stunet_plugin.networks.fmunet import ResidualLevel
+from stunet_plugin.networks.pctnet import PCTBlock
+from stunet_plugin.networks.preactivation_unet import PreActivation, Stem
+from stunet_plugin.networks.residual_block import ResidualBlock, activate
+from stunet_plugin.networks.stunet import STUNet, STUNetDecoder
+from stunet_plugin.networks.window_attention import WindowAttention, WindowTransformer
+
 SLAB_ELEMENTS = 1 << 18
 """A slab of float32 takes one MiB, which fits the second-level cache of today's processors."""
-
-
-SMALLEST_VOLUME = 48**3
+SMALLEST_IMAGE = 48**3
 """Voxels of an image below which everything is small enough as it is."""
+SMALLEST_MAP = 16**3
+"""Voxels of a feature map below which STU-Net's convolutions are faster with the channels first."""
 
 
-def applies(module: nn.Module, x: Tensor) -> bool:
-    """Return whether this is a prediction on the CPU in full precision (torch.compile makes its own
-    order)."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in (torch.float32, torch.float64)
-        or _mixed_precision()
-    ):
+def applies(network: nn.Module, image: Tensor) -> bool:
+    """Return whether this is a prediction of a large image on the CPU in full precision.
+
+    A trace must hold at other sizes, and hooks expect every module to be called: both take the
+    plain forward, as does the compiler, which makes its own order.
+    """
+    if image.device.type != "cpu" or network.training or torch.is_grad_enabled():
         return False
-    return not module.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or _mixed_precision():
+        return False
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
+    large = image.ndim == 5 and prod(image.shape[2:]) >= SMALLEST_IMAGE
+    return large and not hooked and image.dtype in (torch.float32, torch.float64)
 
 
 def _mixed_precision() -> bool:
@@ -47,14 +58,149 @@ def _mixed_precision() -> bool:
         return torch.is_autocast_cpu_enabled()
 
 
-def begins(module: nn.Module, image: Tensor) -> bool:
-    """Return whether a network's stem shall put the channels of this image's features last."""
-    return applies(module, image) and image[0, 0].numel() >= SMALLEST_VOLUME
+def predict(network: Any, image: Tensor) -> Tensor | list[Tensor]:
+    """Return ``network(image)``.
+
+    Args:
+        network: an STU-Net, a PCT-Net or an FMUNet.
+        image: (batch, channel, depth, height, width), a size that the network takes.
+    """
+    skips: list[Tensor] = []
+    x = image
+    for stage in network.encoder.stages:
+        x = run(stage, x)
+        skips.append(x)
+    del x
+    decode = _decode_stunet if isinstance(network, STUNet) else _decode_preactivation
+    return decode(network.decoder, skips)
 
 
-def goes_on(module: nn.Module, x: Tensor) -> bool:
-    """Return whether the stem has put the channels last, so that what follows goes on like that."""
-    return applies(module, x) and x.is_contiguous(memory_format=torch.channels_last_3d)
+def _decode_stunet(decoder: STUNetDecoder, skips: list[Tensor]) -> Tensor | list[Tensor]:
+    x = skips.pop()
+    outputs: list[Tensor] = []
+    for conv, stage, head in zip(
+        decoder.upsample_convs, decoder.stages, decoder.seg_layers, strict=True
+    ):
+        x = _upsample_and_join(convolve(conv, x), skips.pop())
+        x = run(stage, x, True)
+        if decoder.deep_supervision or not skips:
+            outputs.append(head(x).contiguous())
+    return outputs[::-1] if decoder.deep_supervision else outputs[0]
+
+
+def _decode_preactivation(decoder: Any, skips: list[Tensor]) -> Tensor | list[Tensor]:
+    x = run(decoder.bottom, skips.pop())
+    outputs: list[Tensor] = []
+    for up, merge, block, head in zip(
+        decoder.ups, decoder.merges, decoder.blocks, decoder.seg_layers, strict=True
+    ):
+        parts = [skips.pop(), run(up, x, True)]
+        del x  # the deeper features
+        x = run(block, run(merge, parts), True)
+        if decoder.deep_supervision or not skips:
+            outputs.append(run(head, x, not skips).contiguous())
+    return outputs[::-1] if decoder.deep_supervision else outputs[0]
+
+
+# --- the modules that have another way than their forward
+
+
+@functools.singledispatch
+def run(module: Any, x: Any, overwrite: bool = False) -> Tensor:
+    """Return ``module(x)``.
+
+    Args:
+        overwrite: nothing else reads ``x`` afterwards.
+    """
+    result: Tensor = module(x)
+    return result
+
+
+@run.register
+def _(module: nn.Sequential, x: Tensor, overwrite: bool = False) -> Tensor:
+    for part in module:
+        # What one part puts out, only the next one reads.
+        x, overwrite = run(part, x, overwrite), True
+    return x
+
+
+@run.register
+def _(block: ResidualBlock, x: Tensor, overwrite: bool = False) -> Tensor:
+    stride = block.conv1.stride
+    if prod(x.shape[2:]) < SMALLEST_MAP * prod(stride):
+        return block(x.contiguous())
+
+    def shortcut(start: int, stop: int) -> Tensor:
+        slab = x[:, :, start * stride[0] : stop * stride[0]]
+        projects = not isinstance(block.shortcut, nn.Identity)
+        return convolve(block.shortcut, slab) if projects else slab
+
+    y = norm_and_activation([block.norm1], activate, [convolve(block.conv1, x)], overwrite=True)
+    return norm_sum_activation(block.norm2, activate, convolve(block.conv2, y), shortcut)
+
+
+@run.register
+def _(stem: Stem, x: Tensor, overwrite: bool = False) -> Tensor:
+    # A clone: with one channel torch cannot tell the layouts apart and keeps the other.
+    return convolve(stem, x.clone(memory_format=torch.channels_last_3d))
+
+
+@run.register
+def _(unit: PreActivation, x: Tensor | list[Tensor], overwrite: bool = False) -> Tensor:
+    inputs = [x] if isinstance(x, Tensor) else x
+    del x
+    return convolve(unit.conv, norm_and_activation(list(unit.norms), unit.act, inputs, overwrite))
+
+
+@run.register
+def _(level: ResidualLevel, x: Tensor, overwrite: bool = False) -> Tensor:
+    for unit in level.units:
+        y = run(unit, x)
+        y += x
+        x = y
+    return x
+
+
+@run.register
+def _(block: PCTBlock, x: Tensor, overwrite: bool = False) -> Tensor:
+    y = run(block.conv, x)
+    y += run(block.transformer, x)
+    return y
+
+
+@run.register
+def _(transformer: WindowTransformer, x: Tensor, overwrite: bool = False) -> Tensor:
+    x = x.movedim(1, -1).contiguous()
+    for block in transformer.blocks:
+        y = run(block.attention, block.norm1(x))
+        y += x
+        for slab in y.split(slab_length(y, 1), 1):
+            slab += block.mlp(block.norm2(slab))
+        x = y
+    return x.movedim(-1, 1).contiguous()
+
+
+@run.register
+def _(attention: WindowAttention, x: Tensor, overwrite: bool = False) -> Tensor:
+    layout = attention.layout(x)
+    tokens = layout.gather(x)
+    for windows, mask in zip(layout.split(tokens), attention.masks(layout), strict=True):
+        for slab in windows.split(slab_length(windows, 1), 1):
+            slab.copy_(attention.attend(slab, mask))
+    return attention.proj(layout.scatter(tokens, x.shape))
+
+
+# --- steps
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return ``conv(x)`` with the channels last."""
+    if isinstance(conv, nn.Conv3d) and conv.kernel_size == (1, 1, 1):
+        # torch's convolutions have no such kernel for this layout; a matrix product is one.
+        depth, height, width = conv.stride
+        x = x[:, :, ::depth, ::height, ::width]
+        return functional.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+    return channels_last(conv(x))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -68,24 +214,22 @@ def slab_length(x: Tensor, axis: int) -> int:
 
 
 def norm_and_activation(
-    norms: list[nn.Module], act: Callable[[Tensor], Tensor], inputs: list[Tensor], overwrite: bool
+    norms: Sequence[nn.Module],
+    act: Callable[[Tensor], Tensor],
+    inputs: list[Tensor],
+    overwrite: bool,
 ) -> Tensor:
-    """Return ``act(norm(x))`` of all inputs, concatenated along the channels; the list of inputs is
-    emptied.
+    """Return ``act(norm(x))`` of all inputs, concatenated along the channels; empties the list.
 
     Args:
         norms: batch or instance norm, one per input.
         act: any activation, element by element.
-        inputs: feature maps.
         overwrite: a single input may be overwritten with the result.
     """
     if len(inputs) == 1 and overwrite:
         result = channels_last(inputs[0])
     else:
-        first = inputs[0]
-        shape = (first.shape[0], sum(x.shape[1] for x in inputs), *first.shape[2:])
-        result = torch.empty(shape, dtype=first.dtype, memory_format=torch.channels_last_3d)
-        del first
+        result = _empty(inputs[0], sum(x.shape[1] for x in inputs))
     places = result.split([x.shape[1] for x in inputs], 1)
     for norm, x, place in zip(norms, inputs, places, strict=True):
         scale, shift = scale_and_shift(norm, x)
@@ -105,7 +249,6 @@ def norm_sum_activation(
     """Overwrite ``x`` with ``act(norm(x) + shortcut)`` and return it.
 
     Args:
-        norm: batch or instance norm.
         act: any activation, element by element; may overwrite its input.
         x: feature map, channels last.
         shortcut: from a range of ``x``'s depth to what is added there.
@@ -121,8 +264,7 @@ def norm_sum_activation(
 
 
 def scale_and_shift(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a batch or instance norm multiplies by and adds in a prediction, (1 or batch,
-    channel, 1, 1, 1) each."""
+    """Return factor and summand of a batch or instance norm, (1 or batch, channel, 1, 1, 1)."""
     everywhere = (-1, x.shape[1], 1, 1, 1)
     if isinstance(norm, _BatchNorm):
         mean, variance = norm.running_mean, norm.running_var
@@ -136,18 +278,9 @@ def scale_and_shift(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return scale.reshape(everywhere), (norm.bias - mean * scale).reshape(everywhere)
 
 
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Return ``conv(x)`` with the channels last."""
-    if isinstance(conv, nn.Conv3d) and conv.kernel_size == (1, 1, 1):
-        # torch's convolutions have no such kernel for this layout; a matrix product is one.
-        return functional.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
-    return channels_last(conv(x))
-
-
-def repeat_and_join(x: Tensor, skip: Tensor) -> Tensor:
-    """Repeat the voxels of a coarser feature map and put a finer one behind it, channels last."""
-    shape = (x.shape[0], x.shape[1] + skip.shape[1], *skip.shape[2:])
-    result = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last_3d)
+def _upsample_and_join(x: Tensor, skip: Tensor) -> Tensor:
+    """Repeat the voxels of a coarser feature map and put a finer one behind it."""
+    result = _empty(skip, x.shape[1] + skip.shape[1])
     repeated, behind = result.split([x.shape[1], skip.shape[1]], 1)
     behind.copy_(skip)
     for axis in (4, 3, 2):
@@ -156,14 +289,6 @@ def repeat_and_join(x: Tensor, skip: Tensor) -> Tensor:
     return result
 
 
-def in_place(
-    function: Callable[[Tensor], Tensor], x: Tensor, axis: int, add: bool = False
-) -> Tensor:
-    """Overwrite ``x`` with ``function(x)``, or add that to it, slab by slab along an axis; return
-    it."""
-    for slab in x.split(slab_length(x, axis), axis):
-        if add:
-            slab += function(slab)
-        else:
-            slab.copy_(function(slab))
-    return x
+def _empty(like: Tensor, channels: int) -> Tensor:
+    shape = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last_3d)

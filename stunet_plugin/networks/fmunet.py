@@ -1,12 +1,12 @@
 """FMUNet: a pre-activation residual U-Net in one of three anisotropy modes.
 
 Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Published code:
-    github.com/openmedlab/MIS-FM and
-github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not copied. Same function as published; the
-published code builds the network of one mode, too.
+github.com/openmedlab/MIS-FM and github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not
+copied. The same function as published, which builds the network of one mode, too; no deviation but
+how memory is saved (``preactivation_unet``).
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
-    (axis 0 is the coarse one).
+(axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Sequence
 
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.anisotropy import Triple
+from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.networks.preactivation_unet import (
     Decoder,
     Encoder,
     PreActivation,
     PreActivationUNet,
     Stem,
-    as_triple,
     padding,
     per_level,
 )
@@ -39,38 +38,21 @@ NEGATIVE_SLOPE = 1e-2
 """Of every LeakyReLU, and assumed by the He initialisation."""
 
 
-class InstanceNorm(nn.InstanceNorm3d):
-    """torch's, with weights. In training on the CPU by way of group norm: with a channel per group
-    it is the same function for less time. Predictions keep to torch's own, so that they round as
-    the published ones do."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu":
-            return functional.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
-        return super().forward(x)
-
-
 def unit(
     in_channels: int,
     out_channels: int,
     kernel_size: Triple,
-    stride: Triple = (1, 1, 1),
+    stride: tuple[int, ...] = (1, 1, 1),
     dropout: float = 0.0,
     inputs: int = 1,
-    last_reader: bool = False,
 ) -> PreActivation:
-    """InstanceNorm - LeakyReLU - (dropout) - convolution, of one or more inputs with
-    ``in_channels`` each."""
+    """InstanceNorm - LeakyReLU - (dropout) - convolution, of inputs with ``in_channels`` each."""
     return PreActivation(
         [InstanceNorm(in_channels) for _ in range(inputs)],
         # In place is safe: the norm keeps its input, not its output.
         nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
         nn.Conv3d(inputs * in_channels, out_channels, kernel_size, stride, padding(kernel_size)),
         dropout,
-        last_reader,
     )
 
 
@@ -84,6 +66,7 @@ class ResidualLevel(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, *spatial) to the same shape."""
         for residual in self.units:
             y = residual(x)
             y += x
@@ -123,7 +106,7 @@ class FMUNet(PreActivationUNet):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__(input_channels, num_classes, mode, strides)
-        features = per_level("features_per_stage", features_per_stage, whole=True)
+        features = per_level("features_per_stage", features_per_stage, integers=True)
         dropout = per_level("dropout_per_stage", dropout_per_stage)
         kernels = self.mode.kernel_sizes
         levels = range(len(features))
@@ -136,17 +119,14 @@ class FMUNet(PreActivationUNet):
             if level == 0:
                 return Stem(input_channels, features[0], kernels[0])
             return unit(
-                features[level - 1],
-                features[level],
-                kernels[level - 1],
-                as_triple(self.strides[level]),
+                features[level - 1], features[level], kernels[level - 1], self.strides[level]
             )
 
         def up(level: int) -> nn.Sequential:
             """From the level below."""
             scale = tuple(float(step) for step in self.strides[level + 1])
             return nn.Sequential(
-                unit(features[level + 1], features[level], (1, 1, 1), last_reader=True),
+                unit(features[level + 1], features[level], (1, 1, 1)),
                 nn.Upsample(scale_factor=scale, mode="trilinear", align_corners=True),
             )
 
@@ -163,14 +143,13 @@ class FMUNet(PreActivationUNet):
                 unit(features[level], features[level], kernels[level], inputs=2) for level in steps
             ),
             blocks=map(residual_level, steps),
-            heads=(
-                unit(features[level], num_classes, kernels[level], last_reader=level == 0)
-                for level in steps
-            ),
+            heads=(unit(features[level], num_classes, kernels[level]) for level in steps),
             deep_supervision=deep_supervision,
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(batch, input_channels, *spatial) to (batch, num_classes, *spatial), or a list of four,
+        levels 0 to 3, full resolution first."""
         if tuple(x.shape[2:]) == self.mode.reduction:
             raise PluginError(
                 f"{self._name}: the patch {list(x.shape[2:])} leaves a single voxel at the deepest"

@@ -2,18 +2,15 @@
 parallel (the pyramid).
 
 Paper: MIS-FM, arXiv:2306.16925. Published code: github.com/openmedlab/MIS-FM (Apache-2.0), read for
-    facts, not copied.
-Same function as published; what differs:
+facts, not copied. The same function as published; deviations:
 
-* The published network builds the stem and the head of all three anisotropy modes around the
-  pyramid and uses one of them; here only those of the mode in use exist, so every parameter gets a
-  gradient.
-* Input of any size that the mode's reduction divides; the published network takes the size it was
-  built with.
+* Only the stem and the head of the mode in use exist, so every parameter gets a gradient; the
+  published network builds those of all three modes and uses one of each.
+* Input of any size that the mode's reduction divides; published: the size it was built with.
 * A LayerNorm in every PCT block that the published forward never uses is not built.
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
-    (axis 0 is the coarse one).
+(axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -31,8 +28,7 @@ from stunet_plugin.networks.preactivation_unet import (
     PreActivation,
     PreActivationUNet,
     Stem,
-    as_triple,
-    check_whole,
+    check_integer,
     padding,
     per_level,
 )
@@ -51,15 +47,11 @@ FIRST_PYRAMID_LEVEL = 2
 
 
 def unit(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: Triple,
-    dropout: float = 0.0,
-    last_reader: bool = False,
+    in_channels: int, out_channels: int, kernel_size: Triple, dropout: float = 0.0
 ) -> PreActivation:
     """BatchNorm - PReLU (one weight) - (dropout) - convolution."""
     conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
-    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, dropout, last_reader)
+    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, dropout)
 
 
 def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
@@ -68,18 +60,16 @@ def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
     return PreActivation([nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)], nn.PReLU(), conv)
 
 
-def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivation:
+def up_unit(in_channels: int, out_channels: int, stride: tuple[int, ...]) -> PreActivation:
     """BatchNorm - PReLU - transposed convolution, as large as its stride."""
     conv = nn.ConvTranspose3d(in_channels, out_channels, stride, stride)
-    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, last_reader=True)
+    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv)
 
 
-def conv_block(
-    channels: int, kernel_size: Triple, dropout: float, last_reader: bool = True
-) -> nn.Sequential:
+def conv_block(channels: int, kernel_size: Triple, dropout: float) -> nn.Sequential:
     """Two units; dropout in the second."""
-    first = unit(channels, channels, kernel_size, last_reader=last_reader)
-    return nn.Sequential(first, unit(channels, channels, kernel_size, dropout, last_reader=True))
+    first = unit(channels, channels, kernel_size)
+    return nn.Sequential(first, unit(channels, channels, kernel_size, dropout))
 
 
 class PCTBlock(nn.Module):
@@ -101,10 +91,11 @@ class PCTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.conv = conv_block(channels, kernel_size, dropout, last_reader=False)
+        self.conv = conv_block(channels, kernel_size, dropout)
         self.transformer = WindowTransformer(channels, dropout=dropout, **transformer)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, *spatial) to the same shape."""
         if self.checkpointing and self.training:
             return checkpointed(self, self._sum, x)
         return self._sum(x)
@@ -120,8 +111,7 @@ class PCTNet(PreActivationUNet):
     ``stunet_plugin.networks.pctnet.PCTNet``.
 
     It needs no patch size: windows follow from each input, and the relative position tables have
-        the same shape whatever
-    the patch (see :class:`~stunet_plugin.networks.window_attention.WindowAttention`).
+    the same shape whatever the patch (see ``window_attention.WindowAttention``).
 
     Args:
         input_channels: image channels (and one-hot channels of a previous stage).
@@ -138,9 +128,8 @@ class PCTNet(PreActivationUNet):
         mlp_ratio: hidden width of a transformer's MLP over its channels.
         drop_path: probability that a sample skips a residual branch of a transformer in training.
         deep_supervision: see :class:`Decoder`.
-        checkpoint_pyramid: in training, compute the PCT blocks again in the backward pass instead
-            of keeping what is
-            inside them: less memory, more time, the same gradients.
+        checkpoint_pyramid: activation checkpointing of the PCT blocks in training: less memory,
+            more time, the same gradients.
 
     Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction.
     Output (batch, num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
@@ -166,13 +155,13 @@ class PCTNet(PreActivationUNet):
         checkpoint_pyramid: bool = False,
     ) -> None:
         super().__init__(input_channels, num_classes, mode, strides)
-        features = per_level("features_per_stage", features_per_stage, whole=True)
+        features = per_level("features_per_stage", features_per_stage, integers=True)
         dropout = per_level("dropout_per_stage", dropout_per_stage)
         kernels = self.mode.kernel_sizes
         levels = range(len(features))
         _check_heads(num_heads, features)
-        check_whole("window_size", window_size, 2)
-        check_whole("depth", depth, 1)
+        check_integer("window_size", window_size, 2)
+        check_integer("depth", depth, 1)
 
         def block(level: int) -> nn.Module:
             if level < FIRST_PYRAMID_LEVEL:
@@ -193,11 +182,9 @@ class PCTNet(PreActivationUNet):
             if level == 0:
                 stem = Stem(input_channels, features[0], kernels[0])
                 return nn.Sequential(stem, block(0))
-            pool = nn.MaxPool3d(as_triple(self.strides[level]))
+            pool = nn.MaxPool3d(self.strides[level])
             return nn.Sequential(
-                pool,
-                unit(features[level - 1], features[level], kernels[level], last_reader=True),
-                block(level),
+                pool, unit(features[level - 1], features[level], kernels[level]), block(level)
             )
 
         self.encoder = Encoder(map(stage, levels), features, self.mode)
@@ -205,15 +192,12 @@ class PCTNet(PreActivationUNet):
         self.decoder = Decoder(
             bottom=nn.Identity(),
             ups=(
-                up_unit(features[level + 1], features[level], as_triple(self.strides[level + 1]))
+                up_unit(features[level + 1], features[level], self.strides[level + 1])
                 for level in steps
             ),
             merges=(merge_unit(features[level], kernels[level]) for level in steps),
             blocks=map(block, steps),
-            heads=(
-                unit(features[level], num_classes, (1, 1, 1), last_reader=level == 0)
-                for level in steps
-            ),
+            heads=(unit(features[level], num_classes, (1, 1, 1)) for level in steps),
             deep_supervision=deep_supervision,
         )
 
@@ -234,6 +218,6 @@ def _check_heads(num_heads: Sequence[int], features: Sequence[int]) -> None:
     )
     if not whole or any(channels % heads for heads, channels in zip(numbers, pyramid, strict=True)):
         raise ValueError(
-            f"num_heads must be {len(pyramid)} whole numbers that divide the channels"
+            f"num_heads must be {len(pyramid)} integers that divide the channels"
             f" {list(pyramid)}, not {num_heads!r}."
         )

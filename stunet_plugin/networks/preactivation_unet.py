@@ -1,12 +1,11 @@
-"""What PCT-Net and FMUNet share: the pre-activation unit (norm, activation, then convolution) and
-the U around the levels.
+"""Pre-activation U-Net: what PCT-Net and FMUNet share.
 
 Paper: MIS-FM, arXiv:2306.16925. Published code: github.com/openmedlab/MIS-FM and
-    github.com/HiLab-git/PyMIC
-(Apache-2.0), read for facts, not copied.
+github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not copied. Deviation: norms and
+activations are computed again in the backward pass, and several inputs are normalised one by one.
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
-    (axis 0 is the coarse one).
+(axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from dynamic_network_architectures.architectures.abstract_arch import (
 from torch import Tensor, nn
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import (
     NUM_LEVELS,
@@ -34,48 +32,31 @@ from stunet_plugin.networks.topology import as_strides, check_patch_size, stage_
 
 
 class PreActivation(nn.Module):
-    """norm - activation - (dropout) - convolution, of one input or of several that are concatenated
-    along the channels.
+    """norm - activation - (dropout) - convolution, of one input or of several side by side.
 
-    Several inputs are normalised and activated one by one and concatenated then, which is the same
-    function as concatenating first (both act channel by channel) for less memory.
-
-    In training only the inputs are kept; the backward pass computes norm and activation again,
-    which is little beside the convolution, where otherwise each would keep a tensor of its own.
+    Several inputs are normalised and activated one by one and then concatenated, which is the same
+    function as concatenating first (both act channel by channel) for less memory. In training only
+    the inputs are kept; norm and activation, little beside the convolution, are computed again.
 
     Args:
         norms: batch or instance norms, one per input.
         act: activation, element by element.
         conv: convolution or transposed convolution.
         dropout: probability.
-        last_reader: nothing else reads the inputs afterwards, so that a prediction on the CPU may
-            overwrite them.
     """
 
     def __init__(
-        self,
-        norms: Iterable[nn.Module],
-        act: nn.Module,
-        conv: nn.Module,
-        dropout: float = 0.0,
-        last_reader: bool = False,
+        self, norms: Iterable[nn.Module], act: nn.Module, conv: nn.Module, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.norms = nn.ModuleList(norms)
         self.act = act
         self.dropout = nn.Dropout(dropout)
         self.conv = conv
-        self.last_reader = last_reader
 
     def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
-        """Convolve one feature map, or a list of them, which is emptied so that nothing lives
-        longer than needed."""
+        """One feature map (batch, channel, *spatial), or a list of them, to the convolution's."""
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-        if cpu_inference.goes_on(self, inputs[0]):
-            x = cpu_inference.norm_and_activation(
-                list(self.norms), self.act, inputs, self.last_reader
-            )
-            return cpu_inference.convolve(self.conv, x)
         # The compiler decides itself what to keep.
         if self.training and not torch.compiler.is_compiling():
             return checkpointed(self, self._convolve, *inputs, random=self.dropout.p > 0)
@@ -83,9 +64,9 @@ class PreActivation(nn.Module):
 
     def _convolve(self, *inputs: Tensor) -> Tensor:
         activated = [self.act(norm(x)) for norm, x in zip(self.norms, inputs, strict=True)]
-        return self.conv(
-            self.dropout(activated[0] if len(activated) == 1 else torch.cat(activated, dim=1))
-        )
+        x = activated[0] if len(activated) == 1 else torch.cat(activated, dim=1)
+        output: Tensor = self.conv(self.dropout(x))
+        return output
 
 
 class Stem(nn.Conv3d):
@@ -94,18 +75,9 @@ class Stem(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Triple) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if cpu_inference.begins(self, x):
-            # A clone, because with one channel torch cannot tell the layouts apart and would go on
-            # with the other.
-            return cpu_inference.channels_last(
-                super().forward(x.clone(memory_format=torch.channels_last_3d))
-            )
-        return super().forward(x)
-
 
 class Encoder(nn.Module):
-    """The stages of the levels, full resolution first. Returns the output of each.
+    """The stages of the levels, full resolution first.
 
     Attributes:
         stages: the first takes the image; each further one halves what its level's stride says.
@@ -124,6 +96,8 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """(batch, input_channels, *spatial) to the output of every level, full resolution first:
+        (batch, features of the level, *spatial / its strides so far)."""
         skips = []
         for stage in self.stages:
             x = stage(x)
@@ -163,26 +137,23 @@ class Decoder(nn.Module):
         self.seg_layers = nn.ModuleList(heads)
 
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        """Decode the encoder's outputs; the list is emptied on the way, so that at inference
-        nothing lives longer than needed."""
+        """The encoder's outputs to (batch, num_classes, *spatial), or a list of them.
+
+        The list is emptied on the way, so that at inference nothing lives longer than needed.
+        """
         x = self.bottom(skips.pop())
-        outputs = []
+        outputs: list[Tensor] = []
         for up, merge, block, head in zip(
             self.ups, self.merges, self.blocks, self.seg_layers, strict=True
         ):
-            parts = [skips.pop(), up(x)]
-            del x  # the deeper features
-            x = block(merge(parts))
-            if self.deep_supervision:
-                outputs.append(head(x).contiguous())
-        if self.deep_supervision:
-            return outputs[::-1]
-        return self.seg_layers[-1](x).contiguous()
+            x = block(merge([skips.pop(), up(x)]))
+            if self.deep_supervision or not skips:
+                outputs.append(head(x))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
 
 
 class PreActivationUNet(AbstractDynamicNetworkArchitectures):
-    """Base of both networks: five levels in one of three anisotropy modes, an encoder, a decoder,
-    and the checks.
+    """Base of both networks: five levels in one of three anisotropy modes, and the checks.
 
     A subclass builds ``encoder`` and ``decoder``.
     """
@@ -204,8 +175,8 @@ class PreActivationUNet(AbstractDynamicNetworkArchitectures):
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = ("encoder.stages.0.0",)
 
-        check_whole("input_channels", input_channels, 1)
-        check_whole("num_classes", num_classes, 1)
+        check_integer("input_channels", input_channels, 1)
+        check_integer("num_classes", num_classes, 1)
         self.mode = get_mode(mode)
         self.strides = self.mode.strides
         if strides is not None:
@@ -229,12 +200,20 @@ class PreActivationUNet(AbstractDynamicNetworkArchitectures):
             )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(batch, input_channels, *spatial) to (batch, num_classes, *spatial), or a list of four,
+        levels 0 to 3, full resolution first."""
         if x.ndim != 2 + len(self.strides[0]):
             raise PluginError(
                 f"{type(self).__name__} takes (batch, channel, depth, height, width), not {x.ndim}"
                 f" axes. {USE_FOR_2D}"
             )
         check_patch_size(x.shape[2:], self.strides, self._name)
+        if not self.training and not torch.compiler.is_compiling():
+            # Imported here, because it knows the blocks of all networks.
+            from stunet_plugin.networks import cpu_inference
+
+            if cpu_inference.applies(self, x):
+                return cpu_inference.predict(self, x)
         return self.decoder(self.encoder(x))
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
@@ -246,45 +225,44 @@ class PreActivationUNet(AbstractDynamicNetworkArchitectures):
         """
         check_patch_size(input_size, self.strides, self._name)
         voxels = [prod(shape) for shape in stage_shapes(input_size, self.strides)]
-        encoder, decoder = self.encoder, self.decoder
-        total = sum(
-            _channels_out(stage) * size for stage, size in zip(encoder.stages, voxels, strict=True)
+        decoder = self.decoder
+        # A transposed convolution puts out the finer level, the other upsampling the coarser one.
+        transposed = any(isinstance(part, nn.ConvTranspose3d) for part in decoder.ups.modules())
+        heads = len(decoder.seg_layers) if decoder.deep_supervision else 1
+        parts = (
+            (self.encoder.stages, voxels),
+            ([decoder.bottom], voxels[-1:]),
+            (decoder.ups, voxels[-2::-1] if transposed else voxels[:0:-1]),
+            (decoder.merges, voxels[-2::-1]),
+            (decoder.blocks, voxels[-2::-1]),
+            (decoder.seg_layers[-heads:], voxels[heads - 1 :: -1]),
         )
-        total += _channels_out(decoder.bottom) * voxels[-1]
-        below, here = voxels[:0:-1], voxels[-2::-1]
-        for up, merge, block, size_below, size in zip(
-            decoder.ups, decoder.merges, decoder.blocks, below, here, strict=True
-        ):
-            transposed = any(isinstance(part, nn.ConvTranspose3d) for part in up.modules())
-            total += _channels_out(up) * (size if transposed else size_below)
-            total += (_channels_out(merge) + _channels_out(block)) * size
-        heads = here if decoder.deep_supervision else here[-1:]
-        layers = decoder.seg_layers if decoder.deep_supervision else decoder.seg_layers[-1:]
-        return total + sum(
-            _channels_out(head) * size for head, size in zip(layers, heads, strict=True)
+        return sum(
+            _channels_out(module) * size
+            for modules, sizes in parts
+            for module, size in zip(modules, sizes, strict=True)
         )
 
 
-def check_whole(name: str, number: int, least: int) -> None:
-    """Raise a ValueError unless a number is whole and not smaller than the least."""
+def check_integer(name: str, number: int, least: int) -> None:
+    """Raise a ValueError unless a number is an integer and not smaller than the least."""
     if not isinstance(number, int) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {number!r}.")
+        raise ValueError(f"{name} must be an integer >= {least}, not {number!r}.")
 
 
-def per_level(name: str, values: Sequence[float], whole: bool = False) -> tuple:
+def per_level(name: str, values: Sequence[float], integers: bool = False) -> tuple:
     """Return one number per level as a tuple.
 
     Raises:
-        ValueError: not five numbers; with ``whole``, not positive whole numbers; otherwise not
-            probabilities below 1.
+        ValueError: not five positive integers, or not five probabilities below 1.
     """
     numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
-    fits = [
-        isinstance(n, int) and n >= 1 if whole else isinstance(n, (int, float)) and 0 <= n < 1
+    kind = "positive integers" if integers else "numbers of at least 0 and below 1"
+    fits = all(
+        isinstance(n, int) and n >= 1 if integers else isinstance(n, (int, float)) and 0 <= n < 1
         for n in numbers
-    ]
-    if len(numbers) != NUM_LEVELS or not all(fits):
-        kind = "positive whole numbers" if whole else "numbers of at least 0 and below 1"
+    )
+    if len(numbers) != NUM_LEVELS or not fits:
         raise ValueError(f"{name} must be {NUM_LEVELS} {kind}, one per level, not {values!r}.")
     return numbers
 
@@ -295,19 +273,10 @@ def padding(kernel_size: Triple) -> Triple:
     return depth // 2, height // 2, width // 2
 
 
-def as_triple(stride: tuple[int, ...]) -> Triple:
-    """Return the stride of a level as what torch's layers take."""
-    depth, height, width = stride
-    return depth, height, width
-
-
 def _channels_out(module: nn.Module) -> int:
     """Output channels of all convolutions and linear layers in a module."""
-    convolutions = sum(
-        part.out_channels
+    return sum(
+        part.out_features if isinstance(part, nn.Linear) else part.out_channels
         for part in module.modules()
-        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d))
-    )
-    return convolutions + sum(
-        part.out_features for part in module.modules() if isinstance(part, nn.Linear)
+        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear))
     )

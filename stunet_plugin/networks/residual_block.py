@@ -1,30 +1,31 @@
-"""Residual blocks and stages of STU-Net: what they compute, predict with on the CPU, and compute
-again for less memory.
+"""Residual blocks and stages of STU-Net.
 
 Paper: Huang et al., arXiv:2304.06716, section 3. Published code: github.com/uni-medical/STU-Net
-    (Apache-2.0), read for
-facts, not copied. Activations that no gradient needs are overwritten in place.
+(Apache-2.0), read for facts, not copied. Deviation: activations that no gradient needs are
+overwritten in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.activation_checkpointing import STAGE, checkpointed
 from stunet_plugin.networks.instance_norm import InstanceNorm
-from stunet_plugin.networks.winograd import FEWEST_VOXELS, convolve
 
 ConvOp = Callable[..., _ConvNd]
 """``nn.Conv2d`` or ``nn.Conv3d``."""
 
 NEGATIVE_SLOPE = 1e-2
 """Of every LeakyReLU, and assumed by the He initialisation."""
+
+
+def activate(x: Tensor) -> Tensor:
+    """LeakyReLU that overwrites its input."""
+    return functional.leaky_relu_(x, NEGATIVE_SLOPE)
 
 
 class ResidualBlock(nn.Module):
@@ -36,7 +37,7 @@ class ResidualBlock(nn.Module):
         kernel_size: odd, one number per axis.
         stride: of the first convolution and of the shortcut.
         project_shortcut: the shortcut is a convolution of kernel size 1 with a bias and no norm
-            (first block of a stage, even where nothing changes); otherwise it is the identity.
+            (first block of a stage, even where nothing changes), otherwise the identity.
     """
 
     def __init__(
@@ -54,50 +55,18 @@ class ResidualBlock(nn.Module):
         self.norm1 = InstanceNorm(out_channels)
         self.conv2 = conv_op(out_channels, out_channels, kernel_size, 1, padding)
         self.norm2 = InstanceNorm(out_channels)
-        self.shortcut = (
-            conv_op(in_channels, out_channels, 1, stride) if project_shortcut else nn.Identity()
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if project_shortcut:
+            self.shortcut = conv_op(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        if predicts_on_cpu(self, x):
-            return self._predict(x)
+        """(batch, in_channels, *spatial) to (batch, out_channels, *spatial / stride)."""
         # In place is safe: instance norm keeps its input, not its output, and LeakyReLU's gradient
         # needs its result alone.
         y = activate(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         y += self.shortcut(x)
         return activate(y)
-
-    def _predict(self, x: Tensor) -> Tensor:
-        """Return the same, on the CPU in less time."""
-        depth, height, width = self.conv1.stride
-
-        def shortcut(start: int, stop: int) -> Tensor:
-            slab = x[:, :, start * depth : stop * depth : depth, ::height, ::width]
-            return (
-                slab
-                if isinstance(self.shortcut, nn.Identity)
-                else cpu_inference.convolve(self.shortcut, slab)
-            )
-
-        y = cpu_inference.norm_and_activation(
-            [self.norm1], activate, [convolve(self.conv1, x)], overwrite=True
-        )
-        y = cpu_inference.norm_sum_activation(
-            self.norm2, activate, convolve(self.conv2, y), shortcut
-        )
-        # Torch's convolutions of few voxels are faster with the channels first.
-        return y if y[0, 0].numel() >= FEWEST_VOXELS else y.contiguous()
-
-
-def predicts_on_cpu(module: nn.Module, x: Tensor) -> bool:
-    """Return whether a feature map of a prediction is large enough for the ways of
-    :mod:`cpu_inference`."""
-    return x.ndim == 5 and x[0, 0].numel() >= FEWEST_VOXELS and cpu_inference.applies(module, x)
-
-
-def activate(x: Tensor) -> Tensor:
-    return functional.leaky_relu_(x, NEGATIVE_SLOPE)
 
 
 def residual_stage(
@@ -108,34 +77,23 @@ def residual_stage(
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> nn.Sequential:
-    """Blocks of one stage: the first strides and projects its shortcut, the others keep their
-    shape."""
-    no_stride = (1,) * len(stride)
-    return nn.Sequential(
-        *(
-            ResidualBlock(
-                in_channels if block == 0 else out_channels,
-                out_channels,
-                conv_op,
-                kernel_size,
-                stride if block == 0 else no_stride,
-                project_shortcut=block == 0,
-            )
-            for block in range(num_blocks)
-        )
-    )
+    """Return the blocks of one stage: the first strides and projects its shortcut."""
+    first = ResidualBlock(in_channels, out_channels, conv_op, kernel_size, stride, True)
+    same = out_channels, out_channels, conv_op, kernel_size, (1,) * len(stride), False
+    return nn.Sequential(first, *(ResidualBlock(*same) for _ in range(num_blocks - 1)))
 
 
-def compute_stage_again(
-    stage: Any, checkpointing: str, enter: Callable[..., Tensor], *inputs: Tensor
+def checkpoint_stage(
+    stage: nn.Sequential, setting: str, enter: Callable[..., Tensor], *inputs: Tensor
 ) -> Tensor:
-    """Return ``stage(enter(*inputs))``, of which ``inputs`` alone are kept, or with BLOCK each
-    block's output too.
+    """Return ``stage(enter(*inputs))``, keeping ``inputs`` alone, or with BLOCK each block's output
+    too.
 
     Args:
         stage: a :func:`residual_stage`.
+        setting: STAGE or BLOCK.
     """
-    first, *others = [stage] if checkpointing == STAGE else stage
+    first, *others = [stage] if setting == STAGE else stage
     x = checkpointed(first, lambda *given: first(enter(*given)), *inputs, random=False)
     for block in others:
         x = checkpointed(block, block, x, random=False)

@@ -1,16 +1,12 @@
 """STU-Net: a residual U-Net with six stages whose weights never depend on the plan.
 
 Paper: Huang et al., arXiv:2304.06716, section 3. Published code: github.com/uni-medical/STU-Net
-    (Apache-2.0), read for
-facts, not copied. Same function as published; what differs is how it is computed and what else it
-can do:
+(Apache-2.0), read for facts, not copied. The same function as published; deviations:
 
 * The decoder convolves before it upsamples (a 1x1x1 convolution and a nearest upsampling commute),
   which saves the work and the memory of one full-resolution tensor with twice the channels.
-* Any number of stages, strides and odd kernels, in 3D and 2D; the published code knows six stages
-  in 3D.
-* Activations that no gradient needs are overwritten in place (``residual.py``, where the blocks
-  are).
+* Any number of stages, strides and odd kernels, in 3D and 2D; published: six stages in 3D.
+* Activations that no gradient needs are overwritten in place (``residual_block``).
 * Activation checkpointing by stage or by block (``STUNet.checkpointing``).
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose.
@@ -20,8 +16,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from math import prod
 
-import numpy as np
 import torch
 from dynamic_network_architectures.architectures.abstract_arch import (
     AbstractDynamicNetworkArchitectures,
@@ -33,13 +29,11 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.activation_checkpointing import OFF, SETTINGS
 from stunet_plugin.networks.residual_block import (
     NEGATIVE_SLOPE,
     ConvOp,
-    compute_stage_again,
-    predicts_on_cpu,
+    checkpoint_stage,
     residual_stage,
 )
 from stunet_plugin.networks.topology import Strides, as_strides, check_patch_size, stage_shapes
@@ -50,8 +44,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 class STUNetEncoder(nn.Module):
-    """Residual stages, the first at full resolution. Returns the output of every stage, full
-    resolution first."""
+    """Residual stages, the first at full resolution."""
 
     def __init__(
         self,
@@ -78,13 +71,14 @@ class STUNetEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, checkpointing: str = OFF) -> list[Tensor]:
+        """(batch, input_channels, *spatial) to the output of every stage, full resolution first:
+        (batch, features of the stage, *spatial / its strides so far)."""
         skips = []
         for stage in self.stages:
-            x = (
-                stage(x)
-                if checkpointing == OFF
-                else compute_stage_again(stage, checkpointing, _unchanged, x)
-            )
+            if checkpointing == OFF:
+                x = stage(x)
+            else:
+                x = checkpoint_stage(stage, checkpointing, _unchanged, x)
             skips.append(x)
         return skips
 
@@ -127,40 +121,33 @@ class STUNetDecoder(nn.Module):
         self.seg_layers = nn.ModuleList(conv_op(channels, num_classes, 1) for channels in skip)
 
     def forward(self, skips: list[Tensor], checkpointing: str = OFF) -> Tensor | list[Tensor]:
-        """Decode the encoder's outputs; the list is emptied on the way, so that at inference
-        nothing lives longer than needed."""
+        """The encoder's outputs to (batch, num_classes, *spatial), or a list of them.
+
+        The list is emptied on the way, so that at inference nothing lives longer than needed.
+        """
         x = skips.pop()
-        outputs = []
-        for step, stage in enumerate(self.stages):
+        outputs: list[Tensor] = []
+        for upsample, stage, head in zip(
+            self.upsample_convs, self.stages, self.seg_layers, strict=True
+        ):
+            enter = functools.partial(_upsample_and_join, upsample)
             if checkpointing == OFF:
-                x = self._join(step, x, skips.pop())
+                x = enter(x, skips.pop())
                 x = stage(x)
             else:
                 # With the concatenation, which repeats what is kept anyway.
-                x = compute_stage_again(
-                    stage, checkpointing, functools.partial(self._join, step), x, skips.pop()
-                )
-            if self.deep_supervision:
-                outputs.append(self._segment(step, x))
-        if self.deep_supervision:
-            return outputs[::-1]
-        return self._segment(-1, x)
+                x = checkpoint_stage(stage, checkpointing, enter, x, skips.pop())
+            if self.deep_supervision or not skips:
+                outputs.append(head(x))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
 
-    def _segment(self, step: int, x: Tensor) -> Tensor:
-        output: Tensor = self.seg_layers[step](x)
-        return output.contiguous()  # predictions on the CPU have the channels last
 
-    def _join(self, step: int, x: Tensor, skip: Tensor) -> Tensor:
-        """Upsample the output of the stage below and put the encoder's output behind it."""
-        if predicts_on_cpu(self, skip):
-            return cpu_inference.repeat_and_join(
-                cpu_inference.convolve(self.upsample_convs[step], x), skip
-            )
-        # Convolve first, then repeat voxels: the same function as the other way round, for less.
-        x = functional.interpolate(
-            self.upsample_convs[step](x), size=skip.shape[2:], mode="nearest"
-        )
-        return torch.cat((x, skip), dim=1)
+def _upsample_and_join(conv: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    """(batch, channels of the stage below, *spatial / stride) and the encoder's output (batch,
+    channels, *spatial) to both side by side, (batch, 2 * channels, *spatial)."""
+    # Convolve first, then repeat voxels: the same function as the other way round, for less.
+    x = functional.interpolate(conv(x), size=skip.shape[2:], mode="nearest")
+    return torch.cat((x, skip), dim=1)
 
 
 class STUNet(AbstractDynamicNetworkArchitectures):
@@ -181,10 +168,9 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         deep_supervision: see :class:`STUNetDecoder`.
 
     Attributes:
-        checkpointing: a setting of ``stunet_plugin.networks.activation_checkpointing``: which
-            activations the backward pass computes again instead of having them kept. The same
-            outputs and gradients for less memory and one more forward pass; no part of a
-            checkpoint, and of no effect where no gradient is computed.
+        checkpointing: one of ``activation_checkpointing.SETTINGS``: which activations the backward
+            pass computes again. The same outputs and gradients for less memory and one more
+            forward pass; no part of a state dict, of no effect without gradients.
 
     Input (batch, input_channels, *spatial), each spatial size divisible by the product of the
     strides. Output (batch, num_classes, *spatial), or a list of them, one per decoder stage, full
@@ -226,9 +212,7 @@ class STUNet(AbstractDynamicNetworkArchitectures):
             ("num_classes", num_classes, 1),
         ):
             if not isinstance(number, int) or number < least:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {least}, not {number!r}."
-                )
+                raise ValueError(f"{name} must be an integer >= {least}, not {number!r}.")
         features = _per_stage("features_per_stage", features_per_stage, n_stages)
         self.strides = _per_axis("strides", strides, n_stages, dimensions)
         kernels = _per_axis("kernel_sizes", kernel_sizes, n_stages, dimensions)
@@ -254,7 +238,15 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         self.decoder = STUNetDecoder(self.encoder, num_classes, decoder_blocks, deep_supervision)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(batch, input_channels, *spatial) to (batch, num_classes, *spatial), or a list of them,
+        one per decoder stage, full resolution first."""
         check_patch_size(x.shape[2:], self.strides, "This STU-Net")
+        if not self.training and not torch.compiler.is_compiling():
+            # Imported here, because it knows the blocks of all networks.
+            from stunet_plugin.networks import cpu_inference
+
+            if cpu_inference.applies(self, x):
+                return cpu_inference.predict(self, x)
         return self.decoder(self.encoder(x, self._checkpointing), self._checkpointing)
 
     @property
@@ -277,25 +269,21 @@ class STUNet(AbstractDynamicNetworkArchitectures):
         runs, so the decoder's 1x1x1 convolutions count at the resolution before upsampling.
         """
         check_patch_size(input_size, self.strides, "This STU-Net")
-        voxels = [
-            int(np.prod(shape, dtype=np.int64)) for shape in stage_shapes(input_size, self.strides)
-        ]
-        # Decoder step u runs at the stage above the one it comes from: deepest first.
+        voxels = [prod(shape) for shape in stage_shapes(input_size, self.strides)]
+        # A decoder's upsampling convolution runs below the stage that it belongs to.
         decoder = self.decoder
-        total = sum(
-            _conv_outputs(stage) * size
-            for stage, size in zip(self.encoder.stages, voxels, strict=True)
+        heads = len(decoder.seg_layers) if decoder.deep_supervision else 1
+        parts = (
+            (self.encoder.stages, voxels),
+            (decoder.upsample_convs, voxels[:0:-1]),
+            (decoder.stages, voxels[-2::-1]),
+            (decoder.seg_layers[-heads:], voxels[heads - 1 :: -1]),
         )
-        total += sum(
-            _conv_outputs(conv) * size
-            for conv, size in zip(decoder.upsample_convs, voxels[:0:-1], strict=True)
+        return sum(
+            _conv_outputs(module) * size
+            for modules, sizes in parts
+            for module, size in zip(modules, sizes, strict=True)
         )
-        total += sum(
-            _conv_outputs(stage) * size
-            for stage, size in zip(decoder.stages, voxels[-2::-1], strict=True)
-        )
-        heads = voxels[-2::-1] if decoder.deep_supervision else voxels[:1]
-        return total + decoder.num_classes * sum(heads)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
@@ -310,17 +298,11 @@ def _conv_outputs(module: nn.Module) -> int:
 
 
 def _per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    values = (
-        (value,) * count
-        if isinstance(value, int)
-        else tuple(value)
-        if isinstance(value, Sequence)
-        else ()
-    )
+    if isinstance(value, int):
+        value = (value,) * count
+    values = tuple(value) if isinstance(value, Sequence) else ()
     if len(values) != count or any(not isinstance(entry, int) or entry < 1 for entry in values):
-        raise ValueError(
-            f"{name} must be one positive whole number or {count} of them, not {value!r}."
-        )
+        raise ValueError(f"{name} must be one positive integer or {count} of them, not {value!r}.")
     return values
 
 
@@ -338,7 +320,7 @@ def _per_axis(
         raise ValueError(f"{name}: {error}") from error
     if len(full) != count or any(len(entry) != dimensions or min(entry) < 1 for entry in full):
         raise ValueError(
-            f"{name} must be one positive number, or {count} entries (one per stage) of"
+            f"{name} must be one positive integer, or {count} entries (one per stage) of"
             f" {dimensions} (one per axis), not {value!r}."
         )
     return full

@@ -1,15 +1,12 @@
 """Window attention on volumes: the transformer that PCT-Net runs beside its convolutions.
 
 Paper: MIS-FM, arXiv:2306.16925, after Liu et al., Swin Transformer, arXiv:2103.14030. Published
-    code:
-github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied. Same function as published;
-what differs:
+code: github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied. The same function as
+published; deviations:
 
-* Fused attention (``scaled_dot_product_attention``) with bias and shift mask as an additive mask.
-* Which token stands in which window, which windows need a mask, and which row of the bias table a
-  pair of tokens reads
-  depend on the shape alone: they are computed once per shape (:func:`window_layout`), not in every
-      forward.
+* Fused attention (``scaled_dot_product_attention``), bias and shift mask as an additive mask.
+* Which token is in which window, which windows need a mask, and which row of the bias table a pair
+  of tokens reads depend on the shape alone: computed once per shape, not in every forward.
 * Windows follow from the input, so a network takes volumes of any size.
 * A bias table has one row per offset, see :class:`WindowAttention`.
 
@@ -20,15 +17,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from math import prod
 from operator import index
 from typing import Any, NamedTuple
 
 import torch
+from dynamic_network_architectures.building_blocks.regularization import DropPath
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stunet_plugin.networks import cpu_inference
 from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import Triple
 
@@ -44,19 +42,45 @@ MASKED = -100.0
 
 
 class WindowLayout(NamedTuple):
-    """How the tokens of a padded volume stand in windows; windows with the same mask stand
-    together.
+    """How the tokens of a volume are put in windows; windows with the same mask are together.
 
     Attributes:
+        window: voxels per axis of a window.
+        padded: shape of the volume in whole windows.
+        counts: windows that share each mask, in order.
         order: (tokens,) where the tokens of all windows, in turn, come from in the flattened
-            volume.
-        inverse: (tokens,) where the tokens of the flattened volume come from in the windows.
+            padded volume.
+        inverse: (tokens,) where the tokens of the flattened padded volume come from in the windows.
         masks: (mask, token, token), 0 or ``MASKED``.
     """
 
+    window: int
+    padded: Triple
+    counts: list[int]
     order: Tensor
     inverse: Tensor
     masks: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(batch, *spatial, channel) to windows.
+
+        Padded voxels are zeros that take part in attention as in the published code.
+        """
+        depth, height, width = (
+            whole - size for whole, size in zip(self.padded, x.shape[1:4], strict=True)
+        )
+        x = functional.pad(x, (0, 0, 0, width, 0, height, 0, depth))
+        tokens: Tensor = _Reorder.apply(x.flatten(1, 3), self.order, self.inverse)
+        return tokens.unflatten(1, (-1, self.window**3))
+
+    def split(self, windows: Tensor) -> tuple[Tensor, ...]:
+        """Return the windows of each mask."""
+        return windows.split(self.counts, 1)
+
+    def scatter(self, windows: Tensor, shape: torch.Size) -> Tensor:
+        """Windows to (batch, *spatial, channel) of this shape, padding cut off."""
+        x = _Reorder.apply(windows.flatten(1, 2), self.inverse, self.order)
+        return x.unflatten(1, self.padded)[:, : shape[1], : shape[2], : shape[3]]
 
 
 def window_in_use(shape: Triple, window_size: int, shift: int) -> tuple[int, int]:
@@ -76,8 +100,7 @@ def windows_per_mask(grid: list[int], shift: int) -> list[int]:
     """Return how many windows share each mask, in the order of :class:`WindowLayout`.
 
     With a shift, the last window of an axis holds what has come around from its start, so windows
-        are of eight kinds: last
-    along none of the axes, along the first, the second, ...
+    are of eight kinds: last along none of the axes, the third, the second, ...
     """
     if shift == 0:
         return [prod(grid)]
@@ -87,34 +110,34 @@ def windows_per_mask(grid: list[int], shift: int) -> list[int]:
 def window_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
     """Return the layout of a padded volume, computed once per shape; in a compiled or exported
     graph, where tensors may not come from outside, by the graph itself."""
-    build = build_layout if torch.compiler.is_compiling() else _cached_layout
-    return build(shape, window, shift, device)
+    build = _layout_tensors if torch.compiler.is_compiling() else _cached_layout_tensors
+    counts = windows_per_mask([size // window for size in shape], shift)
+    return WindowLayout(window, shape, counts, *build(shape, window, shift, device))
 
 
-def build_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
-    """Compute a layout with operations whose shapes depend on the arguments alone."""
-    depth, height, width = [size // window for size in shape]
+def _layout_tensors(
+    shape: Triple, window: int, shift: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute order, inverse and masks; shapes depend on the arguments alone."""
+    grid = [size // window for size in shape]
     tokens = torch.arange(prod(shape), device=device).reshape(shape)
-    if shift:
-        tokens = torch.roll(tokens, [-shift] * 3, (0, 1, 2))
-    windows = tokens.reshape(depth, window, height, window, width, window)
+    tokens = torch.roll(tokens, [-shift] * 3, (0, 1, 2))
+    windows = tokens.reshape(grid[0], window, grid[1], window, grid[2], window)
     windows = windows.permute(0, 2, 4, 1, 3, 5)
     # Which tokens of the last window of an axis have come around, so that their neighbours in the
     # window are none in the volume.
     around = torch.arange(window, device=device) >= window - shift
     apart = around[:, None] != around[None, :]
-    apart = torch.stack([apart, torch.zeros_like(apart)])
+    together = torch.zeros_like(apart)
     order, masks = [], []
-    for last in itertools.product((0, 1), repeat=3) if shift else ((0, 0, 0),):
-        if shift:
-            part = windows
-            for axis, (is_last, count) in enumerate(zip(last, windows.shape[:3], strict=True)):
+    for last in itertools.product((False, True), repeat=3) if shift else ((None,) * 3,):
+        part = windows
+        for axis, (is_last, count) in enumerate(zip(last, grid, strict=True)):
+            if is_last is not None:
                 start, length = (count - 1, 1) if is_last else (0, count - 1)
                 part = part.narrow(axis, start, length)
-        else:
-            part = windows
         order.append(part.reshape(-1))
-        one, two, three = [apart[1 - is_last] for is_last in last]
+        one, two, three = [apart if is_last else together for is_last in last]
         mask = (
             one[:, None, None, :, None, None]
             | two[None, :, None, None, :, None]
@@ -123,14 +146,7 @@ def build_layout(shape: Triple, window: int, shift: int, device: torch.device) -
         masks.append(mask.reshape(window**3, window**3) * MASKED)
     joined = torch.cat(order)
     inverse = torch.zeros_like(joined).scatter(0, joined, torch.arange(len(joined), device=device))
-    return WindowLayout(joined, inverse, torch.stack(masks))
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
-    # Ordinary tensors even when first asked for in inference mode, or training could not use them.
-    with torch.inference_mode(False):
-        return build_layout(shape, window, shift, device)
+    return joined, inverse, torch.stack(masks)
 
 
 def offset_rows(window: int, window_size: int, device: torch.device | None = None) -> Tensor:
@@ -154,10 +170,12 @@ def offset_rows(window: int, window_size: int, device: torch.device | None = Non
     return code.reshape(window**3, window**3)
 
 
-@functools.lru_cache(maxsize=64)
-def _cached_offset_rows(window: int, window_size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return offset_rows(window, window_size, device)
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Ordinary tensors even when first asked for in inference mode, or training could not use them.
+    return functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+
+
+_cached_layout_tensors, _cached_offset_rows = _once(_layout_tensors), _once(offset_rows)
 
 
 class _Reorder(torch.autograd.Function):
@@ -193,8 +211,8 @@ class WindowAttention(nn.Module):
 
     The table holds one row per offset that a full window knows, (2 * window_size - 1)^3 of them,
     whatever the window in use: a smaller window reads the rows of its offsets. So the state dict
-        has the same shapes for every patch size, an offset in
-    voxels means the same in windows of all sizes, and weights fit any plan.
+    has the same shapes for every patch size, an offset in voxels means the same in windows of all
+    sizes, and weights fit any plan.
 
     The published table depends on the window that the network was built for, and its index has a
     quirk that lets different offsets share a row. :mod:`stunet_plugin.weights.misfm_keys`
@@ -228,53 +246,38 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, depth, height, width, channel) to the same shape."""
-        # Numbers, not symbols: torch.compile makes a graph per shape, with the layout as a
-        # constant.
-        shape = depth, height, width = index(x.shape[1]), index(x.shape[2]), index(x.shape[3])
-        window, shift = window_in_use(shape, self.window_size, self.shift)
-        padded = padded_shape(shape, window)
-        # Padded voxels are zeros that take part in attention as in the published code; only regions
-        # are masked.
-        if padded != shape:
-            x = functional.pad(
-                x, (0, 0, 0, padded[2] - width, 0, padded[1] - height, 0, padded[0] - depth)
-            )
-        layout = window_layout(padded, window, shift, x.device)
-        tokens = _Reorder.apply(x.flatten(1, 3), layout.order, layout.inverse)
-
-        parts = tokens.unflatten(1, (-1, window**3)).split(
-            windows_per_mask([size // window for size in padded], shift), 1
-        )
-        bias = self._bias(window)
-        if cpu_inference.applies(self, x):
-            for part, mask in zip(parts, bias + layout.masks[:, None], strict=True):
-                cpu_inference.in_place(functools.partial(self._attend, mask=mask), part, axis=1)
-        else:
-            attend = self._attend
-            if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
-                # torch's fused attention of the CPU has no dropout and no gradient of the mask, so
-                # it would keep all weights.
-                attend = functools.partial(checkpointed, self, self._attend)
-            attended = [
-                attend(part, bias + mask) for part, mask in zip(parts, layout.masks, strict=True)
-            ]
-            tokens = (attended[0] if len(attended) == 1 else torch.cat(attended, 1)).flatten(1, 2)
-
-        x = _Reorder.apply(tokens, layout.inverse, layout.order).unflatten(1, padded)
-        if padded != shape:
-            x = x[:, :depth, :height, :width]
+        layout = self.layout(x)
+        attend = self.attend
+        if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # torch's fused attention of the CPU has no dropout and no gradient of the mask, so it
+            # would keep all weights.
+            attend = functools.partial(checkpointed, self, self.attend)
+        parts = layout.split(layout.gather(x))
+        attended = [
+            attend(part, mask) for part, mask in zip(parts, self.masks(layout), strict=True)
+        ]
+        x = layout.scatter(torch.cat(attended, 1), x.shape)
         return functional.dropout(self.proj(x), self.dropout, self.training)
 
-    def _bias(self, window: int) -> Tensor:
-        """Return the bias of all pairs of tokens, (head, token, token)."""
+    def layout(self, x: Tensor) -> WindowLayout:
+        """Return the windows of a volume (batch, depth, height, width, channel)."""
+        # Numbers, not symbols: torch.compile makes a graph per shape.
+        shape = index(x.shape[1]), index(x.shape[2]), index(x.shape[3])
+        window, shift = window_in_use(shape, self.window_size, self.shift)
+        return window_layout(padded_shape(shape, window), window, shift, x.device)
+
+    def masks(self, layout: WindowLayout) -> list[Tensor]:
+        """Return what is added to the attention in the windows of each mask, bias and mask:
+        (head, token, token) each."""
         rows_of = offset_rows if torch.compiler.is_compiling() else _cached_offset_rows
         table = self.relative_position_bias_table
-        rows = rows_of(window, self.window_size, table.device)
-        return table.index_select(0, rows.flatten()).t().reshape(self.num_heads, *rows.shape)
+        rows = rows_of(layout.window, self.window_size, table.device)
+        bias = table.index_select(0, rows.flatten()).t().reshape(self.num_heads, *rows.shape)
+        return [bias + mask for mask in layout.masks]
 
-    def _attend(self, windows: Tensor, mask: Tensor) -> Tensor:
-        """(batch, window, token, channel) and an additive mask (head, token, token) to the first
-        shape."""
+    def attend(self, windows: Tensor, mask: Tensor) -> Tensor:
+        """(batch, window, token, channel) and what is added to the attention, (head, token, token),
+        to the first shape."""
         q, k, v = (
             self.qkv(windows.flatten(0, 1))
             .unflatten(-1, (3, self.num_heads, -1))
@@ -283,21 +286,6 @@ class WindowAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(q, k, v, mask[None].to(q.dtype), dropout)
         return attended.transpose(1, 2).reshape(windows.shape)
-
-
-class DropPath(nn.Module):
-    """In training, drop whole samples of a residual branch and scale up the others, so that the
-    mean is kept."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        kept = 1 - self.probability
-        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(kept).div_(kept)
 
 
 class TransformerBlock(nn.Module):
@@ -325,12 +313,9 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, *spatial, channel) to the same shape."""
         y = self.drop_path(self.attention(self.norm1(x)))
         y += x
-        if cpu_inference.applies(self, x):
-            return cpu_inference.in_place(
-                lambda slab: self.mlp(self.norm2(slab)), y, axis=1, add=True
-            )
         return y + self.drop_path(self.mlp(self.norm2(y)))
 
 
@@ -343,7 +328,7 @@ class WindowTransformer(nn.Module):
         num_heads, window_size: see :class:`WindowAttention`.
         depth: blocks.
         mlp_ratio: hidden width of the MLP over the channels.
-        drop_path: see :class:`DropPath`.
+        drop_path: probability that a sample skips a residual branch in training.
     """
 
     def __init__(

@@ -3,23 +3,17 @@ made once."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import window_attention
-from stunet_plugin.networks.window_attention import (
-    DropPath,
-    WindowTransformer,
-    offset_rows,
-    windows_per_mask,
-)
+from stunet_plugin.networks.window_attention import WindowTransformer, offset_rows, windows_per_mask
 from stunet_plugin.weights.misfm_keys import (
     published_rows,
     resample_table,
@@ -27,6 +21,8 @@ from stunet_plugin.weights.misfm_keys import (
     translate_table,
     window_of_table,
 )
+
+from network_helpers import plain_module, randomise
 
 CHANNELS, HEADS = 8, 2
 SHAPES = {
@@ -40,8 +36,8 @@ SHAPES = {
 
 @pytest.fixture
 def plain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module("plain_pctnet")
+    module: ModuleType = plain_module("pctnet", repository, monkeypatch)
+    return module
 
 
 def transformer(**changes: float) -> WindowTransformer:
@@ -56,14 +52,6 @@ def transformer(**changes: float) -> WindowTransformer:
         **changes,
     }
     return WindowTransformer(CHANNELS, **arguments)
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """Give every parameter weights of a size that matters to the output."""
-    torch.manual_seed(1)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module
 
 
 @pytest.fixture
@@ -108,31 +96,23 @@ def test_published_function_and_its_gradients(pair: Callable, shape: tuple[int, 
 
 def test_layouts_are_made_once_per_shape_and_stay_out_of_the_state_dict() -> None:
     network, x = transformer().eval(), torch.randn(1, CHANNELS, 7, 12, 9)
-    window_attention._cached_layout.cache_clear()
+    window_attention._cached_layout_tensors.cache_clear()
     with torch.inference_mode():
         network(x)
-    made = window_attention._cached_layout.cache_info().misses
+    made = window_attention._cached_layout_tensors.cache_info().misses
     assert made == 2  # with and without shift
     # What inference mode has made must serve training, too.
     network.train()
     network(x).sum().backward()
-    assert window_attention._cached_layout.cache_info().misses == made
+    assert window_attention._cached_layout_tensors.cache_info().misses == made
     assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
 
 
-def test_windows_with_the_same_mask_stand_together() -> None:
+def test_windows_with_the_same_mask_are_together() -> None:
     assert windows_per_mask([2, 3, 4], shift=0) == [24]
     counts = windows_per_mask([2, 3, 4], shift=3)
-    assert counts == [
-        6,
-        2,
-        3,
-        1,
-        6,
-        2,
-        3,
-        1,
-    ]  # last along none of the axes, the third, the second, both, the first, ...
+    # Last along none of the axes, the third, the second, both, the first, ...
+    assert counts == [6, 2, 3, 1, 6, 2, 3, 1]
     layout = window_attention.window_layout((12, 18, 24), 6, 3, torch.device("cpu"))
     assert layout.masks.shape == (8, 216, 216)
     assert layout.masks[0].count_nonzero() == 0
@@ -180,27 +160,6 @@ def test_a_table_of_no_window_is_refused() -> None:
     assert [window_of_table((2 * window - 1) ** 3) for window in (1, 2, 6, 7)] == [1, 2, 6, 7]
     with pytest.raises(PluginError, match=r"1330 is none of"):
         resample_table(torch.zeros(1330, 4), 6)
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    drop = DropPath(0.2)
-    dropped = drop(torch.ones(4000, 3, 2))
-    assert set(dropped.unique().tolist()) == {0.0, 1.25}
-    assert (dropped.amin((1, 2)) == dropped.amax((1, 2))).all()
-    assert dropped.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(drop.eval()(dropped), dropped)
-
-
-def test_runs_in_half_precision_under_autocast() -> None:
-    network, x = transformer(), torch.randn(2, CHANNELS, 7, 8, 9)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = network(x)
-        y.float().square().mean().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
-    exact = transformer().eval()(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        torch.testing.assert_close(network.eval()(x).float(), exact, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -23,7 +23,7 @@ from stunet_plugin.networks.pctnet import PCTNet
 from stunet_plugin.weights.pretrained import describe_misfits
 
 from import_helpers import checkpoint_in, load_model, refuse, stunet_import, write_planned_dataset
-from misfm_helpers import SMALL, randomise
+from network_helpers import SMALL, randomise
 
 NETWORKS = {"PCTNet": PCTNet, "FMUNet": FMUNet}
 PATCHES = {0: (32, 32, 32), 1: (16, 32, 32), 2: (8, 32, 32)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch.utils.flop_counter import FlopCounterMode
 
 from stunet_plugin.commands.list import List, size_table
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import (
     ADAM_VALUES,
     PUBLISHED_STRIDES,
@@ -17,7 +20,6 @@ from stunet_plugin.networks.memory import (
     STUNetShape,
 )
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset, find_preset, get_preset
-from stunet_plugin.networks.stunet import STUNet
 
 STRIDES = (
     PUBLISHED_STRIDES,
@@ -26,48 +28,19 @@ STRIDES = (
 )
 
 
-def build(
-    preset: STUNetPreset,
-    strides: tuple,
-    channels: int = 1,
-    outputs: int = 105,
-    device: str = "meta",
-) -> STUNet:
+def build_preset(
+    preset: STUNetPreset, strides: tuple, channels: int, outputs: int, device: str = "meta"
+) -> Any:
+    """Return the network of a size."""
+    values = stunet_architecture(preset, strides).values()
     with torch.device(device):
-        return STUNet(
-            channels,
-            outputs,
-            6,
-            preset.features_per_stage,
-            nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d,
-            3,
-            strides,
-            preset.blocks,
-            preset.blocks,
-            deep_supervision=True,
-        )
-
-
-@pytest.mark.parametrize("name", ["small", "base", "large", "huge"])
-def test_published_parameter_counts_to_the_unit(name: str) -> None:
-    published = {
-        "small": 14_596_941,
-        "base": 58_262_669,
-        "large": 440_302_605,
-        "huge": 1_457_326_221,
-    }
-    network = build(get_preset(name), PUBLISHED_STRIDES)
-    assert (
-        sum(parameter.numel() for parameter in network.parameters())
-        == published[name]
-        == get_preset(name).parameters
-    )
+        return get_network_from_plans(*values, channels, outputs, deep_supervision=True)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("name", ["tiny", "large"])
 def test_arithmetic_agrees_with_the_network(name: str, strides: tuple) -> None:
-    network = build(get_preset(name), strides, channels=4, outputs=7)
+    network = build_preset(get_preset(name), strides, 4, 7)
     shape = STUNetShape.of_preset(get_preset(name), strides, 4, 7)
     patch = (64, 96, 128)[: len(strides[0])]
     with FlopCounterMode(display=False) as counter:
@@ -87,7 +60,7 @@ def test_flops_are_the_papers_less_what_convolving_first_saves(preset: STUNetPre
 @pytest.mark.parametrize("strides", STRIDES[:2])
 def test_kept_activations_are_what_autograd_keeps(strides: tuple) -> None:
     preset = get_preset("tiny")
-    network = build(preset, strides, outputs=3, device="cpu")
+    network = build_preset(preset, strides, 1, 3, "cpu")
     weights = {parameter.data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,0 +1,98 @@
+"""Small networks of every kind, and plain transcriptions of the published code."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stunet_plugin.networks.fmunet import FMUNet
+from stunet_plugin.networks.pctnet import PCTNet
+from stunet_plugin.networks.stunet import STUNet
+
+ISOTROPIC = [[1, 1, 1]] + [[2, 2, 2]] * 5
+SMALL: dict[str, Any] = {"features_per_stage": (4, 8, 16, 32, 64)}
+"""Widths of PCT-Net and FMUNet in the fixtures."""
+NO_DROPOUT: dict[str, Any] = {"dropout_per_stage": (0.0,) * 5}
+
+STUNET: dict[str, Any] = {
+    "n_stages": 6,
+    "features_per_stage": [4, 8, 16, 32, 32, 32],
+    "conv_op": nn.Conv3d,
+    "kernel_sizes": 3,
+    "strides": ISOTROPIC,
+    "n_blocks_per_stage": 1,
+    "n_blocks_per_stage_decoder": 1,
+}
+THICK = [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 1]]
+FLAT = {"conv_op": nn.Conv2d, "strides": [[1, 1]] + [[2, 2]] * 5}
+
+NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "STUNet": (partial(STUNet, **STUNET), (32, 32, 64)),
+    "STUNet thick": (partial(STUNet, **STUNET | {"strides": THICK}), (8, 32, 32)),
+    "STUNet 2D": (partial(STUNet, **STUNET | FLAT), (64, 96)),
+    "PCTNet 0": (partial(PCTNet, mode=0, **SMALL), (32, 48, 48)),
+    "PCTNet 1": (partial(PCTNet, mode=1, **SMALL), (8, 48, 32)),
+    "PCTNet 2": (partial(PCTNet, mode=2, **SMALL), (12, 32, 80)),
+    "FMUNet 0": (partial(FMUNet, mode=0, **SMALL), (32, 48, 48)),
+    "FMUNet 1": (partial(FMUNet, mode=1, **SMALL), (8, 48, 32)),
+    "FMUNet 2": (partial(FMUNet, mode=2, **SMALL), (12, 32, 80)),
+}
+"""Name to what builds it from its remaining arguments, and a patch that it takes."""
+ONE_OF_EACH = ("STUNet", "PCTNet 1", "FMUNet 1")
+
+
+def build(name: str, **changes: Any) -> Any:
+    """Return a network of NETWORKS: one input channel, three outputs, deep supervision."""
+    torch.manual_seed(0)
+    settings = {"input_channels": 1, "num_classes": 3, "deep_supervision": True}
+    network = NETWORKS[name][0](**{**settings, **changes})
+    return network.apply(network.initialize)
+
+
+def image(name: str, batch: int = 2, channels: int = 1) -> Tensor:
+    """Return a random input for a network of NETWORKS."""
+    torch.manual_seed(2)
+    return torch.randn(batch, channels, *NETWORKS[name][1])
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """Give parameters and running statistics values of a size that matters to the output."""
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return network
+
+
+def plain_module(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a module of benchmarks/ with a plain transcription of the published code."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module(f"plain_{name}")
+
+
+def gradients(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return every parameter's gradient of a loss of all outputs, and every buffer after it."""
+    network.zero_grad()
+    torch.manual_seed(1)
+    sum(output.square().mean() for output in network(x)).backward()  # type: ignore[union-attr]
+    named = {name: parameter.grad for name, parameter in network.named_parameters()}
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in named.values())
+    return {**named, **dict(network.named_buffers())}  # type: ignore[dict-item]
+
+
+def largest_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of any pair of outputs, relative to logits above 1."""
+    assert len(outputs) == len(expected)
+    return max(
+        ((one - other).abs().max() / max(1, other.abs().max())).item()
+        for one, other in zip(outputs, expected, strict=True)
+    )

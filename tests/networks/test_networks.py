@@ -1,0 +1,341 @@
+"""All networks: what nnU-Net, torch.compile, ONNX and loaders of weights expect of every one."""
+
+from __future__ import annotations
+
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor, nn
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.anisotropy import MODES
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES
+from stunet_plugin.networks.presets import FMUNET, MISFM_PRESETS, PCTNET, PRESETS
+from stunet_plugin.weights import misfm_keys, stunet
+
+from network_helpers import (
+    ISOTROPIC,
+    NETWORKS,
+    ONE_OF_EACH,
+    THICK,
+    build,
+    gradients,
+    image,
+    largest_difference,
+)
+
+PUBLISHED = {
+    **{
+        name: (stunet_architecture(one, PUBLISHED_STRIDES), 105, one.parameters)
+        for name, one in PRESETS.items()
+    },
+    **{
+        f"{one.name} {mode.number}": (one.architecture(mode), 5, one.parameters[mode.number])
+        for one in MISFM_PRESETS
+        for mode in MODES
+    },
+}
+FIXTURES: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "stunet_v1_tiny.model": (
+        "STUNet",
+        {
+            "num_classes": 5,
+            "features_per_stage": [4, 8, 16, 32, 64, 64],
+            "strides": [[1, 1, 1]] + [[2, 2, 2]] * 4 + [[1, 1, 2]],
+        },
+        stunet.translate_state_dict,
+    ),
+    "stunet_v2_tiny.pth": (
+        "STUNet",
+        {
+            "input_channels": 2,
+            "n_blocks_per_stage": 2,
+            "n_blocks_per_stage_decoder": 2,
+            "strides": [*THICK[:5], [1, 2, 2]],
+        },
+        stunet.translate_state_dict,
+    ),
+    **{
+        f"{file}.pt": (
+            f"PCTNet {mode}",
+            {"num_classes": 5},
+            functools.partial(misfm_keys.translate_pctnet, mode=mode),
+        )
+        for mode, file in enumerate(("pctnet_mode0_tiny", "pctnet_tiny", "pctnet_mode2_tiny"))
+    },
+    **{
+        f"fmunet_mode{mode}_tiny.pt": (
+            f"FMUNet {mode}",
+            {"num_classes": 5},
+            misfm_keys.translate_fmunet,
+        )
+        for mode in range(3)
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name: str) -> None:
+    architecture, outputs, parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        network = get_network_from_plans(*architecture.values(), 1, outputs, deep_supervision=True)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+def test_published_counts() -> None:
+    counts = (14_596_941, 58_262_669, 440_302_605, 1_457_326_221)
+    assert tuple(PRESETS[name].parameters for name in ("small", "base", "large", "huge")) == counts
+    assert PCTNET.published_parameters == (45_257_938, 45_289_554, 45_289_554)
+    assert FMUNET.parameters == FMUNET.published_parameters
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("file", FIXTURES)
+def test_published_function(shared: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients, without, and by the way of predictions on the CPU."""
+    name, changes, translate = FIXTURES[file]
+    # The fixtures hold numpy scalars besides tensors and come with the project.
+    saved = torch.load(shared / "fixtures" / file, map_location="cpu", weights_only=False)
+    keys = ("state_dict", "network_weights", "model_state_dict")
+    network = build(name, **changes).eval()
+    network.load_state_dict(translate(next(saved[key] for key in keys if key in saved)))
+    recorded = dict(np.load(shared / "fixtures" / f"{file.rpartition('.')[0]}.npz"))
+    prefix = "mode1_" if file == "pctnet_tiny.pt" else ""
+    outputs = sorted(key for key in recorded if key.startswith(f"{prefix}output_"))
+    expected = [torch.from_numpy(recorded[key]) for key in outputs]
+    x = torch.from_numpy(recorded["input"])
+    assert largest_difference(network(x), expected) <= 1e-5
+    for voxels in (10**9, 0):
+        monkeypatch.setattr("stunet_plugin.networks.cpu_inference.SMALLEST_IMAGE", voxels)
+        with torch.no_grad():
+            assert largest_difference(network(x), expected) <= 1e-5
+            network.decoder.deep_supervision = False
+            assert largest_difference([network(x)], expected[:1]) <= 1e-5
+        network.decoder.deep_supervision = True
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_pair_with_targets_and_every_parameter_gets_a_gradient(name: str) -> None:
+    network, x = build(name), image(name)
+    outputs, shape = network(x), x.shape[2:]
+    assert len(outputs) == len(network.strides) - 1
+    for output, stride in zip(outputs, network.strides[:-1], strict=True):
+        shape = tuple(size // step for size, step in zip(shape, stride, strict=True))
+        assert output.shape == (2, 3, *shape)
+        assert output.is_contiguous()
+    gradients(network, x)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_state_dict_with_and_without_deep_supervision(name: str) -> None:
+    with_all, alone = build(name).eval(), build(name, deep_supervision=False).eval()
+    alone.load_state_dict(with_all.state_dict())
+    torch.testing.assert_close(alone(image(name)), with_all(image(name))[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parts_are_where_loaders_look_for_them(name: str) -> None:
+    network = build(name)
+    own = dict(network.named_parameters())
+    assert network.get_submodule(network.key_to_encoder) is network.encoder.stages
+    assert network.get_submodule(network.key_to_stem) is network.encoder.stages[0]
+
+    def differing(**changes: int) -> set[str]:
+        other = build(name, **changes).named_parameters()
+        return {key for key, parameter in other if parameter.shape != own[key].shape}
+
+    channels = {f"{key}.weight" for key in network.keys_to_in_proj}
+    assert differing(input_channels=3) == channels
+    heads = differing(num_classes=7)
+    assert heads
+    assert all(".seg_layers." in key for key in heads)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_feature_map_size_counts_every_layer(name: str) -> None:
+    network, x = build(name).eval(), image(name, batch=1)
+    elements = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal elements
+        # Of attention, without the padding of its windows.
+        elements += 3 * inputs[0].numel() if hasattr(layer, "qkv") else output.numel()
+
+    qkv = {part.qkv for part in network.modules() if hasattr(part, "qkv")}
+    layers = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d, nn.Linear)
+    for part in network.modules():
+        if hasattr(part, "qkv") or (isinstance(part, layers) and part not in qkv):
+            part.register_forward_hook(count)
+    for deep_supervision in (True, False):
+        network.decoder.deep_supervision, elements = deep_supervision, 0
+        network(x)
+        assert network.compute_conv_feature_map_size(x.shape[2:]) == elements
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_half_precision_under_autocast(name: str) -> None:
+    network, x = build(name), image(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = network(x)
+        with torch.no_grad():
+            outputs += network.eval()(torch.randn(1, 1, 64, 64, 64))
+    assert all(output.dtype == torch.bfloat16 and output.isfinite().all() for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("STUNet", {"checkpointing": "stage"}),
+        ("STUNet", {"checkpointing": "block"}),
+        ("PCTNet 1", {"checkpoint_pyramid": True}),
+    ],
+)
+def test_checkpointing_changes_no_gradient(name: str, changes: dict[str, Any]) -> None:
+    more = {"n_blocks_per_stage": 2} if name == "STUNet" else {}
+    plain = build(name, **more)
+    again = build(name, **more, **({} if "checkpointing" in changes else changes))
+    if "checkpointing" in changes:
+        again.checkpointing = changes["checkpointing"]
+    expected, found = gradients(plain, image(name)), gradients(again, image(name))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_compiles_into_one_graph(name: str, backend: str, training: bool) -> None:
+    """torch.compile(fullgraph=True) refuses graph breaks."""
+    torch._dynamo.reset()
+    changes = {} if name == "STUNet" else {"dropout_per_stage": (0.0,) * 5}
+    changes |= {"drop_path": 0.0} if "PCT" in name else {}
+    network, x = build(name, **changes).train(training), image(name)
+    expected = gradients(network, x) if training else None
+    with torch.set_grad_enabled(training):
+        outputs = network(x)
+        compiled = torch.compile(network, backend=backend, fullgraph=True)
+        assert largest_difference(compiled(x), outputs) <= 1e-4
+    if expected is not None:
+        found = gradients(compiled, x)
+        for key, grad in expected.items():
+            if key in dict(network.named_parameters()):
+                torch.testing.assert_close(found[f"_orig_mod.{key}"], grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_exports_to_onnx(name: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, x = build(name, deep_supervision=False).eval(), image(name, batch=1)
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.onnx.export(network, (x,), dynamo=True).save(file)
+        expected = network(x)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert largest_difference([torch.from_numpy(output)], [expected]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["STUNet", "FMUNet 1"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_at_another_size(name: str) -> None:
+    network = build(name, deep_supervision=False).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(network, torch.randn(1, 1, 64, 64, 64), check_trace=False)
+        x = torch.randn(1, 1, 64, 96, 64)
+        torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_pctnet_is_right_or_raises() -> None:
+    """Its windows are those of the traced size."""
+    network = build("PCTNet 1", deep_supervision=False).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(network, torch.randn(1, 1, 32, 64, 64), check_trace=False)
+        x = torch.randn(1, 1, 16, 64, 64)  # as many windows
+        torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-4)
+        for shape in ((32, 64, 96), (64, 64, 32), (16, 128, 64)):
+            with pytest.raises(RuntimeError, match="must match the size"):
+                traced(torch.randn(1, 1, *shape))
+
+
+@pytest.mark.parametrize("name", ["STUNet", "FMUNet 1"])
+def test_he_initialisation(name: str) -> None:
+    widths = [16, 32, 64, 64, 64, 64][: 6 if name == "STUNet" else 5]
+    stage = build(name, features_per_stage=widths).encoder.stages[3]
+    convolution = stage[0].conv2 if name == "STUNet" else stage[1].units[1].conv
+    expected = (2 / (1 + 1e-2**2) / (64 * 27)) ** 0.5
+    assert convolution.weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert not convolution.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("STUNet", {"conv_op": nn.Linear}, "conv_op must be torch.nn.Conv2d or torch.nn.Conv3d"),
+        ("STUNet", {"n_stages": 1}, "n_stages must be an integer >= 2"),
+        ("STUNet", {"features_per_stage": [4, 8]}, "features_per_stage must be .* 6 of them"),
+        ("STUNet", {"features_per_stage": [4.5] * 6}, "features_per_stage must be .* integer"),
+        ("STUNet", {"strides": ISOTROPIC[:4]}, "strides must be .* 6 entries"),
+        ("STUNet", {"strides": [[2, 2, 2]] * 6}, r"strides\[0\] must be all ones"),
+        ("STUNet", {"strides": [[1.5, 1, 1], *ISOTROPIC[1:]]}, "strides: Expected"),
+        ("STUNet", {"strides": None}, "strides"),
+        ("STUNet", {"kernel_sizes": 2}, "Kernel sizes must be odd"),
+        ("STUNet", {"n_blocks_per_stage_decoder": [1] * 6}, "n_blocks_per_stage_decoder .* 5 of"),
+        ("STUNet", {"n_blocks_per_stage": 0}, "n_blocks_per_stage must be"),
+        ("STUNet", {"num_classes": 0}, "num_classes must be an integer >= 1"),
+        ("PCTNet 1", {"mode": 3}, r"Unknown anisotropy mode 3\. Modes: 0 .* 1 .* 2 "),
+        ("FMUNet 1", {"mode": None}, "Unknown anisotropy mode None"),
+        ("FMUNet 1", {"strides": [[1, 1], [2, 2]]}, "strides of 2 axes. .*STUNetTrainer for 2d"),
+        ("PCTNet 1", {"strides": MODES[2].strides}, r"mode 1 has strides .* not "),
+        ("PCTNet 1", {"features_per_stage": (4, 8, 16)}, "features_per_stage must be 5 positive"),
+        ("FMUNet 1", {"dropout_per_stage": (0, 0, 0, 0, 1)}, "dropout_per_stage must be 5 numbers"),
+        ("FMUNet 1", {"dropout_per_stage": 0.2}, "dropout_per_stage must be 5 numbers"),
+        ("PCTNet 1", {"num_heads": (3, 4, 8)}, r"num_heads must be 3 .* divide .*\[16, 32, 64\]"),
+        ("PCTNet 1", {"num_heads": (4, 8)}, "num_heads must be 3"),
+        ("PCTNet 1", {"window_size": 1}, "window_size must be an integer >= 2, not 1"),
+        ("PCTNet 1", {"depth": 0}, "depth must be an integer >= 1, not 0"),
+        ("FMUNet 1", {"input_channels": 0}, "input_channels must be an integer >= 1"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("STUNet", (32, 32, 33), r"\[32, 32, 33\].*\[32, 32, 32\] and \[32, 32, 64\]"),
+        ("PCTNet 1", (12, 32, 32), r"\[12, 32, 32\].*\[8, 32, 32\] and \[16, 32, 32\]"),
+        ("FMUNet 1", (32, 32), "not 4 axes. .*STUNetTrainer for 2d"),
+        ("FMUNet 1", (8, 16, 16), r"\[8, 16, 16\] leaves a single voxel .* Double"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(
+    name: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(PluginError, match=message):
+        build(name)(torch.randn(1, 1, *shape))
+
+
+@pytest.mark.parametrize(
+    ("translate", "network"),
+    [
+        (stunet.translate_state_dict, "STU-Net"),
+        (functools.partial(misfm_keys.translate_pctnet, mode=0), "PCT-Net"),
+        (misfm_keys.translate_fmunet, "FMUNet"),
+    ],
+)
+def test_keys_of_other_networks_are_refused(translate: Any, network: str) -> None:
+    with pytest.raises(PluginError, match=rf"block1\.weight.*published {network}"):
+        translate({"block1.weight": torch.zeros(1)})
