@@ -10,8 +10,9 @@ from torch.nn import functional
 class InstanceNorm(nn.Module):
     """Instance norm of any number of spatial axes, affine, without running statistics.
 
-    On the CPU it is a group norm with one channel per group, the same function: torch has a kernel
-    for it, while its instance norm goes through batch norm there (measured: half the time).
+    In training on the CPU it is a group norm with one channel per group, the same function: torch
+    has a kernel for it, while its instance norm goes through batch norm there (measured: half the
+    time). Predictions keep to torch's own, so that they round as the published ones do.
 
     Args:
         channels: of the input, (batch, channel, *spatial).
@@ -26,7 +27,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channel, *spatial) to the same shape."""
-        if x.device.type == "cpu":
+        if self.training and x.device.type == "cpu":
             return functional.group_norm(x, self.channels, self.weight, self.bias, self.eps)
         return functional.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 

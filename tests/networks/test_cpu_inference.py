@@ -20,7 +20,7 @@ STRIDES = [[1, 1, 1], [1, 2, 2], [2, 3, 1], [2, 2, 2], [1, 1, 1], [1, 2, 2]]
         ("STUNet", {"n_blocks_per_stage": 2}, (32, 96, 64)),
         ("STUNet", {"strides": STRIDES}, (32, 48, 32)),
         ("STUNet", {"kernel_sizes": [[1, 1, 1]] * 3 + [[1, 3, 3]] * 3}, (32, 32, 64)),
-        ("STUNet", {"kernel_sizes": 1, "strides": [*ISOTROPIC[:5], [1, 2, 4]]}, (16, 32, 64)),
+        ("STUNet", {"kernel_sizes": 1, "strides": [*ISOTROPIC[:5], [1, 2, 4]]}, (32, 32, 64)),
         ("PCTNet 0", {}, (32, 48, 32)),
         ("PCTNet 1", {}, (16, 32, 48)),
         ("PCTNet 2", {}, (28, 32, 32)),
