@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch.utils.hooks import RemovableHandle
 
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
@@ -35,6 +37,7 @@ from stunet_plugin.trainers.fine_tuning import (
     parameter_groups,
 )
 from stunet_plugin.trainers.safe_trainer import read_to_resume
+from stunet_plugin.weights.identify import strip_prefix
 from stunet_plugin.weights.pretrained import (
     describe_loaded,
     describe_misfits,
@@ -68,6 +71,7 @@ class PluginTrainer(DistributedTrainer):
     num_iterations_per_epoch: int
     num_val_iterations_per_epoch: int
     _weights_were_loaded = False
+    _prefix_hooks: Sequence[RemovableHandle] = ()
 
     # nnU-Net reads the names of these parameters off the signature.
     def __init__(
@@ -208,11 +212,36 @@ class PluginTrainer(DistributedTrainer):
     def initialize(self) -> None:
         super().initialize()
         self._bare_network().register_load_state_dict_post_hook(self._note_loaded_weights)
+        self._accept_prefixed_weights()
+
+    def _accept_prefixed_weights(self) -> None:
+        """Let nnU-Net's loader of ``-pretrained_weights``, which compares names with those of the
+        network, take names with a prefix, as DDP and torch.compile add it."""
+        file, network = pretrained_weights_on_command_line(sys.argv), self._bare_network()
+        prefix = _read_pretrained(file, network)[1] if file is not None else ""
+        if not prefix:
+            return
+        self.print_to_log_file(f"Prefix {prefix!r} stripped from all names in {file}")
+
+        def add(_: Any, state: dict[str, Any], *__: Any) -> None:
+            for name in list(state):
+                state[prefix + name] = state.pop(name)
+
+        def strip(_: Any, state: dict[str, Any], *__: Any) -> None:
+            for name in list(state):
+                state[name.removeprefix(prefix)] = state.pop(name)
+
+        self._prefix_hooks = [
+            network.register_state_dict_post_hook(add),
+            network.register_load_state_dict_pre_hook(strip),
+        ]
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True
 
     def on_train_start(self) -> None:
+        for hook in self._prefix_hooks:
+            hook.remove()
         super().on_train_start()
         network = self._bare_network()
         strides = " ".join(str(list(stage)) for stage in self._network_strides())
@@ -225,7 +254,7 @@ class PluginTrainer(DistributedTrainer):
         if self._weights_were_loaded and file is not None:
             weights = self.whole_weights()
             if self.local_rank == 0:
-                checkpoint = read_checkpoint(file, "-pretrained_weights")
+                checkpoint, _ = _read_pretrained(file, network)
                 self.print_to_log_file(f"{describe_loaded(weights, checkpoint)} ({file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_banner(
@@ -331,13 +360,21 @@ class PluginTrainer(DistributedTrainer):
         """Say what does not fit; nnU-Net's loader would stop at an assertion."""
         if not Path(file).is_file():
             raise PluginError(f"-pretrained_weights {file}: there is no such file.")
-        checkpoint = read_checkpoint(file, "-pretrained_weights")
+        checkpoint, _ = _read_pretrained(file, network)
         misfits = describe_misfits(network, checkpoint["network_weights"], heads_too=False)
         if misfits:
             raise PluginError(
                 f"-pretrained_weights {file} does not fit {cls.__name__}: it was written by"
                 f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}."
             )
+
+
+def _read_pretrained(file: str, network: torch.nn.Module) -> tuple[dict[str, Any], str]:
+    """Return the checkpoint, and the prefix that was stripped from the names of its weights."""
+    checkpoint = read_checkpoint(file, "-pretrained_weights")
+    own_name = next(iter(network.state_dict()))
+    weights, prefix = strip_prefix(checkpoint["network_weights"], (own_name,))
+    return {**checkpoint, "network_weights": weights}, prefix
 
 
 def _check_writable(folder: Path) -> None:

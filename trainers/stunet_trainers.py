@@ -39,8 +39,9 @@ SCHEDULES = (
     Schedule("_ft", learning_rate=1e-3, fine_tuning=True),
     Schedule("_ep2k", epochs=2000),
     Schedule("_ep4k", epochs=4000),
-    # Not published: for trying things out in minutes, on a GPU.
+    # Not published: for trying things out in minutes, on a GPU or (_ep1) on a CPU.
     Schedule("_ep5", epochs=5, iterations=100, val_iterations=20),
+    Schedule("_ep1", epochs=1, iterations=20, val_iterations=4),
 )
 
 

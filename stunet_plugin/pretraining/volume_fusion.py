@@ -120,14 +120,14 @@ class BlockSizes:
         """
         patch = np.array(patch_size)
         # 0.29 * 100 is a little less than 29.
-        largest = (self.largest * patch + 1e-6).astype(int)
+        largest = (np.multiply(self.largest, patch) + 1e-6).astype(int)
         if largest.min() < 1:
             raise PluginError(
                 f"A patch of {list(patch_size)} voxels is too small for Volume Fusion: the largest"
                 f" block, {self.largest} of an axis, has no voxel. Plan a larger patch, or set"
                 f" STUNET_VF_LARGEST to {1 / min(patch_size):.2g} or more."
             )
-        smallest = np.rint(self.smallest * patch).astype(int).clip(1, largest)
+        smallest = np.rint(np.multiply(self.smallest, patch)).astype(int).clip(1, largest)
         return smallest.tolist(), largest.tolist()
 
     def draw_sizes(

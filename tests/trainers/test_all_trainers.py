@@ -22,7 +22,7 @@ from stunet_plugin.trainers.stunet_trainers import SCHEDULES
 from stunet_plugin.weights.pretrained import describe_misfits
 
 from conftest import PHANTOM_ID, Workspace
-from trainer_helpers import FAMILIES, Make, batch_for, small_plans, started
+from trainer_helpers import FAMILIES, Make, batch_for, misfm, small_plans, started
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -155,6 +155,33 @@ def check_trains_resumes_and_predicts(make: Make, name: str, **how: Any) -> None
 @every_family
 def test_trains_resumes_and_predicts(make: Make, name: str) -> None:
     check_trains_resumes_and_predicts(make, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "without_chance"),
+    [
+        ("STUNetTrainer", {}),
+        ("PCTNetTrainer", {"dropout_per_stage": [0.0] * 5, "drop_path": 0.0}),
+        ("FMUNetTrainer", {"dropout_per_stage": [0.0] * 5}),
+    ],
+)
+def test_a_compiled_step_is_the_same(
+    make: Make, monkeypatch: Any, name: str, without_chance: dict[str, Any]
+) -> None:
+    """With inductor, as nnU-Net compiles on CUDA; on the CPU it does not unless told so here."""
+    changes = {}
+    if without_chance:
+        changes["architecture"] = misfm(name.removesuffix("Trainer"))
+        changes["architecture"]["arch_kwargs"].update(without_chance)
+    losses = []
+    for compiles in (False, True):
+        monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self, on=compiles: on)
+        trainer = started(make(name, options={"STUNET_SEED": 1, "nnUNet_compile": "t"}, **changes))
+        assert isinstance(trainer.network, torch._dynamo.OptimizedModule) == compiles
+        losses.append(trainer.train_step(batch_for(trainer))["loss"])
+        assert all(value.grad is not None for value in trainer.network.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -276,6 +278,31 @@ def test_pretrained_weights_that_do_not_fit(
     torch.save({"network_weights": {}, "trainer_name": "Other"}, file)
     with pytest.raises(PluginError, match=f"does not fit {trainer.__name__}: it was .* Other and"):
         make()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_pretrained_weights_with_a_prefix(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, prefix: str
+) -> None:
+    file = tmp_path / "weights.pth"
+    pretrained = started(make("PCTNetTrainer"))
+    own = {name: value.clone() for name, value in pretrained.network.state_dict().items()}
+    pretrained.save_checkpoint(str(file))
+    content = torch.load(file, weights_only=False)
+    content["network_weights"] = {f"{prefix}{name}": value for name, value in own.items()}
+    torch.save(content, file)
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer = make("PCTNetTrainer_ft")
+    maybe_load_checkpoint(trainer, False, False, str(file))
+    trainer.on_train_start()
+    weights = trainer.network.state_dict()
+    assert weights.keys() == own.keys()
+    heads = {name for name in own if ".seg_layers." in name}
+    assert all(torch.equal(weights[name], own[name]) for name in own if name not in heads)
+    log = capsys.readouterr().out
+    assert re.search(r"come from PCTNetTrainer; (\d+) start at random: \1 of the seg", log)
+    assert (f"Prefix {prefix!r} stripped from all names" in log) == bool(prefix)
 
 
 def test_pretrained_weights_are_read_off_the_command_line() -> None:
