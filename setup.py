@@ -13,5 +13,9 @@ setup(
         "stunet_plugin.plans",
     ],
     package_dir={"stunet_plugin.trainers": "trainers", "stunet_plugin.plans": "plans"},
-    package_data={"stunet_plugin": ["py.typed"], "stunet_plugin.data": ["*.json"]},
+    package_data={
+        "stunet_plugin": ["py.typed"],
+        "stunet_plugin.data": ["*.json"],
+        "stunet_plugin.crosseval": ["*.j2"],
+    },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PluginError(ValueError):
@@ -35,3 +35,15 @@ def last_line(error: BaseException) -> str:
     """Return the last line of an error: in ITK's long messages it says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names as text, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def few_lines(problems: Sequence[str], most: int = 5) -> str:
+    """Return the first problems, one per line, and how many there are besides."""
+    more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join([*problems[:most], *more])

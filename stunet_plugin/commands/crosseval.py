@@ -77,6 +77,6 @@ class Crosseval(Command):
     check: bool = flag("--check", "check everything, say what would be scored, and stop")
 
     def run(self) -> int:
-        from stunet_plugin.crosseval.run import Run, run_crosseval
+        from stunet_plugin.crosseval.run import run_crosseval
 
-        return run_crosseval(Run.from_arguments(self))
+        return run_crosseval(self)

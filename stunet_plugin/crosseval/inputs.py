@@ -1,5 +1,4 @@
-"""What is evaluated: models and datasets, from a file or from options, checked before anything
-runs.
+"""Inputs of a comparison: models and datasets, from a file or from options, strictly checked.
 
 A model is any model folder of nnU-Net v2. A dataset is a raw dataset of nnU-Net, or a folder of
 images and one of references.
@@ -12,16 +11,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from stunet_plugin.crosseval.measures import DEFAULT_TOLERANCE
 from stunet_plugin.datasets.label_files import check_entries, read_table
-from stunet_plugin.datasets.label_systems import LabelSystem, load_label_system
+from stunet_plugin.datasets.label_systems import (
+    LabelSystem,
+    canonical_name,
+    check_regions,
+    load_label_system,
+)
 from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.validation import is_list, is_number
 
+if TYPE_CHECKING:
+    from stunet_plugin.commands.crosseval import Crosseval
+
+SHARED, PAIR = "shared", "pair"
 ALL_FOLDS = "all"
 DEFAULT_STEP_SIZE = 0.5
 TRAINING, TEST = PARTS = ("Tr", "Ts")
@@ -74,10 +83,36 @@ class Model:
     labels: LabelSystem
     channels: tuple[str, ...]
     labels_from: str = OWN_LABELS
+    kind: ClassVar = "model"
 
     @property
     def checkpoints(self) -> list[Path]:
         return [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
+
+    def describe(self) -> dict[str, Any]:
+        """Return where it is, what trained it, how it predicts and what it knows, as JSON has it.
+
+        Trainer and configuration are those of the checkpoint: a folder may have been renamed.
+        """
+        from stunet_plugin.weights.safe_loading import load_checkpoint
+
+        checkpoint = load_checkpoint(self.checkpoints[0])
+        arguments = checkpoint.get("init_args") or {}
+        axes = checkpoint.get("inference_allowed_mirroring_axes") or ()
+        return {
+            "folder": str(self.folder),
+            "trainer": str(checkpoint.get("trainer_name", "")),
+            "plans": str(read_json(self.folder / "plans.json").get("plans_name", "")),
+            "configuration": str(arguments.get("configuration", "")),
+            "folds": list(self.folds),
+            "checkpoint": self.checkpoint,
+            "mirroring": self.mirroring,
+            "mirroring_axes": [int(axis) for axis in axes] if self.mirroring else [],
+            "step_size": self.step_size,
+            "labels": self.labels.name,
+            "labels_from": self.labels_from,
+            "classes": list(self.labels.classes),
+        }
 
 
 @dataclass(frozen=True)
@@ -105,14 +140,105 @@ class Dataset:
     cases: tuple[Case, ...] = field(repr=False)
     origin: Mapping[str, str] = field(default_factory=dict, repr=False)
     labels_from: str = OWN_LABELS
+    kind: ClassVar = "dataset"
+
+    def describe(self) -> dict[str, Any]:
+        """Return where its cases are, how many, and what their labels mean, as JSON has it."""
+        return {
+            **self.origin,
+            "cases": len(self.cases),
+            "labels": self.labels.name,
+            "labels_from": self.labels_from,
+            "classes": list(self.labels.classes),
+        }
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How pairs are scored.
+
+    Attributes:
+        classes: :data:`SHARED` (by all models and datasets), :data:`PAIR` (by each pair), or
+            canonical names.
+        tolerances: of the NSD in mm by class or organ, where they differ from FLARE22's protocol.
+        default_tolerance: of classes that neither knows.
+        sliced: score tubular organs between the first and the last slice of the reference alone.
+        resample: put predictions on the grid of their reference where they differ.
+    """
+
+    classes: str | tuple[str, ...] = SHARED
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    default_tolerance: float = DEFAULT_TOLERANCE
+    sliced: bool = False
+    resample: bool = False
+
+    @classmethod
+    def from_table(cls, content: Mapping[str, Any]) -> Rules:
+        """Check the entries of a file (or what options put in their place).
+
+        Raises:
+            PluginError: values out of range.
+        """
+        classes = content.get("classes", SHARED)
+        if classes not in (SHARED, PAIR):
+            names = is_list(classes) and all(isinstance(name, str) for name in classes)
+            if not names or not classes:
+                raise PluginError(
+                    f"classes must be {SHARED!r}, {PAIR!r} or a list of names, not {classes!r}."
+                )
+            classes = tuple(dict.fromkeys(map(canonical_name, classes)))
+        tolerances = content.get("tolerances", {})
+        default = content.get("default_tolerance", DEFAULT_TOLERANCE)
+        checked = tolerances if isinstance(tolerances, Mapping) else {"tolerances": None}
+        for name, value in {**checked, "default_tolerance": default}.items():
+            if not is_number(value) or value < 0:
+                raise PluginError(
+                    f"Tolerances must be a table of classes and millimetres; {name} is {value!r}."
+                )
+        for key in ("sliced", "resample"):
+            if not isinstance(content.get(key, False), bool):
+                raise PluginError(f"{key} must be true or false, not {content[key]!r}.")
+        own = {canonical_name(name): float(value) for name, value in tolerances.items()}
+        switches = (bool(content.get(key, False)) for key in ("sliced", "resample"))
+        return cls(classes, own, float(default), *switches)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A comparison: what is compared, by which rules, and where the results go."""
+
+    models: tuple[Model, ...]
+    datasets: tuple[Dataset, ...]
+    rules: Rules
+    out: Path
+
+
+def read_setup(options: Crosseval) -> Setup:
+    """Read the file and the options; options win.
+
+    Raises:
+        PluginError: anything in them is wrong.
+    """
+    table = _read_tables(options)
+    given: dict[str, Any] = {
+        "output": options.out,
+        "classes": options.classes,
+        "default_tolerance": options.tolerance,
+        "sliced": options.sliced or None,
+        "resample": options.resample or None,
+    }
+    table |= {name: value for name, value in given.items() if value is not None}
+    if not table.get("output"):
+        raise PluginError("Say where the results go: -o FOLDER (or output in the file).")
+    rules = Rules.from_table(table)
+    models = tuple(map(read_model, table["models"]))
+    datasets = tuple(map(read_dataset, table["datasets"]))
+    return Setup(models, datasets, rules, Path(table["output"]).expanduser())
 
 
 def folder_name(name: str) -> str:
-    """Return a subject's name as the name of a folder."""
+    """Return the name of a model or dataset as that of a folder."""
     return name.replace(" ", "_")
-
-
-# --- models
 
 
 def read_model(entry: Mapping[str, Any]) -> Model:
@@ -141,11 +267,11 @@ def read_model(entry: Mapping[str, Any]) -> Model:
             f"Model {name}: mirroring must be true or false, not {entry['mirroring']!r}."
         )
     dataset = read_json(folder / "dataset.json")
-    labels = (
-        load_label_system(entry["labels"])
-        if "labels" in entry
-        else LabelSystem.from_table(dataset, f"model {name}")
-    )
+    if "labels" in entry:
+        labels = load_label_system(entry["labels"])
+    else:
+        labels = LabelSystem.from_table(dataset, f"model {name}")
+        check_regions(dataset, f"Model {name}")
     channels = dataset.get("channel_names", dataset.get("modality", {}))
     model = Model(
         name,
@@ -193,9 +319,6 @@ def _checkpoints_in(folder: Path) -> str:
         ", ".join(sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/*.pth")))
         or "no checkpoints"
     )
-
-
-# --- datasets
 
 
 def read_dataset(entry: Mapping[str, Any]) -> Dataset:
@@ -346,42 +469,33 @@ def _stem(path: Path) -> str | None:
     return None if ending is None or path.name.startswith(".") else path.name.removesuffix(ending)
 
 
-# --- the entries themselves
-
-
-def read_setup(file: Path | None, models: Sequence[str], datasets: Sequence[str]) -> dict[str, Any]:
-    """Return the table of a file, with what ``--model`` and ``--dataset`` add to it.
-
-    Raises:
-        PluginError: no such file, unknown entries, or an option that cannot be read.
-    """
-    setup = read_table(file) if file is not None else {}
-    check_entries(setup, SETUP_ENTRIES, str(file))
-    for key, options in (("models", models), ("datasets", datasets)):
-        listed = setup.get(key, [])
+def _read_tables(options: Crosseval) -> dict[str, Any]:
+    """Return the table of the file, with what ``--model`` and ``--dataset`` add to it."""
+    table = read_table(Path(options.file)) if options.file else {}
+    check_entries(table, SETUP_ENTRIES, str(options.file))
+    for key, given in (("models", options.models), ("datasets", options.datasets)):
+        flag = f"--{key.removesuffix('s')}"
+        listed = table.get(key, [])
         if not is_list(listed) or not all(isinstance(entry, Mapping) for entry in listed):
-            raise PluginError(f"{file}: {key} must be a list of tables, each with name and folder.")
-        setup[key] = [
-            *listed,
-            *(_entry_from_option(option, f"--{key.removesuffix('s')}") for option in options),
-        ]
-        if not setup[key]:
             raise PluginError(
-                f"No {key} are given. Name them in a file, or with --{key.removesuffix('s')}"
-                " NAME=FOLDER."
+                f"{options.file}: {key} must be a list of tables, each with name and folder."
             )
-        names = [str(entry.get("name")) for entry in setup[key]]
+        table[key] = [*listed, *(_entry_from_option(option, flag) for option in given)]
+        if not table[key]:
+            raise PluginError(
+                f"No {key} are given. Name them in a file, or with {flag} NAME=FOLDER."
+            )
+        names = [str(entry.get("name")) for entry in table[key]]
         folders = [folder_name(name).casefold() for name in names]
-        twice = [
-            name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1
-        ]
+        both = zip(names, folders, strict=True)
+        twice = [name for name, folder in both if folders.count(folder) > 1]
         if twice:
             raise PluginError(
                 f"Two {key} are called {twice[0]!r} and {twice[1]!r}. Give each a name of its own;"
                 " capitals do not count, nor a space for an underscore, as their results would go"
                 " into one folder."
             )
-    return setup
+    return table
 
 
 def _entry_from_option(option: str, flag: str) -> dict[str, Any]:

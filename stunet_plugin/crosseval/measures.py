@@ -21,6 +21,14 @@ DSC, NSD, HD95, ASSD = "DSC", "NSD", "HD95", "ASSD"
 REFERENCE_VOLUME, PREDICTION_VOLUME = "reference_volume", "prediction_volume"
 MEASURES = (DSC, NSD, HD95, ASSD, REFERENCE_VOLUME, PREDICTION_VOLUME)
 UNITS = {HD95: "mm", ASSD: "mm", REFERENCE_VOLUME: "ml", PREDICTION_VOLUME: "ml"}
+NAMES = {
+    DSC: "Dice similarity coefficient (DSC)",
+    NSD: "normalised surface Dice (NSD)",
+    HD95: "95th percentile of the Hausdorff distance (HD95)",
+    ASSD: "average symmetric surface distance (ASSD)",
+    REFERENCE_VOLUME: "volume of the reference",
+    PREDICTION_VOLUME: "volume of the prediction",
+}
 LARGER_IS_BETTER = {DSC: True, NSD: True, HD95: False, ASSD: False}
 PERCENTILE = 95.0
 MM3_PER_ML = 1000.0

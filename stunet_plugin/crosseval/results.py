@@ -1,67 +1,52 @@
-"""Scores of all pairs, and what follows from them: means with intervals, tests between models, the
-worst cases."""
+"""Results: one tidy table of scores, and what follows from it: means, intervals, tests, files.
+
+A model's score on a dataset is the mean over classes of the mean over cases, as in A-Eval. What is
+not defined (a distance to an empty mask) takes no part in a mean.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stunet_plugin.crosseval.comparison import Pair
 from stunet_plugin.crosseval.measures import DSC, HD95, LARGER_IS_BETTER, MEASURES, NSD
-from stunet_plugin.crosseval.statistics import Estimate, estimate, holm, mean_by_case, wilcoxon
 from stunet_plugin.utils.files import write_atomically
 
 TESTED = (DSC, NSD)
-COLUMNS = ("model", "dataset", "case", "class", "measure", "value")
+SIGNIFICANT = 0.05
+COLUMNS = ("model", "dataset", "case", "class")
 WORST = 12
 
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+SEED = 20230811
+MIN_CASES = 6
+"""With fewer pairs no Wilcoxon test can reach p < 0.05: 2 / 2^5 is 0.0625."""
 
-@dataclass
-class PairScores:
-    """The scores of a model on a dataset.
 
-    Attributes:
-        values: by measure, arrays with axes (case, class); NaN where not defined.
-        warnings: by case, what was done to it.
-    """
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the ends of its bootstrap interval."""
 
-    pair: Pair
-    values: dict[str, np.ndarray] = field(init=False)
-    warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    mean: float
+    low: float
+    high: float
 
-    def __post_init__(self) -> None:
-        shape = (len(self.cases), len(self.classes))
-        self.values = {measure: np.full(shape, np.nan) for measure in MEASURES}
-
-    @property
-    def cases(self) -> list[str]:
-        return [case.name for case in self.pair.dataset.cases]
-
-    @property
-    def classes(self) -> list[str]:
-        return [scored.name for scored in self.pair.classes]
-
-    def add(
-        self, case: str, scores: dict[str, dict[str, float | None]], warnings: Sequence[str]
-    ) -> None:
-        """Enter the measures of a case by class, and what was done to it."""
-        row = self.cases.index(case)
-        if warnings:
-            self.warnings[case] = tuple(warnings)
-        for column, name in enumerate(self.classes):
-            for measure in MEASURES:
-                value = scores[name][measure]
-                self.values[measure][row, column] = math.nan if value is None else value
+    def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return "n/a"
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -70,8 +55,7 @@ class PairedTest:
 
     Attributes:
         difference: mean over cases of the first one's score less the second one's.
-        p, corrected: of the paired Wilcoxon test, as it is and corrected for all tests of the
-            measure.
+        p, corrected: of the paired Wilcoxon test, and corrected for all tests of the measure.
     """
 
     measure: str
@@ -83,195 +67,237 @@ class PairedTest:
     p: float
     corrected: float
 
+    @property
+    def better(self) -> str | None:
+        """The model that is better, None where the test does not say so."""
+        if not self.corrected < SIGNIFICANT:
+            return None
+        return self.first if self.difference > 0 else self.second
 
-@dataclass(frozen=True)
+
 class Results:
-    """Everything that the tables, pictures and the report show."""
+    """Scores of all pairs.
 
-    scores: tuple[PairScores, ...]
-    tests: tuple[PairedTest, ...]
+    Attributes:
+        pairs: models and datasets, with their classes.
+        warnings: by model, dataset and case, what was done to it.
+    """
 
-    @classmethod
-    def of(cls, scores: Sequence[PairScores]) -> Results:
-        return cls(tuple(scores), tuple(_tests(scores)))
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = tuple(pairs)
+        self.models = list(dict.fromkeys(pair.model.name for pair in pairs))
+        self.datasets = list(dict.fromkeys(pair.dataset.name for pair in pairs))
+        self.warnings: dict[tuple[str, str, str], list[str]] = {}
+        self._values: dict[tuple[str, str, str], Mapping[str, Mapping[str, float | None]]] = {}
 
-    @property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys(one.pair.model.name for one in self.scores))
+    def add(
+        self,
+        key: tuple[str, str, str],
+        values: Mapping[str, Mapping[str, float | None]],
+        warnings: Sequence[str] = (),
+    ) -> None:
+        """Enter the measures of a case (model, dataset, case) by class."""
+        self._values[key] = values
+        self.__dict__.pop("table", None)
+        if warnings:
+            self.warnings[key] = list(warnings)
 
-    @property
-    def datasets(self) -> list[str]:
-        return list(dict.fromkeys(one.pair.dataset.name for one in self.scores))
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per model, dataset, case and class; a column per measure, NaN where undefined."""
+        rows = [
+            (*key, scored.name, *(self._values[key][scored.name][name] for name in MEASURES))
+            for pair in self.pairs
+            for case in pair.scored_cases
+            for key in [(pair.model.name, pair.dataset.name, case.name)]
+            for scored in pair.classes
+        ]
+        table = pd.DataFrame(rows, columns=[*COLUMNS, *MEASURES])
+        return table.astype(dict.fromkeys(MEASURES, float))
 
-    def find(self, model: str, dataset: str) -> PairScores:
-        return next(
-            one
-            for one in self.scores
-            if (one.pair.model.name, one.pair.dataset.name) == (model, dataset)
-        )
+    def part(self, model: str, dataset: str) -> pd.DataFrame:
+        """Return the rows of a model on a dataset."""
+        table = self.table
+        return table[(table["model"] == model) & (table["dataset"] == dataset)]
 
     def cell(self, model: str, dataset: str, measure: str) -> Estimate:
-        return estimate(self.find(model, dataset).values[measure])
+        part = self.part(model, dataset)
+        values = part.pivot(index="case", columns="class", values=measure)
+        return estimate(values.to_numpy())
 
-    def matrix(self, measure: str) -> np.ndarray:
-        """Return the means with axes (model, dataset)."""
-        return np.array(
-            [
-                [self.cell(model, dataset, measure).mean for dataset in self.datasets]
-                for model in self.models
-            ]
-        )
+    def matrix(self, measure: str) -> pd.DataFrame:
+        """Return the means, models by datasets."""
+        by_class = self.table.groupby(list(COLUMNS[:2] + COLUMNS[3:]), sort=False)[measure].mean()
+        means = by_class.groupby(list(COLUMNS[:2]), sort=False).mean().unstack()
+        return means.reindex(index=self.models, columns=self.datasets)
 
-    def undefined(self, measure: str) -> np.ndarray:
-        """Return how many values of cases and classes are not defined, with axes (model,
-        dataset)."""
-        counts = [
-            [np.isnan(self.find(model, dataset).values[measure]).sum() for dataset in self.datasets]
-            for model in self.models
-        ]
-        return np.array(counts)
+    def undefined(self, measure: str) -> pd.DataFrame:
+        """Return how many values of cases and classes are undefined, models by datasets."""
+        table = self.table
+        counts = table[measure].isna().groupby([table["model"], table["dataset"]]).sum().unstack()
+        return counts.reindex(index=self.models, columns=self.datasets).fillna(0).astype(int)
 
-    def worst(self, number: int = WORST) -> list[tuple[PairScores, int]]:
-        """Return the pairs and rows of the cases with the lowest mean DSC, the lowest first.
+    def by_case(self, classes: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return the means over classes (these, or all) of each model, dataset and case."""
+        table = self.table if classes is None else self.table[self.table["class"].isin(classes)]
+        return table.groupby(list(COLUMNS[:3]), sort=False)[list(MEASURES)].mean()
+
+    def worst(self, number: int = WORST) -> pd.DataFrame:
+        """Return the cases with the lowest mean DSC, the lowest first.
 
         Each model has an equal share of the places, so that a bad one does not hide where the
         others fail; what a model has no cases for goes to the next ones.
         """
-        found = [
-            (float(value), one, row)
-            for one in self.scores
-            if one.classes
-            for row, value in enumerate(mean_by_case(one.values[DSC]))
-            if np.isfinite(value)
-        ]
-        found.sort(key=lambda entry: entry[0])
-        share = -(-number // max(len({one.pair.model.name for _, one, _ in found}), 1))
-        taken: Counter[str] = Counter()
-        first: list[tuple[float, PairScores, int]] = []
-        later: list[tuple[float, PairScores, int]] = []
-        for entry in found:
-            name = entry[1].pair.model.name
-            (first if taken[name] < share else later).append(entry)
-            taken[name] += 1
-        chosen = sorted([*first, *later][:number], key=lambda entry: entry[0])
-        return [(one, row) for _, one, row in chosen]
+        found = self.by_case().dropna(subset=[DSC]).sort_values(DSC, kind="stable").reset_index()
+        share = -(-number // max(found["model"].nunique(), 1))
+        beyond = found.groupby("model").cumcount() >= share
+        chosen = pd.concat([found[~beyond], found[beyond]])[:number]
+        return chosen.sort_values(DSC, kind="stable")
+
+    def tests(self) -> list[PairedTest]:
+        """Compare the models two by two on each dataset, on the classes that both were scored
+        on."""
+        found: list[PairedTest] = []
+        for measure in TESTED:
+            tests = [
+                test
+                for dataset in self.datasets
+                for one, other in combinations(self.models, 2)
+                if (test := self._test(measure, dataset, one, other)) is not None
+            ]
+            corrected = holm([test.p for test in tests])
+            for test, p in zip(tests, corrected, strict=True):
+                found.append(PairedTest(**{**asdict(test), "corrected": p}))
+        return found
+
+    def _test(self, measure: str, dataset: str, one: str, other: str) -> PairedTest | None:
+        parts = [self.part(model, dataset) for model in (one, other)]
+        common = set(parts[0]["class"]) & set(parts[1]["class"])
+        if not common:
+            return None
+        first, second = (
+            part[part["class"].isin(common)].groupby("case", sort=False)[measure].mean()
+            for part in parts
+        )
+        both = pd.concat([first, second], axis=1).dropna().to_numpy()
+        difference = float((both[:, 0] - both[:, 1]).mean()) if len(both) else math.nan
+        p = wilcoxon(both[:, 0], both[:, 1])
+        return PairedTest(measure, dataset, one, other, len(both), difference, p, math.nan)
 
 
-def _tests(scores: Sequence[PairScores]) -> Iterator[PairedTest]:
-    """Compare the models two by two on each dataset, on the classes that both were scored on."""
-    for measure in TESTED:
-        found: list[tuple[PairScores, PairScores, int, float, float]] = []
-        for first, second in combinations(scores, 2):
-            common = [name for name in first.classes if name in second.classes]
-            if first.pair.dataset is not second.pair.dataset or not common:
-                continue
-            one, other = (
-                mean_by_case(each.values[measure][:, [each.classes.index(name) for name in common]])
-                for each in (first, second)
-            )
-            both = np.isfinite(one) & np.isfinite(other)
-            difference = float((one - other)[both].mean()) if both.any() else math.nan
-            found.append((first, second, int(both.sum()), difference, wilcoxon(one, other)))
-        corrected = holm([entry[-1] for entry in found])
-        for (first, second, cases, difference, p), after in zip(found, corrected, strict=True):
-            names = (first.pair.dataset.name, first.pair.model.name, second.pair.model.name)
-            yield PairedTest(measure, *names, cases, difference, p, after)
+# --- statistics
+
+
+def estimate(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> Estimate:
+    """Return the mean over classes of the mean over cases, with a percentile bootstrap interval
+    over cases.
+
+    Args:
+        values: with axes (case, class), NaN where undefined.
+        seed: of the resampling.
+        resamples: how many.
+    """
+    defined = np.isfinite(values)
+    if not defined.any():
+        return Estimate(math.nan, math.nan, math.nan)
+    number = len(values)
+    # How often each case is drawn, so that a resample's class means are two products of matrices.
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(number, np.full(number, 1 / number), size=resamples).astype(float)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(_means(drawn, values, defined), (tail, 100 - tail))
+    mean = _means(np.ones((1, number)), values, defined)[0]
+    return Estimate(float(mean), float(low), float(high))
+
+
+def _means(weights: np.ndarray, values: np.ndarray, defined: np.ndarray) -> np.ndarray:
+    """Return for every row of case weights the mean over classes of the weighted mean over
+    cases."""
+    with np.errstate(invalid="ignore"):
+        by_class = (weights @ np.where(defined, values, 0.0)) / (weights @ defined)
+    # A resample may hold no case with any class defined.
+    means: np.ndarray = pd.DataFrame(by_class).mean(axis=1).to_numpy()
+    return means
+
+
+def wilcoxon(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the two-sided p of the paired Wilcoxon test; 1 if no pair differs, NaN with fewer than
+    :data:`MIN_CASES` pairs.
+
+    Args:
+        one, other: a value per case, in the same order; pairs with NaN take no part.
+    """
+    from scipy import stats
+
+    differences = (one - other)[np.isfinite(one) & np.isfinite(other)]
+    if len(differences) < MIN_CASES:
+        return math.nan
+    return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number by Holm's method; NaN stays and is not counted."""
+    p = pd.Series(list(values), dtype=float)
+    ordered = p.dropna().sort_values()
+    factors = np.arange(len(ordered), 0, -1)
+    corrected: list[float] = (ordered * factors).cummax().clip(upper=1).reindex(p.index).tolist()
+    return corrected
 
 
 # --- files
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """Write one row per model, dataset, case, class and measure; no value where it is not
-    defined."""
+    """Write one row per model, dataset, case, class and measure; no value where undefined."""
+    long = results.table.set_index(list(COLUMNS)).rename_axis(columns="measure").stack()
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(_rows(results))
+    long.rename("value").reset_index().to_csv(partial, index=False, float_format="%.6g")
     os.replace(partial, path)
-
-
-def _rows(results: Results) -> Iterator[tuple[str, ...]]:
-    for one in results.scores:
-        for row, case in enumerate(one.cases):
-            for column, name in enumerate(one.classes):
-                for measure in MEASURES:
-                    value = one.values[measure][row, column]
-                    shown = f"{value:.6g}" if np.isfinite(value) else ""
-                    yield one.pair.model.name, one.pair.dataset.name, case, name, measure, shown
 
 
 def write_summary(results: Results, about: dict[str, Any], path: Path) -> None:
     """Write the means, intervals, tests and what was left out as JSON."""
-    pairs = [
-        {
-            "model": one.pair.model.name,
-            "dataset": one.pair.dataset.name,
-            "cases": len(one.cases),
-            "classes": one.classes,
-            "mean": {
-                measure: asdict(estimate(one.values[measure])) for measure in LARGER_IS_BETTER
-            },
-            "by_class": {
-                name: {measure: _mean(one.values[measure][:, column]) for measure in MEASURES}
-                for column, name in enumerate(one.classes)
-            },
-            "undefined_distances": {
-                name: int(np.isnan(one.values[HD95][:, column]).sum())
-                for column, name in enumerate(one.classes)
-            },
-            "only_in_dataset": list(one.pair.only_in_dataset),
-            "only_in_model": list(one.pair.only_in_model),
-            "warnings": {case: list(warnings) for case, warnings in one.warnings.items()},
-        }
-        for one in results.scores
-    ]
-    content = {**about, "pairs": pairs, "tests": [asdict(test) for test in results.tests]}
+    pairs = []
+    for pair in results.pairs:
+        model, dataset = pair.model.name, pair.dataset.name
+        by_class = results.part(model, dataset).groupby("class", sort=False)
+        names = [scored.name for scored in pair.classes]
+        cells = {name: results.cell(model, dataset, name) for name in LARGER_IS_BETTER}
+        pairs.append(
+            {
+                "model": model,
+                "dataset": dataset,
+                "cases": len(pair.dataset.cases),
+                "classes": names,
+                "mean": {name: asdict(cell) for name, cell in cells.items()},
+                "by_class": by_class[list(MEASURES)].mean().to_dict("index"),
+                "undefined_distances": by_class[HD95].agg(lambda x: int(x.isna().sum())).to_dict(),
+                "only_in_dataset": list(pair.only_in_dataset),
+                "only_in_model": list(pair.only_in_model),
+                "warnings": {
+                    key[2]: lines
+                    for key, lines in results.warnings.items()
+                    if key[:2] == (model, dataset)
+                },
+            }
+        )
+    content = {**about, "pairs": pairs, "tests": [asdict(test) for test in results.tests()]}
     write_atomically(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_matrix(results: Results, path: Path) -> None:
     """Write the models x datasets matrix of each measure as Markdown."""
-    blocks = []
-    for measure, larger in LARGER_IS_BETTER.items():
-        lines = [
-            f"## {measure} ({'larger' if larger else 'smaller'} is better)",
-            "",
-            _row(["model", *results.datasets]),
-        ]
-        lines.append(_row(["---", *("---:" for _ in results.datasets)]))
-        for model in results.models:
-            lines.append(
-                _row(
-                    [
-                        model,
-                        *(
-                            shown(results.cell(model, dataset, measure))
-                            for dataset in results.datasets
-                        ),
-                    ]
-                )
-            )
-        blocks.append("\n".join(lines))
     note = "Mean over classes of the mean over cases, with the 95 % bootstrap interval over cases."
-    write_atomically(path, "\n\n".join(["# Models and datasets", note, *blocks]) + "\n")
-
-
-def shown(cell: Estimate) -> str:
-    """An estimate for people."""
-    return (
-        f"{cell.mean:.3f} ({cell.low:.3f} to {cell.high:.3f})" if np.isfinite(cell.mean) else "n/a"
-    )
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _mean(values: np.ndarray) -> float:
-    defined = values[np.isfinite(values)]
-    return float(defined.mean()) if len(defined) else math.nan
+    blocks = ["# Models and datasets", note]
+    for measure, larger in LARGER_IS_BETTER.items():
+        rows = [["model", *results.datasets], ["---", *("---:" for _ in results.datasets)]]
+        for model in results.models:
+            cells = [str(results.cell(model, name, measure)) for name in results.datasets]
+            rows.append([model, *cells])
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        better = "larger" if larger else "smaller"
+        blocks.append(f"## {measure} ({better} is better)\n\n{table}")
+    write_atomically(path, "\n\n".join(blocks) + "\n")
 
 
 def without_nan(value: Any) -> Any:

@@ -1,7 +1,13 @@
-"""Scoring one case after the other, in worker processes, with one case in memory for each."""
+"""Scoring of predictions against references, in worker processes, one case in memory for each.
+
+The scores of a case are kept in a file with a hash of all that they depend on, so that a run that
+is started again scores only what has changed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +16,21 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.crosseval.comparison import ScoredClass
+from stunet_plugin.crosseval.comparison import Pair, ScoredClass
+from stunet_plugin.crosseval.inputs import Setup, folder_name
 from stunet_plugin.crosseval.measures import between_first_and_last, score
+from stunet_plugin.crosseval.predictions import Place, read_record
+from stunet_plugin.crosseval.results import Results, without_nan
 from stunet_plugin.datasets.label_systems import LabelSystem
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, few_lines
+from stunet_plugin.utils.files import sha256_of, write_atomically
 from stunet_plugin.utils.geometry import Grid, on_grid_of, resampled
 from stunet_plugin.utils.images import read_label_map
 from stunet_plugin.utils.workers import run_ordered
+
+SCORES = "scores"
+SCORING_VERSION = 1
+"""Goes up when the same files would be scored otherwise, so that kept scores no longer count."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class CaseTask:
     """A prediction and its reference.
 
     Attributes:
-        key: names the task among all.
+        key: model, dataset and case.
         classes: what is scored.
         reference_labels, prediction_labels: what the values of both files may be.
         resample: put the prediction on the reference's grid where they differ.
@@ -41,7 +55,7 @@ class CaseTask:
 
 @dataclass(frozen=True)
 class CaseScores:
-    """What came out of a task.
+    """Result of a task.
 
     Attributes:
         values: measures by class.
@@ -54,6 +68,49 @@ class CaseScores:
     problem: str = ""
 
 
+def score_pairs(pairs: Sequence[Pair], setup: Setup, processes: int) -> Results:
+    """Score what has not been scored.
+
+    Raises:
+        PluginError: cases that cannot be scored; all others are, and kept.
+    """
+    results = Results(pairs)
+    tasks: list[CaseTask] = []
+    hashes = _hashes(pairs, setup)
+    for pair in pairs:
+        place = Place.of(setup.out, pair)
+        for case in pair.scored_cases:
+            key = (pair.model.name, pair.dataset.name, case.name)
+            kept = read_record(_kept(setup.out, key))
+            if kept.get("made_from") == hashes[key]:
+                results.add(key, kept["values"], kept["warnings"])
+            else:
+                labels = (pair.dataset.labels, pair.model.labels)
+                files = (case.reference, place.file(case))
+                tasks.append(CaseTask(key, *files, pair.classes, *labels, setup.rules.resample))
+    print(f"Scores: {len(hashes) - len(tasks)} of {len(hashes)} are there.", flush=True)
+    problems = []
+    for task, found in _score_all(tasks, min(processes, len(tasks))):
+        where = "{} on {}, {}".format(*task.key)
+        if found.problem:
+            problems.append(f"{where}: {found.problem}")
+            continue
+        for warning in found.warnings:
+            print(f"  {where}: {warning}", flush=True)
+        values, warnings = without_nan(found.values), list(found.warnings)
+        results.add(task.key, values, warnings)
+        file = _kept(setup.out, task.key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record = {"made_from": hashes[task.key], "values": values, "warnings": warnings}
+        write_atomically(file, json.dumps(record))
+    if problems:
+        raise PluginError(
+            f"{len(problems)} cases cannot be scored; all others are, and kept.\n"
+            f"{few_lines(problems)}"
+        )
+    return results
+
+
 def score_case(task: CaseTask) -> CaseScores:
     """Score all classes of a case; wrong input becomes the result's ``problem``."""
     try:
@@ -61,16 +118,14 @@ def score_case(task: CaseTask) -> CaseScores:
     except PluginError as error:
         return CaseScores(problem=str(error))
     grid = Grid.of(reference)
-    truth, predicted = sitk.GetArrayViewFromImage(reference), sitk.GetArrayViewFromImage(prediction)
-    heard = None if task.reference_labels.ignore is None else truth != task.reference_labels.ignore
+    truth, predicted = (sitk.GetArrayViewFromImage(one) for one in (reference, prediction))
+    ignore = task.reference_labels.ignore
+    valid = None if ignore is None else truth != ignore
     values: dict[str, dict[str, float]] = {}
     for scored in task.classes:
-        masks = [
-            np.isin(array, of)
-            for array, of in ((truth, scored.in_reference), (predicted, scored.in_prediction))
-        ]
-        if heard is not None:
-            masks = [mask & heard for mask in masks]
+        masks = [np.isin(truth, scored.in_reference), np.isin(predicted, scored.in_prediction)]
+        if valid is not None:
+            masks = [mask & valid for mask in masks]
         if scored.sliced and len(grid.size) == 3:
             part = between_first_and_last(masks[0], grid.axial)
             masks = [mask[part] for mask in masks]
@@ -78,8 +133,7 @@ def score_case(task: CaseTask) -> CaseScores:
     return CaseScores(values, tuple(warnings))
 
 
-def score_all(tasks: Sequence[CaseTask], processes: int) -> Iterator[tuple[CaseTask, CaseScores]]:
-    """Score cases and yield them in their order; in this process if there is one to have."""
+def _score_all(tasks: Sequence[CaseTask], processes: int) -> Iterator[tuple[CaseTask, CaseScores]]:
     if processes <= 1:
         yield from ((task, score_case(task)) for task in tasks)
         return
@@ -87,28 +141,37 @@ def score_all(tasks: Sequence[CaseTask], processes: int) -> Iterator[tuple[CaseT
         yield finished.task, finished.value or CaseScores(problem=finished.failure)
 
 
-def read_known_labels(path: Path, labels: LabelSystem) -> Any:
-    """Read a label map whose values its label system has.
+def _kept(out: Path, key: tuple[str, str, str]) -> Path:
+    return out / SCORES / folder_name(key[0]) / folder_name(key[1]) / f"{key[2]}.json"
 
-    Raises:
-        PluginError: it cannot be read, is no label map, or holds other values.
-    """
-    return read_label_map(path, labels.values)
+
+def _hashes(pairs: Sequence[Pair], setup: Setup) -> dict[tuple[str, str, str], str]:
+    """Return by model, dataset and case a hash of what the scores of the case depend on."""
+    cases = [case for dataset in setup.datasets for case in dataset.cases]
+    references = {case.reference: sha256_of(case.reference) for case in cases}
+    found = {}
+    for pair in pairs:
+        rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, setup.rules.resample]
+        for case in pair.scored_cases:
+            prediction = read_record(Place.of(setup.out, pair).record(case)).get("prediction")
+            content = [*rules, prediction, references[case.reference]]
+            text = json.dumps(content, sort_keys=True, default=str)
+            key = (pair.model.name, pair.dataset.name, case.name)
+            found[key] = hashlib.sha256(text.encode()).hexdigest()
+    return found
 
 
 def _read_both(task: CaseTask) -> tuple[Any, Any, list[str]]:
-    reference = read_known_labels(task.reference, task.reference_labels)
-    prediction = read_known_labels(task.prediction, task.prediction_labels)
-    warnings: list[str] = []
+    reference = read_label_map(task.reference, task.reference_labels.values)
+    prediction = read_label_map(task.prediction, task.prediction_labels.values)
     turned = on_grid_of(prediction, reference)
-    if turned is None:
-        both = f"reference {Grid.of(reference)}; prediction {Grid.of(prediction)}"
-        if not task.resample or reference.GetDimension() != prediction.GetDimension():
-            raise PluginError(
-                f"{task.reference} and {task.prediction} do not have the same voxels: {both}. Mend"
-                " the files, or have the prediction resampled to the reference's grid with"
-                " --resample."
-            )
-        turned = resampled(prediction, reference)
-        warnings.append(f"The prediction was resampled to the reference's grid: {both}.")
-    return reference, turned, warnings
+    if turned is not None:
+        return reference, turned, []
+    both = f"reference {Grid.of(reference)}; prediction {Grid.of(prediction)}"
+    if not task.resample or reference.GetDimension() != prediction.GetDimension():
+        raise PluginError(
+            f"{task.reference} and {task.prediction} do not have the same voxels: {both}. Fix the"
+            " files, or have the prediction resampled to the reference's grid with --resample."
+        )
+    warning = f"The prediction was resampled to the reference's grid: {both}."
+    return reference, resampled(prediction, reference), [warning]

@@ -122,31 +122,6 @@ class ConfidenceFilter:
         return Decision(filtered, "", classes, float(doubtful.mean()))
 
 
-def check_regions(table: Mapping[str, Any], where: str) -> None:
-    """Raise a PluginError if a model's ``regions_class_order`` makes it write values that do not
-    mean its regions: then its label maps cannot be read by its own ``dataset.json``."""
-    order = table.get("regions_class_order")
-    if order is None:
-        return
-    regions = {
-        name: set(values if isinstance(values, (list, tuple)) else [values])
-        for name, values in table["labels"].items()
-        if name != "ignore" and values not in (0, [0])
-    }
-    names = list(regions)
-    fits = isinstance(order, (list, tuple)) and len(order) == len(names)
-    for number, (name, value) in enumerate(zip(names, order if fits else (), strict=False)):
-        later = [other for other in names[number + 1 :] if value in regions[other]]
-        if value not in regions[name] or later:
-            fits = False
-    if not fits:
-        raise PluginError(
-            f"{where}: regions_class_order {order} does not fit its regions {table['labels']}. Each"
-            " value must be one of its region's, and of no later region's: what the model writes"
-            " cannot be read otherwise. Correct its dataset.json and train again."
-        )
-
-
 def parse_rules(
     system: LabelSystem, confidences: Sequence[str], sizes: Sequence[str]
 ) -> dict[str, Rule]:

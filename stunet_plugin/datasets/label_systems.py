@@ -12,6 +12,7 @@ JSON or YAML file, or a ``dataset.json`` of nnU-Net. Light on purpose: numpy onl
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -225,8 +226,11 @@ def map_labels(
 
 def canonical_name(name: str) -> str:
     """Return the name that a class is known by: lower case, underscores, the side at the end, no
-    synonyms."""
-    words = [word for word in re.split(r"[^0-9a-z]+", name.casefold()) if word]
+    synonyms. Letters of every script and signs that carry meaning (``<``, ``+``) stay."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    # Separators, controls and punctuation part words.
+    spaced = [" " if unicodedata.category(sign)[0] in "ZCP" else sign for sign in folded]
+    words = "".join(spaced).split()
     if len(words) > 1 and words[0] in SIDES:
         words = [*words[1:], words[0]]
     plain = "_".join(words)
@@ -314,6 +318,8 @@ def _named_values(labels: Any, system: str) -> dict[str, tuple[int, ...]]:
                 f" not {value!r}."
             )
         known = canonical_name(name)
+        if not known:
+            raise PluginError(f"Label system {system}: the class {name!r} has no name.")
         if known in named:
             raise PluginError(
                 f"Label system {system}: the class {known!r} stands twice ({name!r} is another name"
@@ -394,3 +400,28 @@ def _listed(names: Iterable[str], most: int = 30) -> str:
 
 def _shown(values: Iterable[int]) -> str:
     return ", ".join(map(str, values))
+
+
+def check_regions(table: Mapping[str, Any], where: str) -> None:
+    """Raise a PluginError if a model's ``regions_class_order`` makes it write values that do not
+    mean its regions: then its label maps cannot be read by its own ``dataset.json``."""
+    order = table.get("regions_class_order")
+    if order is None:
+        return
+    regions = {
+        name: set(values if isinstance(values, (list, tuple)) else [values])
+        for name, values in table["labels"].items()
+        if name != "ignore" and values not in (0, [0])
+    }
+    names = list(regions)
+    fits = isinstance(order, (list, tuple)) and len(order) == len(names)
+    for number, (name, value) in enumerate(zip(names, order if fits else (), strict=False)):
+        later = [other for other in names[number + 1 :] if value in regions[other]]
+        if value not in regions[name] or later:
+            fits = False
+    if not fits:
+        raise PluginError(
+            f"{where}: regions_class_order {order} does not fit its regions {table['labels']}. Each"
+            " value must be one of its region's, and of no later region's: what the model writes"
+            " cannot be read otherwise. Correct its dataset.json and train again."
+        )

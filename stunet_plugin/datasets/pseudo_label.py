@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
-from stunet_plugin.datasets.confidence_filter import (
-    ConfidenceFilter,
-    check_regions,
-    parse_rules,
-    probability,
-)
-from stunet_plugin.datasets.label_systems import LabelSystem
+from stunet_plugin.datasets.confidence_filter import ConfidenceFilter, parse_rules, probability
+from stunet_plugin.datasets.label_systems import LabelSystem, check_regions
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import find_raw, list_images
 from stunet_plugin.errors import PluginError

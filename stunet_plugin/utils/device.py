@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Device to compute on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from stunet_plugin.errors import PluginError
 
 
 def choose_device(wanted: str) -> str:
-    """Return ``cpu`` or ``cuda`` for what a user asked for: one of them, or ``auto``, which takes a
-    GPU where there is one.
+    """Return ``cpu``, ``cuda`` or ``mps`` for what a user asked for: one of them, or ``auto``,
+    which takes a CUDA GPU if there is one.
 
     Raises:
-        PluginError: there is no GPU.
+        PluginError: torch finds no such device.
     """
     import torch
 
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
+    cuda = torch.cuda.is_available()
+    if wanted == "auto":
+        return "cuda" if cuda else "cpu"
+    if (wanted == "cuda" and not cuda) or (
+        wanted == "mps" and not torch.backends.mps.is_available()
+    ):
         raise PluginError(
-            "--device cuda: torch finds no GPU here. Use --device cpu, or see `stunet doctor`."
+            f"--device {wanted}: torch finds no such GPU here. Use --device cpu, or see `stunet"
+            " doctor`."
         )
-    return "cuda" if available and wanted != "cpu" else "cpu"
+    return wanted

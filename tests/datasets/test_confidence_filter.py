@@ -7,14 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stunet_plugin.datasets.confidence_filter import (
-    ConfidenceFilter,
-    Decision,
-    Rule,
-    check_regions,
-    parse_rules,
-)
-from stunet_plugin.datasets.label_systems import LabelSystem
+from stunet_plugin.datasets.confidence_filter import ConfidenceFilter, Decision, Rule, parse_rules
+from stunet_plugin.datasets.label_systems import LabelSystem, check_regions
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Prediction
 

@@ -249,3 +249,22 @@ def test_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text("{")
     with pytest.raises(PluginError, match=r"cannot be read"):
         load_label_system(tmp_path / "wrong.json")
+
+
+def test_names_of_every_script_and_signs_stay_apart() -> None:
+    names = [
+        "肝脏",
+        "脾脏",
+        "печень",
+        "कि",
+        "की",
+        "lesion < 3 cm",
+        "lesion ≥ 3 cm",
+        "lesion",
+        "HER2+",
+    ]
+    system = LabelSystem.numbered("own", names)
+    assert len(system.classes) == len(names)
+    assert [system.find(name) for name in names] == [(value,) for value in range(1, 10)]
+    with pytest.raises(PluginError, match="has no name"):
+        LabelSystem.numbered("own", ["---"])
