@@ -1,14 +1,16 @@
-"""What all planners of this project share on top of nnU-Net's own: an honest memory target, and
-data shared with nnUNetPlans.
+"""Planner base: what all planners of this project share on top of nnU-Net's own.
 
 nnU-Net's planner does the planning (spacing, patch shape, cascade, normalisation). These classes
 replace its measure of memory, which knows U-Nets of at most 320 channels, by an estimate of the
-network's training step, and its architecture by that network. So a stock ``nnUNetTrainer`` trains
-from these plans too.
+network's training step, and its architecture by that network, so a stock ``nnUNetTrainer`` trains
+from these plans too. Preprocessed data has folders of its own: nnU-Net empties a folder before it
+fills it, and a training that reads from it dies.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +24,10 @@ from nnunetv2.paths import nnUNet_preprocessed
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.memory import GIGABYTE
+from stunet_plugin.nnunet.names import PLANS_NAME
+from stunet_plugin.options import SHARE_DATA, Options
 
 MIN_BATCH_SIZE = 2
-HOST_PLANS = "nnUNetPlans"
-"""Plans of nnU-Net's default planner, whose preprocessed data other planners of nnU-Net share."""
 
 
 class PluginPlanner(ExperimentPlanner):
@@ -35,10 +37,10 @@ class PluginPlanner(ExperimentPlanner):
     (:meth:`training_bytes`).
 
     Args:
-        dataset_name_or_id: as everywhere in nnU-Net.
         gpu_memory_target_in_gb: what a training step may take; None is the network's default.
-        preprocessor_name, overwrite_target_spacing, suppress_transpose: nnU-Net's own.
         plans_name: None is the planner's own name for them.
+        dataset_name_or_id, preprocessor_name, overwrite_target_spacing, suppress_transpose:
+            nnU-Net's own.
 
     Attributes:
         network_name: what messages call the network.
@@ -62,34 +64,24 @@ class PluginPlanner(ExperimentPlanner):
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
-        target = (
-            self.default_memory_gb if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb
-        )
+        target = gpu_memory_target_in_gb
+        target = self.default_memory_gb if target is None else target
         if not 0 < target < np.inf:
             raise PluginError(
                 f"-gpu_memory_target must be a number of gigabytes above 0, not {target}."
             )
-        if overwrite_target_spacing is not None and not all(
-            0 < step < np.inf for step in overwrite_target_spacing
-        ):
+        spacing = overwrite_target_spacing
+        if spacing is not None and not all(0 < step < np.inf for step in spacing):
             raise PluginError(
-                "-overwrite_target_spacing takes three millimetres above 0, not"
-                f" {list(overwrite_target_spacing)}."
+                f"-overwrite_target_spacing takes three millimetres above 0, not {list(spacing)}."
             )
         name = plans_name or self.default_plans_name
-        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith(
-            "."
-        ):
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise PluginError(
                 f"-overwrite_plans_name may hold letters, digits, '_', '-' and '.', not {name!r}."
             )
         super().__init__(
-            dataset_name_or_id,
-            target,
-            preprocessor_name,
-            name,
-            overwrite_target_spacing,
-            suppress_transpose,
+            dataset_name_or_id, target, preprocessor_name, name, spacing, suppress_transpose
         )
         self._refuse_to_replace_plans_of_others()
         self.UNet_min_batch_size = MIN_BATCH_SIZE
@@ -97,13 +89,11 @@ class PluginPlanner(ExperimentPlanner):
         # reference / estimate * reference_batch as the batch. With an estimate in bytes of a batch
         # of two, the target in bytes and a reference batch of two, that reads: shrink until a batch
         # of two fits.
-        self.UNet_reference_val_corresp_bs_2d = self.UNet_reference_val_corresp_bs_3d = (
-            MIN_BATCH_SIZE
-        )
+        self.UNet_reference_val_corresp_bs_2d = MIN_BATCH_SIZE
+        self.UNet_reference_val_corresp_bs_3d = MIN_BATCH_SIZE
         self.UNet_reference_val_corresp_GB = self.UNet_vram_target_GB
-        self.UNet_reference_val_2d = self.UNet_reference_val_3d = (
-            self.UNet_vram_target_GB * GIGABYTE
-        )
+        self._target_bytes = self.UNet_vram_target_GB * GIGABYTE
+        self.UNet_reference_val_2d = self.UNet_reference_val_3d = self._target_bytes
         self._spacing: Sequence[float] = ()
 
     # --- what a subclass says
@@ -148,17 +138,14 @@ class PluginPlanner(ExperimentPlanner):
         arch_kwargs: dict[str, Any],
         arch_kwargs_req_import: Sequence[str],
     ) -> float:
-        """Return the bytes of a training step with a batch of two (a method, so that it knows the
-        network)."""
+        """Return the bytes of a training step with a batch of two."""
         fitted, architecture = self.fit(self._spacing, patch_size, arch_kwargs["strides"])
         estimate = self.training_bytes(
             architecture, fitted, MIN_BATCH_SIZE, input_channels, output_channels
         )
-        # nnU-Net would go on shrinking to patches of no voxels.
-        if (
-            estimate > self.UNet_reference_val_3d
-            and max(patch_size) < 4 * self.UNet_featuremap_min_edge_length
-        ):
+        # nnU-Net would shrink on, to patches of no voxels.
+        smallest = max(patch_size) < 4 * self.UNet_featuremap_min_edge_length
+        if estimate > self._target_bytes and smallest:
             raise PluginError(
                 f"{self.network_name} does not fit into {self.UNet_vram_target_GB:g} GB: even a"
                 f" patch of {[int(size) for size in fitted]} with a batch of {MIN_BATCH_SIZE} takes"
@@ -189,22 +176,21 @@ class PluginPlanner(ExperimentPlanner):
         return plan
 
     def _batch_size(self, plan: dict[str, Any], dataset_voxels: float) -> int:
-        """Largest batch that fits the target, within nnU-Net's share of the dataset and at least
-        two."""
+        """Return the largest batch that fits: nnU-Net's share of the dataset at most, two at
+        least."""
         channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
         patch, outputs = plan["patch_size"], len(self.dataset_json["labels"])
-        target = self.UNet_vram_target_GB * GIGABYTE
         two, three = (
             self.training_bytes(plan["architecture"], patch, batch, channels, outputs)
             for batch in (2, 3)
         )
-        fits = 2 + int(max(target - two, 0) / (three - two))
+        fits = 2 + int(max(self._target_bytes - two, 0) / (three - two))
         share = round(dataset_voxels * self.max_dataset_covered / np.prod(patch, dtype=np.float64))
         if share < fits:
             print(
                 f"{self.network_name}: a batch of {fits} would fit {self.UNet_vram_target_GB:g} GB,"
-                f" but nnU-Net allows {max(share, MIN_BATCH_SIZE)} (5 % of the voxels of the data"
-                f" set, and at least {MIN_BATCH_SIZE})."
+                f" but nnU-Net allows {max(share, MIN_BATCH_SIZE)} (5 % of the voxels of the"
+                f" dataset, and at least {MIN_BATCH_SIZE})."
             )
         return max(min(fits, share), MIN_BATCH_SIZE)
 
@@ -225,35 +211,49 @@ class PluginPlanner(ExperimentPlanner):
             )
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """Share the data of ``nnUNetPlans`` where this plan preprocesses alike, as nnU-Net's ResEnc
-        planners do."""
-        own = f"{self.plans_identifier}_{configuration_name}"
-        if (
-            configuration_name not in ("2d", "3d_fullres")
-            or self.preprocessor_name != "DefaultPreprocessor"
-        ):
-            return own
-        if not np.allclose(
-            self._host_spacing(configuration_name), self._planned_spacing(configuration_name)
-        ):
-            return own
-        return f"{HOST_PLANS}_{configuration_name}"
+        """Return the name of the folder of preprocessed data: the plans' own.
 
-    def _planned_spacing(self, configuration_name: str) -> np.ndarray:
-        """Target spacing of this plan, in nnU-Net's transposed axis order."""
-        transpose, _ = self.determine_transpose()
-        spacing = np.asarray(self.determine_fullres_target_spacing())[transpose]
-        return spacing[1:] if configuration_name == "2d" else spacing
+        With ``STUNET_SHARE_DATA=1`` it is that of nnUNetPlans where this plan preprocesses alike,
+        as with nnU-Net's ResEnc planners.
+
+        Raises:
+            PluginError: it is shared, there, and about to be preprocessed again.
+        """
+        own = f"{self.plans_identifier}_{configuration_name}"
+        standard = self.preprocessor_name == "DefaultPreprocessor"
+        if (
+            not Options().whole(SHARE_DATA, 0)
+            or configuration_name not in ("2d", "3d_fullres")
+            or not standard
+            or not np.allclose(
+                self._host_spacing(configuration_name), _spacing(self, configuration_name)
+            )
+        ):
+            return own
+        shared = f"{PLANS_NAME}_{configuration_name}"
+        folder = Path(nnUNet_preprocessed, self.dataset_name, shared)
+        preprocesses = Path(sys.argv[0]).stem == "nnUNetv2_plan_and_preprocess"
+        if preprocesses and "--no_pp" not in sys.argv and folder.is_dir():
+            raise PluginError(
+                f"STUNET_SHARE_DATA=1 takes the data in {folder}, and nnUNetv2_plan_and_preprocess"
+                " would delete them before it fills them again. Use nnUNetv2_plan_experiment, or"
+                " unset STUNET_SHARE_DATA."
+            )
+        return shared
 
     def _host_spacing(self, configuration_name: str) -> np.ndarray:
-        """Target spacing of ``nnUNetPlans``: from the file where there is one, else what the
-        default planner would take."""
-        file = Path(nnUNet_preprocessed, self.dataset_name, f"{HOST_PLANS}.json")
+        """Return the target spacing of nnUNetPlans: its file's, else the default planner's."""
+        file = Path(nnUNet_preprocessed, self.dataset_name, f"{PLANS_NAME}.json")
         if file.is_file():
             configuration = load_json(str(file))["configurations"].get(configuration_name)
             if configuration and "spacing" in configuration:
                 return np.asarray(configuration["spacing"])
         default = ExperimentPlanner(self.dataset_name, suppress_transpose=self.suppress_transpose)
-        transpose, _ = default.determine_transpose()
-        spacing = np.asarray(default.determine_fullres_target_spacing())[transpose]
-        return spacing[1:] if configuration_name == "2d" else spacing
+        return _spacing(default, configuration_name)
+
+
+def _spacing(planner: ExperimentPlanner, configuration_name: str) -> np.ndarray:
+    """Return a planner's target spacing, in nnU-Net's transposed axis order."""
+    transpose, _ = planner.determine_transpose()
+    spacing = np.asarray(planner.determine_fullres_target_spacing())[transpose]
+    return spacing[1:] if configuration_name == "2d" else spacing

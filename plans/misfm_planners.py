@@ -1,5 +1,4 @@
-"""PCTNetPlanner and FMUNetPlanner: nnU-Net plans that carry a network of MIS-FM, with mode, patch
-and batch size fitted."""
+"""MIS-FM planners: PCTNetPlanner and FMUNetPlanner plan network, mode, patch and batch size."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ from stunet_plugin.plans.base_planner import PluginPlanner
 
 
 class MISFMPlanner(PluginPlanner):
-    """Plans for one of the two networks; use PCTNetPlanner or FMUNetPlanner. 3D configurations
-    only."""
+    """Plans for one of the two networks; use the subclasses. 3D configurations only."""
 
     network_record: ClassVar[MISFMPreset]
 
@@ -42,18 +40,12 @@ class MISFMPlanner(PluginPlanner):
         output_channels: int,
     ) -> float:
         mode = architecture["arch_kwargs"]["mode"]
-        return _training_bytes(
-            self.network_record,
-            mode,
-            tuple(patch_size),
-            batch_size,
-            input_channels,
-            output_channels,
-        )
+        sizes = tuple(patch_size), batch_size, input_channels, output_channels
+        return _training_bytes(self.network_record, mode, *sizes)
 
     def get_plans_for_configuration(self, spacing: Any, *arguments: Any) -> dict[str, Any]:
         if len(spacing) != DIMENSIONS:
-            # nnU-Net always plans 2d; save_plans drops what it makes of this.
+            # nnU-Net always plans 2d; save_plans drops it.
             return {}
         return super().get_plans_for_configuration(spacing, *arguments)
 
@@ -66,7 +58,7 @@ class MISFMPlanner(PluginPlanner):
         super().save_plans(plans)
 
 
-@cache
+@cache  # nnU-Net's planner asks the same many times
 def _training_bytes(
     network: MISFMPreset,
     mode: int,
@@ -75,16 +67,10 @@ def _training_bytes(
     input_channels: int,
     output_channels: int,
 ) -> float:
-    """Trace the network once per question; nnU-Net's planner asks many times."""
-    architecture = network.architecture(get_mode(mode))
+    values = network.architecture(get_mode(mode)).values()
     with torch.device("meta"):
         built = get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            input_channels,
-            output_channels,
-            deep_supervision=True,
+            *values, input_channels, output_channels, deep_supervision=True
         )
     return traced_training_memory(built, input_channels, patch_size, batch_size).total
 
@@ -92,10 +78,7 @@ def _training_bytes(
 def make_planner(network: MISFMPreset) -> type[MISFMPlanner]:
     """Make the planner class of a network."""
     attributes = {
-        "__doc__": (
-            f"Plans ``{network.plans}`` for {network.name}, {network.gpu_memory_gb:g} GB by"
-            " default."
-        ),
+        "__doc__": f"Plans ``{network.plans}``, {network.gpu_memory_gb:g} GB by default.",
         "__module__": __name__,
         "network_record": network,
         "network_name": network.name,

@@ -1,23 +1,19 @@
-"""``stunet plan``: our planners where ``nnunetv2`` cannot be written to and nnU-Net therefore does
-not find them."""
+"""Planning with our planners where nnU-Net does not find them (``stunet plan``)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.nnunet.names import CONFIGURATION
+
+if TYPE_CHECKING:
+    from stunet_plugin.commands.plan import Plan
 
 
-def plan(
-    datasets: Sequence[int],
-    planner_name: str,
-    gpu_memory_target: float | None,
-    target_spacing: Sequence[float] | None,
-    plans_name: str | None,
-    processes: int,
-) -> int:
+def plan(options: Plan) -> int:
     """Extract fingerprints where they are missing, plan, and say what to run next.
 
     Raises:
@@ -32,35 +28,41 @@ def plan(
 
     from stunet_plugin.plans import PLANNERS
 
-    if processes < 1:
-        raise PluginError(f"-np must be at least 1, not {processes}.")
-    planner = PLANNERS.find(planner_name)
+    if options.processes < 1:
+        raise PluginError(f"-np must be at least 1, not {options.processes}.")
+    planner, spacing = PLANNERS.find(options.planner), options.overwrite_target_spacing
     for variable, path in (
         ("nnUNet_raw", nnUNet_raw),
         ("nnUNet_preprocessed", nnUNet_preprocessed),
     ):
         if not path.is_set():
-            raise PluginError(
-                f"{variable} is not set. Set it to a folder: export {variable}=/path/to/{variable}"
-            )
-    for dataset in datasets:
+            raise PluginError(f"{variable} is not set. Run: export {variable}=/path/to/{variable}")
+    names = {}
+    for dataset in options.datasets:
         try:
-            name = convert_id_to_dataset_name(dataset)
+            names[dataset] = convert_id_to_dataset_name(dataset)
         except RuntimeError as error:
             raise PluginError(
                 f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}."
             ) from error
-        _check_raw(Path(nnUNet_raw.get(), name))
-    for dataset in datasets:
-        extract_fingerprint_dataset(dataset, num_processes=processes, clean=False)
-        _, identifier = plan_experiment_dataset(
+        _check_raw(Path(nnUNet_raw.get(), names[dataset]))
+    for dataset, name in names.items():
+        extract_fingerprint_dataset(dataset, num_processes=options.processes, clean=False)
+        plans, identifier = plan_experiment_dataset(
             dataset,
             planner,
-            gpu_memory_target_in_gb=gpu_memory_target,
-            overwrite_target_spacing=tuple(target_spacing) if target_spacing else None,
-            overwrite_plans_name=plans_name,
+            gpu_memory_target_in_gb=options.gpu_memory_target,
+            overwrite_target_spacing=spacing,
+            overwrite_plans_name=options.overwrite_plans_name,
         )
-        print(f"Next: nnUNetv2_preprocess -d {dataset} -plans_name {identifier} -c 3d_fullres")
+        chosen = CONFIGURATION if CONFIGURATION in plans["configurations"] else "2d"
+        data = plans["configurations"][chosen]["data_identifier"]
+        shared = data != f"{identifier}_{chosen}"
+        if shared and Path(nnUNet_preprocessed.get(), name, data).is_dir():
+            # Preprocessing would delete the data first.
+            print(f"Next: nnUNetv2_train {dataset} {chosen} 0 -p {identifier} -tr TRAINER")
+        else:
+            print(f"Next: nnUNetv2_preprocess -d {dataset} -plans_name {identifier} -c {chosen}")
     return 0
 
 
@@ -72,19 +74,13 @@ def _check_raw(folder: Path) -> None:
         lacking = [key for key in ("labels", "file_ending") if key not in description]
     except FileNotFoundError as error:
         raise PluginError(
-            f"{folder} has no dataset.json. nnU-Net's raw format needs one beside imagesTr and"
-            " labelsTr."
+            f"{folder} has no dataset.json, which nnU-Net needs beside imagesTr and labelsTr."
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise PluginError(f"{file} cannot be read ({error}). Mend it.") from error
+        raise PluginError(f"{file} cannot be read ({error}). Fix it.") from error
     if lacking or not (description.get("channel_names") or description.get("modality")):
-        raise PluginError(
-            f"{file} lacks {', '.join(lacking) or 'channel_names'}, which nnU-Net needs."
-        )
-    if "dataset" not in description and not any(
-        (folder / "imagesTr").glob(f"*{description['file_ending']}")
-    ):
-        raise PluginError(
-            f"{folder / 'imagesTr'} holds no *{description['file_ending']} files (file_ending in"
-            " dataset.json)."
-        )
+        lacking = lacking or ["channel_names"]
+        raise PluginError(f"{file} lacks {', '.join(lacking)}, which nnU-Net needs.")
+    ending, images = description["file_ending"], folder / "imagesTr"
+    if "dataset" not in description and not any(images.glob(f"*{ending}")):
+        raise PluginError(f"{images} holds no *{ending} files (file_ending in dataset.json).")

@@ -1,5 +1,4 @@
-"""STUNetPlanner_<size>: nnU-Net plans that carry an STU-Net, with patch and batch size fitted to a
-GPU's memory."""
+"""STU-Net planners: STUNetPlanner_<size> plans its network, and patch and batch size for a GPU."""
 
 from __future__ import annotations
 
@@ -46,21 +45,15 @@ class STUNetPlanner(PluginPlanner):
         ).total
 
     def advice_for_small_memory(self) -> str:
-        smaller = [
-            name
-            for name, preset in PRESETS.items()
-            if preset.parameters < self.preset.parameters and name != "tiny"
-        ]
+        names = list(PRESETS)
+        smaller = names[1 : names.index(self.preset.name)]  # tiny is for tests
         return f" or plan a smaller size: {', '.join(smaller)}" if smaller else ""
 
 
 def make_planner(preset: STUNetPreset) -> type[STUNetPlanner]:
     """Make the planner class of a size."""
     attributes = {
-        "__doc__": (
-            f"Plans ``STUNetPlans_{preset.name}`` for STU-Net {preset.name},"
-            f" {preset.gpu_memory_gb:g} GB by default."
-        ),
+        "__doc__": f"Plans ``STUNetPlans_{preset.name}``, {preset.gpu_memory_gb:g} GB by default.",
         "__module__": __name__,
         "preset": preset,
         "network_name": f"STU-Net {preset.name}",

@@ -93,6 +93,10 @@ OPTIONS = (
         "activation checkpointing of STU-Net, which saves memory",
         words=(*SETTINGS, AUTO),
     ),
+    SHARE_DATA := _switch(
+        "STUNET_SHARE_DATA",
+        "planners: 1: use the preprocessed data of nnUNetPlans where the spacing is the same",
+    ),
     VF_CLASSES := Option(
         "STUNET_VF_CLASSES", "Volume Fusion: classes beside the background (published: 4)", 1, 255
     ),

@@ -45,11 +45,4 @@ class Plan(Command):
     def run(self) -> int:
         from stunet_plugin.plans.plan_experiment import plan
 
-        return plan(
-            self.datasets,
-            self.planner,
-            self.gpu_memory_target,
-            self.overwrite_target_spacing,
-            self.overwrite_plans_name,
-            self.processes,
-        )
+        return plan(self)

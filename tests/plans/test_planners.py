@@ -1,23 +1,29 @@
-"""Planners: what they plan, that it fits the memory target, what they share with nnUNetPlans, and
-that stock trainers use it."""
+"""Planners: what they plan, that it fits the memory, whose data they use, and stock trainers."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from typing import Any
 
 import pytest
 import torch
+from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+    plan_experiment_dataset,
+    preprocess_dataset,
+)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin import plans as planners
+from stunet_plugin.commands.plan import Plan
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import STUNET_CLASS
+from stunet_plugin.networks.from_plan import STUNET_CLASS, fitting_patch, resolve
 from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import as_strides
+from stunet_plugin.plans.misfm_planners import PLANNERS as MISFM
 from stunet_plugin.plans.plan_experiment import plan
 from stunet_plugin.plans.stunet_planners import PLANNERS
 
@@ -69,10 +75,7 @@ def test_plans_carry_the_published_network_and_fit_the_target(
         assert fits[0]
         assert chosen["batch_size"] >= 2
     full = plans["configurations"]["3d_fullres"]
-    assert full["data_identifier"] == "nnUNetPlans_3d_fullres"
-    assert (
-        plans["configurations"]["3d_lowres"]["data_identifier"] == f"STUNetPlans_{size}_3d_lowres"
-    )
+    assert full["data_identifier"] == f"STUNetPlans_{size}_3d_fullres"
     assert plans["configurations"]["3d_cascade_fullres"]["inherits_from"] == "3d_fullres"
 
 
@@ -121,15 +124,62 @@ def test_numbers_that_make_no_sense_are_refused(
         PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), overwrite_target_spacing=[1.0, 0.0, 1.0])
 
 
-def test_own_data_where_spacing_differs(nnunet_environment: Workspace) -> None:
+def test_data_is_shared_only_where_asked_for_and_alike(
+    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planner = PLANNERS["STUNetPlanner_small"]
-    shared = planner(int(PHANTOM_ID))
-    assert shared.generate_data_identifier("3d_fullres") == "nnUNetPlans_3d_fullres"
+    alike = planner(int(PHANTOM_ID))
+    assert alike.generate_data_identifier("3d_fullres") == "STUNetPlans_small_3d_fullres"
+    monkeypatch.setenv("STUNET_SHARE_DATA", "1")
+    assert alike.generate_data_identifier("3d_fullres") == "nnUNetPlans_3d_fullres"
+    assert alike.generate_data_identifier("3d_lowres") == "STUNetPlans_small_3d_lowres"
     other = planner(int(PHANTOM_ID), overwrite_target_spacing=[6.0, 6.0, 6.0], plans_name="Coarse")
     assert other.generate_data_identifier("3d_fullres") == "Coarse_3d_fullres"
     assert other.generate_data_identifier("2d") == "Coarse_2d"
     special = planner(int(PHANTOM_ID), preprocessor_name="MyPreprocessor")
     assert special.generate_data_identifier("3d_fullres") == "STUNetPlans_small_3d_fullres"
+    # nnU-Net would delete it before it fills it again.
+    monkeypatch.setattr(sys, "argv", ["/bin/nnUNetv2_plan_and_preprocess", "-d", PHANTOM_ID])
+    with pytest.raises(PluginError, match="would delete them .* nnUNetv2_plan_experiment"):
+        alike.generate_data_identifier("3d_fullres")
+
+
+@pytest.mark.parametrize("name", ["STUNetPlanner_tiny", "PCTNetPlanner"])
+def test_planning_and_preprocessing_leaves_the_data_of_others(
+    nnunet_environment: Workspace, name: str
+) -> None:
+    folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
+    files = sorted((folder / "nnUNetPlans_3d_fullres").iterdir())
+    before = [file.stat() for file in files]
+    _, plans = plan_experiment_dataset(int(PHANTOM_ID), planners.PLANNERS[name])
+    preprocess_dataset(int(PHANTOM_ID), plans, ("3d_fullres",), (1,))
+    assert [file.stat().st_mtime_ns for file in files] == [one.st_mtime_ns for one in before]
+    assert [file.stat().st_ino for file in files] == [one.st_ino for one in before]
+    made = {file.name for file in (folder / f"{plans}_3d_fullres").iterdir()}
+    assert made == {file.name for file in files}
+
+
+def test_patch_that_fits_is_near_and_divisible() -> None:
+    assert fitting_patch([1.0, 1.0, 1.0], [40, 56, 40])[0] == [48, 64, 48]
+    assert fitting_patch([5.0, 1.0, 1.0], [18, 256, 250])[0] == [20, 256, 256]
+    assert fitting_patch([1.0, 1.0, 1.0], [3, 3, 3])[0] == [32, 32, 32]
+
+
+@pytest.mark.parametrize("name", MISFM)
+def test_plans_fit_the_memory_target(nnunet_environment: Workspace, name: str) -> None:
+    planner = MISFM[name](int(PHANTOM_ID), gpu_memory_target_in_gb=4)
+    plans = planner.plan_experiment()
+    assert "2d" not in plans["configurations"]
+    chosen = plans["configurations"]["3d_fullres"]
+    resolved, _ = resolve(chosen, planner.network_record, "a trainer")
+    assert resolved == chosen["architecture"]
+    needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], 1, 6)
+    assert needed <= 4 * GIGABYTE
+    refused = f"{planner.network_name} does not fit into 1.5 GB.*Raise -gpu_memory_target"
+    with pytest.raises(PluginError, match=refused):
+        MISFM[name](int(PHANTOM_ID), gpu_memory_target_in_gb=1.5).plan_experiment()
+    with pytest.raises(PluginError, match="belongs to plans of"):
+        MISFM[name](int(PHANTOM_ID), plans_name="nnUNetPlans")
 
 
 def test_stock_trainer_trains_from_the_plan(
@@ -152,19 +202,12 @@ def test_stock_trainer_trains_from_the_plan(
 
 
 def test_plan_command_without_registration(phantoms: Workspace) -> None:
-    result = phantoms.run(
-        "stunet",
-        "plan",
-        "-d",
-        PHANTOM_ID,
-        "-pl",
-        "STUNetPlanner_tiny",
-        "-overwrite_plans_name",
-        "Mine",
-    )
-    assert (
-        f"Next: nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name Mine -c 3d_fullres" in result.stdout
-    )
+    words = ("plan", "-d", PHANTOM_ID, "-pl", "STUNetPlanner_tiny", "-overwrite_plans_name", "Mine")
+    result = phantoms.run("stunet", *words)
+    expected = f"Next: nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name Mine -c 3d_fullres"
+    assert expected in result.stdout
+    shared = phantoms.run("stunet", *words, STUNET_SHARE_DATA="1")
+    assert f"Next: nnUNetv2_train {PHANTOM_ID} 3d_fullres 0 -p Mine" in shared.stdout
     assert phantoms.plans("Mine")["experiment_planner_used"] == "STUNetPlanner_tiny"
     wrong = phantoms.run(
         "stunet", "plan", "-d", PHANTOM_ID, "-pl", "STUNetPlanner_big", check=False
@@ -177,9 +220,9 @@ def test_plan_command_on_what_is_not_there(
     nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(PluginError, match=r"There is no dataset 7 \(Dataset007_...\) in "):
-        plan([7], "STUNetPlanner_tiny", None, None, None, 1)
+        plan(Plan((7,), "STUNetPlanner_tiny", processes=1))
     with pytest.raises(PluginError, match="-np must be at least 1, not 0"):
-        plan([int(PHANTOM_ID)], "STUNetPlanner_tiny", None, None, None, 0)
+        plan(Plan((int(PHANTOM_ID),), "STUNetPlanner_tiny", processes=0))
     broken = nnunet_environment.raw / "Dataset008_Broken"
     (broken / "imagesTr").mkdir(parents=True)
     labels = '"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"'
@@ -193,11 +236,11 @@ def test_plan_command_on_what_is_not_there(
         if content is not None:
             (broken / "dataset.json").write_text(content)
         with pytest.raises(PluginError, match=message):
-            plan([8], "STUNetPlanner_tiny", None, None, None, 1)
+            plan(Plan((8,), "STUNetPlanner_tiny", processes=1))
     shutil.rmtree(broken)
     monkeypatch.delenv("nnUNet_raw")
     with pytest.raises(PluginError, match="export nnUNet_raw="):
-        plan([7], "STUNetPlanner_tiny", None, None, None, 1)
+        plan(Plan((7,), "STUNetPlanner_tiny", processes=1))
 
 
 def test_hint_for_a_planner_that_does_not_exist(capsys: Any) -> None:
