@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,10 +39,11 @@ def checkpointed(
 
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    settings = {"use_reentrant": False, "preserve_rng_state": random}
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if not torch.compiler.is_compiling():  # the compiler repeats only what has no side effect
         settings["context_fn"] = lambda: (nullcontext(), _StatisticsKept(module))
-    return checkpoint(forward, *inputs, **settings)
+    output: Tensor = checkpoint(forward, *inputs, **settings)
+    return output
 
 
 class _StatisticsKept:

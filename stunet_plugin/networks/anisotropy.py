@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.topology import Strides, as_strides, total_stride
+from stunet_plugin.networks.topology import total_stride
 
 NUM_LEVELS = 5
 DIMENSIONS = 3
@@ -44,7 +44,7 @@ class AnisotropyMode:
     """
 
     number: int
-    strides: Strides
+    strides: tuple[Triple, ...]
 
     @property
     def reduction(self) -> tuple[int, ...]:
@@ -62,8 +62,7 @@ class AnisotropyMode:
 
 MODES = tuple(
     AnisotropyMode(
-        number,
-        as_strides([(1, 1, 1)] + [_IN_PLANE] * number + [_ALL_AXES] * (NUM_LEVELS - 1 - number)),
+        number, ((1, 1, 1), *[_IN_PLANE] * number, *[_ALL_AXES] * (NUM_LEVELS - 1 - number))
     )
     for number in range(3)
 )

@@ -171,6 +171,7 @@ def _(block: PCTBlock, x: Tensor, overwrite: bool = False) -> Tensor:
 @run.register
 def _(transformer: WindowTransformer, x: Tensor, overwrite: bool = False) -> Tensor:
     x = x.movedim(1, -1).contiguous()
+    block: Any
     for block in transformer.blocks:
         y = run(block.attention, block.norm1(x))
         y += x

@@ -42,7 +42,7 @@ def unit(
     in_channels: int,
     out_channels: int,
     kernel_size: Triple,
-    stride: tuple[int, ...] = (1, 1, 1),
+    stride: Triple = (1, 1, 1),
     dropout: float = 0.0,
     inputs: int = 1,
 ) -> PreActivation:

@@ -60,7 +60,7 @@ def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
     return PreActivation([nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)], nn.PReLU(), conv)
 
 
-def up_unit(in_channels: int, out_channels: int, stride: tuple[int, ...]) -> PreActivation:
+def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivation:
     """BatchNorm - PReLU - transposed convolution, as large as its stride."""
     conv = nn.ConvTranspose3d(in_channels, out_channels, stride, stride)
     return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv)

@@ -8,6 +8,7 @@ overwritten in place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -84,7 +85,7 @@ def residual_stage(
 
 
 def checkpoint_stage(
-    stage: nn.Sequential, setting: str, enter: Callable[..., Tensor], *inputs: Tensor
+    stage: Any, setting: str, enter: Callable[..., Tensor], *inputs: Tensor
 ) -> Tensor:
     """Return ``stage(enter(*inputs))``, keeping ``inputs`` alone, or with BLOCK each block's output
     too.
