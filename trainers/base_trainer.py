@@ -231,10 +231,10 @@ class PluginTrainer(DistributedTrainer):
             for name in list(state):
                 state[name.removeprefix(prefix)] = state.pop(name)
 
-        self._prefix_hooks = [
-            network.register_state_dict_post_hook(add),
-            network.register_load_state_dict_pre_hook(strip),
-        ]
+        before_loading = network.register_load_state_dict_pre_hook(strip)
+        # Before the hook that shards weights.
+        network._load_state_dict_pre_hooks.move_to_end(before_loading.id, last=False)
+        self._prefix_hooks = [before_loading, network.register_state_dict_post_hook(add)]
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True

@@ -85,15 +85,22 @@ def test_steps_checkpoints_and_predictions_are_those_of_a_plain_training(
         )
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
 def test_pretrained_weights_go_into_a_sharded_network(
-    make: Make, group_of_one: None, tmp_path: Path
+    make: Make, group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
     file = str(tmp_path / "pretrained.pth")
     plain = started(make(options=PLAIN))
     plain.save_checkpoint(file)
+    content = torch.load(file, weights_only=False)
+    weights = {prefix + name: value for name, value in content["network_weights"].items()}
+    torch.save({**content, "network_weights": weights}, file)
+    monkeypatch.setattr("sys.argv", ["launch", "-pretrained_weights", file])
     trainer = make(options=SHARDED)
     torch.manual_seed(2)
     trainer.load_pretrained_weights(file)
+    for hook in trainer._prefix_hooks:
+        hook.remove()
     assert trainer._weights_were_loaded
     taken = trainer.whole_weights()
     for name, value in plain._bare_network().state_dict().items():
