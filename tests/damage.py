@@ -38,10 +38,10 @@ def damaged_files(path: Path, count: int, seed: int = 0) -> Iterator[tuple[str, 
             yield kind, pack(bytes(changed))
 
 
-ODD_VALUES: tuple[Any, ...] = (
-    None, -1, 0, 10**9, 2.5, float("nan"), "", "text", "\0", [], [1, [2]], {}, {"a": {}}, True,
-    "../../etc", ["a", None], {"0": None},
-)  # fmt: skip
+ODD_VALUES: list[Any] = json.loads(
+    """[null, -1, 0, 1000000000, 2.5, NaN, "", "text", "\\u0000", [], [1, [2]], {}, {"a": {}},
+    true, "../../etc", ["a", null], {"0": null}]"""
+)
 
 
 def damaged_json(content: Any, count: int, seed: int = 0) -> Iterator[tuple[str, str]]:

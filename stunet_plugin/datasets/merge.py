@@ -15,13 +15,8 @@ from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS
-from stunet_plugin.utils.images import (
-    PICTURES,
-    ImageError,
-    place_image,
-    read_images,
-    read_label_array,
-)
+from stunet_plugin.utils.image_files import PICTURES, ImageError, place_image
+from stunet_plugin.utils.images import read_images, read_label_array
 from stunet_plugin.utils.progress import Progress
 
 if TYPE_CHECKING:

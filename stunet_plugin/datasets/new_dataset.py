@@ -21,7 +21,7 @@ from stunet_plugin.datasets.raw_dataset import new_raw_folder
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.utils.files import OutputError, lock, read_json, write_atomically
-from stunet_plugin.utils.images import COPY, LINK, MOVE, place_image, side_files
+from stunet_plugin.utils.image_files import COPY, LINK, MOVE, place_image, side_files
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"
 SETTINGS, SETTINGS_HASH = "settings.json", "settings_sha256"

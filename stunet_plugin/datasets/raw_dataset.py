@@ -15,7 +15,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import RAW
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.utils.images import PICTURES, TIFF
+from stunet_plugin.utils.image_files import PICTURES, TIFF
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

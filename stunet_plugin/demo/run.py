@@ -23,7 +23,8 @@ from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS, PREPROCESSED, RAW, 
 from stunet_plugin.nnunet.registration import find_host, trainers_folder
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.figures import OverlayCase, save_overlays
-from stunet_plugin.utils.images import LINK, place_image, read_image, read_label_map
+from stunet_plugin.utils.image_files import LINK, place_image
+from stunet_plugin.utils.images import read_image, read_label_map
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.demo import Demo

@@ -17,7 +17,8 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.utils.images import MOVE, ImageError, place_image, read_images, side_files
+from stunet_plugin.utils.image_files import MOVE, ImageError, place_image, side_files
+from stunet_plugin.utils.images import read_images
 from stunet_plugin.weights.safe_loading import load_checkpoint
 
 PARTIAL = ".partial"

@@ -19,12 +19,9 @@ from stunet_plugin.datasets.raw_dataset import Case, RawDataset
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
 from stunet_plugin.utils.geometry import can_be_turned, on_grid_of
+from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, ending_of
 from stunet_plugin.utils.images import (
-    PICTURES,
     SKEWED,
-    TIFF,
-    ImageError,
-    ending_of,
     read_geometry,
     read_image,
     read_images,

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import zlib
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from stunet_plugin.errors import PluginError, last_line
-from stunet_plugin.utils.files import link_or_copy
+from stunet_plugin.utils.files import link_or_copy, sha256_of
 
 NIFTI, META, NRRD = (".nii", ".nii.gz"), (".mha", ".mhd"), (".nrrd", ".nhdr")
 TIFF, PICTURES = (".tif", ".tiff"), (".png", ".bmp", ".jpg", ".jpeg")
@@ -96,6 +97,12 @@ def side_files(path: Path | str, elsewhere: bool = False) -> list[Path]:
         names = dict.fromkeys((stem, re.sub(r"_\d{4}$", "", stem)))
         return [file for name in names if (file := path.with_name(f"{name}.json")).is_file()][:1]
     return []
+
+
+def hash_of_image(path: Path) -> str:
+    """Return the SHA-256 of an image with all files that belong to it."""
+    hashes = [sha256_of(file) for file in (path, *side_files(path, elsewhere=True))]
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
 
 def place_image(source: Path, target: Path, how: str) -> None:

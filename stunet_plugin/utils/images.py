@@ -20,15 +20,9 @@ from stunet_plugin.errors import last_line
 from stunet_plugin.utils.geometry import Grid
 from stunet_plugin.utils.image_files import (
     AXES,
-    CANNOT_OPEN,
     COMPONENTS,
-    COPY,
-    CUT_OFF,
-    LINK,
-    MOVE,
     NIFTI,
     PICTURES,
-    SEVERAL_FILES,
     TIFF,
     UNREADABLE,
     ImageError,
@@ -38,17 +32,7 @@ from stunet_plugin.utils.image_files import (
     nifti_header,
     nifti_voxels,
     picture_voxels,
-    place_image,
-    side_files,
 )
-
-__all__ = [
-    "AXES", "BAD_SPACING", "CANNOT_OPEN", "COMPONENTS", "COPY", "CUT_OFF", "LINK", "MOVE", "NIFTI",
-    "NOT_FINITE", "NOT_LABELS", "PICTURES", "SEVERAL_FILES", "SKEWED", "TIFF", "UNDECLARED",
-    "UNREADABLE", "ImageError", "LabelArray", "check_finite", "check_image", "check_labels",
-    "ending_of", "place_image", "read_geometry", "read_image", "read_images", "read_label_array",
-    "read_label_map", "side_files",
-]  # fmt: skip
 
 ROUNDING = 1e-3
 """Label values that are this close to whole numbers are rounded."""

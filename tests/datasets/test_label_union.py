@@ -108,7 +108,7 @@ def test_same_classes_in_another_order_and_under_other_names() -> None:
             [None, {**PLAIN, "lung": "ignore"}],
         ),
     ],
-)  # fmt: skip
+)
 def test_what_classes_become(systems: Any, options: Any, expected: list[Any]) -> None:
     for found, wanted in zip(mapped(*systems, **options), expected, strict=True):
         assert wanted is None or found == wanted

@@ -14,7 +14,8 @@ import torch
 from stunet_plugin.cli import main
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Model, trained_folds
-from stunet_plugin.utils.images import read_label_map, side_files
+from stunet_plugin.utils.image_files import side_files
+from stunet_plugin.utils.images import read_label_map
 
 from dataset_helpers import write_array
 from import_helpers import load_model, make_network, published_weights, v1_plans, write_v1

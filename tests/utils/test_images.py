@@ -15,16 +15,20 @@ import tifffile
 from skimage import io
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils import images
-from stunet_plugin.utils.images import (
+from stunet_plugin.utils.image_files import (
+    CANNOT_OPEN,
     ImageError,
-    check_image,
+    hash_of_image,
     place_image,
+    side_files,
+)
+from stunet_plugin.utils.images import (
+    NOT_FINITE,
+    check_image,
     read_geometry,
     read_image,
     read_label_array,
     read_label_map,
-    side_files,
 )
 
 from damage import damaged_files
@@ -102,7 +106,7 @@ def test_voxels_that_are_not_finite_are_refused(tmp_path: Path, ending: str, bad
     path = write(tmp_path / f"image{ending}", array)
     with pytest.raises(ImageError, match="2 of 315") as caught:
         check_image(path)
-    assert caught.value.reason == images.NOT_FINITE
+    assert caught.value.reason == NOT_FINITE
 
 
 def test_gzip_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -190,6 +194,9 @@ def test_voxels_of_detached_headers_travel(
     assert side_files(target) == [target.parent / f"{name}{data.suffix}"]
     assert source.exists() == data.exists() == (how != "move")
     place_image(target, target, how)
+    before = hash_of_image(target)
+    side_files(target)[0].write_bytes(b"other")
+    assert hash_of_image(target) != before
     side_files(target)[0].unlink()
     with pytest.raises(ImageError, match="not there|couldn't open"):
         read_image(target)
@@ -209,6 +216,6 @@ def test_spacing_of_tif_travels(tmp_path: Path) -> None:
 def test_what_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         read_image(tmp_path / "none.nii.gz")
-    assert caught.value.reason == images.CANNOT_OPEN
+    assert caught.value.reason == CANNOT_OPEN
     with pytest.raises(ImageError, match="UTF-8"):
         read_image(tmp_path / "\udcff.nii.gz")
