@@ -60,15 +60,11 @@ class SafeTrainer(nnUNetTrainer):
             super().run_training()
         except KeyboardInterrupt:
             found = self._checkpoints_to_resume_from()
-            self.print_banner(
-                f"Interrupted in epoch {self.current_epoch}. "
-                + (
-                    f"The same command with --c resumes from {found[0]}."
-                    if found
-                    else "There is no checkpoint yet: run the same command again."
-                )
-            )
-            raise
+            advice = f"with --c resumes from {found[0]}" if found else "starts again"
+            text = f"Interrupted in epoch {self.current_epoch}. The same command {advice}."
+            self.print_to_log_file(text)
+            # A new one, so that the traceback is short and ends with this.
+            raise KeyboardInterrupt(text) from None
 
     def _checkpoints_to_resume_from(self) -> list[str]:
         return [name for name in TO_RESUME_FROM if Path(self.output_folder, name).is_file()]
