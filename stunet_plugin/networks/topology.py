@@ -1,9 +1,7 @@
-"""Strides, patch sizes and deep-supervision scales: the arithmetic that the networks, trainers and
-planners share.
+"""Topology: strides, patch sizes and deep-supervision scales, shared by networks and planners.
 
-Plain Python on tuples, full resolution first. A *stride* tuple has one entry per resolution stage,
-each with one number per axis; the first entry is all ones because the first stage works at full
-resolution.
+Plain tuples, full resolution first: strides have one entry per resolution stage with one number per
+axis; the first entry is all ones because the first stage works at full resolution.
 """
 
 from __future__ import annotations
@@ -20,45 +18,35 @@ Strides = tuple[tuple[int, ...], ...]
 
 
 def as_strides(strides: Any) -> Strides:
-    """Turn the nested lists of a plans file into tuples of ints.
+    """Turn the nested lists of a plans file into tuples of ints (2.0 counts as 2).
 
     Raises:
-        PluginError: not a list of stages with one positive whole number per axis, the same number
-            of axes everywhere.
+        PluginError: not a list of stages, each with as many positive integers as there are axes.
     """
+    lists = (list, tuple, np.ndarray)
+    stages = list(strides) if isinstance(strides, lists) else []
+    steps = [step for stage in stages if isinstance(stage, lists) for step in stage]
     if (
-        not _is_list(strides)
-        or not strides
-        or not all(_is_list(stage) and stage for stage in strides)
+        not steps
+        or not all(isinstance(stage, lists) for stage in stages)
+        or len({len(stage) for stage in stages}) != 1
+        or not all(map(_is_step, steps))
     ):
         raise PluginError(
-            "Expected one list per stage, with a number per axis, as [[1, 1, 1], [2, 2, 2]], not"
-            f" {strides!r}."
+            "Expected one list per stage with a positive integer per axis, as in [[1, 1, 1], [2, 2,"
+            f" 2]], not {strides!r}."
         )
-    numbers = tuple(tuple(_whole(step) for step in stage) for stage in strides)
-    if (
-        any(step is None for stage in numbers for step in stage)
-        or len({len(stage) for stage in numbers}) != 1
-    ):
-        raise PluginError(
-            "Expected whole numbers of 1 or more, as many for every stage as there are axes, not"
-            f" {strides!r}."
-        )
-    return tuple(tuple(step or 0 for step in stage) for stage in numbers)
+    return tuple(tuple(int(step) for step in stage) for stage in stages)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray))
-
-
-def _whole(value: Any) -> int | None:
-    """The value as an int if it is a positive whole number (2.0 in a plans file counts), else
-    None."""
-    if isinstance(value, (bool, str)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
-        return None
-    return int(value) if value >= 1 and value == int(value) else None
+def _is_step(value: Any) -> bool:
+    numbers = (int, float, np.integer, np.floating)
+    return (
+        isinstance(value, numbers)
+        and not isinstance(value, bool)
+        and value >= 1
+        and value == value // 1
+    )
 
 
 def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
@@ -81,8 +69,7 @@ def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
 
 
 def strides_for_patch(patch_size: Sequence[int]) -> Strides:
-    """Return six stages with the poolings that a patch allows, as nnU-Net plans them for isotropic
-    spacing.
+    """Return six stages with the poolings that a patch allows, for isotropic spacing.
 
     An axis is halved, at most five times, while it is even and at least four voxels are left.
 
@@ -127,8 +114,7 @@ def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int,
 
 
 def deep_supervision_scales(strides: Strides) -> list[list[float]]:
-    """Return one scale per decoder output, full resolution first, as nnU-Net's target downsampling
-    takes them.
+    """Return one scale per decoder output, as nnU-Net's target downsampling takes them.
 
     The decoder has one output for each stage but the deepest, so targets and outputs pair up by
     construction.
@@ -139,19 +125,6 @@ def deep_supervision_scales(strides: Strides) -> list[list[float]]:
         scale = [value / step for value, step in zip(scale, stage, strict=True)]
         scales.append(scale)
     return scales
-
-
-def nearest_patch_sizes(
-    patch_size: Sequence[int], strides: Strides
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the patch sizes just below (at least one step) and just above that the strides
-    divide."""
-    total = total_stride(strides)
-    below = tuple(max(size // step, 1) * step for size, step in zip(patch_size, total, strict=True))
-    above = tuple(
-        max(-(-size // step), 1) * step for size, step in zip(patch_size, total, strict=True)
-    )
-    return below, above
 
 
 def check_patch_size(
@@ -175,9 +148,11 @@ def check_patch_size(
             f" {len(patch_size)}."
         )
     if any(size % step or size < step for size, step in zip(patch_size, total, strict=True)):
-        below, above = nearest_patch_sizes(patch_size, strides)
+        pairs = list(zip(patch_size, total, strict=True))
+        below = [max(size // step, 1) * step for size, step in pairs]
+        above = [max(-(-size // step), 1) * step for size, step in pairs]
         raise PluginError(
             f"{who} reduces the axes by {list(total)}, so the patch size must be divisible by"
-            f" {list(total)}, but it is {list(patch_size)}. Nearest sizes that work: {list(below)}"
-            f" and {list(above)}. {advice}"
+            f" {list(total)}, but it is {list(patch_size)}. Nearest sizes that work: {below} and"
+            f" {above}. {advice}"
         )

@@ -83,19 +83,6 @@ class WindowLayout(NamedTuple):
         return x.unflatten(1, self.padded)[:, : shape[1], : shape[2], : shape[3]]
 
 
-def window_in_use(shape: Triple, window_size: int, shift: int) -> tuple[int, int]:
-    """Return window size and shift for a volume: where its smallest axis is not larger than the
-    window, the window becomes that axis and nothing is shifted."""
-    smallest = min(shape)
-    return (smallest, 0) if smallest <= window_size else (window_size, shift)
-
-
-def padded_shape(shape: Triple, window: int) -> Triple:
-    """Return the shape in whole windows."""
-    depth, height, width = [-(-size // window) * window for size in shape]
-    return depth, height, width
-
-
 def windows_per_mask(grid: list[int], shift: int) -> list[int]:
     """Return how many windows share each mask, in the order of :class:`WindowLayout`.
 
@@ -262,9 +249,13 @@ class WindowAttention(nn.Module):
     def layout(self, x: Tensor) -> WindowLayout:
         """Return the windows of a volume (batch, depth, height, width, channel)."""
         # Numbers, not symbols: torch.compile makes a graph per shape.
-        shape = index(x.shape[1]), index(x.shape[2]), index(x.shape[3])
-        window, shift = window_in_use(shape, self.window_size, self.shift)
-        return window_layout(padded_shape(shape, window), window, shift, x.device)
+        shape = [index(size) for size in x.shape[1:4]]
+        window, shift = self.window_size, self.shift
+        if min(shape) <= window:
+            # As published: the window becomes the smallest axis, and nothing is shifted.
+            window, shift = min(shape), 0
+        depth, height, width = [-(-size // window) * window for size in shape]
+        return window_layout((depth, height, width), window, shift, x.device)
 
     def masks(self, layout: WindowLayout) -> list[Tensor]:
         """Return what is added to the attention in the windows of each mask, bias and mask:
