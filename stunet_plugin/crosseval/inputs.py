@@ -336,14 +336,13 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
     images, references, labels = _folders(entry, name)
     listed = _listed_cases(entry)
     cases = listed or _cases_in(images, references, name)
-    uneven = next((case for case in cases if len(case.images) != len(cases[0].images)), None)
-    if uneven is not None:
-        counts = (
-            f"{uneven.name} has {len(uneven.images)} channels, {cases[0].name} has"
-            f" {len(cases[0].images)}"
-        )
-        raise PluginError(f"Dataset {name}: {counts}.")
-    ending = next((ending for ending in ENDINGS if cases[0].reference.name.endswith(ending)), None)
+    for case in cases:
+        if len(case.images) != len(cases[0].images):
+            raise PluginError(
+                f"Dataset {name}: {case.name} has {len(case.images)} channels, {cases[0].name} has"
+                f" {len(cases[0].images)}."
+            )
+    ending = next((one for one in ENDINGS if cases[0].reference.name.endswith(one)), None)
     if ending is None:
         raise PluginError(
             f"Dataset {name}: {cases[0].reference} ends in none of {', '.join(ENDINGS)}."
@@ -357,79 +356,6 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
     return Dataset(name, labels, ending, cases, origin, str(entry.get("labels", OWN_LABELS)))
 
 
-def _listed_cases(entry: Mapping[str, Any]) -> tuple[Case, ...]:
-    """The cases of a raw dataset whose ``dataset.json`` lists their files, as nnU-Net allows; none
-    if it does not."""
-    if "folder" not in entry or {"part", "images", "references"} & set(entry):
-        return ()
-    folder = find_raw(os.path.expanduser(str(entry["folder"])))
-    if not (folder / "dataset.json").is_file() or "dataset" not in read_table(
-        folder / "dataset.json"
-    ):
-        return ()
-    return tuple(
-        Case(case.name, case.images, case.label)
-        for case in read_raw(folder).cases
-        if case.label is not None
-    )
-
-
-def _cases_in(images: Path, references: Path, name: str) -> tuple[Case, ...]:
-    """The cases of two folders."""
-    for folder, kind in ((images, "images"), (references, "references")):
-        if not folder.is_dir():
-            raise PluginError(
-                f"Dataset {name}: there is no folder of {kind} {folder}{_parts_beside(folder)}."
-                " Without references nothing can be scored."
-            )
-    known = _files_by_case(references)
-    if not known:
-        raise PluginError(
-            f"Dataset {name}: no references in {references}; looked for files ending in"
-            f" {', '.join(ENDINGS)}."
-        )
-    by_case: dict[str, list[Path]] = {}
-    for file in sorted(images.iterdir()):
-        stem = _stem(file)
-        if stem is not None:
-            channel = re.fullmatch(r"(.+)_\d{4}", stem)
-            by_case.setdefault(channel[1] if channel and stem not in known else stem, []).append(
-                file
-            )
-    alone = [case for case in by_case if case not in known]
-    if alone:
-        raise PluginError(
-            f"Dataset {name}: {len(alone)} of {len(by_case)} images have no reference in"
-            f" {references}, such as {alone[0]}. References have the name of the case without the"
-            " channel's number."
-        )
-    if not by_case:
-        raise PluginError(
-            f"Dataset {name}: no images in {images} whose names go with the references in"
-            f" {references}."
-        )
-    return tuple(Case(case, tuple(files), known[case]) for case, files in sorted(by_case.items()))
-
-
-def _parts_beside(folder: Path) -> str:
-    """What parts of a raw dataset there are instead of one that lacks a folder; nothing if it is no
-    such folder."""
-    if (
-        folder.name not in [f"{kind}{part}" for kind in KINDS for part in PARTS]
-        or not folder.parent.is_dir()
-    ):
-        return ""
-    whole = [
-        part for part in PARTS if all((folder.parent / f"{kind}{part}").is_dir() for kind in KINDS)
-    ]
-    there = (
-        f"whole parts there are: {', '.join(f'part={part}' for part in whole)}"
-        if whole
-        else "no part there has both"
-    )
-    return f" (a part has images and references; {there})"
-
-
 def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSystem]:
     """Return the folders of images and references, and the label system."""
     if "folder" not in entry:
@@ -438,10 +364,8 @@ def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSyst
                 f"Dataset {name}: give folder (a raw dataset of nnU-Net), or images, references and"
                 " labels."
             )
-        images, references = (
-            Path(str(entry[key])).expanduser() for key in ("images", "references")
-        )
-        return images, references, load_label_system(entry["labels"])
+        images, references = (Path(str(entry[key])) for key in ("images", "references"))
+        return images.expanduser(), references.expanduser(), load_label_system(entry["labels"])
     folder = find_raw(os.path.expanduser(str(entry["folder"])))
     part = str(entry.get("part", TRAINING))
     if part not in PARTS:
@@ -459,14 +383,80 @@ def _folders(entry: Mapping[str, Any], name: str) -> tuple[Path, Path, LabelSyst
     return images, references, load_label_system(entry.get("labels", folder))
 
 
-def _files_by_case(folder: Path) -> dict[str, Path]:
-    return {stem: path for path in sorted(folder.iterdir()) if (stem := _stem(path)) is not None}
+def _listed_cases(entry: Mapping[str, Any]) -> tuple[Case, ...]:
+    """Return the cases of a raw dataset whose ``dataset.json`` lists their files, as nnU-Net
+    allows; none if it does not."""
+    if "folder" not in entry or {"part", "images", "references"} & set(entry):
+        return ()
+    folder = find_raw(os.path.expanduser(str(entry["folder"])))
+    file = folder / "dataset.json"
+    if not file.is_file() or "dataset" not in read_table(file):
+        return ()
+    cases = read_raw(folder).cases
+    return tuple(Case(case.name, case.images, case.label) for case in cases if case.label)
 
 
-def _stem(path: Path) -> str | None:
-    """The name without the ending, or None if it is no image."""
-    ending = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
-    return None if ending is None or path.name.startswith(".") else path.name.removesuffix(ending)
+def _cases_in(images: Path, references: Path, name: str) -> tuple[Case, ...]:
+    """Return the cases of two folders."""
+    for folder, kind in ((images, "images"), (references, "references")):
+        if not folder.is_dir():
+            raise PluginError(
+                f"Dataset {name}: there is no folder of {kind} {folder}{_parts_beside(folder)}."
+                " Without references nothing can be scored."
+            )
+    known = {stem: file for stem, (file,) in _files_by_name(references, name).items()}
+    if not known:
+        raise PluginError(
+            f"Dataset {name}: no references in {references}; looked for files ending in"
+            f" {', '.join(ENDINGS)}."
+        )
+    cases: dict[str, list[Path]] = {}
+    for stem, files in _files_by_name(images, name).items():
+        channel = re.fullmatch(r"(.+)_\d{4}", stem)
+        cases.setdefault(channel[1] if channel and stem not in known else stem, []).extend(files)
+    alone = [case for case in cases if case not in known]
+    if alone:
+        raise PluginError(
+            f"Dataset {name}: {len(alone)} of {len(cases)} images have no reference in"
+            f" {references}, such as {alone[0]}. References have the name of the case without the"
+            " channel's number."
+        )
+    if not cases:
+        raise PluginError(
+            f"Dataset {name}: no images in {images} whose names go with the references in"
+            f" {references}."
+        )
+    return tuple(Case(case, tuple(files), known[case]) for case, files in sorted(cases.items()))
+
+
+def _files_by_name(folder: Path, name: str) -> dict[str, list[Path]]:
+    """Return the one file of each name without its ending."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        ending = next((one for one in ENDINGS if path.name.endswith(one)), None)
+        if ending is not None and not path.name.startswith("."):
+            found.setdefault(path.name.removesuffix(ending), []).append(path)
+    for files in found.values():
+        if len(files) > 1:
+            raise PluginError(
+                f"Dataset {name}: {files[0]} and {files[1].name} are the same case twice. Remove"
+                " one."
+            )
+    return found
+
+
+def _parts_beside(folder: Path) -> str:
+    """Return which parts of a raw dataset there are, as text; "" if it is no such folder."""
+    names = [f"{kind}{part}" for kind in KINDS for part in PARTS]
+    if folder.name not in names or not folder.parent.is_dir():
+        return ""
+    whole = [
+        f"part={part}"
+        for part in PARTS
+        if all((folder.parent / f"{kind}{part}").is_dir() for kind in KINDS)
+    ]
+    there = f"whole parts there are: {', '.join(whole)}" if whole else "no part there has both"
+    return f" (a part has images and references; {there})"
 
 
 def _read_tables(options: Crosseval) -> dict[str, Any]:

@@ -39,11 +39,18 @@ def save_heat_map(results: Results, path: Path) -> None:
             matrix = results.matrix(measure)
             shown = matrix.map(lambda value: f"{value:.3f}" if np.isfinite(value) else "n/a")
             seaborn.heatmap(
-                matrix.fillna(0), annot=shown, fmt="", mask=None, ax=axis, cmap="viridis",
-                vmin=0, vmax=1, cbar=axis is axes[-1], annot_kws={"fontsize": 9},
-            )  # fmt: skip
+                matrix.fillna(0),
+                annot=shown,
+                fmt="",
+                ax=axis,
+                cmap="viridis",
+                vmin=0,
+                vmax=1,
+                cbar=axis is axes[-1],
+                annot_kws={"fontsize": 9},
+            )
             axis.set(title=measure, xlabel="", ylabel="")
-            axis.tick_params(axis="x", rotation=30, labelsize=8)
+            _slant(axis)
             axis.tick_params(axis="y", rotation=0, labelsize=8)
         save_atomically(figure, path)
 
@@ -64,16 +71,26 @@ def save_box_plots(results: Results, path: Path) -> None:
                 part = cases[cases["dataset"] == dataset]
                 common = {"data": part, "x": "model", "y": measure, "order": models, "ax": axis}
                 seaborn.boxplot(
-                    **common, hue="model", palette=colours, showfliers=False, width=0.6,
-                    boxprops={"alpha": 0.4}, legend=False,
-                )  # fmt: skip
+                    **common,
+                    hue="model",
+                    palette=colours,
+                    showfliers=False,
+                    width=0.6,
+                    boxprops={"alpha": 0.4},
+                    legend=False,
+                )
                 seaborn.stripplot(**common, color="black", size=2.5, alpha=0.6, jitter=False)
                 count = part["case"].nunique()
                 axis.set_title(f"{dataset} ({count} cases)", fontsize=9)
                 axis.set(xlabel="")
-                axis.tick_params(axis="x", rotation=45, labelsize=8)
+                _slant(axis)
                 axis.grid(axis="y", alpha=0.3)
         save_atomically(figure, path)
+
+
+def _slant(axis: Any) -> None:
+    for label in axis.get_xticklabels():
+        label.set(rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
 
 
 @dataclass(frozen=True)

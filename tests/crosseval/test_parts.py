@@ -371,3 +371,13 @@ def test_a_model_is_better_only_where_a_test_says_so() -> None:
     assert [test.better for test in better.tests()] == ["two", "two"]
     alike = filled(pairs, lambda name, case, _: 0.5 + 0.01 * (-1) ** case * (name == "two"))
     assert [test.better for test in alike.tests()] == [None, None]
+
+
+def test_one_case_in_two_formats_is_not_two_channels(tmp_path: Path) -> None:
+    for folder in ("images", "references"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.nii.gz").touch()
+    (tmp_path / "images" / "a.nii").touch()
+    folders = {name: str(tmp_path / name) for name in ("images", "references")}
+    with pytest.raises(PluginError, match="the same case twice"):
+        read_dataset({"name": "D", "labels": "FLARE22", **folders})
