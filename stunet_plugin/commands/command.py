@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from stunet_plugin.errors import did_you_mean
+from stunet_plugin.networks.presets import PRESETS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,8 +30,8 @@ INSTALL, NETWORKS, WEIGHTS, DATA, EVALUATION = GROUPS = (
 RESUMES = "The same command resumes where it stopped."
 STARTS_AGAIN = "Nothing was written; start the same command again."
 
-SIZES = ("tiny", "small", "base", "large", "huge")
-"""Of STU-Net, as networks/presets.py has them."""
+SIZES = tuple(PRESETS)
+"""Of STU-Net."""
 
 
 class Heading(NamedTuple):

@@ -1,5 +1,4 @@
-"""The network that a trainer builds, for those who have a checkpoint and want to run it, registered
-or not."""
+"""Network of a trainer, built without training it, registered or not."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from stunet_plugin import trainers
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.trainers import TRAINERS
 
 
 def build_network(
@@ -30,16 +29,14 @@ def build_network(
     """
     build = find_trainer(trainer_name).build_network_architecture
     if "plans_manager" in inspect.signature(build).parameters:
-        network: nn.Module = build(plans, configuration, channels, outputs, deep_supervision)
-        return network
-    # As nnU-Net 2.8 still calls trainers that were written for older releases.
-    entries = (
-        configuration.network_arch_init_kwargs,
-        configuration.network_arch_init_kwargs_req_import,
-    )
-    network = build(
-        configuration.network_arch_class_name, *entries, channels, outputs, deep_supervision
-    )
+        planned: tuple = plans, configuration
+    else:  # as nnU-Net 2.8 still calls trainers that were written for older releases
+        planned = (
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+        )
+    network: nn.Module = build(*planned, channels, outputs, deep_supervision)
     return network
 
 
@@ -49,8 +46,8 @@ def find_trainer(name: str) -> Any:
     Raises:
         PluginError: nobody knows it.
     """
-    if name in trainers.__all__:
-        return getattr(trainers, name)
+    if name in TRAINERS:
+        return TRAINERS[name]
     if name == nnUNetTrainer.__name__:
         return nnUNetTrainer
     # Imports all of nnU-Net's trainers.
@@ -62,6 +59,6 @@ def find_trainer(name: str) -> Any:
             return recursive_find_trainer_class_by_name(name)
     except (RuntimeError, ImportError) as error:
         raise PluginError(
-            f"The trainer {name} is known neither to this plugin nor to nnU-Net. If it is your own,"
-            " set nnUNet_extTrainer to its folder."
+            f"Neither this plugin nor nnU-Net knows the trainer {name}. If it is your own, set"
+            f" nnUNet_extTrainer to its folder.{did_you_mean(name, TRAINERS, 0.8)}"
         ) from error
