@@ -4,7 +4,6 @@ seed, refusals."""
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from stunet_plugin.cli import main
+from stunet_plugin.datasets.raw_dataset import RawDataset
 from stunet_plugin.ranking.candidates import Candidate, Plan, same_networks
 from stunet_plugin.ranking.ccfv import LevelScore
 from stunet_plugin.ranking.run import Result, ranking_table
@@ -25,33 +25,32 @@ from stunet_plugin.ranking.target import Target
 from import_helpers import make_network, published_weights, v1_plans, write_v1
 
 SHAPE = (20, 24, 36)
+DATASET = "Dataset004_Boxes"
+FAST = ("-d", "4", "--device", "cpu", "--step-size", "1")
 
 
-def write_target(folder: Path, cases: int = 4, labels: dict[str, Any] | None = None) -> None:
+def write_target(folder: Path, cases: int = 4) -> None:
     """A labelled dataset: a dim and a bright box in noise."""
     rng = np.random.default_rng(5)
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     for number in range(cases):
-        segmentation = np.zeros(SHAPE, np.uint8)
+        labels = np.zeros(SHAPE, np.uint8)
         low = rng.integers(2, 6, 3)
-        segmentation[tuple(slice(first, first + 8) for first in low)] = 1
-        segmentation[tuple(slice(first + 9, first + 13) for first in low)] = 2
-        image = (100 * segmentation + rng.normal(0, 20, SHAPE)).astype(np.float32)
-        for array, file in (
-            (image, f"imagesTr/case{number}_0000.nii.gz"),
-            (segmentation, f"labelsTr/case{number}.nii.gz"),
-        ):
-            scan = sitk.GetImageFromArray(array)
-            scan.SetSpacing((1.5, 1.5, 1.5))
-            sitk.WriteImage(scan, str(folder / file))
-    content = {
-        "channel_names": {"0": "MRI"},
-        "labels": labels or {"background": 0, "dim": 1, "bright": 2},
-        "numTraining": cases,
-        "file_ending": ".nii.gz",
-    }
-    (folder / "dataset.json").write_text(json.dumps(content))
+        labels[tuple(slice(first, first + 8) for first in low)] = 1
+        labels[tuple(slice(first + 9, first + 13) for first in low)] = 2
+        image = (100 * labels + rng.normal(0, 20, SHAPE)).astype(np.float32)
+        write_scan(folder / f"imagesTr/case{number}_0000.nii.gz", image)
+        write_scan(folder / f"labelsTr/case{number}.nii.gz", labels)
+    classes = {"background": 0, "dim": 1, "bright": 2}
+    content = {"channel_names": {"0": "MRI"}, "labels": classes, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": cases}))
+
+
+def write_scan(path: Path, array: np.ndarray) -> None:
+    scan = sitk.GetImageFromArray(array)
+    scan.SetSpacing((1.5, 1.5, 1.5))
+    sitk.WriteImage(scan, str(path))
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
-    write_target(tmp_path / "nnUNet_raw" / "Dataset004_Boxes")
+    write_target(tmp_path / "nnUNet_raw" / DATASET)
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         weights = published_weights(make_network(outputs=3))
@@ -69,33 +68,25 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def rank(folder: Path, *arguments: object) -> dict[str, Any]:
+def rank(folder: Path, *words: object) -> dict[str, Any]:
     out = folder / "ranking.json"
-    assert (
-        main(
-            [
-                "rank",
-                *map(str, arguments),
-                "-d",
-                "4",
-                "--device",
-                "cpu",
-                "--step-size",
-                "1",
-                "--json",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert main(["rank", *map(str, words), *FAST, "--json", str(out)]) == 0
     content: dict[str, Any] = json.loads(out.read_text())
+    for entry in content["candidates"]:
+        entry.pop("seconds")
     return content
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["rank", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
 
 
 def write_plans(folder: Path, name: str = "Mine") -> Plan:
     """Plans of the dataset, as of the imported model."""
     plans = json.loads((folder / "one" / "plans.json").read_text())
-    target = folder / "nnUNet_preprocessed" / "Dataset004_Boxes"
+    target = folder / "nnUNet_preprocessed" / DATASET
     target.mkdir(exist_ok=True)
     plan = Plan({**plans, "dataset_name": target.name, "plans_name": name}, "3d_fullres")
     (target / f"{name}.json").write_text(json.dumps(plan.plans))
@@ -106,48 +97,30 @@ def test_ranking_of_models_with_their_own_plans(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figure = folders / "ranking.png"
-    found = rank(
-        folders,
-        f"first={folders / 'one'}",
-        folders / "two",
-        "random",
-        "--cases",
-        3,
-        "--figure",
-        figure,
-    )
+    given = (f"first={folders / 'one'}", folders / "two", "random", "--cases", 3)
+    found = rank(folders, *given, "--figure", figure)
     table, progress = capsys.readouterr()
     # The result alone, to be piped on.
     assert table.startswith("rank      CCFV")
     assert "Dataset004_Boxes: 3 of 4 cases, 3 candidates, 3 levels" in progress
-    assert found["by_architecture"] == [["first", str(folders / "two"), "random"]]
+    names = ["first", str(folders / "two"), "random"]
+    assert found["by_architecture"] == [names]
     assert "architectures" not in table
     assert [entry["rank"] for entry in found["candidates"]] == [1, 2, 3]
-    assert {entry["name"] for entry in found["candidates"]} == {
-        "first",
-        str(folders / "two"),
-        "random",
-    }
+    assert sorted(entry["name"] for entry in found["candidates"]) == sorted(names)
     assert len(found["cases"]) == 3
     scores = [entry["score"] for entry in found["candidates"]]
-    assert scores == sorted(scores, reverse=True)
-    assert len(set(scores)) == 3
+    assert scores == sorted(set(scores), reverse=True)
     for entry in found["candidates"]:
         assert entry["score"] == pytest.approx(sum(level["score"] for level in entry["levels"]))
         for level in entry["levels"]:
-            assert set(level["class_distances"]) == {"dim", "bright"}
-            assert level["score"] == pytest.approx(
-                np.log(level["energy"] / np.mean(list(level["class_distances"].values())))
-            )
+            distances = level["class_distances"]
+            assert set(distances) == {"dim", "bright"}
+            score = np.log(level["energy"] / np.mean(list(distances.values())))
+            assert level["score"] == pytest.approx(score)
         assert f"{entry['score']:.3f}" in table
     assert figure.read_bytes().startswith(b"\x89PNG")
-    for again in (
-        found,
-        rank(folders, f"first={folders / 'one'}", folders / "two", "random", "--cases", 3),
-    ):
-        for entry in again["candidates"]:
-            entry.pop("seconds")
-    assert again["candidates"] == found["candidates"]
+    assert rank(folders, *given)["candidates"] == found["candidates"]
 
 
 def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path) -> None:
@@ -158,43 +131,24 @@ def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path) -> None:
     torch.save(pretext, folders / "pretext.pth")
     # nnU-Net's own trainer builds what the plan names: the same network.
     random = ("random:STUNetTrainer_tiny", "random:nnUNetTrainer")
-    given = (
-        f"model={folders / 'one'}",
-        f"pretext={folders / 'pretext.pth'}",
-        *random,
-        "-p",
-        "Mine",
-    )
-    from_raw = rank(folders, *given)
+    given = (f"model={folders / 'one'}", f"pretext={folders / 'pretext.pth'}", *random)
+    from_raw = rank(folders, *given, "-p", "Mine")
     scores = {entry["name"]: entry["score"] for entry in from_raw["candidates"]}
     assert scores["random:nnUNetTrainer"] == scores["random:STUNetTrainer_tiny"]
     assert len(set(scores.values())) == 3
-    preprocessed = (
-        folders / "nnUNet_preprocessed" / "Dataset004_Boxes" / plan.chosen.data_identifier
-    )
-    preprocessed.mkdir()
+    folder = folders / "nnUNet_preprocessed" / DATASET / plan.chosen.data_identifier
+    folder.mkdir()
     preprocessor = plan.chosen.preprocessor_class(verbose=False)
-    raw = folders / "nnUNet_raw" / "Dataset004_Boxes"
+    raw = folders / "nnUNet_raw" / DATASET
+    description = json.loads((raw / "dataset.json").read_text())
     for number in range(4):
-        images, label = (
-            [str(raw / "imagesTr" / f"case{number}_0000.nii.gz")],
-            str(raw / "labelsTr" / f"case{number}.nii.gz"),
-        )
-        description = json.loads((raw / "dataset.json").read_text())
-        preprocessor.run_case_save(
-            str(preprocessed / f"case{number}"),
-            images,
-            label,
-            plan.manager,
-            plan.chosen,
-            description,
-        )
-    assert len(nnUNetDatasetBlosc2.get_identifiers(str(preprocessed))) == 4
-    shutil.rmtree(raw / "labelsTr")
-    (raw / "labelsTr").mkdir()
-    for number in range(4):
-        (raw / "labelsTr" / f"case{number}.nii.gz").touch()
-    from_preprocessed = rank(folders, *given)
+        images = [str(raw / "imagesTr" / f"case{number}_0000.nii.gz")]
+        label = raw / "labelsTr" / f"case{number}.nii.gz"
+        files = (str(folder / f"case{number}"), images, str(label))
+        preprocessor.run_case_save(*files, plan.manager, plan.chosen, description)
+        label.write_bytes(b"")
+    assert len(nnUNetDatasetBlosc2.get_identifiers(str(folder))) == 4
+    from_preprocessed = rank(folders, *given, "-p", "Mine")
     for entry, other in zip(from_raw["candidates"], from_preprocessed["candidates"], strict=True):
         assert entry["name"] == other["name"]
         assert entry["score"] == pytest.approx(other["score"])
@@ -203,26 +157,12 @@ def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path) -> None:
 def test_weights_decide_not_their_heads(folders: Path) -> None:
     file = folders / "one" / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=True)
-    heads = {
-        name: torch.rand(7, 2) for name in checkpoint["network_weights"] if ".seg_layers." in name
-    }
-    torch.save(
-        {**checkpoint, "network_weights": {**checkpoint["network_weights"], **heads}},
-        folders / "other.pth",
-    )
+    weights = checkpoint["network_weights"]
+    heads = {name: torch.rand(7, 2) for name in weights if ".seg_layers." in name}
+    torch.save({**checkpoint, "network_weights": {**weights, **heads}}, folders / "other.pth")
     write_plans(folders)
-    found = rank(
-        folders,
-        file,
-        folders / "other.pth",
-        "-p",
-        "Mine",
-        "--levels",
-        2,
-        "--names",
-        "case3",
-        "case0",
-    )
+    options = ("-p", "Mine", "--levels", 2, "--names", "case3", "case0")
+    found = rank(folders, file, folders / "other.pth", *options)
     assert found["cases"] == ["case0", "case3"]
     first, second = found["candidates"]
     assert first["score"] == second["score"]
@@ -252,16 +192,13 @@ def test_the_published_sums_and_the_other_variety(folders: Path) -> None:
 def test_classes_that_only_some_cases_have(folders: Path) -> None:
     """A class of one voxel in one case, missing in another: left out of those cases, not of the
     score."""
-    labels = folders / "nnUNet_raw" / "Dataset004_Boxes" / "labelsTr"
     for number, voxels in ((0, 0), (1, 1)):
-        scan = sitk.ReadImage(str(labels / f"case{number}.nii.gz"))
-        array = sitk.GetArrayFromImage(scan)
+        file = folders / "nnUNet_raw" / DATASET / "labelsTr" / f"case{number}.nii.gz"
+        array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
         places = np.argwhere(array == 2)
         array[array == 2] = 0
         array[tuple(places[:voxels].T)] = 2
-        changed = sitk.GetImageFromArray(array)
-        changed.CopyInformation(scan)
-        sitk.WriteImage(changed, str(labels / f"case{number}.nii.gz"))
+        write_scan(file, array)
     found = rank(folders, folders / "one", folders / "two")
     assert set(found["candidates"][0]["levels"][0]["class_distances"]) == {"dim", "bright"}
 
@@ -277,12 +214,10 @@ def test_labels_in_another_orientation_than_the_image(
         file.write_text(json.dumps(plans))
     given = (f"a={folders / 'one'}", f"b={folders / 'two'}")
     expected = rank(folders, *given)
-    labels = folders / "nnUNet_raw" / "Dataset004_Boxes" / "labelsTr"
+    labels = folders / "nnUNet_raw" / DATASET / "labelsTr"
     for file in labels.iterdir():
         sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "RAS"), str(file))
-    for entry in (*expected["candidates"], *(found := rank(folders, *given))["candidates"]):
-        entry.pop("seconds")
-    assert found["candidates"] == expected["candidates"]
+    assert rank(folders, *given)["candidates"] == expected["candidates"]
     moved = sitk.ReadImage(str(labels / "case0.nii.gz"))
     moved.SetOrigin((50, 0, 0))
     sitk.WriteImage(moved, str(labels / "case0.nii.gz"))
@@ -298,32 +233,17 @@ def test_broken_weights_are_ranked_last(folders: Path, capsys: pytest.CaptureFix
         value.fill_(float("nan"))
     torch.save(checkpoint, folders / "broken.pth")
     write_plans(folders)
-    found = rank(
-        folders, f"broken={folders / 'broken.pth'}", f"good={folders / 'one'}", "-p", "Mine"
-    )
-    assert [(entry["name"], entry["rank"]) for entry in found["candidates"]] == [
-        ("good", 1),
-        ("broken", None),
-    ]
+    given = (f"broken={folders / 'broken.pth'}", f"good={folders / 'one'}", "-p", "Mine")
+    ranks = [(entry["name"], entry["rank"]) for entry in rank(folders, *given)["candidates"]]
+    assert ranks == [("good", 1), ("broken", None)]
     assert "not finite" in capsys.readouterr().out
 
 
 def test_regions_and_the_ignore_label() -> None:
-    description = {
-        "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
-        "regions_class_order": [1, 2],
-    }
-    assert Target(_with_description(description), ()).labels == {
-        0: "background",
-        1: "label 1",
-        2: "core",
-    }
-
-
-def _with_description(description: dict[str, Any]) -> Any:
-    from stunet_plugin.datasets.raw_dataset import RawDataset
-
-    return RawDataset(Path("Dataset001_X"), description, ())
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    description = {"labels": labels, "regions_class_order": [1, 2]}
+    target = Target(RawDataset(Path("Dataset001_X"), description, ()), ())
+    assert target.labels == {0: "background", 1: "label 1", 2: "core"}
 
 
 def test_other_architectures_are_pointed_out(folders: Path) -> None:
@@ -340,11 +260,8 @@ def test_other_architectures_are_pointed_out(folders: Path) -> None:
     assert alike == [["a", "c"], ["b"]]
     results = [Result(candidate, (LevelScore(1.0, {}, 1.0, 1.0),), 0.0) for candidate in candidates]
     last = ranking_table(results, alike).splitlines()[-1]
-    assert (
-        last
-        == "These are 2 architectures, across which scores hardly compare. Compare within each: a,"
-        " c | b"
-    )
+    assert last.startswith("These are 2 architectures")
+    assert last.endswith(": a, c | b")
 
 
 def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
@@ -369,12 +286,6 @@ def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
     assert done.stdout.strip() == f"{[2] * len(slips)} False"
     for line, (_, message) in zip(done.stderr.splitlines(), slips, strict=True):
         assert message in line
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main(["rank", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,7 +320,7 @@ def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tensors are missing" in refused(
         capsys, one, folders / "less.pth", "-d", 4, "-p", "Mine"
     )
-    raw = folders / "nnUNet_raw" / "Dataset004_Boxes"
+    raw = folders / "nnUNet_raw" / DATASET
     (raw / "labelsTr" / "case0.nii.gz").write_bytes(b"nothing")
     assert "Case case0 of Dataset004_Boxes cannot be prepared" in refused(capsys, one, two, "-d", 4)
     (raw / "labelsTr" / "case0.nii.gz").unlink()
