@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.from_plan import REPLAN
 from stunet_plugin.networks.topology import (
     Strides,
     as_strides,
@@ -281,10 +282,7 @@ class PluginTrainer(DistributedTrainer):
         required = ("dataset_name", "plans_name", "configurations")
         lacking = [key for key in required if not plans.get(key)]
         if lacking:
-            raise PluginError(
-                f"The plans file lacks {', '.join(lacking)}. Plan again with"
-                " nnUNetv2_plan_experiment."
-            )
+            raise PluginError(f"The plans file lacks {', '.join(lacking)}. {REPLAN}")
         if configuration not in plans["configurations"]:
             raise PluginError(
                 f"The plans {plans['plans_name']} have no configuration {configuration!r}."
@@ -321,8 +319,7 @@ class PluginTrainer(DistributedTrainer):
         except Exception as error:
             raise PluginError(
                 f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}:"
-                f" {error} Fix its architecture in the plans file, or plan again with"
-                " nnUNetv2_plan_experiment."
+                f" {error} {REPLAN}"
             ) from error
         check_distribution(chosen, network)
         file = pretrained_weights_on_command_line(sys.argv)

@@ -26,7 +26,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,54 +41,35 @@ INVERTED = 0.25
 """Probability that both sub-volumes of a sample are inverted."""
 
 
-class Layout(Protocol):
-    """Where which fusion class is in one sample; drawn, and ready to be painted."""
-
-    def paint(self, class_map: Tensor) -> None:
-        """Write the classes into a class map of zeros, shape (*spatial), uint8."""
-
-
-class Scheme(Protocol):
-    """How layouts are drawn."""
-
-    def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Layout:
-        """Draw the layout of one sample."""
-
-    def size_range(self, patch_size: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return the smallest and the largest size of a block in voxels, per axis."""
-
-
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes in the order of painting; ``lower`` and ``upper`` (exclusive) are voxels, one entry per
-    axis."""
+    """Layout of a sample: boxes in the order of painting, from voxel ``lower`` to ``upper``
+    (exclusive)."""
 
     lower: tuple[tuple[int, ...], ...]
     upper: tuple[tuple[int, ...], ...]
     classes: tuple[int, ...]
 
     def paint(self, class_map: Tensor) -> None:
+        """Write the classes into a class map of zeros, shape (*spatial), uint8."""
         for lower, upper, fusion_class in zip(self.lower, self.upper, self.classes, strict=True):
             class_map[tuple(map(slice, lower, upper))] = fusion_class
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of one size; ``classes`` holds the class of each, shape (tiles along each axis)."""
+    """Layout of a sample: tiles of one size; ``classes`` has the shape (tiles along each axis)."""
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
     classes: Tensor
 
     def paint(self, class_map: Tensor) -> None:
-        tiles = self.classes.to(device=class_map.device, dtype=class_map.dtype)
-        for axis, size in enumerate(self.size):
+        tiles, inside = self.classes.to(class_map), class_map
+        for axis, (start, size) in enumerate(zip(self.offset, self.size, strict=True)):
             tiles = tiles.repeat_interleave(size, dim=axis)
-        inside = tuple(
-            slice(start, start + length)
-            for start, length in zip(self.offset, tiles.shape, strict=True)
-        )
-        class_map[inside] = tiles
+            inside = inside.narrow(axis, start, tiles.shape[axis])
+        inside.copy_(tiles)
 
 
 @dataclass(frozen=True)
@@ -194,7 +174,8 @@ class TiledBlocks(BlockSizes):
         return Tiles(offset=tuple(offset), size=tuple(size), classes=tiles)
 
 
-SCHEMES: dict[int, OverlappingBoxes | TiledBlocks] = {2023: OverlappingBoxes(), 2025: TiledBlocks()}
+Scheme = OverlappingBoxes | TiledBlocks
+SCHEMES: dict[int, Scheme] = {2023: OverlappingBoxes(), 2025: TiledBlocks()}
 """The published schemes, by the year of their paper."""
 DEFAULT_SCHEME = 2025
 
@@ -203,7 +184,7 @@ DEFAULT_SCHEME = 2025
 class FusionDraw:
     """All that is random in the fusion of a batch: a layout per sample, and which are inverted."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Boxes | Tiles, ...]
     inverted: tuple[bool, ...]
 
 
