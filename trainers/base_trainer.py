@@ -41,7 +41,7 @@ from stunet_plugin.trainers.safe_trainer import read_to_resume
 from stunet_plugin.weights.identify import strip_prefix
 from stunet_plugin.weights.pretrained import (
     describe_loaded,
-    describe_misfits,
+    describe_mismatches,
     pretrained_weights_on_command_line,
     read_checkpoint,
 )
@@ -330,12 +330,12 @@ class PluginTrainer(DistributedTrainer):
         """Say why a training cannot resume from a checkpoint, before nnU-Net changes anything."""
         checkpoint = read_to_resume(file)
         network, weights = self._bare_network(), checkpoint["network_weights"]
-        misfits = describe_misfits(network, weights, heads_too=True)
-        if misfits:
+        mismatches = describe_mismatches(network, weights, heads_too=True)
+        if mismatches:
             raise PluginError(
                 f"Cannot resume {type(self).__name__} from {file}: it holds the weights of"
-                f" {checkpoint.get('trainer_name', 'another network')} and {misfits}. Resume with"
-                " the trainer and plans that wrote it, or start again without --c."
+                f" {checkpoint.get('trainer_name', 'another network')} and {mismatches}. Resume"
+                " with the trainer and plans that wrote it, or start again without --c."
             )
         state = checkpoint.get("optimizer_state")
         if state is None:
@@ -358,11 +358,11 @@ class PluginTrainer(DistributedTrainer):
         if not Path(file).is_file():
             raise PluginError(f"-pretrained_weights {file}: there is no such file.")
         checkpoint, _ = _read_pretrained(file, network)
-        misfits = describe_misfits(network, checkpoint["network_weights"], heads_too=False)
-        if misfits:
+        mismatches = describe_mismatches(network, checkpoint["network_weights"], heads_too=False)
+        if mismatches:
             raise PluginError(
                 f"-pretrained_weights {file} does not fit {cls.__name__}: it was written by"
-                f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {misfits}."
+                f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {mismatches}."
             )
 
 

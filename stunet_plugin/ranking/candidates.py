@@ -17,7 +17,7 @@ from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.ranking.features import head_modules
 from stunet_plugin.ranking.options import Named, check_configuration
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.weights.pretrained import describe_misfits
+from stunet_plugin.weights.pretrained import describe_mismatches
 from stunet_plugin.weights.safe_loading import load_checkpoint
 
 HEADS = ".seg_layers."
@@ -78,11 +78,11 @@ class Candidate:
         network = self.architecture(channels, seed)
         if self.file is not None:
             weights = _read_weights(self.file)[1]
-            misfits = describe_misfits(network, weights, heads_too=False)
-            if misfits:
+            mismatches = describe_mismatches(network, weights, heads_too=False)
+            if mismatches:
                 raise PluginError(
                     f"{self.name}: the weights in {self.file} do not fit the network of"
-                    f" {self.plan.name}: {misfits}. Give the plans that you would fine-tune them"
+                    f" {self.plan.name}: {mismatches}. Give the plans that you would fine-tune them"
                     " with (-p), or leave -p out to take their own."
                 )
             own = {name for name in network.state_dict() if HEADS not in name}

@@ -1,5 +1,4 @@
-"""The weights that a training starts from: reading them, saying why they do not fit, and what was
-taken over."""
+"""Pretrained weights of a training: reading them, why they do not fit, what was loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def read_checkpoint(file: str, what: str) -> dict[str, Any]:
     return checkpoint
 
 
-def describe_misfits(
+def describe_mismatches(
     network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool
 ) -> str:
     """Describe how weights differ from the network in names and shapes, and what to do; empty if
@@ -101,11 +100,9 @@ def describe_misfits(
 
 
 def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any]) -> str:
-    """Say in one line what a network has taken over from a checkpoint; nnU-Net prints a page of
-    names instead.
+    """Say in one line what a network has loaded from a checkpoint; nnU-Net prints a page of names.
 
-    A tensor counts as taken over if it equals the checkpoint's, so this says what is, not what was
-    meant.
+    A tensor counts as loaded if it equals the checkpoint's.
 
     Args:
         own: weights of the network after loading, before the first step.

@@ -19,7 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.trainers.stunet_trainers import SCHEDULES
-from stunet_plugin.weights.pretrained import describe_misfits
+from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
 from trainer_helpers import FAMILIES, Make, batch_for, misfm, small_plans, started
@@ -315,5 +315,5 @@ def test_checkpoints_of_the_version_before_resume(
     train(trainer)
     assert Path(trainer.output_folder, "checkpoint_final.pth").is_file()
     network = started(make("STUNetTrainer", dataset=dataset, **chosen)).network
-    misfits = describe_misfits(network, checkpoint["network_weights"], heads_too=False)
-    assert misfits == ""
+    mismatches = describe_mismatches(network, checkpoint["network_weights"], heads_too=False)
+    assert mismatches == ""

@@ -17,7 +17,7 @@ from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.pretraining import score
 from stunet_plugin.trainers.volume_fusion_trainers import NETWORKS, TRAINERS
-from stunet_plugin.weights.pretrained import describe_misfits
+from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
 from trainer_helpers import PATCH, Make, small_plans, started
@@ -63,8 +63,8 @@ def test_weights_fit_the_segmentation_trainer(nnunet_environment: Workspace, net
     with torch.device("meta"):
         weights = pretext.build_network_architecture(manager, configuration, 1, 5).state_dict()
         segmentation = fine_tuning.build_network_architecture(manager, configuration, 1, 3)
-    assert describe_misfits(segmentation, weights, heads_too=False) == ""
-    assert "another shape" in describe_misfits(segmentation, weights, heads_too=True)
+    assert describe_mismatches(segmentation, weights, heads_too=False) == ""
+    assert "another shape" in describe_mismatches(segmentation, weights, heads_too=True)
 
 
 @pytest.mark.parametrize("learned", [True, False])

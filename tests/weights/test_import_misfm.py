@@ -20,7 +20,7 @@ from stunet_plugin.cli import main
 from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.networks.fmunet import DROPOUT, FMUNet
 from stunet_plugin.networks.pctnet import PCTNet
-from stunet_plugin.weights.pretrained import describe_misfits
+from stunet_plugin.weights.pretrained import describe_mismatches
 
 from import_helpers import checkpoint_in, load_model, refuse, stunet_import, write_planned_dataset
 from network_helpers import SMALL, randomise
@@ -91,7 +91,7 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     ]
 
     target = small_network(network, mode, outputs=3)
-    assert describe_misfits(target, checkpoint["network_weights"], heads_too=False) == ""
+    assert describe_mismatches(target, checkpoint["network_weights"], heads_too=False) == ""
     load_pretrained_weights(target, file)
     own = target.state_dict()
     assert all(
@@ -99,7 +99,7 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     )
     # Another mode is another network at its first levels.
     other = small_network(network, 1 if mode != 1 else 2, outputs=3)
-    assert f"mode {other.mode.number}" in describe_misfits(
+    assert f"mode {other.mode.number}" in describe_mismatches(
         other, checkpoint["network_weights"], heads_too=False
     )
 
@@ -193,10 +193,10 @@ def test_other_image_channels(published: Callable[..., Path], tmp_path: Path, ne
     x = torch.randn(1, 1, 16, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(four(x.expand(-1, 4, -1, -1, -1)), one(x), rtol=1e-3, atol=1e-3)
-    misfits = describe_misfits(
+    mismatches = describe_mismatches(
         four, checkpoint_in(tmp_path / "1")["network_weights"], heads_too=False
     )
-    assert "--in-channels 4" in misfits
+    assert "--in-channels 4" in mismatches
 
 
 def test_own_checkpoints_are_read_too(
@@ -267,7 +267,7 @@ def test_plans_like_a_segmentation_model(
         deep_supervision=True,
     )
     assert (
-        describe_misfits(
+        describe_mismatches(
             built, checkpoint_in(tmp_path / "model")["network_weights"], heads_too=False
         )
         == ""
@@ -323,7 +323,7 @@ def test_other_widths_than_the_plans_are_named(
         network = FMUNet(
             1, 3, mode=0, features_per_stage=(8, 16, 32, 64, 128), deep_supervision=True
         )
-    assert "The weights have other widths than the plan's network" in describe_misfits(
+    assert "The weights have other widths than the plan's network" in describe_mismatches(
         network, weights, heads_too=False
     )
 
