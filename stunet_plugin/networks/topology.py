@@ -40,13 +40,9 @@ def as_strides(strides: Any) -> Strides:
 
 
 def _is_step(value: Any) -> bool:
-    numbers = (int, float, np.integer, np.floating)
-    return (
-        isinstance(value, numbers)
-        and not isinstance(value, bool)
-        and value >= 1
-        and value == value // 1
-    )
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return bool(value >= 1 and value == value // 1)
 
 
 def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
