@@ -13,7 +13,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import read_json
@@ -98,7 +98,17 @@ class Model:
             self.predictor = nnUNetPredictor(
                 step_size, True, mirroring, device == "cuda", torch.device(device), allow_tqdm=False
             )
-        self._initialise(PlansManager(read_json(folder / "plans.json")))
+        plans = read_json(folder / "plans.json")
+        try:
+            self._initialise(PlansManager(plans))
+        except (PluginError, MemoryError):
+            raise
+        except Exception as error:  # nnU-Net and networks raise whatever an odd entry breaks
+            raise PluginError(
+                f"{folder}: its plans.json or dataset.json cannot be used"
+                f" ({type(error).__name__}: {last_line(error)}). Copy them again from where the"
+                " model was trained."
+            ) from error
 
     def _initialise(self, manager: PlansManager) -> None:
         checkpoints = [load_checkpoint(file) for file in self.files]

@@ -47,7 +47,13 @@ class Target:
     @property
     def _manager(self) -> LabelManager:
         description = self.raw.description
-        return LabelManager(description["labels"], description.get("regions_class_order"))
+        try:
+            return LabelManager(description["labels"], description.get("regions_class_order"))
+        except Exception as error:  # it has several
+            raise PluginError(
+                f"{self.raw.folder}/dataset.json: nnU-Net cannot use these labels"
+                f" ({last_line(error)})."
+            ) from error
 
     @property
     def labels(self) -> dict[int, str]:

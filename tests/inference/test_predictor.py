@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from stunet_plugin.inference.predictor import Model, trained_folds
 from stunet_plugin.utils.image_files import side_files
 from stunet_plugin.utils.images import read_label_map
 
+from damage import damaged_json
 from dataset_helpers import write_array
 from import_helpers import load_model, make_network, published_weights, v1_plans, write_v1
 
@@ -95,3 +97,12 @@ def test_folds_and_models_that_cannot_predict(model: Path, images: list[Path]) -
     torch.save({**checkpoint, "init_args": arguments}, file)
     with pytest.raises(PluginError, match="is of configuration 2d_other"):
         Model(model, ["0"])
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_damaged_descriptions_end_in_a_sentence_or_a_model(model: Path, name: str) -> None:
+    content = json.loads((model / name).read_text())
+    for _, text in damaged_json(content, 60):
+        (model / name).write_text(text)
+        with contextlib.suppress(PluginError):
+            assert Model(model).trainer == "STUNetTrainer_tiny"
