@@ -19,6 +19,7 @@ from stunet_plugin.crosseval.comparison import Pair
 from stunet_plugin.crosseval.inputs import Case, Model, folder_name
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.files import sha256_of, write_atomically
+from stunet_plugin.utils.image_files import TIFF, hash_of_image
 
 if TYPE_CHECKING:
     from stunet_plugin.inference.predictor import Model as TrainedModel
@@ -43,7 +44,9 @@ class Place:
         return self.folder / f"{case.name}{self.ending}"
 
     def record(self, case: Case) -> Path:
-        return self.folder / f"{case.name}{RECORD_ENDING}"
+        # The .json of a .tif is its spacing.
+        ending = ".record.json" if self.ending in TIFF else RECORD_ENDING
+        return self.folder / f"{case.name}{ending}"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
     # Each file is hashed once, however many pairs it belongs to.
     identities = {model: _identity(model) for model in {pair.model: None for pair in pairs}}
     cases = {case: None for pair in pairs for case in pair.dataset.cases}
-    images = {case: [sha256_of(image) for image in case.images] for case in cases}
+    images = {case: [hash_of_image(image) for image in case.images] for case in cases}
     wanted: dict[Pair, dict[Case, dict[str, Any]]] = {}
     for pair in pairs:
         place = Place.of(out, pair)
@@ -115,7 +118,7 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
                     files = {place.file(case): case.images for case in keys}
                     written = trained.predict_files(files, place.ending, processes)
                     for file, (case, key) in zip(written, keys.items(), strict=True):
-                        record = {"made_from": key, "prediction": sha256_of(file)}
+                        record = {"made_from": key, "prediction": hash_of_image(file)}
                         write_atomically(place.record(case), json.dumps(record, indent=1))
                         bar.update()
 
@@ -160,4 +163,4 @@ def _is_done(place: Place, case: Case, key: dict[str, Any]) -> bool:
     record, file = read_record(place.record(case)), place.file(case)
     if record.get("made_from") != key or not file.is_file():
         return False
-    return bool(record.get("prediction") == sha256_of(file))
+    return bool(record.get("prediction") == hash_of_image(file))

@@ -23,8 +23,9 @@ from stunet_plugin.crosseval.predictions import Place, read_record
 from stunet_plugin.crosseval.results import Results, without_nan
 from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.errors import PluginError, few_lines
-from stunet_plugin.utils.files import sha256_of, write_atomically
+from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.utils.geometry import Grid, on_grid_of, resampled
+from stunet_plugin.utils.image_files import hash_of_image
 from stunet_plugin.utils.images import read_label_map
 from stunet_plugin.utils.workers import run_ordered
 
@@ -148,7 +149,7 @@ def _kept(out: Path, key: tuple[str, str, str]) -> Path:
 def _hashes(pairs: Sequence[Pair], setup: Setup) -> dict[tuple[str, str, str], str]:
     """Return by model, dataset and case a hash of what the scores of the case depend on."""
     cases = [case for dataset in setup.datasets for case in dataset.cases]
-    references = {case.reference: sha256_of(case.reference) for case in cases}
+    references = {case.reference: hash_of_image(case.reference) for case in cases}
     found = {}
     for pair in pairs:
         rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, setup.rules.resample]

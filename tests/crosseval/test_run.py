@@ -310,6 +310,30 @@ def test_an_interrupted_run_goes_on(
     assert (out / "report.html").exists()
 
 
+def test_voxels_of_mhd_headers_are_kept_and_hashed(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(subjects / "apart", tmp_path / "model")
+    file = tmp_path / "model" / "plans.json"
+    plans = {**json.loads(file.read_text()), "image_reader_writer": "SimpleITKIO"}
+    file.write_text(json.dumps(plans))
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for image in (subjects / "raw" / f"{kind}Tr").iterdir():
+            name = image.name.replace("_0000", "").replace(".nii.gz", ".mhd")
+            sitk.WriteImage(sitk.ReadImage(str(image)), str(tmp_path / kind / name))
+    both = f"D,images={tmp_path / 'images'},references={tmp_path / 'labels'}"
+    given = ("--model", f"M={tmp_path / 'model'}", "--dataset", f"{both},labels={subjects / 'raw'}")
+    out = tmp_path / "out"
+    assert crosseval(*given, "-o", out) == 0
+    assert len(list((out / "predictions").rglob("*raw"))) == 3
+    (tmp_path / "labels" / "case1.raw").write_bytes(np.full(SHAPE, 2, np.uint8).tobytes())
+    assert crosseval(*given, "-o", out) == 0
+    said = capsys.readouterr().out
+    assert "Predictions: 3 of 3 are there." in said
+    assert "Scores: 2 of 3 are there." in said
+
+
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: object) -> str:
     capsys.readouterr()
     assert crosseval(*arguments, "-o", out) == 2
