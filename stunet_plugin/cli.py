@@ -10,18 +10,16 @@ import argparse
 import errno
 import multiprocessing
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 
 from stunet_plugin import __version__
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import GROUPS, Command
 from stunet_plugin.errors import PluginError, did_you_mean
-from stunet_plugin.nnunet.commands import name_user
+from stunet_plugin.nnunet.commands import name_user, terminate_as_interrupt
 
 INTERRUPTED = 130
 WAIT_FOR_WORKERS = 5.0
@@ -104,26 +102,14 @@ def interruptible(resume: str) -> Iterator[None]:
     Args:
         resume: how to resume; added to the KeyboardInterrupt's message, which is printed last.
     """
-
-    process = os.getpid()
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        if os.getpid() != process:
-            # A forked worker, which its pool ends: without a word.
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        with terminate_as_interrupt():
+            yield
     except KeyboardInterrupt as error:
         for worker in multiprocessing.active_children():
             worker.kill()
             worker.join(WAIT_FOR_WORKERS)
         raise KeyboardInterrupt(" ".join(filter(None, (str(error), resume)))) from error
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def build_parser() -> argparse.ArgumentParser:

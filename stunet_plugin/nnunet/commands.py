@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import shutil
@@ -39,13 +40,36 @@ def find_command(name: str) -> str:
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, so that its children are stopped too."""
+    """Let SIGTERM end this process as Ctrl-C does, so that its children are stopped too."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    _keep_default_in_forked_workers()
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@functools.cache
+def _keep_default_in_forked_workers() -> None:
+    """Let SIGTERM end forked workers at once: their pools wait for that.
+
+    It is held back during the fork, where Python would lose it and the pool would wait for ever.
+    """
+    if not hasattr(os, "register_at_fork"):
+        return
+
+    def hold() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def release_with_default() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_with_default)

@@ -43,13 +43,15 @@ def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_worker_that_its_pool_ends_says_nothing() -> None:
-    """It is forked with the handler of the command."""
+@pytest.mark.parametrize(("wait", "times"), [(0.5, 1), (0, 50)])
+def test_a_worker_that_its_pool_ends_says_nothing_and_ends(wait: float, times: int) -> None:
+    """Also in the moment of its fork, where Python forgets signals."""
     code = (
         "import multiprocessing as m, time; from stunet_plugin.cli import interruptible\n"
         "with interruptible(''):\n"
+        f"  for _ in range({times}):\n"
         "    worker = m.get_context('fork').Process(target=time.sleep, args=(60,))\n"
-        "    worker.start(); time.sleep(0.5); worker.terminate(); worker.join()\n"
+        f"    worker.start(); time.sleep({wait}); worker.terminate(); worker.join(20)\n"
         "    assert worker.exitcode == -15"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
