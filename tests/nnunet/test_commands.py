@@ -151,7 +151,7 @@ def test_best_configuration_is_found_among_ours(trained: Workspace) -> None:
 @pytest.mark.parametrize(
     ("configuration", "trainer", "more", "environment", "facts"),
     [
-        ("3d_fullres", "STUNetTrainer_gigantic", (), {}, ("sizes tiny", "Could not find")),
+        ("3d_fullres", "STUNetTrainer_gigantic", (), {}, ("list --trainers", "Could not find")),
         ("3d_lowres", TRAINER, (), {}, ("'3d_lowres'", "2d, 3d_fullres")),
         ("3d_fullres", TRAINER, (), {"nnUNet_results": None}, ("nnUNet_results is not set",)),
         (

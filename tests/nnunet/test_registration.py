@@ -184,6 +184,10 @@ def test_installed_registered_found_and_gone(
         *("-overwrite_plans_name", plans),
     )
     if not editable:  # training costs the same minute either way
+        installation.run(
+            *(phantoms, "nnUNetv2_preprocess", "-d", PHANTOM_ID, "-plans_name", plans),
+            *("-c", "3d_fullres", "-np", 1),
+        )
         output = installation.run(
             *(phantoms, "nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", trainer, "-p", plans),
             *("-device", "cpu", "--disable_checkpointing"),
