@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from stunet_plugin.cli import main
 from stunet_plugin.demo.phantom import write_dataset
 from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.registration import trainers_folder
@@ -118,6 +119,49 @@ class Workspace:
     ) -> Path:
         folder = self.dataset_folder(self.results, dataset_id)
         return folder / f"{trainer}__{plans}__{configuration}"
+
+
+class Stunet:
+    """The command `stunet` in this process; arguments that are text are split at blanks."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        """Run it, expect an exit code; return what it printed, or its message if that is not 0."""
+        words = [word for x in arguments for word in (x.split() if isinstance(x, str) else [x])]
+        self.capsys.readouterr()
+        given = main([str(word) for word in words])
+        out, message = self.capsys.readouterr()
+        assert given == code, message
+        return message if code else out
+
+    def refuse(self, *arguments: object) -> str:
+        """Run it, expect a sentence and no change of any file; return the sentence."""
+        before = self._files()
+        message = self(*arguments, code=2)
+        assert message.startswith("stunet ")
+        assert "Traceback" not in message
+        assert self._files() == before, "a refused command left something behind"
+        return message
+
+    def model(self, source: object, *options: object) -> Path:
+        """Import a checkpoint; return the new model folder."""
+        folder = self.folder / "models" / f"model_{len(list(self.folder.glob('models/*')))}"
+        self("import", source, "--out", folder, *options)
+        return folder
+
+    def refuse_import(self, source: object, *options: object) -> str:
+        return self.refuse("import", source, "--out", self.folder / "out" / "model", *options)
+
+    def _files(self) -> dict[Path, int]:
+        paths = self.folder.rglob("*")
+        return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in paths}
+
+
+@pytest.fixture
+def stunet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Stunet:
+    return Stunet(tmp_path, capsys)
 
 
 @pytest.fixture(scope="session")

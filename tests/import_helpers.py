@@ -1,5 +1,4 @@
-"""Checkpoints in the published formats, made from random weights, and a call of ``stunet import``
-that expects a refusal."""
+"""Checkpoints in the published formats, made from random weights, and models imported from them."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from stunet_plugin.cli import main
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.nnunet.registration import trainers_folder
 
 STRIDES = [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 1, 2]]
+CONFIGURATION = "configurations/3d_fullres"
+STAGE = "plans/plans_per_stage/0"
+CT = {"mean": 100.0, "percentile_00_5": -900.0, "percentile_99_5": 800.0, "median": 90.0}
+CT_V1 = {**CT, "sd": 50.0, "mn": -1000.0, "mx": 3000.0}
 
 _TO_PUBLISHED = (
     (r"encoder\.stages\.", "conv_blocks_context."),
@@ -39,17 +42,14 @@ def make_network(size: str = "tiny", channels: int = 1, outputs: int = 5) -> STU
     return STUNet(channels, outputs, **(arguments | {"conv_op": torch.nn.Conv3d}))
 
 
-def published_name(name: str) -> str:
-    """The published name of one of our parameters."""
-    for pattern, replacement in _TO_PUBLISHED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def published_weights(network: torch.nn.Module) -> OrderedDict[str, Any]:
-    return OrderedDict(
-        (published_name(name), value) for name, value in network.state_dict().items()
-    )
+    """The weights under their published names."""
+    weights = OrderedDict()
+    for name, value in network.state_dict().items():
+        for pattern, replacement in _TO_PUBLISHED:
+            name = re.sub(pattern, replacement, name)
+        weights[name] = value
+    return weights
 
 
 def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
@@ -135,8 +135,7 @@ def write_v1(
 
 
 def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy with values replaced; keys are paths such as
-    ``plans/plans_per_stage/0/batch_size``."""
+    """A deep copy with values replaced; keys are paths such as ``configurations/2d/patch_size``."""
     changed = copy.deepcopy(content)
     for key, value in changes.items():
         *parents, last = [int(part) if part.isdigit() else part for part in key.split("/")]
@@ -147,30 +146,35 @@ def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
     return changed
 
 
-def refuse(
-    capsys: pytest.CaptureFixture[str], source: Path | str, out: Path, *arguments: str
-) -> str:
-    """Run ``stunet import``, expect exit code 2 and nothing written, and return the message."""
-    before = sorted(out.parent.rglob("*")) if out.parent.exists() else None
-    capsys.readouterr()
-    assert main(["import", str(source), "--out", str(out), *arguments]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("stunet import: ")
-    assert "Traceback" not in message
-    after = sorted(out.parent.rglob("*")) if out.parent.exists() else None
-    assert after == before, "a refused import left something behind"
-    return message
+def rewrite_zip(path: Path, replace: tuple[bytes, bytes] = (b"", b""), method: int = 0) -> None:
+    """Write a zip archive anew, with bytes of its ``data.pkl`` replaced or another compression."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries.items():
+            pickled = name.endswith("data.pkl")
+            archive.writestr(name, content.replace(*replace) if pickled else content)
 
 
-def stunet_import(*arguments: object) -> int:
-    return main(["import", *map(str, arguments)])
+def read(folder: Path, name: str = "plans") -> dict[str, Any]:
+    """A JSON file of a folder."""
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content
+
+
+def configuration(folder: Path, name: str = "plans") -> dict[str, Any]:
+    """The configuration 3d_fullres of plans."""
+    content: dict[str, Any] = read(folder, name)["configurations"]["3d_fullres"]
+    return content
+
+
+def checkpoint_of(folder: Path) -> Path:
+    return folder / "fold_0" / "checkpoint_final.pth"
 
 
 def checkpoint_in(folder: Path) -> dict[str, Any]:
     """The checkpoint of an imported model folder, loaded as strictly as torch can."""
-    loaded: dict[str, Any] = torch.load(
-        folder / "fold_0" / "checkpoint_final.pth", weights_only=True
-    )
+    loaded: dict[str, Any] = torch.load(checkpoint_of(folder), weights_only=True)
     return loaded
 
 
@@ -186,25 +190,21 @@ def load_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetPredictor
     return predictor
 
 
-def write_planned_dataset(preprocessed: Path) -> Path:
-    """Dataset 7 as nnU-Net leaves it after planning; return its folder."""
-    folder = preprocessed / "Dataset007_Other"
+def write_planned_dataset(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Dataset 7 as nnU-Net leaves it after planning, in nnUNet_preprocessed; return its folder."""
+    folder = root / "preprocessed" / "Dataset007_Other"
     folder.mkdir(parents=True)
-    plans = with_changes(
-        v2_plans(),
-        {
-            "dataset_name": folder.name,
-            "transpose_forward": [2, 0, 1],
-            "transpose_backward": [1, 2, 0],
-            "original_median_spacing_after_transp": [3.0, 1.0, 0.5],
-            "original_median_shape_after_transp": [40, 200, 300],
-            "experiment_planner_used": "ExperimentPlanner",
-        },
-    )
-    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
-    (folder / "dataset.json").write_text(
-        json.dumps(
-            {"channel_names": {"0": "MRI"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
-        )
-    )
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    changes = {
+        "dataset_name": folder.name,
+        "transpose_forward": [2, 0, 1],
+        "transpose_backward": [1, 2, 0],
+        "original_median_spacing_after_transp": [3.0, 1.0, 0.5],
+        "original_median_shape_after_transp": [40, 200, 300],
+        "experiment_planner_used": "ExperimentPlanner",
+    }
+    (folder / "nnUNetPlans.json").write_text(json.dumps(with_changes(v2_plans(), changes)))
+    channels, labels = {"0": "MRI"}, {"background": 0}
+    dataset = {"channel_names": channels, "labels": labels, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(dataset))
     return folder

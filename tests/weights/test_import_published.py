@@ -1,5 +1,5 @@
 """Imported weights compute what the published code computes; the four published files; memory;
-other input channels."""
+other input channels; stock prediction and fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,98 +10,85 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from stunet_plugin.commands.import_ import Import
 from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.trainers.stunet_trainers import TRAINERS
 from stunet_plugin.weights.choose_plan import choose_labels, choose_plan, published_facts
 from stunet_plugin.weights.identify import Origin
 from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.stunet import read_stunet
 
+from conftest import PHANTOM_ID, Stunet, Workspace
 from import_helpers import (
+    STRIDES,
     checkpoint_in,
+    checkpoint_of,
+    configuration,
     load_model,
     make_network,
     published_weights,
-    refuse,
-    stunet_import,
+    read,
     v1_checkpoint,
     v1_plans,
     write_v1,
 )
 
 TOLERANCE = 1e-5
-"""Largest difference relative to the largest output: the fixtures' own float32 rounding is of that
-size."""
-
-V2_OPTIONS = [
-    *(
-        "--spacing",
-        "1",
-        "1",
-        "1",
-        "--patch-size",
-        "8",
-        "64",
-        "64",
-        "--labels",
-        "background",
-        "a",
-        "b",
-    ),
-    *("--strides", "1,2,2", "1,2,2", "2,2,2", "2,2,2", "1,2,2"),
-]
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A v1 checkpoint of random weights with its .pkl."""
-    return write_v1(tmp_path / "source" / "tiny.model")
+"""Relative to the largest output: the fixtures' own float32 rounding is of that size."""
+PORT_OPTIONS = (
+    "--spacing 1 1 1 --patch-size 8 64 64 --labels background a b"
+    " --strides 1,2,2 1,2,2 2,2,2 2,2,2 1,2,2"
+)
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    ("name", "file", "options", "trainer"),
+    ("file", "options", "trainer"),
     [
-        ("stunet_v1_tiny", "stunet_v1_tiny.model", [], "STUNetTrainer_tiny"),
-        ("stunet_v2_tiny", "stunet_v2_tiny.pth", V2_OPTIONS, "STUNetTrainer"),
+        ("stunet_v1_tiny.model", "", "STUNetTrainer_tiny"),
+        ("stunet_v2_tiny.pth", PORT_OPTIONS, "STUNetTrainer"),
     ],
 )
 def test_fixtures_give_their_recorded_outputs(
-    name: str,
     file: str,
-    options: list[str],
+    options: str,
     trainer: str,
     shared: Path,
-    tmp_path: Path,
+    stunet: Stunet,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert stunet_import(shared / "fixtures" / file, "--out", tmp_path / "model", *options) == 0
-    recorded = np.load(shared / "fixtures" / f"{name}.npz")
+    source = shared / "fixtures" / file
+    recorded = np.load(source.with_suffix(".npz"))
     image = torch.from_numpy(recorded["input"])
-    predictor = load_model(tmp_path / "model", monkeypatch)
+    predictor = load_model(stunet.model(source, options), monkeypatch)
     assert predictor.trainer_name == trainer
     assert predictor.allowed_mirroring_axes == (0, 1, 2)
     with torch.inference_mode():
-        predicted = predictor._internal_maybe_mirror_and_predict(image).numpy()
+        predicted = predictor._internal_maybe_mirror_and_predict(image)
         windows = predictor.predict_sliding_window_return_logits(image[0]).float().numpy()
         predictor.network.decoder.deep_supervision = True
         outputs = predictor.network(image)
     assert len(outputs) == sum(key.startswith("output_") for key in recorded)
-    for index, output in enumerate(outputs):
+    for index, output in ((0, predicted), *enumerate(outputs)):
         expected = recorded[f"output_{index}"]
-        assert np.abs(output.numpy() - expected).max() <= TOLERANCE * max(
-            1.0, np.abs(expected).max()
-        )
-    expected = recorded["output_0"]
-    assert np.abs(predicted - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
+        largest = max(1.0, np.abs(expected).max())
+        assert np.abs(output.numpy() - expected).max() <= TOLERANCE * largest
     # nnU-Net adds windows up in half precision.
+    expected = recorded["output_0"]
     assert np.abs(windows - expected[0]).max() <= 2e-3 * np.abs(expected).max()
+
+
+# --- the four published files
 
 
 @pytest.mark.shared
@@ -109,7 +96,6 @@ def test_facts_are_those_of_the_published_pickles(shared: Path) -> None:
     facts = published_facts()
     order = json.loads((shared / "fixtures" / "official" / "label_orders.json").read_text())
     assert facts["labels"] == [order[str(value)] for value in range(105)]
-    assert facts["labels"][1:] == sorted(facts["labels"][1:])
     for name in facts["checkpoints"]:
         published = load_plans_pickle(shared / "fixtures" / "official" / f"{name}.pkl")["plans"]
         as_json = json.loads(json.dumps(published))
@@ -118,33 +104,25 @@ def test_facts_are_those_of_the_published_pickles(shared: Path) -> None:
 
 @pytest.mark.shared
 def test_published_small_imports_with_and_without_its_pickle(
-    shared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shared: Path, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = published_weights(make_network("small", 1, 105))
     official = shared / "fixtures" / "official" / "small_ep4k.model.pkl"
-    folders = []
-    for name, plans in (("with", pickle.loads(official.read_bytes())), ("without", {})):
-        path = write_v1(tmp_path / name / "small_ep4k.model", weights, plans)
-        folders.append(tmp_path / f"model_{name}")
-        assert stunet_import(path, "--out", folders[-1]) == 0
-    assert "those of small_ep4k.model" in capsys.readouterr().out
-    assert (folders[0] / "plans.json").read_text() == (folders[1] / "plans.json").read_text()
-    plans, dataset = (
-        json.loads((folders[1] / f"{name}.json").read_text()) for name in ("plans", "dataset")
+    given = (pickle.loads(official.read_bytes()), {})
+    with_plans, without = (
+        stunet.model(write_v1(tmp_path / str(number) / "small_ep4k.model", weights, plans))
+        for number, plans in enumerate(given)
     )
-    strides = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"]
-    assert strides == [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 2]]
-    assert plans["dataset_name"] == "Dataset101_TotalSegmentator"
-    assert (dataset["labels"]["spleen"], len(dataset["labels"])) == (77, 105)
-    predictor = load_model(folders[1], monkeypatch)
+    assert "small_ep4k.model" in read(without, "provenance")["plan"]
+    assert read(with_plans) == read(without)
+    assert configuration(without)["architecture"]["arch_kwargs"]["strides"] == STRIDES
+    assert read(without)["dataset_name"] == "Dataset101_TotalSegmentator"
+    labels = read(without, "dataset")["labels"]
+    assert (labels["spleen"], len(labels)) == (77, 105)
+    predictor = load_model(without, monkeypatch)
     assert predictor.trainer_name == "STUNetTrainer_small"
-    assert (
-        sum(value.numel() for value in predictor.network.parameters())
-        == get_preset("small").parameters
-    )
+    parameters = sum(value.numel() for value in predictor.network.parameters())
+    assert parameters == get_preset("small").parameters
 
 
 @pytest.mark.shared
@@ -152,16 +130,12 @@ def test_published_small_imports_with_and_without_its_pickle(
 def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> None:
     """Up to the writing, which is the same for all sizes: 1.8 and 5.8 GB are too much for a test.
 
-    The tensors are reserved, not touched, so they take no memory; names and shapes are all that is
-    looked at.
-    """
+    The tensors are reserved, not touched, so they take no memory."""
     with torch.device("meta"):
         network = make_network(size, 1, 105)
-    checkpoint = v1_checkpoint(
-        {name: torch.empty(value.shape) for name, value in published_weights(network).items()}
-    )
+    reserved = {name: torch.empty(x.shape) for name, x in published_weights(network).items()}
     file = Path(f"{size}_ep4k.model")
-    weights = read_stunet(Origin.V1, checkpoint, checkpoint["state_dict"], file)
+    weights = read_stunet(Origin.V1, v1_checkpoint(reserved), reserved, file)
     assert weights.trainer == f"STUNetTrainer_{size}"
     assert f"{get_preset(size).parameters:,} parameters" in weights.description
     plans = []
@@ -171,7 +145,6 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
         plan.check_network(weights)
         labels = choose_labels(source, weights, plan, None)
         labels.check_outputs(weights.outputs)
-        assert labels.names[77] == "spleen"
         plans.append(plan.to_plans(weights, "Dataset101_TotalSegmentator"))
     assert plans[0] == plans[1]
     chosen = plans[0]["configurations"]["3d_fullres"]
@@ -181,22 +154,21 @@ def test_published_large_and_huge_are_recognised(size: str, shared: Path) -> Non
 
 IMPORT_AND_MEASURE = """
 import resource, sys
-from stunet_plugin.weights.import_model import import_checkpoint
-from stunet_plugin.commands.import_ import Import
+from stunet_plugin.cli import main
 tiny, small, out = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-import_checkpoint(Import(tiny, out=out + "/tiny"))
+main(["import", tiny, "--out", out + "/tiny"])
 before = peak()
-import_checkpoint(Import(small, out=out + "/small"))
+main(["import", small, "--out", out + "/small"])
 print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
-def test_import_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+def test_import_takes_little_more_memory_than_the_weights(tiny: Path, tmp_path: Path) -> None:
     """In a process of its own, with an optimizer state of the same size beside the weights;
     libraries do not count."""
-    tiny = write_v1(tmp_path / "tiny.model")
     weights = published_weights(make_network("small", 1, 105))
     content = v1_checkpoint(weights)
     content["optimizer_state_dict"]["state"] = {
@@ -207,44 +179,30 @@ def test_import_takes_little_more_memory_than_the_weights(tmp_path: Path) -> Non
     torch.save(content, path)
     size = sum(value.numel() * 4 for value in weights.values())
     assert path.stat().st_size > 2 * size
-    command = [sys.executable, "-c", IMPORT_AND_MEASURE, str(tiny), str(path), str(tmp_path)]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert int(result.stdout.splitlines()[-1]) <= 1.3 * size
-    assert (
-        size < (tmp_path / "small" / "fold_0" / "checkpoint_final.pth").stat().st_size < 1.01 * size
-    )
+    command = [sys.executable, "-c", IMPORT_AND_MEASURE, tiny, path, tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(said.stdout.splitlines()[-1]) <= 1.3 * size
+    assert size < checkpoint_of(tmp_path / "small").stat().st_size < 1.01 * size
+
+
+# --- other input channels
 
 
 @pytest.mark.parametrize(("old", "new"), [(1, 3), (2, 3), (3, 1), (2, 2)])
-def test_stem_for_other_channels(old: int, new: int, tmp_path: Path) -> None:
+def test_stem_for_other_channels(old: int, new: int, stunet: Stunet, tiny: Path) -> None:
     """With the same image in all channels: `mean` keeps the response, `repeat` multiplies it by new
     / old."""
     network = make_network(channels=old).eval()
-    source = write_v1(tmp_path / "x.model", published_weights(network), v1_plans(channels=old))
+    write_v1(tiny, published_weights(network), v1_plans(channels=old))
     image = torch.randn(1, 1, 32, 32, 64, generator=torch.Generator().manual_seed(1))
     images = {channels: image.expand(-1, channels, -1, -1, -1) for channels in (old, new)}
     for stem, factor in (("mean", 1.0), ("repeat", new / old)):
-        assert (
-            stunet_import(source, "--out", tmp_path / stem, "--in-channels", new, "--stem", stem)
-            == 0
-        )
-        plans, dataset = (
-            json.loads((tmp_path / stem / f"{name}.json").read_text())
-            for name in ("plans", "dataset")
-        )
-        assert (
-            len(dataset["channel_names"])
-            == len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
-            == new
-        )
+        model = stunet.model(tiny, "--in-channels", new, "--stem", stem)
+        assert len(read(model, "dataset")["channel_names"]) == new
+        assert len(configuration(model)["normalization_schemes"]) == new
         inflated = make_network(channels=new).eval()
-        inflated.load_state_dict(checkpoint_in(tmp_path / stem)["network_weights"])
+        inflated.load_state_dict(checkpoint_in(model)["network_weights"])
         with torch.inference_mode():
             for name in network.keys_to_in_proj:
                 layer, original = (module.get_submodule(name) for module in (inflated, network))
@@ -253,17 +211,65 @@ def test_stem_for_other_channels(old: int, new: int, tmp_path: Path) -> None:
                 torch.testing.assert_close(
                     response - bias, factor * (before - bias), rtol=1e-4, atol=1e-5
                 )
-                if old == new:
-                    assert torch.equal(layer.weight, original.weight)
+                assert old != new or torch.equal(layer.weight, original.weight)
             if stem == "mean":
                 torch.testing.assert_close(
                     inflated(images[new]), network(images[old]), rtol=1e-3, atol=1e-3
                 )
 
 
-def test_stem_refuses_no_channels(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# --- nnU-Net's own functions
+
+
+@pytest.mark.shared
+def test_prediction_agrees_in_every_orientation(
+    shared: Path, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "at least 1, not 0" in refuse(
-        capsys, tiny, tmp_path / "out" / "model", "--in-channels", "0"
+    """A piece of a CT as it is, flipped, and with its axes permuted; each file's affine says so."""
+    model = stunet.model(shared / "fixtures" / "stunet_v1_tiny.model")
+    example = shared / "data" / "examples" / "example_ct_sm.nii.gz"
+    piece = nibabel.load(example).slicer[40:60, 30:48, 2:24]
+    files = {axes: tmp_path / f"{axes}_0000.nii.gz" for axes in ("RAS", "LPS", "SLA")}
+    for axes, file in files.items():
+        turn = ornt_transform(io_orientation(piece.affine), axcodes2ornt(axes))
+        nibabel.save(piece.as_reoriented(turn), file)
+    targets = [str(tmp_path / axes) for axes in files]
+    predictor = load_model(model, monkeypatch)
+    predictor.predict_from_files_sequential(
+        [[str(file)] for file in files.values()], targets, False, True
     )
+    upright = []
+    for axes, file in files.items():
+        image, predicted = nibabel.load(file), nibabel.load(tmp_path / f"{axes}.nii.gz")
+        assert predicted.shape == image.shape
+        assert np.allclose(predicted.affine, image.affine)
+        upright.append(np.asarray(nibabel.as_closest_canonical(predicted).dataobj))
+    assert len(np.unique(upright[0])) > 2
+    assert all(np.array_equal(labels, upright[0]) for labels in upright)
+
+
+@pytest.mark.slow
+def test_nnunet_takes_the_plan_and_the_weights(
+    nnunet_environment: Workspace, stunet: Stunet, tmp_path: Path
+) -> None:
+    """What nnUNetv2_preprocess and nnUNetv2_train -pretrained_weights call, on a dataset with other
+    classes."""
+    network = published_weights(make_network())
+    source = write_v1(tmp_path / "x.model", network, plans={})
+    strides = "--strides 2,2,2 2,2,2 2,2,2 2,2,2 1,1,2"
+    model = stunet.model(source, "--spacing 4 4 4 --patch-size 32 32 64", strides)
+    stunet("plan-like", model, "-d", PHANTOM_ID, "--name likeImported")
+    preprocess_dataset(int(PHANTOM_ID), "likeImported", ("3d_fullres",), (1,))
+    preprocessed = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
+    assert any((preprocessed / "likeImported_3d_fullres").iterdir())
+
+    plans = read(preprocessed, "likeImported") | {"continue_training": False}
+    dataset = read(preprocessed, "dataset")
+    trainer_class = TRAINERS["STUNetTrainer_tiny_ft"]
+    trainer = trainer_class(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(checkpoint_of(model)))
+    loaded = published_weights(trainer.network)
+    assert loaded["seg_outputs.4.weight"].shape != network["seg_outputs.4.weight"].shape
+    shared = [name for name in network if not name.startswith("seg_outputs")]
+    assert all(torch.equal(loaded[name], network[name]) for name in shared)

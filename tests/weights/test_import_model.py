@@ -1,0 +1,310 @@
+"""``stunet import``: what is written, where, all or nothing; files of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from nnunetv2.model_sharing.model_export import export_pretrained_model
+from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+from stunet_plugin.cli import main
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.utils.files import sha256_of
+
+from conftest import Stunet
+from import_helpers import (
+    STRIDES,
+    checkpoint_in,
+    checkpoint_of,
+    configuration,
+    make_network,
+    published_weights,
+    read,
+    v1_checkpoint,
+    write_v1,
+)
+
+LABELS = "--labels background liver spleen aorta colon"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
+    out = stunet.model(tiny, LABELS)
+    plans, dataset, record = (read(out, name) for name in ("plans", "dataset", "provenance"))
+    expected = {
+        "architecture": stunet_architecture(get_preset("tiny"), STRIDES),
+        "spacing": [1.5] * 3,
+        "patch_size": [32, 32, 64],
+        "batch_size": 2,
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+    }
+    assert {key: configuration(out)[key] for key in expected} == expected
+    assert plans["image_reader_writer"] == "NibabelIOWithReorient"
+    assert plans["plans_name"] == "nnUNetPlans"
+    assert dataset["labels"] == {"background": 0, "liver": 1, "spleen": 2, "aorta": 3, "colon": 4}
+    assert (dataset["channel_names"], dataset["file_ending"]) == ({"0": "nonCT"}, ".nii.gz")
+    assert record["sha256"] == sha256_of(tiny)
+    assert record["plans_pickle_sha256"] == sha256_of(tiny.with_name("tiny.model.pkl"))
+    assert record["source"] == str(tiny)
+    assert record["format"] == "nnU-Net v1 checkpoint of the published STU-Net"
+    assert {"stunet-plugin", "nnunetv2", "torch", "numpy", "python"} == set(record["versions"])
+    written = {str(path.relative_to(out)) for path in contents(out)}
+    assert {*record["files"], "provenance.json"} == written
+
+    checkpoint = checkpoint_in(out)
+    assert {"trainer_name", "inference_allowed_mirroring_axes"} <= set(checkpoint)
+    assert checkpoint["optimizer_state"] is None
+    arguments = {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": dataset}
+    assert checkpoint["init_args"] == arguments
+    network = make_network()
+    network.load_state_dict(checkpoint["network_weights"])
+    given = torch.load(tiny, weights_only=False)["state_dict"]
+    assert all(torch.equal(x, given[name]) for name, x in published_weights(network).items())
+
+
+def test_nnunet_results_is_the_default_place(
+    stunet: Stunet, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net finds the model by ID and trainer, exports it and installs it elsewhere."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(variable, raising=False)
+    assert "nnUNet_results is not set" in stunet.refuse("import", tiny)
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    monkeypatch.setenv("nnUNet_results", str(results))
+    said = stunet("import", tiny)
+    assert "nnUNetv2_predict -d 101 -c 3d_fullres -tr STUNetTrainer_tiny -f 0" in said
+    found = Path(get_output_folder(101, "STUNetTrainer_tiny", "nnUNetPlans", "3d_fullres"))
+    assert found == results / "Dataset101_tiny" / "STUNetTrainer_tiny__nnUNetPlans__3d_fullres"
+    # A second dataset of the same ID would make nnU-Net find neither.
+    assert "--dataset-id" in stunet.refuse("import", tiny, "--name Other")
+    stunet("import", tiny, "--name Other --dataset-id 102")
+
+    archive = str(tmp_path / "model.zip")
+    export_pretrained_model(101, archive, ("3d_fullres",), "STUNetTrainer_tiny", folds=(0,))
+    monkeypatch.setenv("nnUNet_results", str(elsewhere))
+    install_model_from_zip_file(archive)
+    installed = elsewhere / found.relative_to(results)
+    assert read(installed) == read(found)
+    assert checkpoint_of(installed).read_bytes() == checkpoint_of(found).read_bytes()
+
+
+def test_importing_twice_changes_nothing_without_force(
+    stunet: Stunet, tiny: Path, tmp_path: Path
+) -> None:
+    out = stunet.model(tiny)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
+    # The same again is no error: scripts run more than once. From another place, too.
+    elsewhere = tmp_path / "moved" / tiny.name
+    shutil.copytree(tiny.parent, elsewhere.parent)
+    for source in (tiny, elsewhere):
+        said = stunet("import", source, "--out", out)
+        assert f"Already there: {out} holds this very import. Nothing was written." in said
+        assert "Predict:" in said
+    message = stunet.refuse("import", tiny, "--out", out, LABELS)
+    assert all(words in message for words in ("is there already", str(tiny), sha256_of(tiny)))
+    after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
+    assert after == before
+    checkpoint_of(out).write_bytes(b"damaged")
+    assert "is there already" in stunet.refuse("import", tiny, "--out", out)
+    stunet("import", tiny, "--out", out, LABELS, "--force")
+    assert "liver" in read(out, "dataset")["labels"]
+    assert os.listdir(out.parent) == [out.name]
+
+
+def test_force_never_takes_what_no_import_wrote(stunet: Stunet, tiny: Path) -> None:
+    out = stunet.model(tiny)
+    trained = out / "fold_1" / "checkpoint_best.pth"
+    trained.parent.mkdir()
+    trained.write_text("a week of training")
+    again = ("import", tiny, "--out", out, "--force")
+    assert "fold_1/checkpoint_best.pth" in stunet.refuse(*again)
+    (out / "provenance.json").write_text("{")
+    assert "is damaged" in stunet.refuse(*again)
+    (out / "provenance.json").unlink()
+    assert "no `stunet import` wrote it" in stunet.refuse(*again)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        KeyboardInterrupt(),
+        RuntimeError("crash"),
+    ],
+)
+def test_crash_while_writing_leaves_nothing(
+    error: BaseException, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object, path: Path) -> None:
+        Path(path).write_text("half a file")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    arguments = ["import", str(tiny), "--out", str(tmp_path / "new" / "deep" / "model")]
+    if str(error) == "crash":
+        with pytest.raises(RuntimeError):
+            main(arguments)
+    else:
+        assert main(arguments) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_crash_while_replacing_keeps_the_old_folder(
+    failing: int, stunet: Stunet, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stunet.model(tiny)
+    before, rename, calls = contents(out), os.rename, []
+
+    def fail_once(old: Path, new: Path) -> None:
+        calls.append(old)
+        if len(calls) == failing:
+            raise OSError(5, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    message = stunet("import", tiny, "--out", out, "--force", code=2)
+    assert "Input/output error" in message
+    assert contents(out) == before
+    assert os.listdir(out.parent) == [out.name]
+
+
+def test_what_a_killed_import_left_is_named(stunet: Stunet, tiny: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".stunet_import_abc"
+    left.mkdir()
+    assert str(left) in stunet("import", tiny, "--out", tmp_path / "model")
+    assert left.is_dir()
+
+
+@pytest.mark.parametrize(("kind", "legacy"), [(torch.float16, True), (torch.float64, False)])
+def test_other_number_formats_become_float32(
+    stunet: Stunet, tiny: Path, kind: torch.dtype, legacy: bool
+) -> None:
+    weights = {name: value.to(kind) for name, value in published_weights(make_network()).items()}
+    # A view of a larger tensor: only its own values may be written.
+    wide = torch.zeros(2, *weights["seg_outputs.0.weight"].shape, dtype=kind)
+    weights["seg_outputs.0.weight"] = wide[1]
+    torch.save(v1_checkpoint(weights), tiny, _use_new_zipfile_serialization=not legacy)
+    written = checkpoint_in(stunet.model(tiny))["network_weights"]
+    assert {value.dtype for value in written.values()} == {torch.float32}
+    stem = written["encoder.stages.0.0.conv1.weight"]
+    assert torch.equal(stem, weights["conv_blocks_context.0.0.conv1.weight"].float())
+    assert written["decoder.seg_layers.0.weight"].untyped_storage().nbytes() == wide[1].numel() * 4
+
+
+@pytest.mark.parametrize(
+    ("prefix", "lightning"), [("module.", False), ("_orig_mod.module.", False), ("net.", True)]
+)
+def test_prefixes_of_wrappers_are_stripped_and_said(
+    stunet: Stunet, tiny: Path, tmp_path: Path, prefix: str, lightning: bool
+) -> None:
+    plain = stunet.model(tiny)
+    content = torch.load(tiny, weights_only=False)
+    content["state_dict"] = {prefix + name: x for name, x in content["state_dict"].items()}
+    torch.save(content | ({"pytorch-lightning_version": "2.4"} if lightning else {}), tiny)
+    said = stunet("import", tiny, "--out", tmp_path / "wrapped")
+    assert f"{prefix!r} stripped" in said
+    assert ("Lightning" in said) == lightning
+    one, two = (checkpoint_in(x)["network_weights"] for x in (plain, tmp_path / "wrapped"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_own_checkpoints_are_imported_with_their_plan_and_labels(
+    stunet: Stunet, tiny: Path, tmp_path: Path
+) -> None:
+    first = stunet.model(tiny, LABELS)
+    content = checkpoint_in(first) | {"inference_allowed_mirroring_axes": (0, 2)}
+    torch.save(content, tmp_path / "own.pth")
+    second = stunet.model(tmp_path / "own.pth")
+    for name in ("plans", "dataset"):
+        one, two = read(first, name), read(second, name)
+        # What names the dataset and its source differs.
+        naming = {"dataset_name", "name", "description"}
+        assert {key for key in one if one[key] != two[key]} <= naming
+    written = checkpoint_in(second)
+    assert written["inference_allowed_mirroring_axes"] == (0, 2)
+    given = content["network_weights"]
+    assert all(torch.equal(x, given[name]) for name, x in written["network_weights"].items())
+
+
+# --- the Hugging Face hub
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None]]:
+    """What is asked of a stand-in for huggingface_hub, which serves the files of a folder."""
+    asked = []
+
+    def download(repo_id: str, filename: str, *, revision: str | None = None) -> str:
+        asked.append((repo_id, filename, revision))
+        if not (tmp_path / "hub" / filename).is_file():
+            raise FileNotFoundError(f"404: {filename}")
+        return str(tmp_path / "hub" / filename)
+
+    client = SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    return asked
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_hub_files_are_imported(
+    stunet: Stunet, tmp_path: Path, asked: list[tuple[str, str, str | None]], pickled: bool
+) -> None:
+    write_v1(tmp_path / "hub" / "weights" / "tiny.model", plans=None if pickled else {})
+    source = "hf://someone/STU-Net@v1.0/weights/tiny.model"
+    plan = "--spacing 2 2 2 --patch-size 32 32 64 --strides 2,2,2 2,2,2 2,2,2 2,2,2 1,1,2"
+    said = stunet("import", source, "--out", tmp_path / "model", "" if pickled else plan)
+    files = ("weights/tiny.model", "weights/tiny.model.pkl")
+    assert asked == [("someone/STU-Net", file, "v1.0") for file in files]
+    assert read(tmp_path / "model", "provenance")["source"] == source
+    assert ("No tiny.model.pkl beside it" in said) is not pickled
+
+
+def test_hub_errors_say_what_to_do(
+    stunet: Stunet, asked: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = stunet.refuse("import hf://someone/STU-Net/none.model")
+    assert "FileNotFoundError: 404" in message
+    for wrong in ("hf://someone", "hf://someone/STU-Net", "hf://someone/STU-Net/../x.model"):
+        assert "hf://owner/repository/file" in stunet.refuse("import", wrong)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = stunet.refuse("import hf://someone/STU-Net/x.model")
+    assert "pip install huggingface_hub" in message
+
+
+def test_hub_client_is_called_as_it_is_declared() -> None:
+    client = pytest.importorskip("huggingface_hub", reason="the hub client is optional")
+    signature = inspect.signature(client.hf_hub_download)
+    signature.bind(repo_id="a/b", filename="c", revision=None)
+
+
+@pytest.mark.parametrize(
+    ("address", "advice"),
+    [
+        (
+            "https://huggingface.co/ziyanhuang/STU-Net/resolve/main/base_ep4k.model?download=true",
+            "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model",
+        ),
+        ("https://huggingface.co/a/b/blob/v1/c/d.pth", "stunet import hf://a/b@v1/c/d.pth"),
+        ("https://example.org/x.model", "download the file"),
+    ],
+)
+def test_addresses_of_the_web_are_turned_into_those_of_the_hub(
+    stunet: Stunet, address: str, advice: str
+) -> None:
+    assert advice in stunet.refuse("import", address)

@@ -1,0 +1,315 @@
+"""Untrusted files: each is refused with a message that says what it is, runs nothing and leaves
+nothing, or is read right."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import random
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.weights.read_plans import read_plans_file
+from stunet_plugin.weights.read_weights import read_weights
+from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickle
+
+from conftest import Stunet
+from import_helpers import (
+    make_network,
+    published_weights,
+    rewrite_zip,
+    v1_checkpoint,
+    v1_plans,
+    write_v1,
+)
+
+MARKER = "code_was_run"
+
+
+class WritesAFile:
+    """Unpickled by pickle itself, this would run a shell command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {MARKER}",)
+
+
+def endless() -> list[Any]:
+    """A few hundred bytes in a file, 2**60 values when written out."""
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+EVIL = v1_checkpoint({"a": WritesAFile()})
+HTML = b"\n<!DOCTYPE html><html><head><title>Quota exceeded</title></head></html>"
+NAMELESS = {"network_weights": {"encoder.stages.0.0.convs.0.weight": torch.ones(2)}}
+LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": "2"}
+
+# --- other files than checkpoints, and checkpoints of other things
+
+
+def torch_script(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path))
+
+
+def append_outside(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../../outside.txt", "x")
+
+
+def no_torch_file(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("fold_0/model.txt", "x")
+
+
+def wrong_byte(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        position = max(archive.infolist(), key=lambda entry: entry.file_size).header_offset + 5000
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def old_format(path: Path) -> None:
+    weights = v1_checkpoint(published_weights(make_network()))
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def image(path: Path) -> None:
+    file = path.with_name("image.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), file)
+    file.rename(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (EVIL, "posix.system"),
+        (lambda path: torch.save(EVIL, path, _use_new_zipfile_serialization=False), "posix.system"),
+        (lambda path: path.write_bytes(pickle.dumps(EVIL)), "plain pickle"),
+        (append_outside, "outside of the archive"),
+        (no_torch_file, "no torch file"),
+        (lambda path: rewrite_zip(path, method=zipfile.ZIP_DEFLATED), "compressed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
+        (old_format, "damaged"),
+        (wrong_byte, "checksum"),
+        (torch_script, "TorchScript"),
+        (image, "NIfTI image"),
+        (HTML, "web page (HTML)"),
+        (b"", "empty"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        (b"\x1f\x8b\x08\x00", "gzip"),
+        (bytes(257) + b"ustar", "tar archive"),
+        (b"\x00" * 100, "starts with"),
+        (Path.unlink, "no such file"),
+        (lambda path: (path.unlink(), path.mkdir()), "folder"),
+        ([1, 2], "list"),
+        ({"weights": torch.ones(2)}, "weights"),
+        (LIGHTNING, "Lightning"),
+        (NAMELESS, "encoder.stages.0.0.convs.0.weight"),
+    ],
+)
+def test_unsafe_file_is_refused(
+    content: Any, message: str, stunet: Stunet, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    if callable(content):
+        content(tiny)
+    elif isinstance(content, bytes):
+        tiny.write_bytes(content)
+    else:
+        torch.save(content, tiny)
+    said = stunet.refuse_import(tiny)
+    assert message in said
+    assert tiny.name in said
+    assert "weights_only" not in said, "torch's advice to trust the file must not be passed on"
+    assert not Path(MARKER).exists()
+
+
+# --- weights
+
+NORM = "conv_blocks_context.2.0.norm1.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({NORM: torch.full((16,), torch.nan)}, "1 of 130 tensors hold NaN or infinite"),
+        ({NORM: torch.full((16,), torch.inf)}, "1 of 130 tensors hold NaN or infinite"),
+        ({NORM: torch.ones(15)}, "(15,), expected (16,)"),
+        ({NORM: torch.ones(16, dtype=torch.int64)}, "no plain tensor"),
+        ({NORM: torch.ones(1).expand(16)}, "claims 16 values"),
+        ({NORM: "x"}, "is a str"),
+        ({NORM: None}, "1 of 130 tensors are missing"),
+        ({"conv_blocks_context.3.0.conv1.weight": None}, "stages"),
+        ({"seg_outputs.1.weight": None}, "4 segmentation heads"),
+        ({"more": torch.ones(1)}, "'more'"),
+        ({"conv_blocks_context.0.0.conv1.scale": torch.ones(1)}, "no part of an STU-Net"),
+        ({3: torch.ones(1)}, "3"),
+    ],
+)
+def test_wrong_weights_are_refused(
+    changes: dict[Any, Any], message: str, stunet: Stunet, tiny: Path
+) -> None:
+    weights = {**published_weights(make_network()), **changes}
+    write_v1(tiny, {name: value for name, value in weights.items() if value is not None})
+    assert message in stunet.refuse_import(tiny)
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_checkpoints_of_either_numpy_load(renamed: bool, tiny: Path) -> None:
+    """numpy 1 wrote numpy.core, numpy 2 writes numpy._core; published files are of both."""
+    names = (b"numpy._core.multiarray", b"numpy.core.multiarray")
+    rewrite_zip(tiny, names if renamed else names[::-1])
+    assert load_checkpoint(tiny)["best_stuff"] == (None, 0.3, 0.9)
+
+
+def test_numpy_scalars_of_objects_are_refused_in_checkpoints(tiny: Path) -> None:
+    torch.save({"state_dict": {}, "best": np.datetime64("2020-01-01")}, tiny)
+    with pytest.raises(PluginError, match="'M8' is not allowed"):
+        load_checkpoint(tiny)
+
+
+# --- pickled plans
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plans_with_numpy_come_as_plain_numbers(protocol: int, tmp_path: Path) -> None:
+    content = {
+        "array": np.array([[1, 2], [3, 4]], dtype=">i2"),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "scalar": np.float32(1.5),
+        "flag": np.bool_(True),
+        "table": OrderedDict([(0, ("a", {1, 2}))]),
+    }
+    path = tmp_path / "plans.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    loaded = load_plans_pickle(path)
+    assert loaded == {
+        "array": [[1, 2], [3, 4]],
+        "fortran": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
+        "scalar": 1.5,
+        "flag": True,
+        "table": {0: ("a", {1, 2})},
+    }
+    assert type(loaded["table"]) is dict
+    assert type(loaded["flag"]) is bool
+
+
+def code(*parts: bytes | str) -> bytes:
+    """A pickle of protocol 5; text stands for a short string."""
+    written = (x if isinstance(x, bytes) else b"\x8c" + bytes([len(x)]) + x.encode() for x in parts)
+    return b"\x80\x05" + b"".join(written) + b"."
+
+
+SMALL_INTEGERS = pickle.dumps({"a": np.arange(3, dtype=np.int16)}, protocol=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"more": WritesAFile()}), "posix.system"),
+        (pickle.dumps({"more": Path}), "pathlib.Path"),
+        (pickle.dumps({"more": np.array([WritesAFile()], dtype=object)}), "'O8' is not allowed"),
+        (pickle.dumps({"more": endless()}), "nested without end"),
+        (pickle.dumps([1]), "list"),
+        # One instruction that makes CPython's unpickler reserve 16 GB: "remember this under the
+        # number 2**31 - 1".
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "all memory"),
+        (b"\x80\x02cposix\nsystem\n.", "posix.system"),
+        (
+            code("collections", "OrderedDict", b"\x93N}", "_function", b"K\x01s\x86b"),
+            "may not change functions",
+        ),
+        (
+            code(
+                *("numpy", "dtype", b"\x93", "f8", b"\x85R(K\x03", "<", b"}NN"),
+                b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+            ),
+            "fields",
+        ),
+        (code("_codecs", "encode", b"\x93", "a", "zlib", b"\x86R"), "'zlib' is not allowed"),
+        (code("collections", "OrderedDict.fromkeys", b"\x93"), "OrderedDict.fromkeys"),
+        (code("a", "b", b"\x86Q"), "BINPERSID"),
+        (code(b"\x8e" + struct.pack("<Q", 2**60) + b"ab"), "cannot be read"),
+        (SMALL_INTEGERS.replace(b"K\x03\x85", b"K\x09\x85"), "shape"),
+    ],
+)
+def test_unsafe_plans_are_refused(
+    content: bytes, message: str, stunet: Stunet, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    path = tiny.with_name("tiny.model.pkl")
+    path.write_bytes(content)
+    said = stunet.refuse_import(tiny)
+    assert message in said
+    assert path.name in said
+    assert not Path(MARKER).exists()
+    # What was refused must not have changed the reader for the next file.
+    path.write_bytes(pickle.dumps(v1_plans()))
+    assert load_plans_pickle(path)["name"] == "STUNetTrainer_tiny"
+
+
+# --- files damaged at random
+
+
+def damaged(content: bytes, seed: int) -> bytes:
+    """Cut, change, double or blank some of the bytes."""
+    draw = random.Random(seed)
+    data = bytearray(content)
+    kind = seed % 4
+    start = draw.randrange(len(data))
+    end = min(len(data), start + draw.randint(1, 200))
+    if kind == 0:
+        return bytes(data[:start])
+    if kind == 1:
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+    elif kind == 2:
+        data = data[:end] + data[start:]
+    else:
+        data[start:end] = bytes(end - start)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_checkpoints_are_refused_or_read_right(legacy: bool, tiny: Path) -> None:
+    content, read = v1_checkpoint(published_weights(make_network())), 0
+    torch.save(content, tiny, _use_new_zipfile_serialization=not legacy)
+    whole = tiny.read_bytes()
+    for seed in range(60):
+        tiny.write_bytes(damaged(whole, seed))
+        with contextlib.suppress(PluginError):
+            assert read_weights(tiny).description.startswith("STU-Net tiny")
+            read += 1
+    assert read < 54
+
+
+@pytest.mark.parametrize("kind", ["json", "pkl"])
+def test_damaged_plans_are_refused_or_read_right(
+    kind: str, stunet: Stunet, tiny: Path, tmp_path: Path
+) -> None:
+    sources = {"json": stunet.model(tiny) / "plans.json", "pkl": tiny.with_name("tiny.model.pkl")}
+    whole, file = sources[kind].read_bytes(), tmp_path / f"plans.{kind}"
+    for seed in range(150):
+        file.write_bytes(damaged(whole, seed))
+        with contextlib.suppress(PluginError):
+            plan = read_plans_file(file)
+            assert len(plan.spacing) == len(plan.patch_size) == 3
+            assert all(value > 0 for value in (*plan.spacing, *plan.patch_size))
