@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +105,13 @@ class Workspace:
             pytest.fail(f"{command} {arguments} ended with {result.returncode}:\n{output}")
         return result
 
+    def in_this_process(self, patch: pytest.MonkeyPatch) -> None:
+        """Set the variables here, for calls of nnU-Net's Python interface."""
+        for key, value in self.environment.items():
+            if key.startswith(("nnUNet_", "STUNET_")):
+                patch.setenv(key, value)
+        patch.setattr(sys, "argv", ["pytest"])
+
     def dataset_folder(self, base: Path, dataset_id: str = PHANTOM_ID) -> Path:
         return next(base.glob(f"Dataset{dataset_id}_*"))
 
@@ -172,12 +182,27 @@ def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], W
     return make
 
 
+def prepare(workspace: Workspace) -> None:
+    """What nnUNetv2_plan_and_preprocess does, in threads of this process: processes would spend
+    their time on imports."""
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+
+    with pytest.MonkeyPatch.context() as patch:
+        workspace.in_this_process(patch)
+        threads = SimpleNamespace(Pool=ThreadPool)
+        patch.setattr(multiprocessing, "get_context", lambda _=None: threads)
+        datasets = [int(PHANTOM_ID)]
+        api.extract_fingerprints(datasets, num_processes=1)
+        api.plan_experiments(datasets)
+        api.preprocess(datasets, configurations=("2d", "3d_fullres"), num_processes=(1, 1))
+
+
 @pytest.fixture(scope="session")
 def phantoms(
     new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest.TempPathFactory
 ) -> Workspace:
-    """Six phantoms, planned and preprocessed for 2d and 3d_fullres by the stock command: made once,
-    a copy for each process."""
+    """Six phantoms, planned and preprocessed for 2d and 3d_fullres: made once, a copy for each
+    process."""
     common = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         common = common.parent
@@ -185,8 +210,7 @@ def phantoms(
         if not (common / "phantoms").is_dir():
             first = new_workspace("phantoms_unfinished")
             write_dataset(first.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
-            arguments = ("-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
-            first.run("nnUNetv2_plan_and_preprocess", *arguments)
+            prepare(first)
             first.root.rename(common / "phantoms")
     workspace = new_workspace("phantoms_copy")
     shutil.copytree(common / "phantoms", workspace.root, dirs_exist_ok=True)
@@ -196,8 +220,5 @@ def phantoms(
 @pytest.fixture
 def nnunet_environment(phantoms: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """The phantoms' environment in this process, for calls of nnU-Net's Python interface."""
-    for key, value in phantoms.environment.items():
-        if key.startswith(("nnUNet_", "STUNET_")):
-            monkeypatch.setenv(key, value)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+    phantoms.in_this_process(monkeypatch)
     return phantoms

@@ -9,6 +9,7 @@ The arguments are those of ``nnUNetv2_train``; what each process does is nnU-Net
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import socket
@@ -17,10 +18,9 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from nnunetv2.paths import nnUNet_results
@@ -41,11 +41,9 @@ EXAMPLE = (
     "torchrun --nproc-per-node 2 -m stunet_plugin.launch 4 3d_fullres 0 -tr STUNetTrainer_large"
 )
 RESUME = "To resume from the latest checkpoint, start the same command with --c."
-TOGETHER = "--{} and {} cannot be used together."
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among those that torchrun started: on all machines, and on this one."""
 
     rank: int
@@ -55,18 +53,14 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> Process:
-        """Read what torchrun has set.
-
-        Raises:
-            PluginError: torchrun did not start this process.
-        """
+        """Read what torchrun has set; raise if it did not start this process."""
         try:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
             return cls(*(int(os.environ[name]) for name in names))
         except (KeyError, ValueError) as error:
             raise PluginError(
-                "This has to be started by torchrun, which says how many processes there are:"
-                f" {EXAMPLE}. For a single process there is nnUNetv2_train."
+                f"This has to be started by torchrun: {EXAMPLE}. For a single process there is"
+                " nnUNetv2_train."
             ) from error
 
     def __str__(self) -> str:
@@ -87,63 +81,59 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m stunet_plugin.launch",
         description="nnUNetv2_train in the processes that torchrun starts.",
         epilog=f"Example: {EXAMPLE}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("dataset_name_or_id", help="dataset to train with")
     add("configuration", help="configuration of its plan, such as 3d_fullres")
     add("fold", help="fold of the cross-validation, an integer or all")
-    add("-tr", default="nnUNetTrainer", help="trainer (default: %(default)s)")
-    add("-p", default="nnUNetPlans", help="name of the plans (default: %(default)s)")
+    add("-tr", default="nnUNetTrainer", help="trainer")
+    add("-p", default="nnUNetPlans", help="name of the plans")
     add("-pretrained_weights", help="checkpoint whose weights the training starts from")
     add("-num_gpus", type=int, help=argparse.SUPPRESS)
-    add("--npz", action="store_true", help="keep the probabilities of the final validation")
-    add("--c", action="store_true", help="continue from the latest checkpoint")
-    add("--val", action="store_true", help="validate a finished training, do not train")
-    add("--val_best", action="store_true", help="validate with checkpoint_best")
-    add("--disable_checkpointing", action="store_true", help="write no checkpoint")
-    meaning = "one GPU for each process, or the CPU"
-    add("-device", choices=("cuda", "cpu"), default="cuda", help=meaning)
-    meaning = "end if a process has waited so long for another (default: %(default)s)"
-    add("--timeout", type=float, default=TIMEOUT_MINUTES, metavar="MINUTES", help=meaning)
+    switch = functools.partial(add, action="store_true")
+    switch("--npz", help="keep the probabilities of the final validation")
+    switch("--c", help="continue from the latest checkpoint")
+    switch("--val", help="validate a finished training, do not train")
+    switch("--val_best", help="validate with checkpoint_best")
+    switch("--disable_checkpointing", help="write no checkpoint")
+    device = "one GPU for each process, or the CPU"
+    add("-device", choices=("cuda", "cpu"), default="cuda", help=device)
+    timeout = "end if a process has waited so long for another"
+    add("--timeout", type=float, default=TIMEOUT_MINUTES, metavar="MINUTES", help=timeout)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train or validate as one of several processes; return the exit code."""
     options = build_parser().parse_args(arguments)
-    who = "stunet_plugin.launch"
+    process = None
     name_user()
     try:
         check(options)
         process = Process.from_environment()
         device = choose_device(options.device, process)
-        who = str(process)
         with process_group(device, options.timeout):
             check_consistency(options)
             if process.local_processes != process.processes and nnUNet_results.is_set():
                 check_results_are_shared()
             train(options, process, device)
     except PluginError as error:
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        said, code = f"{process or 'stunet_plugin.launch'}: {error}", 2
         tell_torchrun(str(error))
-        return 2
     except KeyboardInterrupt:
-        if process.local_rank == 0:
-            print(f"{process} was interrupted. {RESUME}", file=sys.stderr, flush=True)
-        return 130
+        first = process is None or process.local_rank == 0
+        said, code = f"{process} was interrupted. {RESUME}" if first else "", 130
     except Exception as error:
         traceback.print_exc()
         # Not told to torchrun: it would take a process that lost its connection to a killed one for
         # the first.
-        print(
-            f"{process} stops: {type(error).__name__}: {str(error)[:500]}\nAll processes of this"
-            " training end, since none can continue alone; look for the one that stopped first."
-            f" {RESUME}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
-    return 0
+        said, code = f"{process} stops: {type(error).__name__}: {str(error)[:500]}\n", 1
+        said += "All processes of this training end; look for the one that stopped first. " + RESUME
+    else:
+        return 0
+    print(said, file=sys.stderr, flush=True)
+    return code
 
 
 def tell_torchrun(text: str) -> None:
@@ -157,24 +147,16 @@ def tell_torchrun(text: str) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise for arguments that contradict each other."""
+    """Raise for arguments that are wrong or contradict each other."""
+    for pair in (("c", "val"), ("c", "pretrained_weights"), ("val_best", "disable_checkpointing")):
+        if all(getattr(options, name) for name in pair):
+            raise PluginError(f"{' and '.join(pair)} cannot be used together. Leave one out.")
     if options.num_gpus is not None:
-        raise PluginError(
-            "-num_gpus has no meaning here: torchrun's --nproc-per-node says how many processes a"
-            " machine starts."
-        )
+        raise PluginError("Leave -num_gpus out: torchrun's --nproc-per-node says how many.")
     if options.fold != "all" and not options.fold.isdecimal():
         raise PluginError(f"The fold must be an integer or all, not {options.fold!r}.")
-    if options.c and options.val:
-        raise PluginError(TOGETHER.format("c", "--val"))
-    if options.c and options.pretrained_weights:
-        raise PluginError(TOGETHER.format("c", "-pretrained_weights"))
-    if options.val_best and options.disable_checkpointing:
-        raise PluginError(TOGETHER.format("val_best", "--disable_checkpointing"))
     if not options.timeout > 0:
-        raise PluginError(
-            f"--timeout must be a number of minutes above 0, not {options.timeout:g}."
-        )
+        raise PluginError(f"--timeout must be above 0 minutes, not {options.timeout:g}.")
 
 
 def choose_device(kind: str, process: Process) -> torch.device:
@@ -187,31 +169,23 @@ def choose_device(kind: str, process: Process) -> torch.device:
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if process.local_rank >= gpus:
-        raise PluginError(
-            f"{process} has no GPU: this machine has {gpus} and was asked for"
-            f" {process.local_processes} processes. Start torchrun with --nproc-per-node {gpus}."
-            if gpus
-            else f"{process} finds no GPU on this machine. Train on the CPU with -device cpu."
-        )
+        advice = f"Start torchrun with --nproc-per-node {gpus}" if gpus else "Add -device cpu"
+        raise PluginError(f"{process} has no GPU: this machine has {gpus}. {advice}.")
     # As nnU-Net on GPUs.
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     device = torch.device("cuda", process.local_rank)
     torch.cuda.set_device(device)
-    cudnn.deterministic = False
-    cudnn.benchmark = True
+    cudnn.deterministic, cudnn.benchmark = False, True
     return device
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
     """Join the processes that torchrun started, over NCCL between GPUs and gloo on the CPU."""
-    on_cuda = device.type == "cuda"
-    distributed.init_process_group(
-        "nccl" if on_cuda else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if on_cuda else None,
-    )
+    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    timeout = timedelta(minutes=timeout_minutes)
+    distributed.init_process_group(backend, timeout=timeout, device_id=gpu)
     yield
     # Not after an error: it could wait for processes that are gone.
     distributed.destroy_process_group()
@@ -226,9 +200,8 @@ def train(options: argparse.Namespace, process: Process, device: torch.device) -
     if not ours and (device.type != "cuda" or process.local_processes != process.processes):
         raise PluginError(
             f"{options.tr} is not a trainer of stunet-plugin: nnU-Net's own take the rank of a"
-            " process for the number of its GPU, so they train on the GPUs of one machine alone"
-            " (as nnUNetv2_train -num_gpus does). With several machines, or on the CPU, use"
-            " STUNetTrainer_base, PCTNetTrainer, FMUNetTrainer or another trainer of this plugin."
+            " process for the number of its GPU, so they train on the GPUs of one machine alone."
+            " Use one of ours: stunet list --trainers"
         )
     fold = options.fold if options.fold == "all" else int(options.fold)
     dataset = (options.dataset_name_or_id, options.configuration, fold)

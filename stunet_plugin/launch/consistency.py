@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,7 @@ PATIENCE_SECONDS = 30.0
 
 
 def check_consistency(options: argparse.Namespace) -> None:
-    """Raise unless all processes were started alike. Every process calls this, all raise alike.
-
-    Args:
-        options: of the launcher.
-
-    Raises:
-        PluginError: two of them have other arguments, options, plans or software.
-    """
+    """Raise in every process unless all were started alike: arguments, options, plans, software."""
     difference = first_difference(_gather((socket.gethostname(), settings_of(options))))
     if difference is not None:
         raise PluginError(
@@ -75,55 +68,38 @@ def settings_of(options: argparse.Namespace) -> dict[str, str]:
 
 
 def first_difference(everyone: Sequence[tuple[str, dict[str, str]]]) -> str | None:
-    """Return the first difference between two processes, or None.
-
-    Args:
-        everyone: machine and settings of each process.
-    """
+    """Return the first difference between two processes, each given as (machine, settings)."""
     (machine, expected), *others = everyone
     for rank, (other_machine, found) in enumerate(others, 1):
         for name in {**expected, **found}:
             here, there = expected.get(name, "not set"), found.get(name, "not set")
             if here != there:
-                return (
-                    f"{name} is {here} in process 0 on {machine}, {there} in process {rank} on"
-                    f" {other_machine}"
-                )
+                first, other = f"process 0 on {machine}", f"process {rank} on {other_machine}"
+                return f"{name} is {here} in {first}, {there} in {other}"
     return None
 
 
 def check_results_are_shared() -> None:
-    """Raise unless every process sees what the first writes to its results folder. Every process
-    calls this, all raise alike.
-
-    Raises:
-        PluginError: one does not.
-    """
-    results = Path(nnUNet_results)
-    names = [""]
-    first = distributed.get_rank() == 0
-    # If it cannot be written the trainer says so.
-    with suppress(OSError):
-        if first:
-            results.mkdir(parents=True, exist_ok=True)
-            descriptor, path = tempfile.mkstemp(prefix=".stunet_plugin_", dir=results)
-            os.close(descriptor)
-            names = [Path(path).name]
-    try:
+    """Raise in every process unless all see what the first writes to its results folder."""
+    results, names = Path(nnUNet_results), [""]
+    with ExitStack() as until_seen:
+        # If it cannot be written the trainer says so.
+        with suppress(OSError):
+            if distributed.get_rank() == 0:
+                results.mkdir(parents=True, exist_ok=True)
+                file = until_seen.enter_context(tempfile.NamedTemporaryFile(dir=results))
+                names = [Path(file.name).name]
         distributed.broadcast_object_list(names)
         if not names[0]:
             return
         everyone = _gather((_appears(results / names[0]), socket.gethostname(), str(results)))
-    finally:
-        if first and names[0]:
-            (results / names[0]).unlink(missing_ok=True)
+    (_, first_machine, first_folder), *_ = everyone
     for rank, (seen, machine, folder) in enumerate(everyone):
         if not seen:
-            _, first_machine, first_folder = everyone[0]
             raise PluginError(
                 f"nnUNet_results is not shared: process {rank} on {machine} does not see in its"
                 f" {folder} what process 0 on {first_machine} writes to its {first_folder}. Set"
-                " nnUNet_results to one folder, on a file system that all machines share."
+                " nnUNet_results to one folder on a shared file system."
             )
 
 

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,73 +24,38 @@ from stunet_plugin.launch import __main__ as launch
 from stunet_plugin.launch import consistency
 
 from conftest import PHANTOM_ID, Workspace
+from trainer_helpers import DATASET
 
-EPOCHS = 4
-KILLED_IN = 2
 WORDS = ["4", "3d_fullres"]
 CPU = torch.device("cpu")
+EPOCHS, KILLED_IN = 4, 2
 
 
-@pytest.fixture
-def launched(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repository / "tests" / "tools"))
-    return importlib.import_module("launched")
-
-
-@pytest.fixture
-def fixed_batches(
-    launched: ModuleType, nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> Workspace:
-    """The phantoms, with the plan and the trainer of the fixed batches."""
-    workspace = nnunet_environment
-    launched.write_plans(workspace.dataset_folder(workspace.preprocessed))
-    monkeypatch.setenv("nnUNet_extTrainer", str(launched.FIXED_BATCHES))
-    monkeypatch.syspath_prepend(str(launched.FIXED_BATCHES))
-    monkeypatch.setenv("STUNET_EPOCHS", str(EPOCHS))
-    monkeypatch.setenv("STUNET_SEED", "1")
-    return workspace
-
-
-def single_process_training(workspace: Workspace, launched: ModuleType) -> dict[str, Any]:
-    """What one process makes of the fixed batches."""
-    plans = {**workspace.plans(launched.PLANS), "continue_training": False}
-    folder = workspace.dataset_folder(workspace.preprocessed)
-    description = json.loads((folder / "dataset.json").read_text())
-    trainer_class = importlib.import_module("fixed_batches_trainer").FixedBatchesTrainer
-    trainer = trainer_class(plans, "3d_fullres", 1, description, CPU)
-    trainer.run_training()
-    checkpoint: dict[str, Any] = launched.read(Path(trainer.output_folder, "checkpoint_final.pth"))
-    return checkpoint
-
-
+@pytest.mark.slow
 def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
-    fixed_batches: Workspace, launched: ModuleType, tmp_path: Path
+    nnunet_environment: Workspace, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two pretended machines with a process each, of which one is killed; then four processes with
     the network sharded. Losses, weights and momentum must be those of a single process."""
-    workspace = fixed_batches
-    environment = {
-        **workspace.environment,
+    monkeypatch.syspath_prepend(str(repository / "tests" / "tools"))
+    launched = importlib.import_module("launched")
+    folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
+    launched.write_plans(folder)
+    changes = {
         "nnUNet_extTrainer": str(launched.FIXED_BATCHES),
-        "nnUNet_n_proc_DA": "0",
         "STUNET_EPOCHS": str(EPOCHS),
         "STUNET_SEED": "1",
     }
+    environment = {**nnunet_environment.environment, **changes, "nnUNet_n_proc_DA": "0"}
     arguments = [PHANTOM_ID, "3d_fullres", "0", "-tr", "FixedBatchesTrainer", "-p", launched.PLANS]
     arguments += ["-device", "cpu"]
-    kill = {"FIXED_BATCHES_KILL": f"1:{KILLED_IN}"}
-    killed = launched.torchrun(
-        *([*arguments, "--timeout", "10"], {**environment, **kill}, tmp_path),
-        machines=2,
-        processes=1,
-        limit=420,
-    )
-    assert [code not in (None, 0) for code in killed.codes] == [True, True], killed.output
+    kill = {**environment, "FIXED_BATCHES_KILL": f"1:{KILLED_IN}"}
+    words = [*arguments, "--timeout", "10"]
+    killed = launched.torchrun(words, kill, tmp_path, machines=2, processes=1, limit=420)
+    assert all(code not in (None, 0) for code in killed.codes), killed.output
     assert "Signal 9 (SIGKILL)" in killed.output
-    assert re.search(
-        r"Process 0 of 2 on .* stops: .*\nAll processes of this training end.*--c", killed.output
-    )
-    model = workspace.model("FixedBatchesTrainer", plans=launched.PLANS) / "fold_0"
+    assert re.search("Process 0 of 2 on .* stops: .*\nAll processes .* end.*--c", killed.output)
+    model = nnunet_environment.model("FixedBatchesTrainer", plans=launched.PLANS) / "fold_0"
     assert launched.same_weights_everywhere(model, 2)
     assert len((model / "weights_of_rank_1.txt").read_text().splitlines()) == KILLED_IN
     # One writer: what every process of nnU-Net prints and writes comes from the first alone.
@@ -103,7 +67,16 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     assert resumed.codes == [0], resumed.output
     assert "over 4 process(es)" in resumed.output
     checkpoint = launched.read(model / "checkpoint_final.pth")
-    alone = single_process_training(workspace, launched)
+
+    monkeypatch.syspath_prepend(str(launched.FIXED_BATCHES))
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    plans = {**nnunet_environment.plans(launched.PLANS), "continue_training": False}
+    description = json.loads((folder / "dataset.json").read_text())
+    trainer_class = importlib.import_module("fixed_batches_trainer").FixedBatchesTrainer
+    trainer = trainer_class(plans, "3d_fullres", 1, description, CPU)
+    trainer.run_training()
+    alone = launched.read(Path(trainer.output_folder, "checkpoint_final.pth"))
     assert checkpoint["logging"]["lrs"] == alone["logging"]["lrs"]
     found = launched.differences(alone, checkpoint)
     assert max(found[name] for name in ("train_losses", "val_losses", "weights")) < 1e-3
@@ -124,19 +97,19 @@ def set_ranks(patch: pytest.MonkeyPatch, *numbers: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "gpus", "fact"),
     [
-        (["0"], None, "has to be started by torchrun"),
-        (["0", "-num_gpus", "2"], None, "torchrun's --nproc-per-node says how many"),
-        (["0", "--c", "-pretrained_weights", "a.pth"], None, "--c and -pretrained_weights cannot"),
-        (["0", "--c", "--val"], None, "--c and --val cannot"),
-        (["0", "--val_best", "--disable_checkpointing"], None, "--val_best and --disable"),
-        (["first"], None, "fold must be an integer or all, not 'first'"),
-        (["0", "--timeout", "0"], None, "--timeout must be a number of minutes above 0"),
-        (["0"], 0, "finds no GPU on this machine. Train on the CPU with -device cpu"),
-        (["0"], 1, "has 1 and was asked for 8 processes. Start torchrun with --nproc-per-node 1"),
+        ("0", None, "has to be started by torchrun"),
+        ("0 -num_gpus 2", None, "torchrun's --nproc-per-node"),
+        ("0 --c -pretrained_weights a.pth", None, "c and pretrained_weights cannot"),
+        ("0 --c --val", None, "c and val cannot"),
+        ("0 --val_best --disable_checkpointing", None, "val_best and disable_checkpointing cannot"),
+        ("first", None, "fold must be an integer or all, not 'first'"),
+        ("0 --timeout 0", None, "--timeout must be"),
+        ("0", 0, "has 0. Add -device cpu"),
+        ("0", 1, "has 1. Start torchrun with --nproc-per-node 1"),
     ],
 )
 def test_wrong_arguments_and_machines_are_refused(
-    arguments: list[str],
+    arguments: str,
     gpus: int | None,
     fact: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,44 +119,51 @@ def test_wrong_arguments_and_machines_are_refused(
     if gpus is not None:
         set_ranks(monkeypatch, 9, 16, 1, 8)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert launch.main([*WORDS, *arguments]) == 2
+    assert launch.main([*WORDS, *arguments.split()]) == 2
     assert fact in capsys.readouterr().err
 
 
-def test_torchruns_last_lines_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("0 --continue", "unrecognized arguments: --continue"), ("first", "fold must be an integer")],
+)
+def test_torchruns_last_lines_say_why(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    with pytest.raises(SystemExit):
-        launch.main([*WORDS, "0", "--continue"])
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
-    message = ChildFailedError("launch", {0: failure}).format_msg()
-    assert "unrecognized arguments: --continue" in message
-    assert launch.main([*WORDS, "first"]) == 2
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
-    assert "fold must be an integer" in ChildFailedError("launch", {0: failure}).format_msg()
-    assert failure.timestamp > 0
+    try:
+        code = launch.main([*WORDS, *arguments.split()])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+    assert message in ChildFailedError("launch", {0: failure}).format_msg()
+    assert (code, failure.timestamp > 0) == (2, True)
     # An error file that cannot be written does not hide what is printed.
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
     assert launch.main([*WORDS, "first"]) == 2
 
 
-def test_an_interrupted_training_says_how_to_resume(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("Connection reset by peer"), 1)]
+)
+def test_a_training_that_was_stopped_says_how_to_resume(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    set_ranks(monkeypatch, 0, 1, 0, 1)
-    error: BaseException = KeyboardInterrupt()
-
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(launch, "choose_device", lambda *_: CPU)
+    set_ranks(monkeypatch, 0, 1, 0, 1)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(launch, "process_group", fail)
-    assert launch.main([*WORDS, "0", "-device", "cpu"]) == 130
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert launch.main([*WORDS, "0", "-device", "cpu"]) == code
     assert "start the same command with --c" in capsys.readouterr().err
     # Told to torchrun it would hide which process was killed.
-    error = RuntimeError("Connection reset by peer")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert launch.main([*WORDS, "0", "-device", "cpu"]) == 1
     assert not (tmp_path / "error.json").exists()
 
 
@@ -195,21 +175,18 @@ def test_processes_that_were_started_differently_are_told_apart(
         return consistency.settings_of(options)
 
     first = settings("--c")
-    assert first == settings("--c")
-    assert consistency.first_difference([("a", first), ("b", first)]) is None
+    assert consistency.first_difference([("a", first), ("b", settings("--c"))]) is None
 
     def difference(*arguments: str) -> str:
         everyone = [("a", first), ("a", first), ("b", settings(*arguments))]
         return consistency.first_difference(everyone) or ""
 
     assert difference() == "the argument c is True in process 0 on a, False in process 2 on b"
-    workspace = nnunet_environment
-    plans = workspace.dataset_folder(workspace.preprocessed) / "nnUNetPlans.json"
+    folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
+    plans = folder / "nnUNetPlans.json"
     before = plans.read_text()
     plans.write_text(before + "\n")
-    assert re.match(
-        r"nnUNetPlans.json is \w{8} in process 0 on a, \w{8} in process 2", difference("--c")
-    )
+    assert re.match(r"nnUNetPlans.json is \w{8} in process 0 on a, \w{8} in", difference("--c"))
     plans.write_text(before)
     monkeypatch.setenv("STUNET_EPOCHS", "7")
     assert difference("--c") == "STUNET_EPOCHS is 1 in process 0 on a, 7 in process 2 on b"
@@ -224,15 +201,13 @@ def test_results_that_are_not_shared_are_refused(
     shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seen from the second machine; what the first one would send and receive is replaced."""
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    (tmp_path / ("second" if shared else "first") / "probe").touch()
-    first = (True, "a", str(tmp_path / "first"))
+    if shared:
+        (tmp_path / "probe").touch()
 
     def gather(everyone: list[Any], own: Any) -> None:
-        everyone[:] = [first, own]
+        everyone[:] = [(True, "a", "/first"), own]
 
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "second"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setattr(consistency, "PATIENCE_SECONDS", 0)
     for name, function in {
         "get_rank": lambda: 1,
@@ -244,7 +219,7 @@ def test_results_that_are_not_shared_are_refused(
     if shared:
         consistency.check_results_are_shared()
     else:
-        message = r"(?s)process 1 on .* does not see in its .*second what process 0 on a .*first"
+        message = "process 1 on .* does not see in its .* what process 0 on a writes to its /first"
         with pytest.raises(PluginError, match=message):
             consistency.check_results_are_shared()
 
@@ -272,15 +247,13 @@ def test_the_launcher_knows_nnunets_arguments(
 
 
 @pytest.fixture
-def make_in_group_of_one(nnunet_environment: Workspace) -> Iterator[Callable[[str], Any]]:
+def in_group_of_one(nnunet_environment: Workspace) -> Iterator[Callable[[str], Any]]:
     """Make a trainer in a process group of one."""
 
     def build(name: str) -> Any:
         plans = {**nnunet_environment.plans(), "continue_training": False}
         plans["configurations"]["3d_fullres"].update(patch_size=[32, 32, 32], batch_size=2)
-        labels = {"background": 0, "a": 1, "b": 2}
-        description = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
-        trainer = getattr(trainers, name)(plans, "3d_fullres", 0, description, CPU)
+        trainer = getattr(trainers, name)(plans, "3d_fullres", 0, DATASET, CPU)
         trainer.initialize()
         return trainer
 
@@ -290,35 +263,30 @@ def make_in_group_of_one(nnunet_environment: Workspace) -> Iterator[Callable[[st
 
 
 def test_batch_norm_under_ddp(
-    make_in_group_of_one: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    in_group_of_one: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Synchronised on CUDA, where the running statistics are then the same everywhere and need not
     be sent."""
-    trainer = make_in_group_of_one("PCTNetTrainer")
-    modules = list(trainer.network.modules())
-    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in modules)
+    trainer = in_group_of_one("PCTNetTrainer")
+    batch_norm, synchronised = torch.nn.modules.batchnorm._BatchNorm, torch.nn.SyncBatchNorm
+    assert not any(isinstance(module, synchronised) for module in trainer.network.modules())
     assert not trainer.network._check_sync_bufs_pre_fwd()
     network = trainer._bare_network()
     parameters = dict(network.named_parameters())
     trainer.device = torch.device("cuda", 0)
-
-    def without_gpu(network: torch.nn.Module, broadcast_buffers: bool, **_: object) -> Any:
-        return network
-
     replaced = "stunet_plugin.trainers.distributed_trainer.DistributedDataParallel"
-    monkeypatch.setattr(replaced, without_gpu)
+    monkeypatch.setattr(replaced, lambda network, **_: network)
     converted = trainer._replicate(network)
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
     norms = [module for module in converted.modules() if isinstance(module, batch_norm)]
     assert norms
-    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
+    assert all(isinstance(module, synchronised) for module in norms)
     assert all(parameter is parameters[name] for name, parameter in converted.named_parameters())
 
 
 def test_only_the_first_process_prints_and_writes(
-    make_in_group_of_one: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_group_of_one: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = make_in_group_of_one("FMUNetTrainer")
+    trainer = in_group_of_one("FMUNetTrainer")
     trainer.local_rank = 1
     capsys.readouterr()
     trainer.print_to_log_file("once is enough")
