@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from stunet_plugin import __version__
-from stunet_plugin.commands import COMMANDS
-from stunet_plugin.commands.command import GROUPS, Command
+from stunet_plugin.commands import COMMANDS, GROUPS
+from stunet_plugin.commands.command import Command
 from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.nnunet.commands import name_user, terminate_as_interrupt
 
@@ -28,7 +28,6 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, 
 """Of an output that a user may not or cannot write."""
 FULL = ("No space left on device", "iostream error", "unexpected pos ")
 """Words for a full disk; the last two are torch's writer's."""
-WIDTH, NAME_WIDTH = 98, 16
 DESCRIPTION = "Large networks and large-scale pretraining for nnU-Net v2."
 EPILOG = """\
 Help for one command: stunet COMMAND --help
@@ -47,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if name.startswith("-"):
         parser.parse_args([name])
-    parser.error(
-        f"there is no command {name!r}.{did_you_mean(name, commands)} All commands: stunet --help"
-    )
+    hint = did_you_mean(name, commands)
+    parser.error(f"there is no command {name!r}.{hint} All commands: stunet --help")
 
 
 def run(command: Command) -> int:
@@ -97,11 +95,8 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def interruptible(resume: str) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a run, its worker processes first so that none prints last.
-
-    Args:
-        resume: how to resume; added to the KeyboardInterrupt's message, which is printed last.
-    """
+    """Let Ctrl-C and SIGTERM end a run, its worker processes first so that none prints last; how to
+    resume is added to the KeyboardInterrupt's message."""
     try:
         with terminate_as_interrupt():
             yield
@@ -114,26 +109,18 @@ def interruptible(resume: str) -> Iterator[None]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of ``stunet`` itself, whose help lists the commands by group."""
-    description = "\n\n".join((DESCRIPTION, *map(_describe, GROUPS)))
+    lines = [DESCRIPTION]
+    for group, commands in GROUPS.items():
+        lines.append(f"\n{group}:")
+        for command in commands:
+            text = f"{command.command:<16}{command.summary()}"
+            lines += textwrap.wrap(text, 98, initial_indent="  ", subsequent_indent=" " * 18)
     parser = argparse.ArgumentParser(
         prog="stunet",
         usage="stunet [-h] [--version] COMMAND ...",
-        description=description,
+        description="\n".join(lines),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"stunet-plugin {__version__}")
     return parser
-
-
-def _describe(group: str) -> str:
-    """Return a group's commands with their summaries."""
-    lines = [f"{group}:"]
-    for command in COMMANDS:
-        if command.group == group:
-            name = f"  {command.command:<{NAME_WIDTH}}"
-            indent = " " * len(name)
-            lines += textwrap.wrap(
-                command.summary, WIDTH, initial_indent=name, subsequent_indent=indent
-            )
-    return "\n".join(lines)

@@ -27,22 +27,17 @@ class Option:
     words: tuple[str, ...] = ()
 
     def parse(self, text: str) -> float | str:
-        """Return the value.
-
-        Raises:
-            PluginError: it is not allowed.
-        """
+        """Return the value; raise if it is not allowed."""
+        if text in self.words:
+            return text
         try:
             value = int(text) if self.whole else float(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if self.words and text in self.words:
-            return text
-        if not self.words and self.minimum <= value <= self.maximum:
-            return value
-        raise PluginError(
-            f"{self.variable}={text!r} must be {self.allowed} ({self.meaning}). Change or unset it."
-        )
+        if self.words or not self.minimum <= value <= self.maximum:
+            given, wanted = f"{self.variable}={text!r}", f"{self.allowed} ({self.meaning})"
+            raise PluginError(f"{given} must be {wanted}. Change or unset it.")
+        return value
 
     @property
     def allowed(self) -> str:
@@ -127,33 +122,27 @@ def table() -> str:
 
 
 class Options:
-    """The options that are set, read once.
-
-    Raises:
-        PluginError: a value is not allowed.
-    """
+    """The options that are set, read once; raises if a value or a name is not allowed."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        known = [option.variable for option in OPTIONS]
+        known = {option.variable: option for option in OPTIONS}
+        self._values: dict[Option, float | str] = {}
         for variable in environment:
             if variable.startswith("STUNET_") and variable not in known:
                 hint = did_you_mean(variable, known) or f" Options: {', '.join(known)}."
-                raise PluginError(
-                    f"{variable} is set, but there is no such option.{hint} Unset it."
-                )
-        texts = {option: environment.get(option.variable, "").strip() for option in OPTIONS}
-        self._values = {option: option.parse(text) for option, text in texts.items() if text}
+                told = f"{variable} is set, but there is no such option"
+                raise PluginError(f"{told}.{hint} Unset it.")
+        for variable, option in known.items():
+            if text := environment.get(variable, "").strip():
+                self._values[option] = option.parse(text)
 
     def whole(self, option: Option, default: int) -> int:
-        """Return the value of an option for integers, or the default."""
         return int(self._values.get(option, default))
 
     def fraction(self, option: Option, default: float) -> float:
-        """Return the value of an option, or the default."""
         return float(self._values.get(option, default))
 
     def word(self, option: Option) -> str | None:
-        """Return the word that an option is set to, or None."""
         return str(self._values[option]) if option in self._values else None
 
     def lines(self) -> list[str]:

@@ -138,13 +138,13 @@ class Stunet:
         self.folder, self.capsys = folder, capsys
 
     def __call__(self, *arguments: object, code: int = 0) -> str:
-        """Run it, expect an exit code; return what it printed, or its message if that is not 0."""
+        """Run it, expect an exit code; return its message, or what it printed if there is none."""
         words = [word for x in arguments for word in (x.split() if isinstance(x, str) else [x])]
         self.capsys.readouterr()
         given = main([str(word) for word in words])
         out, message = self.capsys.readouterr()
         assert given == code, message
-        return message if code else out
+        return message if code and message else out
 
     def refuse(self, *arguments: object) -> str:
         """Run it, expect a sentence and no change of any file; return the sentence."""

@@ -1,6 +1,4 @@
-"""Commands of ``stunet``, one light file each; COMMANDS lists them as ``stunet --help`` does."""
-
-from __future__ import annotations
+"""Commands of ``stunet``, one light file each, in groups as ``stunet --help`` shows them."""
 
 from stunet_plugin.commands.command import Command
 from stunet_plugin.commands.crosseval import Crosseval
@@ -18,20 +16,11 @@ from stunet_plugin.commands.rank import Rank
 from stunet_plugin.commands.register import Register, Unregister
 from stunet_plugin.commands.unlabeled import Unlabeled
 
-COMMANDS: tuple[type[Command], ...] = (
-    Demo,
-    Register,
-    Unregister,
-    Doctor,
-    Path,
-    List,
-    Plan,
-    Import,
-    Inspect,
-    PlanLike,
-    Rank,
-    Unlabeled,
-    PseudoLabel,
-    MergeDatasets,
-    Crosseval,
-)
+GROUPS: dict[str, tuple[type[Command], ...]] = {
+    "install": (Demo, Register, Unregister, Doctor, Path),
+    "networks and plans": (List, Plan),
+    "weights": (Import, Inspect, PlanLike),
+    "data": (Unlabeled, PseudoLabel, MergeDatasets),
+    "evaluation": (Rank, Crosseval),
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)

@@ -1,7 +1,7 @@
-"""Command of ``stunet``: a dataclass whose fields are its arguments. Imports nothing heavy.
+"""Command of ``stunet``: a frozen dataclass in a file of its own, which imports nothing heavy.
 
-A command is a frozen dataclass in a file of its own. Each field is an argument of argparse, its
-instance is the options object that the code behind it takes, and ``run`` imports that code.
+Each field is an argument of argparse, the docstring is the summary in the help, the instance is the
+options object that the code behind it takes, and ``run`` imports that code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from stunet_plugin.errors import did_you_mean
 from stunet_plugin.networks.presets import PRESETS
@@ -18,50 +18,32 @@ from stunet_plugin.networks.presets import PRESETS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-INSTALL, NETWORKS, WEIGHTS, DATA, EVALUATION = GROUPS = (
-    "install",
-    "networks and plans",
-    "weights",
-    "data",
-    "evaluation",
-)
-"""Of commands, as ``stunet --help`` shows them."""
-
 RESUMES = "The same command resumes where it stopped."
-STARTS_AGAIN = "Nothing was written; start the same command again."
+
+Heading = tuple[str, ...] | None
+"""In a command's help, above an argument and those that follow: title, and a description."""
 
 SIZES = tuple(PRESETS)
 """Of STU-Net."""
 
 
-class Heading(NamedTuple):
-    """Heading in a command's help."""
-
-    title: str
-    description: str | None = None
-
-
-def required(*flags: str, heading: Heading | None = None, **settings: Any) -> Any:
-    """Return a dataclass field that is a required argument of the command.
+def required(*flags: str, heading: Heading = None, **settings: Any) -> Any:
+    """Return a field that is a required argument.
 
     Args:
         flags: such as ``-d``; none for a positional argument.
-        heading: above this argument and those that follow.
-        settings: what ``argparse.ArgumentParser.add_argument`` takes besides. The type is the
-            field's.
+        settings: of ``argparse.ArgumentParser.add_argument``. The type is the field's.
     """
     return field(metadata={"flags": flags, "heading": heading, "settings": settings})
 
 
-def option(
-    *flags: str, default: Any = None, heading: Heading | None = None, **settings: Any
-) -> Any:
+def option(*flags: str, default: Any = None, heading: Heading = None, **settings: Any) -> Any:
     """Return a field that is an argument with a default; see ``required``."""
     metadata = {"flags": flags, "heading": heading, "settings": settings}
     return field(default=default, metadata=metadata)
 
 
-def flag(name: str, help: str, heading: Heading | None = None, default: bool = False) -> Any:
+def flag(name: str, help: str, heading: Heading = None, default: bool = False) -> Any:
     """Return a field that is a switch: ``name`` turns the default round."""
     action = "store_false" if default else "store_true"
     return option(name, default=default, heading=heading, action=action, help=help)
@@ -72,12 +54,10 @@ def repeated(*flags: str, **settings: Any) -> Any:
     return option(*flags, default=(), action="append", **settings)
 
 
-def device_option(*more: str, **settings: Any) -> Any:
+def device_option(*more: str) -> Any:
     """Return the field ``--device``."""
-    meaning = "auto takes a GPU if there is one"
-    choices = ("auto", "cpu", "cuda", *more)
-    flags = ("--device", "-device")
-    return option(*flags, default="auto", choices=choices, help=meaning, **settings)
+    choices, meaning = ("auto", "cpu", "cuda", *more), "auto takes a GPU if there is one"
+    return option("--device", "-device", default="auto", choices=choices, help=meaning)
 
 
 @dataclass(frozen=True)
@@ -86,8 +66,6 @@ class Command:
 
     Attributes:
         command: the word after ``stunet``.
-        group: one of GROUPS.
-        summary: one sentence.
         example: a command line that can be pasted.
         interrupted: last line after Ctrl-C, saying how to resume.
         failure: what exit code 1 means.
@@ -95,8 +73,6 @@ class Command:
     """
 
     command: ClassVar[str]
-    group: ClassVar[str]
-    summary: ClassVar[str]
     example: ClassVar[str]
     interrupted: ClassVar[str] = ""
     failure: ClassVar[str] = "the disk is full"
@@ -111,6 +87,11 @@ class Command:
         raise NotImplementedError
 
     @classmethod
+    def summary(cls) -> str:
+        """Return what it does, in one sentence."""
+        return " ".join((cls.__doc__ or "").split())
+
+    @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
         """Return the options; end with a usage message if they are wrong. Lists are tuples."""
         given = vars(cls.parser().parse_args(words))
@@ -118,10 +99,9 @@ class Command:
 
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
-        """Return the parser of this command."""
         parser = CommandParser(
             prog=f"stunet {cls.command}",
-            description=cls.summary,
+            description=cls.summary(),
             epilog=f"Example:\n  {cls.example}\n\nExit codes: 0 done, 1 {cls.failure},"
             f" 2 wrong input, 130 interrupted.{cls.notes}",
             formatter_class=HelpFormatter,
@@ -136,9 +116,9 @@ class Command:
             if one.default is not MISSING:
                 # argparse appends to a list.
                 settings["default"] = [] if one.default == () else one.default
-            number = re.match("tuple.(int|float)|(int|float)", str(one.type))
-            if number:
-                settings["type"] = int if "int" in number[0] else float
+            # <class 'int'>, tuple[float, ...] | None
+            if number := re.search(r"\b(int|float)\b", str(one.type)):
+                settings["type"] = int if number[0] == "int" else float
             target.add_argument(*(flags or (one.name,)), **settings)
         return parser
 

@@ -1,19 +1,8 @@
 """``stunet crosseval``: models compared on datasets, on the classes they share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import (
-    EVALUATION,
-    RESUMES,
-    Command,
-    device_option,
-    flag,
-    option,
-    repeated,
-)
+from stunet_plugin.commands.command import RESUMES, Command, device_option, flag, option, repeated
 
 
 def _classes(text: str) -> str | tuple[str, ...]:
@@ -23,16 +12,14 @@ def _classes(text: str) -> str | tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Crosseval(Command):
-    command: ClassVar = "crosseval"
-    group: ClassVar = EVALUATION
-    summary: ClassVar = (
-        "Run models on datasets and compare them on the classes that they share: tables, tests,"
-        " pictures, a report."
-    )
-    example: ClassVar = (
+    """Run models on datasets and compare them on the classes that they share: tables, tests,
+    pictures, a report."""
+
+    command = "crosseval"
+    example = (
         "stunet crosseval --model A=MODEL_FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o out"
     )
-    interrupted: ClassVar = RESUMES
+    interrupted = RESUMES
 
     file: str | None = option(
         nargs="?",

@@ -1,23 +1,18 @@
 """``stunet demo``: the stock commands on an embedded dataset or on yours."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import INSTALL, SIZES, Command, device_option, option
+from stunet_plugin.commands.command import SIZES, Command, device_option, option
 
 
 @dataclass(frozen=True)
 class Demo(Command):
-    command: ClassVar = "demo"
-    group: ClassVar = INSTALL
-    summary: ClassVar = (
-        "Plan, train, predict and evaluate with nnU-Net's own commands, on an embedded dataset or"
-        " on yours."
-    )
-    example: ClassVar = "stunet demo --size small --out my_demo"
-    failure: ClassVar = "a command of nnU-Net failed, or the disk is full"
+    """Plan, train, predict and evaluate with nnU-Net's own commands, on an embedded dataset or on
+    yours."""
+
+    command = "demo"
+    example = "stunet demo --size small --out my_demo"
+    failure = "a command of nnU-Net failed, or the disk is full"
 
     dataset: int | None = option(
         "--dataset", metavar="ID", help="a dataset in nnUNet_raw instead of the embedded one"

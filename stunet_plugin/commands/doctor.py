@@ -1,24 +1,19 @@
 """``stunet doctor``: checks of the installation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import INSTALL, Command, option
+from stunet_plugin.commands.command import Command, option
 from stunet_plugin.options import table
 
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    command: ClassVar = "doctor"
-    group: ClassVar = INSTALL
-    summary: ClassVar = (
-        "Check the installation: versions, registration, GPU, environment variables."
-    )
-    example: ClassVar = "stunet doctor -tr STUNetTrainer_large"
-    failure: ClassVar = "something is wrong"
-    notes: ClassVar = f"\n\nVariables that the trainers read:\n{table()}"
+    """Check the installation: versions, registration, GPU, environment variables."""
+
+    command = "doctor"
+    example = "stunet doctor -tr STUNetTrainer_large"
+    failure = "something is wrong"
+    notes = f"\n\nVariables that the trainers read:\n{table()}"
 
     trainer: str = option(
         "-tr", default="STUNetTrainer_base", metavar="TRAINER", help="that nnU-Net should find"

@@ -1,23 +1,18 @@
 """``stunet import``: published weights become a model folder of nnU-Net v2."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import WEIGHTS, Command, Heading, flag, option, required
+from stunet_plugin.commands.command import Command, flag, option, required
 from stunet_plugin.nnunet.names import DEFAULT_DATASET_ID, DEFAULT_FOLD, READERS
 
 
 @dataclass(frozen=True)
 class Import(Command):
-    command: ClassVar = "import"
-    group: ClassVar = WEIGHTS
-    summary: ClassVar = (
-        "Turn published weights of STU-Net, PCT-Net or FMUNet (file or hf://owner/repository/file)"
-        " into a model folder of nnU-Net v2."
-    )
-    example: ClassVar = "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model"
+    """Turn published weights of STU-Net, PCT-Net or FMUNet (file or hf://owner/repository/file)
+    into a model folder of nnU-Net v2."""
+
+    command = "import"
+    example = "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model"
 
     source: str = required(
         metavar="SOURCE", help="checkpoint file, or hf://owner/repository[@revision]/file"
@@ -25,7 +20,7 @@ class Import(Command):
 
     out: str | None = option(
         "--out",
-        heading=Heading("where the model folder goes"),
+        heading=("where the model folder goes",),
         metavar="FOLDER",
         help="this folder, instead of one in nnUNet_results",
     )
@@ -42,7 +37,7 @@ class Import(Command):
 
     plans: str | None = option(
         "--plans",
-        heading=Heading(
+        heading=(
             "how its images were prepared and what its outputs mean",
             "Known for the four published TotalSegmentator weights, and where a .model.pkl or plan"
             " comes with the file; each option replaces that part of what is known. Axes in"
@@ -78,7 +73,7 @@ class Import(Command):
 
     mode: int | None = option(
         "--mode",
-        heading=Heading(
+        heading=(
             "PCT-Net and FMUNet",
             "Checkpoints of PyMIC, such as the published pctnet_ct10k_volf.pt. Without --spacing,"
             " --patch-size, --plans or --labels, five outputs are taken for those of pretraining.",
@@ -93,7 +88,7 @@ class Import(Command):
 
     in_channels: int | None = option(
         "--in-channels",
-        heading=Heading(
+        heading=(
             "other image channels",
             "repeat: the published way: every channel gets the mean kernel over the old channels,"
             " undivided; mean: the same divided by (new channels / old channels), so that channels"

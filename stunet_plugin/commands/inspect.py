@@ -1,22 +1,17 @@
 """``stunet inspect``: what a checkpoint or a model folder is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import WEIGHTS, Command, required
+from stunet_plugin.commands.command import Command, required
 
 
 @dataclass(frozen=True)
 class Inspect(Command):
-    command: ClassVar = "inspect"
-    group: ClassVar = WEIGHTS
-    summary: ClassVar = (
-        "Say what a checkpoint or a model folder is: format, size, channels, outputs, plan, labels,"
-        " provenance."
-    )
-    example: ClassVar = "stunet inspect base_ep4k.model"
+    """Say what a checkpoint or a model folder is: format, size, channels, outputs, plan, labels,
+    provenance."""
+
+    command = "inspect"
+    example = "stunet inspect base_ep4k.model"
 
     file: str = required(
         metavar="FILE_OR_FOLDER",

@@ -1,23 +1,25 @@
 """``stunet list``: sizes with parameters, FLOPs, GPU memory; or trainers and planners."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import NETWORKS, Command, flag, option
+from stunet_plugin.commands.command import Command, flag, option
 from stunet_plugin.errors import PluginError
+
+EXPLANATION = """\
+FLOPs: forward pass of one patch, a multiply-add counted once, as in the paper. Memory: estimated
+peak of a training step on CUDA with AMP; with many outputs most of it is the loss. Least: with
+activation checkpointing, which large and huge switch on where it is needed (STUNET_CHECKPOINTING).
+The planner's default is what STUNetPlanner_<size> fits patch and batch to.
+Sources: arXiv:2304.06716 and the published checkpoints; tiny is for tests."""
 
 
 @dataclass(frozen=True)
 class List(Command):
-    command: ClassVar = "list"
-    group: ClassVar = NETWORKS
-    summary: ClassVar = (
-        "Show the sizes of STU-Net with parameters, FLOPs and an estimate of GPU memory; or all"
-        " trainers and planners."
-    )
-    example: ClassVar = "stunet list --patch-size 96 160 160 --batch-size 2 --classes 105"
+    """Show the sizes of STU-Net with parameters, FLOPs and an estimate of GPU memory; or all
+    trainers and planners."""
+
+    command = "list"
+    example = "stunet list --patch-size 96 160 160 --batch-size 2 --classes 105"
 
     trainers: bool = flag("--trainers", "list trainers and planners instead")
     patch_size: tuple[int, ...] = option(
@@ -28,10 +30,7 @@ class List(Command):
     classes: int = option("--classes", default=15, help="outputs, background included")
 
     def run(self) -> int:
-        if self.trainers:
-            print(_names())
-            return 0
-        print(size_table(self))
+        print(_names() if self.trainers else size_table(self))
         return 0
 
 
@@ -51,10 +50,8 @@ def size_table(options: List) -> str:
         if value < 1:
             raise PluginError(f"{name} must be at least 1, not {value}.")
     strides = strides_for_patch(options.patch_size)
-    patch, reduced = (
-        "x".join(map(str, sizes)) for sizes in (options.patch_size, total_stride(strides))
-    )
-    lines = [
+    patch, reduced = ("x".join(map(str, x)) for x in (options.patch_size, total_stride(strides)))
+    rows = [
         f"{'size':<7}{'width':>6}{'blocks':>8}{'parameters':>15}{'TFLOPs':>9}{'memory':>10}"
         f"{'least':>10}  planner default"
     ]
@@ -65,21 +62,12 @@ def size_table(options: List) -> str:
             for setting in SETTINGS
         ]
         tera = shape.multiply_adds(options.patch_size) / 1e12
-        lines.append(
+        rows.append(
             f"{preset.name:<7}{preset.width:>6}{preset.blocks:>8}{shape.parameters():>15,}"
             f"{tera:>9.2f}{peaks[0]:>7.1f} GB{min(peaks):>7.1f} GB{preset.gpu_memory_gb:>8g} GB"
         )
-    return (
-        "\n".join(lines)
-        + f"""
-
-At patch {patch} (reduced by {reduced}), batch {batch}, {channels} channel(s), {classes} outputs.
-FLOPs: forward pass of one patch, a multiply-add counted once, as in the paper. Memory: estimated
-peak of a training step on CUDA with AMP; with many outputs most of it is the loss. Least: with
-activation checkpointing, which large and huge switch on where it is needed (STUNET_CHECKPOINTING).
-The planner's default is what STUNetPlanner_<size> fits patch and batch to.
-Sources: arXiv:2304.06716 and the published checkpoints; tiny is for tests."""
-    )
+    inputs = f"At patch {patch} (reduced by {reduced}), batch {batch}, {channels} channel(s)"
+    return "\n".join([*rows, f"\n{inputs}, {classes} outputs.", EXPLANATION])
 
 
 def _names() -> str:

@@ -1,23 +1,20 @@
 """``stunet merge-datasets``: one dataset of several with different labels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import DATA, RESUMES, Command, flag, option, repeated, required
+from stunet_plugin.commands.command import RESUMES, Command, flag, option, repeated, required
 
 
 @dataclass(frozen=True)
 class MergeDatasets(Command):
-    command: ClassVar = "merge-datasets"
-    group: ClassVar = DATA
-    summary: ClassVar = "Make one dataset of several with different labels, for joint training."
-    example: ClassVar = (
+    """Make one dataset of several with different labels, for joint training."""
+
+    command = "merge-datasets"
+    example = (
         "stunet merge-datasets 4 910 -d 920 -n Joint --train-only 910 &&"
         " nnUNetv2_plan_and_preprocess -d 920 -c 3d_fullres"
     )
-    interrupted: ClassVar = RESUMES
+    interrupted = RESUMES
 
     datasets: tuple[str, ...] = required(
         nargs="+",

@@ -1,24 +1,21 @@
 """``stunet path``: folder of our trainers or planners."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import INSTALL, Command, required
+from stunet_plugin.commands.command import Command, required
 
 
 @dataclass(frozen=True)
 class Path(Command):
-    command: ClassVar = "path"
-    group: ClassVar = INSTALL
-    summary: ClassVar = "Print the folder of our trainers (for nnUNet_extTrainer) or planners."
-    example: ClassVar = "export nnUNet_extTrainer=$(stunet path trainers)"
+    """Print the folder of our trainers (for nnUNet_extTrainer) or planners."""
+
+    command = "path"
+    example = "export nnUNet_extTrainer=$(stunet path trainers)"
 
     what: str = required(choices=("trainers", "plans"), help="which folder")
 
     def run(self) -> int:
-        from stunet_plugin.nnunet.registration import plans_folder, trainers_folder
+        from stunet_plugin.nnunet.registration import package_folder
 
-        print(trainers_folder() if self.what == "trainers" else plans_folder())
+        print(package_folder(self.what))
         return 0

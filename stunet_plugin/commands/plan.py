@@ -1,22 +1,17 @@
 """``stunet plan``: our planners, where nnU-Net cannot find them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import NETWORKS, SIZES, Command, option, required
+from stunet_plugin.commands.command import SIZES, Command, option, required
 
 
 @dataclass(frozen=True)
 class Plan(Command):
-    command: ClassVar = "plan"
-    group: ClassVar = NETWORKS
-    summary: ClassVar = (
-        "Plan an experiment with one of our planners, as nnUNetv2_plan_experiment -pl does after"
-        " registration."
-    )
-    example: ClassVar = (
+    """Plan an experiment with one of our planners, as nnUNetv2_plan_experiment -pl does after
+    registration."""
+
+    command = "plan"
+    example = (
         "stunet plan -d 4 -pl STUNetPlanner_base && nnUNetv2_preprocess -d 4 -plans_name"
         " STUNetPlans_base -c 3d_fullres"
     )

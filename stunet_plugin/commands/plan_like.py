@@ -1,22 +1,17 @@
 """``stunet plan-like``: plans for a dataset that fit a pretrained model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import WEIGHTS, Command, flag, option, required
+from stunet_plugin.commands.command import Command, flag, option, required
 
 
 @dataclass(frozen=True)
 class PlanLike(Command):
-    command: ClassVar = "plan-like"
-    group: ClassVar = WEIGHTS
-    summary: ClassVar = (
-        "Write plans for a dataset with a pretrained model's spacing, normalisation, patch size and"
-        " network."
-    )
-    example: ClassVar = (
+    """Write plans for a dataset with a pretrained model's spacing, normalisation, patch size and
+    network."""
+
+    command = "plan-like"
+    example = (
         "stunet plan-like MODEL_FOLDER -d 4 && nnUNetv2_preprocess -d 4 -plans_name"
         " STUNetPlans_like_base -c 3d_fullres"
     )

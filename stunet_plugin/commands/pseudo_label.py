@@ -1,15 +1,10 @@
 """``stunet pseudo-label``: a dataset of a model's predictions on unlabelled images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from stunet_plugin.commands.command import (
-    DATA,
     RESUMES,
     Command,
-    Heading,
     device_option,
     flag,
     option,
@@ -20,20 +15,16 @@ from stunet_plugin.commands.command import (
 
 @dataclass(frozen=True)
 class PseudoLabel(Command):
-    command: ClassVar = "pseudo-label"
-    group: ClassVar = DATA
-    summary: ClassVar = (
-        "Make a dataset of a model's predictions on unlabelled images, with doubtful voxels as"
-        " nnU-Net's ignore label."
-    )
-    example: ClassVar = (
+    """Make a dataset of a model's predictions on unlabelled images, with doubtful voxels as
+    nnU-Net's ignore label."""
+
+    command = "pseudo-label"
+    example = (
         "stunet pseudo-label MODEL_FOLDER -i IMAGES -d 910 -n Pseudo --min-confidence 0.8"
         " --ignore-below 0.6"
     )
-    interrupted: ClassVar = RESUMES
-    failure: ClassVar = (
-        "a class is missing in too many cases (see --min-share), or the disk is full"
-    )
+    interrupted = RESUMES
+    failure = "a class is missing in too many cases (see --min-share), or the disk is full"
 
     model: str = required(
         metavar="MODEL", help="model folder of nnU-Net (TRAINER__PLANS__CONFIGURATION)"
@@ -50,7 +41,7 @@ class PseudoLabel(Command):
 
     ignore_below: float | None = option(
         "--ignore-below",
-        heading=Heading(
+        heading=(
             "confidence filter",
             "Confidence is the probability of the predicted class (with regions, of the least"
             " certain one); that of a class in a case is the mean over its voxels. What is not"
@@ -84,7 +75,7 @@ class PseudoLabel(Command):
 
     folds: tuple[str, ...] | None = option(
         "-f",
-        heading=Heading("how to predict"),
+        heading=("how to predict",),
         nargs="+",
         metavar="FOLD",
         help="folds; all that are trained if not given",

@@ -1,31 +1,20 @@
 """``stunet rank``: pretrained weights ranked for a labelled dataset."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import (
-    EVALUATION,
-    STARTS_AGAIN,
-    Command,
-    device_option,
-    flag,
-    option,
-    required,
-)
+from stunet_plugin.commands.command import Command, device_option, flag, option, required
 
 
 @dataclass(frozen=True)
 class Rank(Command):
-    command: ClassVar = "rank"
-    group: ClassVar = EVALUATION
-    summary: ClassVar = "Rank pretrained weights for a labelled dataset without training (CCFV)."
-    example: ClassVar = (
+    """Rank pretrained weights for a labelled dataset without training (CCFV)."""
+
+    command = "rank"
+    example = (
         "stunet rank ct=MODEL_FOLDER mr=checkpoint_final.pth random -d 4 -p nnUNetPlans --json"
         " ranking.json"
     )
-    interrupted: ClassVar = STARTS_AGAIN
+    interrupted = "Nothing was written; start the same command again."
 
     weights: tuple[str, ...] = required(
         nargs="+",

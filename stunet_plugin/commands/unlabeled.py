@@ -1,26 +1,21 @@
 """``stunet unlabeled``: scans without labels become a dataset for pretraining."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stunet_plugin.commands.command import DATA, RESUMES, Command, flag, option, repeated, required
+from stunet_plugin.commands.command import RESUMES, Command, flag, option, repeated, required
 
 
 @dataclass(frozen=True)
 class Unlabeled(Command):
-    command: ClassVar = "unlabeled"
-    group: ClassVar = DATA
-    summary: ClassVar = (
-        "Make a dataset for pretraining in nnUNet_raw of folders of scans without labels."
-    )
-    example: ClassVar = (
+    """Make a dataset for pretraining in nnUNet_raw of folders of scans without labels."""
+
+    command = "unlabeled"
+    example = (
         "stunet unlabeled -i /data/scans -d 900 -n Scans --modality CT &&"
         " nnUNetv2_plan_and_preprocess -d 900 -c 3d_fullres"
     )
-    interrupted: ClassVar = RESUMES
-    failure: ClassVar = "no scan could be used, or the disk is full"
+    interrupted = RESUMES
+    failure = "no scan could be used, or the disk is full"
 
     folders: tuple[str, ...] = required(
         "-i",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import io
 import os
@@ -10,6 +9,7 @@ import platform
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +75,10 @@ def findings(trainer: str, ours: Callable[[], Iterable[str]]) -> Iterator[Findin
             yield Finding(WRONG, package, "not installed", f"Run: pip install {package}")
     yield from _gpus()
     yield from _user()
-    yield from filter(None, map(_folder, (*FOLDERS, EXTERNAL)))
-    yield from filter(None, map(_processes, PROCESSES))
+    for name, value in ((name, os.environ.get(name)) for name in (*FOLDERS, EXTERNAL, *PROCESSES)):
+        if value is None and name not in FOLDERS:
+            continue
+        yield _processes(name, value or "") if name in PROCESSES else _folder(name, value or "")
     try:
         yield from (Finding(OK, "option", line) for line in Options().lines())
     except PluginError as error:
@@ -90,11 +92,11 @@ def _registration(host: Path) -> Iterator[Finding]:
         yield Finding(WRONG, "registration", "in the way of another file", str(error))
         return
     external = [Path(path) for path in os.environ.get(EXTERNAL, "").split(os.pathsep) if path]
-    ours = trainers_folder().resolve()
+    found = any(path.resolve() == trainers_folder().resolve() for path in external)
     for what, state in states.items():
         if state == "registered":
             yield Finding(OK, what, state)
-        elif what == "trainers" and any(path.resolve() == ours for path in external):
+        elif what == "trainers" and found:
             yield Finding(OK, what, f"{state}, but found through {EXTERNAL}")
         elif what == "planners" and external and states["trainers"] != "registered":
             # Without registration one plans with `stunet plan`.
@@ -108,46 +110,41 @@ def _lookup(name: str, ours: Callable[[], Iterable[str]]) -> Finding:
     """Ask nnU-Net itself for a trainer, as its commands do."""
     silent = io.StringIO()
     try:
-        with (
-            contextlib.redirect_stdout(silent),
-            contextlib.redirect_stderr(silent),
-            warnings.catch_warnings(),
-        ):
+        with ExitStack() as quiet:
             # nnU-Net imports all its trainers on the way, and some of their libraries complain.
+            quiet.enter_context(redirect_stdout(silent))
+            quiet.enter_context(redirect_stderr(silent))
+            quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-            trainer = recursive_find_trainer_class_by_name(name)
+            module = recursive_find_trainer_class_by_name(name).__module__
     except Exception as error:
         state = f"nnU-Net does not find {name} ({type(error).__name__})"
-        if name in (known := list(ours())):
-            return Finding(WRONG, "look-up", state, "Run: stunet register")
-        advice = f"All of ours: stunet list --trainers.{did_you_mean(name, known, 0.7)}"
+        known = list(ours())
+        hint = did_you_mean(name, known, 0.7)
+        advice = "Run: stunet register" if name in known else f"Ours: stunet list --trainers.{hint}"
         return Finding(WRONG, "look-up", state, advice)
-    return Finding(OK, "look-up", f"nnU-Net finds {name} in {trainer.__module__}")
+    return Finding(OK, "look-up", f"nnU-Net finds {name} in {module}")
 
 
 def _gpus() -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
-        state = "none that torch can use; add -device cpu to nnU-Net's commands (slow)"
-        yield Finding(OK, "GPU", state)
-        return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield Finding(OK, "GPU", f"{gpu.name}, {gpu.total_memory / 1024**3:.0f} GB")
+    if not torch.cuda.is_available():
+        state = "none that torch can use; add -device cpu to nnU-Net's commands (slow)"
+        yield Finding(OK, "GPU", state)
 
 
 def _user() -> Iterator[Finding]:
     """A user id without a name (docker --user), at which torch's compiler and others fail."""
     if os.environ.get("USER") == NAMELESS:
-        yield Finding(
-            WRONG,
-            "user",
-            f"user id {os.getuid()} has no name here, so nnU-Net's commands can fail at an import",
-            "Run: export USER=nnunet    # in docker: -e USER=nnunet",
-        )
+        state = f"user id {os.getuid()} has no name, so nnU-Net's commands can fail at an import"
+        advice = "Run: export USER=nnunet    # in docker: -e USER=nnunet"
+        yield Finding(WRONG, "user", state, advice)
     try:
         home = Path.home()
     except RuntimeError:
@@ -157,34 +154,29 @@ def _user() -> Iterator[Finding]:
         yield Finding(WARNING, "HOME", f"{home} cannot be written", advice)
 
 
-def _folder(variable: str) -> Finding | None:
-    value = os.environ.get(variable)
+def _folder(variable: str, value: str) -> Finding:
+    export = f"Run: export {variable}="
     if not value:
-        if variable == EXTERNAL:
-            return None
-        advice = f"Run: export {variable}=/path/to/{variable}    # {FOLDERS[variable]}"
+        advice = f"{export}/path/to/{variable}    # {FOLDERS.get(variable, 'trainers')}"
         return Finding(WRONG, variable, "not set", advice)
     meant = value.strip().strip("'\"").strip()
     if meant != value or meant.startswith("~"):
         meant = str(Path(meant).expanduser())
         state = f"{value!r} holds a ~, quotes or blanks, which nnU-Net takes as part of the name"
-        return Finding(WRONG, variable, state, f"Run: export {variable}={shlex.quote(meant)}")
-    for folder in value.split(os.pathsep) if variable == EXTERNAL else [value]:
+        return Finding(WRONG, variable, state, f"{export}{shlex.quote(meant)}")
+    external = variable == EXTERNAL
+    for folder in value.split(os.pathsep) if external else [value]:
         if not Path(folder).is_dir():
-            advice = f"Run: mkdir -p {shlex.quote(os.path.abspath(folder))}"
-            if variable == EXTERNAL:
-                advice = f"Run: export {EXTERNAL}=$(stunet path trainers)"
+            make = f"Run: mkdir -p {shlex.quote(os.path.abspath(folder))}"
+            advice = f"{export}$(stunet path trainers)" if external else make
             return Finding(WRONG, variable, f"{folder} (no such folder)", advice)
-    if variable != EXTERNAL and not os.access(value, os.W_OK):
+    if not external and not os.access(value, os.W_OK):
         advice = f"Make it writable, or set {variable} to another folder."
         return Finding(WRONG, variable, f"{value} (not writable)", advice)
     return Finding(OK, variable, value)
 
 
-def _processes(variable: str) -> Finding | None:
-    value = os.environ.get(variable)
-    if value is None:
-        return None
+def _processes(variable: str, value: str) -> Finding:
     purpose, least = PROCESSES[variable]
     number = int(value) if value.strip().isdecimal() else -1
     if number < least:

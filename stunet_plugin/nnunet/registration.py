@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import stunet_plugin
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.files import write_atomically
 
-MINIMUM_NNUNET = (2, 8)
 BRIDGE_NAME = "stunet_plugin_bridge.py"
 MARKER, REMOVAL = "Written by `stunet register`", "Remove with `stunet unregister`."
 
@@ -34,6 +34,10 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "stunet_plugin":
         raise
 '''
+
+_INSTEAD = """The plugin works without registration too:
+  export nnUNet_extTrainer=$(stunet path trainers)    # finds trainers
+  stunet plan -d ID -pl STUNetPlanner_base    # plans, for nnUNetv2_preprocess -plans_name"""
 
 
 class Bridge(NamedTuple):
@@ -64,10 +68,14 @@ def find_host() -> Path:
     """
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None or not spec.submodule_search_locations:
+        raise PluginError("nnunetv2 is not installed. Run: pip install 'nnunetv2>=2.8'")
+    version = host_version()
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers and numbers < (2, 8):
         raise PluginError(
-            "nnunetv2 is not installed for this Python. Install it: pip install 'nnunetv2>=2.8'"
+            f"nnunetv2 {version} is installed, but stunet-plugin needs 2.8 or newer. Run: pip"
+            " install --upgrade 'nnunetv2>=2.8'"
         )
-    check_version(host_version())
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -79,23 +87,11 @@ def host_version() -> str:
         return "unknown"
 
 
-def check_version(version: str) -> None:
-    """Raise if this nnunetv2 is older than the plugin needs."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if numbers and numbers < MINIMUM_NNUNET:
-        needed = ".".join(map(str, MINIMUM_NNUNET))
-        raise PluginError(
-            f"nnunetv2 {version} is installed, but stunet-plugin needs {needed} or newer. Run:"
-            f" pip install --upgrade 'nnunetv2>={needed}'"
-        )
-
-
 def register() -> list[str]:
-    """Write the bridges; return one line per bridge on what was done.
+    """Write the bridges, all or none; return one line per bridge on what was done.
 
     Raises:
-        PluginError: a folder cannot be written, or a file that is not ours is there. Nothing is
-            left half-written, and no bridge is left without the other.
+        PluginError: a folder cannot be written, or a file that is not ours is there.
     """
     host = find_host()
     lines: list[str] = []
@@ -111,7 +107,9 @@ def register() -> list[str]:
         except OSError as error:
             for done in written:
                 done.unlink(missing_ok=True)
-            raise PluginError(without_registration(path.parent, error)) from error
+            raise PluginError(
+                f"Cannot write to {path.parent} ({error.strerror}). {_INSTEAD}"
+            ) from error
         written.append(path)
         lines.append(f"{bridge.what}: registered in {path}")
     return lines
@@ -124,18 +122,17 @@ def unregister() -> list[str]:
         PluginError: one cannot be removed, or is not ours.
     """
     host = find_host()
-    states = registered(host)
     lines = []
-    for bridge in BRIDGES:
+    for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
         path = bridge.path(host)
-        if states[bridge.what] == "not registered":
+        if state == "not registered":
             lines.append(f"{bridge.what}: not registered, nothing to do")
             continue
         try:
             path.unlink()
         except OSError as error:
             raise PluginError(
-                f"Cannot remove {path} ({error.strerror}). Ask whoever may write there to do it."
+                f"Cannot remove {path} ({error.strerror}). Ask whoever may write there."
             ) from error
         lines.append(f"{bridge.what}: removed {path}")
     return lines
@@ -150,43 +147,19 @@ def registered(host: Path) -> dict[str, str]:
     states = {}
     for bridge in BRIDGES:
         path = bridge.path(host)
-        text = path.read_text(errors="replace") if path.is_file() else None
-        if os.path.lexists(path) and MARKER not in (text or ""):
-            raise PluginError(
-                f"{path} is there, but `stunet register` did not write it. Move it away and try"
-                " again."
-            )
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        if os.path.lexists(path) and MARKER not in text:
+            raise PluginError(f"{path}: `stunet register` did not write it. Move it away.")
         current = "registered" if text == bridge.text() else "out of date"
-        states[bridge.what] = current if text is not None else "not registered"
+        states[bridge.what] = current if text else "not registered"
     return states
 
 
 def trainers_folder() -> Path:
     """Return the folder for ``nnUNet_extTrainer``."""
-    return _package_folder("stunet_plugin.trainers")
+    return package_folder("trainers")
 
 
-def plans_folder() -> Path:
-    """Return the folder of the planners."""
-    return _package_folder("stunet_plugin.plans")
-
-
-def without_registration(folder: Path, error: OSError) -> str:
-    """Say how to use the plugin where ``nnunetv2`` cannot be written."""
-    return (
-        f"Cannot write to {folder} ({error.strerror}). The plugin works without registration too:\n"
-        "  export nnUNet_extTrainer=$(stunet path trainers)    # then nnUNetv2_train ... -tr"
-        " STUNetTrainer_base\n"
-        "  stunet plan -d DATASET_ID -pl STUNetPlanner_base    # then nnUNetv2_preprocess"
-        " -plans_name STUNetPlans_base"
-    )
-
-
-def _package_folder(package: str) -> Path:
-    # Only the parent is imported (light); the package itself would import torch.
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise PluginError(
-            f"{package} is not installed. Install the plugin: pip install stunet-plugin"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
+def package_folder(name: str) -> Path:
+    """Return the folder of ``stunet_plugin.trainers`` or ``.plans``, which would import torch."""
+    return next(path for base in stunet_plugin.__path__ if (path := Path(base, name)).is_dir())

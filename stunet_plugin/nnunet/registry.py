@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stunet_plugin.errors import PluginError, nearest
+from stunet_plugin.errors import PluginError, did_you_mean, nearest
 
 NEAR = 0.8
 """Similarity of a name that is taken for a misspelt one of ours."""
@@ -27,11 +27,7 @@ class Registry(dict[str, Any]):
         self._prefixes = tuple({_plain(name.partition("_")[0]) for name in self})
 
     def find(self, name: str) -> Any:
-        """Return the class of this name.
-
-        Raises:
-            PluginError: there is none; with the nearest name and all names.
-        """
+        """Return the class of this name; raise a PluginError with the nearest one."""
         if name not in self:
             raise PluginError(self._unknown(name))
         return self[name]
@@ -53,16 +49,14 @@ class Registry(dict[str, Any]):
         """
 
         def module_getattr(name: str) -> Any:
-            hint = self.hint(name)
-            if hint:
+            if hint := self.hint(name):
                 print(hint, file=sys.stderr)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
         return module_getattr
 
     def _unknown(self, name: str) -> str:
-        near = nearest(name, self)
-        hint = f" Did you mean {near}?" if near else ""
+        hint = did_you_mean(name, self)
         return f"Unknown {self.kind} {name!r}.{hint} All names: stunet list --trainers"
 
 

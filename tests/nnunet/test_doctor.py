@@ -8,119 +8,103 @@ from pathlib import Path
 
 import pytest
 
-from stunet_plugin.cli import main
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import doctor
 from stunet_plugin.nnunet.commands import NAMELESS, name_user
 from stunet_plugin.nnunet.registration import BRIDGES, trainers_folder
 
-from conftest import Workspace
+from conftest import Stunet
+
+
+def look(name: str) -> tuple[str, str]:
+    """Mark and all words of one finding."""
+    findings = doctor.findings("STUNetTrainer_base", lambda: ["STUNetTrainer_base"])
+    found = {finding.what: finding for finding in findings}
+    return found[name].mark, f"{found[name].state}. {found[name].advice}"
 
 
 def test_the_exit_code_can_be_trusted(
-    nnunet_environment: Workspace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["doctor"]) == 0
-    green = capsys.readouterr().out
-    assert "Everything is in place" in green
-    assert "found through nnUNet_extTrainer" in green or "trainers: registered" in green
-    missing = tmp_path / "not there"
+    for variable in doctor.FOLDERS:
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    monkeypatch.setenv("STUNET_EPOCHS", "5")
+    said = stunet("doctor")
+    assert "Everything is in place" in said
+    assert "STUNET_EPOCHS=5" in said
+    assert "found through nnUNet_extTrainer" in said or "trainers: registered" in said
     monkeypatch.delenv("nnUNet_raw")
-    monkeypatch.setenv("nnUNet_results", str(missing))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "not there"))
     monkeypatch.setenv("STUNET_EPOCHS", "x")
-    trainer = "STUnetTrainer_smal"
-    assert main(["doctor", "-tr", trainer]) == 1
-    wrong = capsys.readouterr().out
+    said = stunet("doctor -tr STUnetTrainer_smal", code=1)
     for text in (
         "export nnUNet_raw=",
-        f"mkdir -p '{missing}'",
+        f"mkdir -p '{tmp_path}/not there'",
         "STUNET_EPOCHS='x' must be an integer",
-        f"nnU-Net does not find {trainer}",
+        "does not find STUnetTrainer_smal",
         "Did you mean STUNetTrainer_small?",
         "4 thing(s) to fix",
     ):
-        assert text in wrong
+        assert text in said
 
 
 def test_without_registration_it_says_to_register(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def find_host() -> Path:
+        return tmp_path
+
+    monkeypatch.setattr(doctor, "find_host", find_host)
+    monkeypatch.setattr(doctor, "_lookup", lambda *_: doctor.Finding("ok", "look-up", ""))
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
-    findings = list(doctor._registration(tmp_path))
-    assert [finding.advice for finding in findings] == ["Run: stunet register"] * 2
+    for bridge in BRIDGES:
+        assert look(bridge.what) == ("!!", "not registered. Run: stunet register")
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    assert [finding.mark for finding in doctor._registration(tmp_path)] == ["ok", "ok"]
+    assert [look(bridge.what)[0] for bridge in BRIDGES] == ["ok", "ok"]
     foreign = BRIDGES[0].path(tmp_path)
     foreign.parent.mkdir(parents=True)
     foreign.touch()
-    (finding,) = doctor._registration(tmp_path)
-    assert "did not write it" in finding.advice
+    assert "did not write it" in look("registration")[1]
 
-    def missing() -> None:
+    def missing() -> Path:
         raise PluginError("nnunetv2 is not installed")
 
     monkeypatch.setattr(doctor, "find_host", missing)
-    found = {finding.what: finding for finding in doctor.findings("STUNetTrainer_base", list)}
-    assert found["nnunetv2"].mark == "!!"
-    assert "look-up" not in found
+    monkeypatch.setattr(doctor, "LIBRARIES", ("no_such_package",))
+    assert look("nnunetv2")[0] == "!!"
+    assert "pip install no_such_package" in look("no_such_package")[1]
 
 
 @pytest.mark.parametrize(
-    ("value", "mark", "advice"),
+    ("variable", "value", "mark", "words"),
     [
-        ("{0}", "ok", ""),
-        ("{0} ", "!!", "export nnUNet_raw={0}"),
-        ("'{0}'", "!!", "export nnUNet_raw={0}"),
-        ('"{0}"', "!!", "export nnUNet_raw={0}"),
-        ("~/data", "!!", f"export nnUNet_raw={Path.home()}/data"),
-        ("{0}/gone", "!!", "mkdir -p {0}/gone"),
-        ("", "!!", "export nnUNet_raw=/path/to/nnUNet_raw"),
-    ],
-)
-def test_folders_are_examined(
-    value: str, mark: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("nnUNet_raw", value.format(tmp_path))
-    finding = doctor._folder("nnUNet_raw")
-    assert finding is not None
-    assert finding.mark == mark
-    assert advice.format(tmp_path) in finding.advice
-
-
-def test_the_folder_of_external_trainers_is_examined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
-    assert doctor._folder("nnUNet_extTrainer") is None
-    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path}{os.pathsep}{tmp_path / 'gone'}")
-    finding = doctor._folder("nnUNet_extTrainer")
-    assert finding is not None
-    assert "stunet path trainers" in finding.advice
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "mark", "fact"),
-    [
+        ("nnUNet_raw", "{0}", "ok", ""),
+        ("nnUNet_raw", "{0} ", "!!", "export nnUNet_raw={0}"),
+        ("nnUNet_raw", "'{0}'", "!!", "export nnUNet_raw={0}"),
+        ("nnUNet_raw", "~/data", "!!", f"export nnUNet_raw={Path.home()}/data"),
+        ("nnUNet_raw", "{0}/gone", "!!", "mkdir -p {0}/gone"),
+        ("nnUNet_raw", "", "!!", "export nnUNet_raw=/path/to/nnUNet_raw"),
+        ("nnUNet_extTrainer", f"{{0}}{os.pathsep}{{0}}/gone", "!!", "stunet path trainers"),
         ("nnUNet_def_n_proc", "two", "!!", "no number of processes"),
         ("nnUNet_def_n_proc", "0", "!!", "no number of processes"),
         ("nnUNet_n_proc_DA", "-1", "!!", "no number of processes"),
         # Serves training, but stops nnU-Net's planners.
-        ("nnUNet_n_proc_DA", "0", "! ", "0"),
+        ("nnUNet_n_proc_DA", "0", "! ", "planners stop"),
         ("nnUNet_n_proc_DA", "4", "ok", "4"),
     ],
 )
-def test_numbers_of_processes_are_examined(
-    variable: str, value: str, mark: str, fact: str, monkeypatch: pytest.MonkeyPatch
+def test_variables_of_nnunet_are_examined(
+    variable: str,
+    value: str,
+    mark: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(variable, value)
-    finding = doctor._processes(variable)
-    assert finding is not None
-    assert (finding.mark, fact in finding.state) == (mark, True)
-    monkeypatch.delenv(variable)
-    assert doctor._processes(variable) is None
+    monkeypatch.setenv(variable, value.format(tmp_path))
+    found, said = look(variable)
+    assert (found, words.format(tmp_path) in said) == (mark, True)
 
 
 def test_a_user_id_without_a_name_is_given_one_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +117,8 @@ def test_a_user_id_without_a_name_is_given_one_and_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "access", lambda *_: False)
     name_user()
     assert os.environ["USER"] == NAMELESS
-    user, home = doctor._user()
-    assert (user.mark, home.mark) == ("!!", "! ")
-    assert "export USER=" in user.advice
+    assert "export USER=" in look("user")[1]
+    assert look("HOME")[0] == "! "
     monkeypatch.setenv("USER", "me")
     name_user()
     assert os.environ["USER"] == "me"
-    assert [finding.what for finding in doctor._user()] == ["HOME"]

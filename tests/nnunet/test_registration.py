@@ -1,7 +1,9 @@
-"""Registration: bridges in a copy of nnunetv2, plain and editable installs, uninstalling."""
+"""Registration: bridges in a copy of nnunetv2, plain and editable installs, uninstalling; hints for
+names that are nearly right."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,19 +14,13 @@ from pathlib import Path
 import nnunetv2
 import pytest
 
-from stunet_plugin.cli import main
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import registration
 from stunet_plugin.nnunet.commands import find_command
-from stunet_plugin.nnunet.registration import (
-    BRIDGES,
-    check_version,
-    register,
-    registered,
-    unregister,
-)
+from stunet_plugin.nnunet.registration import BRIDGES, registered
+from stunet_plugin.nnunet.registry import Registry
 
-from conftest import PHANTOM_ID, Workspace
+from conftest import PHANTOM_ID, Stunet, Workspace
 
 
 @pytest.fixture
@@ -41,75 +37,107 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_register_and_unregister_are_idempotent(
-    host: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for command, expected in (
-        ("register", "registered in"),
-        ("register", "already registered"),
-        ("unregister", "removed"),
-        ("unregister", "nothing to do"),
+def test_register_and_unregister_are_idempotent(host: Path, stunet: Stunet) -> None:
+    for command, expected, state in (
+        ("register", "registered in", "registered"),
+        ("register", "already registered", "registered"),
+        ("unregister", "removed", "not registered"),
+        ("unregister", "nothing to do", "not registered"),
     ):
-        assert main([command]) == 0
-        assert capsys.readouterr().out.count(expected) == 2
-        state = "registered" if command == "register" else "not registered"
+        assert stunet(command).count(expected) == 2
         assert registered(host) == {"trainers": state, "planners": state}
     assert files(host) == []
 
 
-def test_the_folders_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folders_are_printed(stunet: Stunet) -> None:
     for what in ("trainers", "plans"):
-        assert main(["path", what]) == 0
-        folder = Path(capsys.readouterr().out.strip())
+        folder = Path(stunet("path", what).strip())
         assert (folder.name, (folder / "__init__.py").is_file()) == (what, True)
 
 
-def test_an_old_bridge_is_replaced_and_another_file_is_not(host: Path) -> None:
+def test_an_old_bridge_is_replaced_and_another_file_is_not(host: Path, stunet: Stunet) -> None:
     trainers, planners = (bridge.path(host) for bridge in BRIDGES)
     trainers.write_text(f'"""{registration.MARKER}, long ago."""')
     assert registered(host)["trainers"] == "out of date"
-    register()
+    stunet("register")
     assert registered(host)["trainers"] == "registered"
     planners.write_text("my = 'own'")
-    for command in (register, unregister):
-        with pytest.raises(PluginError, match="did not write it"):
-            command()
-    assert planners.read_text() == "my = 'own'"
-    assert trainers.is_file()
+    for command in ("register", "unregister"):
+        assert "did not write it" in stunet.refuse(command)
     planners.unlink()
     planners.mkdir()
-    with pytest.raises(PluginError, match="did not write it"):
-        register()
+    assert "did not write it" in stunet.refuse("register")
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_folder_that_cannot_be_written_leaves_nothing_behind(
-    host: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    host: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     write = registration.write_atomically
 
-    def refuse(path: Path, text: str) -> None:
+    def refuse(path: Path, text: str = "") -> None:
         if path == BRIDGES[failing].path(host):
             raise PermissionError(13, "Permission denied")
         write(path, text)
 
-    monkeypatch.setattr(registration, "write_atomically", refuse)
-    with pytest.raises(PluginError, match=r"(?s)denied.*=\$\(stunet path trainers\).*stunet plan"):
-        register()
+    with monkeypatch.context() as patch:
+        patch.setattr(registration, "write_atomically", refuse)
+        message = stunet("register", code=2)
+    for words in ("Permission denied", "=$(stunet path trainers)", "stunet plan"):
+        assert words in message
     assert files(host) == []
-    monkeypatch.undo()
-    monkeypatch.setattr(registration, "find_host", lambda: host)
-    register()
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: refuse(BRIDGES[failing].path(host), ""))
-    with pytest.raises(PluginError, match="Cannot remove .*Permission denied"):
-        unregister()
+    stunet("register")
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: refuse(path))
+    assert "Permission denied" in stunet("unregister", code=2)
 
 
-def test_old_nnunet_is_refused() -> None:
-    for version in ("2.8", "3.0.1", "unknown"):
-        check_version(version)
-    with pytest.raises(PluginError, match=r"nnunetv2 2\.7\.1 is installed, .* needs 2\.8"):
-        check_version("2.7.1")
+def test_other_versions_of_nnunet_are_refused(
+    stunet: Stunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, fits in (("2.8", True), ("3.0.1", True), ("2.7.1", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        if fits:
+            assert registration.find_host().name == "nnunetv2"
+        else:
+            assert "nnunetv2 2.7.1 is installed" in stunet.refuse("register")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "pip install" in stunet.refuse("register")
+
+
+# --- names
+
+PLANNERS = Registry(
+    "planner", {"STUNetPlanner_small": 1, "STUNetPlanner_base": 2}, {"PCTPlanner": 3}
+)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("STUnetPlanner_smal", "STUNetPlanner_small"),
+        ("stunetplanner_base", "STUNetPlanner_base"),
+        ("STUNet_Planner-base", "STUNetPlanner_base"),
+        ("PctPlanner", "PCTPlanner"),
+    ],
+)
+def test_names_that_are_nearly_right_get_a_hint(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AttributeError, match=typed):
+        PLANNERS.module_getattr("plans")(typed)
+    assert f"Unknown planner '{typed}'. Did you mean {meant}?" in capsys.readouterr().err
+    with pytest.raises(PluginError, match=meant):
+        PLANNERS.find(typed)
+
+
+@pytest.mark.parametrize(
+    "name", ["PCTPlanner", "nnUNetPlannerResEncL", "MySTUNetPlanner_small", "__path__"]
+)
+def test_names_of_others_get_none(name: str) -> None:
+    assert PLANNERS.hint(name) is None
+
+
+# --- installed
 
 
 class Installation:
@@ -130,23 +158,18 @@ class Installation:
 
     def pip(self, *arguments: object) -> None:
         command = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        subprocess.run([*map(str, command)], check=True)
 
-    def run(
-        self, workspace: Workspace, command: str, *arguments: object, **environment: str
-    ) -> str:
+    def run(self, workspace: Workspace, command: str, *arguments: object) -> str:
         """Run a command with the Python of this environment, without nnUNet_extTrainer."""
         script = self.python.parent / command
         found = str(script) if script.is_file() else find_command(command)
-        variables = {**workspace.environment, "nnUNet_n_proc_DA": "1", **environment}
-        variables.pop("nnUNet_extTrainer")
+        training = "0" if command == "nnUNetv2_train" else "1"
+        variables = {**workspace.environment, "nnUNet_n_proc_DA": training}
+        del variables["nnUNet_extTrainer"]
+        words = [self.python, found, *map(str, arguments)]
         result = subprocess.run(
-            [str(self.python), found, *map(str, arguments)],
-            env=variables,
-            cwd=workspace.root,
-            capture_output=True,
-            text=True,
+            words, env=variables, cwd=workspace.root, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -158,12 +181,10 @@ class Installation:
             " print(f(sys.argv[1]).__module__)"
         )
         hide = "sys.modules['stunet_plugin'] = None;" if without_plugin else ""
+        command = [self.python, "-c", f"import sys; {hide} {code}", trainer]
+        variables = {**os.environ, "PYTHONPATH": ""}
         return subprocess.run(
-            [self.python, "-c", f"import sys; {hide} {code}", trainer],
-            capture_output=True,
-            text=True,
-            cwd=self.source.parent,
-            env={**os.environ, "PYTHONPATH": ""},
+            command, capture_output=True, text=True, cwd=self.source.parent, env=variables
         )
 
 
@@ -177,26 +198,19 @@ def test_installed_registered_found_and_gone(
     installation.pip("install", "--no-deps", "--no-build-isolation", *how, installation.source)
     installation.run(phantoms, "stunet", "register")
     assert registered(installation.host) == {"trainers": "registered", "planners": "registered"}
-
-    plans, planner, trainer = f"Registered{editable}", "STUNetPlanner_tiny", "STUNetTrainer_tiny"
-    installation.run(
-        *(phantoms, "nnUNetv2_plan_experiment", "-d", PHANTOM_ID, "-pl", planner),
-        *("-overwrite_plans_name", plans),
-    )
-    if not editable:  # training costs the same minute either way
-        installation.run(
-            *(phantoms, "nnUNetv2_preprocess", "-d", PHANTOM_ID, "-plans_name", plans),
-            *("-c", "3d_fullres", "-np", 1),
-        )
-        output = installation.run(
-            *(phantoms, "nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", trainer, "-p", plans),
-            *("-device", "cpu", "--disable_checkpointing"),
-            STUNET_ITERATIONS="1",
-            nnUNet_n_proc_DA="0",
-        )
-        assert "Pseudo dice" in output
     found = installation.look_up("STUNetTrainer_huge_ft").stdout
     assert found.startswith("stunet_plugin.trainers")
+    if editable:  # the rest is the same
+        return
+    data = ("-d", PHANTOM_ID)
+    installation.run(phantoms, "nnUNetv2_plan_experiment", *data, "-pl", "STUNetPlanner_tiny")
+    plans = ("STUNetPlans_tiny", "-c", "3d_fullres", "-np", 1)
+    installation.run(phantoms, "nnUNetv2_preprocess", *data, "-plans_name", *plans)
+    output = installation.run(
+        *(phantoms, "nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", "STUNetTrainer_tiny"),
+        *("-p", "STUNetPlans_tiny", "-device", "cpu", "--disable_checkpointing"),
+    )
+    assert "Pseudo dice" in output
 
     # Once the plugin is gone the bridge is silent: stock trainers are found past it, ours are not.
     installation.pip("uninstall", "-y", "stunet-plugin")
