@@ -174,6 +174,15 @@ def stunet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Stunet:
     return Stunet(tmp_path, capsys)
 
 
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an empty nnUNet_raw, nnUNet_preprocessed and nnUNet_results, in use."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
     def make(name: str) -> Workspace:

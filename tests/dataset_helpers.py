@@ -20,8 +20,6 @@ def write_dataset(
 ) -> Path:
     """Cases of the same names in every dataset; the labels are drawn from all values."""
     rng = np.random.default_rng(len(folder.name))
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True)
     values = sorted({x for entry in labels.values() for x in np.atleast_1d(entry).tolist()})
     for number in range(cases):
         for array, file in (
@@ -34,10 +32,13 @@ def write_dataset(
     return folder
 
 
-def write_array(path: Path, array: np.ndarray, origin: Any = (0, 0, 0), **options: Any) -> Path:
+def write_array(
+    path: Path, array: np.ndarray, origin: Any = (0, 0, 0), spacing: Any = (1, 2, 3), **options: Any
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     image = sitk.GetImageFromArray(array, **options)
     if image.GetDimension() == 3:
-        image.SetSpacing((1.0, 2.0, 3.0))
+        image.SetSpacing([float(step) for step in spacing])
         image.SetOrigin(origin)
     sitk.WriteImage(image, str(path))
     return path
@@ -46,3 +47,7 @@ def write_array(path: Path, array: np.ndarray, origin: Any = (0, 0, 0), **option
 def read_array(path: Path) -> np.ndarray:
     array: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
     return array
+
+
+def change_json(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))

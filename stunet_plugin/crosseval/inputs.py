@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stunet_plugin.crosseval.measures import DEFAULT_TOLERANCE
-from stunet_plugin.datasets.label_files import check_entries, read_table
 from stunet_plugin.datasets.label_systems import (
     LabelSystem,
     canonical_name,
+    check_entries,
     check_regions,
     load_label_system,
+    read_table,
 )
 from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
 from stunet_plugin.errors import PluginError

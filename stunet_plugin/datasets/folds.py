@@ -20,38 +20,33 @@ def balanced_folds(
     cases: Mapping[str, Sequence[str]],
     train_only: Collection[str],
     seed: int,
-    own: Mapping[str, Sequence[Collection[str]]] | None = None,
+    own: Mapping[str, Sequence[Collection[str]]],
 ) -> list[dict[str, list[str]]]:
     """Return nnU-Net's ``splits_final.json``: folds of as equal a size as can be, for each dataset
-    and altogether.
+    and altogether; none where there are fewer cases to validate on than folds.
 
     Args:
         cases: dataset to its cases.
-        train_only: datasets whose cases are trained on in every fold and validated on in none.
+        train_only: datasets whose cases are validated on in no fold.
         seed: of the shuffling.
-        own: dataset to the cases that each fold validates on by the dataset's own splits; kept.
-
-    Returns:
-        One entry per fold; none where there are fewer cases to validate on than folds.
+        own: dataset to the cases that each fold validates on by its own splits; kept.
     """
-    validation: list[list[str]] = [[] for _ in range(FOLDS)]
-    for dataset, folds in (own or {}).items():
-        for fold, names in enumerate(folds if dataset not in train_only else ()):
-            validation[fold] += names
-    dealt = {x: names for x, names in cases.items() if x not in train_only and x not in (own or {})}
+    kept = [folds for dataset, folds in own.items() if dataset not in train_only]
+    validation = [[x for folds in kept for x in folds[fold]] for fold in range(FOLDS)]
+    dealt = {x: names for x, names in cases.items() if x not in train_only and x not in own}
     origins = [dataset for dataset, names in dealt.items() for _ in names]
     names = [name for names in dealt.values() for name in names]
     if len(names) + sum(map(len, validation)) < FOLDS:
         return []
-    # Without a dataset of as many cases as folds there are no shares to keep.
-    kind = StratifiedKFold if max(map(len, dealt.values()), default=0) >= FOLDS else KFold
-    if len(names) >= FOLDS:
-        splitter = kind(FOLDS, shuffle=True, random_state=seed)
-        for fold, (_, indices) in enumerate(splitter.split(names, origins)):
-            validation[fold] += [names[index] for index in indices]
-    else:
+    if len(names) < FOLDS:
         for name in names:
             min(validation, key=len).append(name)
+    else:
+        # Without a dataset of as many cases as folds there are no shares to keep.
+        kind = StratifiedKFold if max(map(len, dealt.values())) >= FOLDS else KFold
+        splitter = kind(FOLDS, shuffle=True, random_state=seed)
+        for val, (_, indices) in zip(validation, splitter.split(names, origins), strict=True):
+            val += [names[index] for index in indices]
     everything = {name for names in cases.values() for name in names}
     return [{"train": sorted(everything - set(val)), "val": sorted(val)} for val in validation]
 
@@ -66,8 +61,8 @@ def own_folds(folder: Path, cases: Collection[str]) -> tuple[list[list[str]] | N
         cases: of the dataset.
     """
     root = os.environ.get(PREPROCESSED)
-    places = [Path(root, folder.name)] if root else []
-    file = next((x / SPLITS for x in (*places, folder) if (x / SPLITS).is_file()), None)
+    places = [Path(root, folder.name, SPLITS)] if root else []
+    file = next((x for x in (*places, folder / SPLITS) if x.is_file()), None)
     if file is None:
         return None, ""
     try:

@@ -1,29 +1,29 @@
 """Label systems: which label value means which class, and how two of them meet.
 
-A class is known by its canonical name (:func:`canonical_name`), so ``postcava``, ``IVC`` and
-``inferior vena cava`` are one class, as are ``left kidney`` and ``kidney_left``. A class may have
-several label values (a group, or a region of nnU-Net), and a
-larger class may be made up of smaller ones: a system with both kidneys apart has ``kidney``, too.
-
-Published systems are data (``stunet_plugin/data/label_systems.json``); a user's own is one small
-JSON or YAML file, or a ``dataset.json`` of nnU-Net. Light on purpose: numpy only.
+A class is known by its canonical name, so ``postcava``, ``IVC`` and ``inferior vena cava`` are one.
+It may have several label values (a group, or a region of nnU-Net), and may be made up of smaller
+ones: a system with both kidneys apart has ``kidney``, too. Published systems are data
+(``stunet_plugin/data/label_systems.json``); a user's own is a JSON or YAML file, or a
+``dataset.json`` of nnU-Net.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stunet_plugin.datasets.label_files import check_labels_file, published_facts, read_table
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, did_you_mean, few, last_line
+from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.validation import is_integer, is_list
 
 BACKGROUND, IGNORE = "background", "ignore"
@@ -31,6 +31,10 @@ BACKGROUND, IGNORE = "background", "ignore"
 MAX_VALUE = 2**16 - 1
 """nnU-Net writes segmentations with 16 bits at most."""
 SIDES = ("left", "right")
+LABEL_ENTRIES = ("name", "labels", "groups", "regions_class_order", "source", "note")
+"""Of a file of labels; the last two are for people."""
+DATASET_ENTRIES = ("channel_names", "modality", "file_ending", "numTraining")
+"""What tells nnU-Net's ``dataset.json`` from a file of labels."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,9 @@ class LabelSystem:
 
     @classmethod
     def numbered(cls, name: str, classes: Sequence[str], ignore: bool = False) -> LabelSystem:
-        """Give classes the values 1, 2, ..., and the next one to "ignore" if that is asked for.
-
-        Raises:
-            PluginError: a class stands twice.
-        """
-        values: dict[str, int] = {one: value for value, one in enumerate(classes, 1)}
-        if len(values) != len(classes):
-            raise PluginError(f"Label system {name}: a class stands twice in {', '.join(classes)}.")
-        return cls.from_table(
-            {"labels": {**values, **({IGNORE: len(classes) + 1} if ignore else {})}}, name
-        )
+        """Give classes the values 1, 2, ..., and the next one to "ignore" if that is asked for."""
+        names = [*classes, IGNORE] if ignore else classes
+        return cls.from_table({"labels": names}, name)
 
     @classmethod
     def from_table(cls, content: Mapping[str, Any], name: str) -> LabelSystem:
@@ -73,30 +69,31 @@ class LabelSystem:
             name: for messages, unless the content has one.
 
         Raises:
-            PluginError: labels that overlap, groups of labels that do not exist, or no labels at
-                all.
+            PluginError: labels that overlap or are none, groups of labels that do not exist.
         """
         name = str(content.get("name", name)) if "labels" in content else name
-        labels = _named_values(content.get("labels", content), name)
-        ignore = labels.pop(IGNORE, None)
-        background = labels.pop(BACKGROUND, (0,))
+        where = f"Label system {name}"
+        labels = _named_values(content.get("labels", content), where)
+        ignore, background = labels.pop(IGNORE, None), labels.pop(BACKGROUND, (0,))
         if background != (0,):
-            raise PluginError(
-                f"Label system {name}: the background must be 0, not {_shown(background)}."
-            )
+            raise PluginError(f"{where}: the background must be 0, not {background}.")
         if ignore is not None and len(ignore) != 1:
-            raise PluginError(
-                f"Label system {name}: {IGNORE!r} must be one value, not {_shown(ignore)}."
-            )
+            raise PluginError(f"{where}: {IGNORE!r} must be one value, not {ignore}.")
         if not labels:
-            raise PluginError(
-                f"Label system {name} has no classes. Expected a table of names and label values."
-            )
-        _check_values(labels, ignore, name, may_overlap="regions_class_order" in content)
-        groups = _groups(content.get("groups", {}), labels, name)
+            raise PluginError(f"{where} has no classes. Give a table of names and label values.")
+        owners = {0: BACKGROUND, **dict.fromkeys(ignore or (), IGNORE)}
+        for label, values in labels.items():
+            for value in values:
+                if value in owners:
+                    raise PluginError(
+                        f"{where}: {owners[value]!r} and {label!r} overlap in label {value}. Give"
+                        ' every label once, and classes made of several under "groups": {"kidney":'
+                        ' ["kidney_left", "kidney_right"]}.'
+                    )
+            if "regions_class_order" not in content:
+                owners |= dict.fromkeys(values, label)
+        groups = _groups(content.get("groups", {}), labels, where)
         return cls(name, {**labels, **groups}, ignore[0] if ignore else None)
-
-    # --- looking up
 
     def find(self, name: str) -> tuple[int, ...] | None:
         """Return the label values of a class, made up of smaller ones where need be; None if it is
@@ -116,32 +113,18 @@ class LabelSystem:
         if found is None:
             raise PluginError(
                 f"Label system {self.name} has no class {name!r}; its classes are:"
-                f" {_listed(self.classes)}."
+                f" {few(list(self.classes), 30)}."
             )
         return found
 
     @property
     def values(self) -> frozenset[int]:
         """All label values, the background's and the ignore label's included."""
-        values = {0} | {value for values in self.classes.values() for value in values}
+        values = {0, *(value for values in self.classes.values() for value in values)}
         return frozenset(values if self.ignore is None else values | {self.ignore})
 
-    def check(self, present: Iterable[int], where: str) -> None:
-        """Raise PluginError if an image holds label values that the system does not know.
-
-        Args:
-            present: the values in the image.
-            where: what to call it.
-        """
-        unknown = sorted({int(value) for value in present} - self.values)
-        if unknown:
-            raise PluginError(
-                f"{where} holds the label{'s' if len(unknown) > 1 else ''} {_shown(unknown)}, which"
-                f" {self.name} does not have (0 to {max(self.values)}). Is it another label system?"
-            )
-
     def mask(self, labels: np.ndarray, name: str) -> np.ndarray:
-        """Return where an array of label values shows a class, as booleans of the same shape."""
+        """Return where an array of label values shows a class."""
         values = self.values_of(name)
         return labels == values[0] if len(values) == 1 else np.isin(labels, values)
 
@@ -159,69 +142,10 @@ class LabelSystem:
 
 
 def shared_classes(systems: Sequence[LabelSystem]) -> list[str]:
-    """Return the classes that all systems have, made up of smaller ones where need be, in the order
-    of the systems.
-
-    A class counts if at least one system lists it: two systems with both kidneys apart share
-        ``kidney_left`` and
-    ``kidney_right``, but not ``kidney``; with a third one that only knows ``kidney``, all three
-    share ``kidney`` alone.
-    """
+    """Return the classes that all systems have and one lists, made up of smaller ones where need
+    be, in the order of the systems."""
     listed = dict.fromkeys(name for system in systems for name in system.classes)
     return [name for name in listed if all(system.find(name) is not None for system in systems)]
-
-
-def map_labels(
-    labels: np.ndarray, source: LabelSystem, target: LabelSystem, unmatched: int = 0
-) -> np.ndarray:
-    """Translate an array of label values from one system to another.
-
-    Args:
-        labels: whole numbers, any shape.
-        source, target: what the values mean, and what they shall mean. Classes of the target with
-            several values (groups) are not written, their parts are.
-        unmatched: the value for classes that the target does not have.
-
-    Returns:
-        An array of the same shape, uint8 or uint16; the source's ignore label becomes the target's.
-
-    Raises:
-        PluginError: values that the source does not have, classes of the target that overlap in the
-            source, or an ignore label that the target has not.
-    """
-    writable = {
-        name: values[0]
-        for name, values in target.classes.items()
-        if len(values) == 1 and source.find(name)
-    }
-    overlaps = source.overlapping(writable)
-    if overlaps:
-        one, other = overlaps[0]
-        raise PluginError(
-            f"{source.name} cannot be mapped to {target.name}: {one!r} and {other!r} share labels"
-            " there, and a voxel has one label. Leave one of them out of the target."
-        )
-    source.check(np.unique(labels), f"An image with labels of {source.name}")
-    table = np.full(
-        max(source.values) + 1,
-        unmatched,
-        dtype=np.uint8 if max(*target.values, unmatched) < 256 else np.uint16,
-    )
-    table[0] = 0
-    if source.ignore is not None:
-        if target.ignore is None and np.any(labels == source.ignore):
-            raise PluginError(
-                f"{source.name} has an ignore label and {target.name} has none. Add {IGNORE!r} to"
-                " its labels."
-            )
-        table[source.ignore] = target.ignore or 0
-    for name, value in writable.items():
-        table[list(source.values_of(name))] = value
-    mapped: np.ndarray = table[labels.astype(np.int64, copy=False)]
-    return mapped
-
-
-# --- names and where systems come from
 
 
 def canonical_name(name: str) -> str:
@@ -234,32 +158,37 @@ def canonical_name(name: str) -> str:
     if len(words) > 1 and words[0] in SIDES:
         words = [*words[1:], words[0]]
     plain = "_".join(words)
-    return _synonyms().get(plain, plain)
+    return str(published_facts()["synonyms"].get(plain, plain))
 
 
-def published_systems() -> list[str]:
-    """Return the names of the label systems that come with the package."""
-    return list(published_facts()["systems"])
+@lru_cache(maxsize=1)
+def published_facts() -> dict[str, Any]:
+    """Return the content of the data file, and under ``synonyms`` its aliases turned round: other
+    name to class."""
+    folder = files("stunet_plugin").joinpath("data")
+    content: dict[str, Any] = json.loads(folder.joinpath("label_systems.json").read_text())
+    content["synonyms"] = {x: name for name, others in content["aliases"].items() for x in others}
+    # The order of the published weights is kept where the import of them needs it.
+    stunet = json.loads(folder.joinpath("published_stunet.json").read_text())
+    content["systems"]["STU-Net"] = {"source": stunet["about"], "labels": stunet["labels"][1:]}
+    return content
 
 
 @lru_cache(maxsize=1)
 def published_classes() -> frozenset[str]:
-    """Return the canonical names of all classes that the published systems know, with those made up
-    of smaller ones."""
+    """Return the canonical names of all classes of the published systems, with those made up of
+    smaller ones."""
     facts = published_facts()
     systems = [LabelSystem.from_table(table, name) for name, table in facts["systems"].items()]
-    return frozenset(
-        {name for system in systems for name in system.classes} | set(facts["compositions"])
-    )
+    return frozenset(facts["compositions"]).union(*(system.classes for system in systems))
 
 
 def load_label_system(source: str | Path) -> LabelSystem:
     """Return a label system by its published name, or from a file.
 
     Args:
-        source: a name out of :func:`published_systems` (case, hyphens and underscores do not
-            matter), a JSON or YAML file, or a folder with a ``dataset.json`` (an nnU-Net dataset or
-            model).
+        source: a name (case, hyphens and underscores do not matter), a JSON or YAML file, or a
+            folder with a ``dataset.json`` (an nnU-Net dataset or model).
 
     Raises:
         PluginError: no such name or file, or not a label system.
@@ -277,7 +206,7 @@ def load_label_system(source: str | Path) -> LabelSystem:
             f" dataset.json. Published ones are: {', '.join(systems)}."
         )
     table = read_table(file)
-    check_labels_file(table, str(file))
+    _check_labels_file(table, str(file))
     return LabelSystem.from_table(table, path.name if path.is_dir() else file.stem)
 
 
@@ -285,121 +214,95 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_ ]+", "", name.casefold())
 
 
-def _synonyms() -> dict[str, str]:
-    synonyms: dict[str, str] = published_facts()["synonyms"]
-    return synonyms
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON file, or a YAML one by its ending; raise PluginError if it holds no table."""
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return read_json(path)
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise PluginError(f"{path} cannot be read as YAML ({last_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise PluginError(f"{path} holds a {type(content).__name__}, not a table.")
+    return content
 
 
-def _named_values(labels: Any, system: str) -> dict[str, tuple[int, ...]]:
-    """Read the entry ``labels`` in any of its forms."""
-    if is_list(labels):
-        labels = {name: value for value, name in enumerate(labels, 1)}
-    if not isinstance(labels, Mapping):
+def check_entries(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    """Raise PluginError if a table has entries that there are not."""
+    unknown = sorted(str(key) for key in table if key not in allowed)
+    if unknown:
+        hint = did_you_mean(unknown[0], allowed)
         raise PluginError(
-            f"Label system {system}: labels must be a table of names and label values, not"
-            f" {type(labels).__name__}."
+            f"{where}: unknown entry {unknown[0]!r}; there are {', '.join(allowed)}.{hint}"
         )
-    if (
-        labels
-        and all(str(key).isdigit() for key in labels)
-        and not any(map(is_integer, labels.values()))
-    ):
-        labels = {name: int(key) for key, name in labels.items()}
+
+
+def _check_labels_file(table: Mapping[str, Any], where: str) -> None:
+    """Raise PluginError if a file of labels has an entry that means nothing; a ``dataset.json`` of
+    nnU-Net may have any."""
+    if any(key in table for key in DATASET_ENTRIES):
+        return
+    if "labels" in table:
+        check_entries(table, LABEL_ENTRIES, where)
+        return
+    # Without it, the file is the table of classes itself, and these cannot be classes.
+    odd = {
+        key: value
+        for key, value in table.items()
+        if isinstance(value, Mapping) or (is_list(value) and not all(map(is_integer, value)))
+    }
+    check_entries(odd, LABEL_ENTRIES, where)
+    if odd:
+        raise PluginError(f"{where}: there is {next(iter(odd))!r}, but no entry 'labels'.")
+
+
+def _named_values(labels: Any, where: str) -> dict[str, tuple[int, ...]]:
+    """Read the entry ``labels`` in any of its forms."""
+    pairs: Iterable[tuple[Any, Any]]
+    if is_list(labels):
+        pairs = [(name, value) for value, name in enumerate(labels, 1)]
+    elif not isinstance(labels, Mapping):
+        raise PluginError(f"{where}: labels must be a table of names and values, not {labels!r}.")
+    elif all(str(x).isdigit() for x in labels) and not any(map(is_integer, labels.values())):
+        pairs = [(name, int(value)) for value, name in labels.items()]
+    else:
+        pairs = labels.items()
     named: dict[str, tuple[int, ...]] = {}
-    for name, value in labels.items():
+    for name, value in pairs:
         values = value if is_list(value) else [value]
-        if (
-            not isinstance(name, str)
-            or not values
-            or not all(is_integer(one) and 0 <= one <= MAX_VALUE for one in values)
-        ):
+        right = bool(values) and all(is_integer(one) and 0 <= one <= MAX_VALUE for one in values)
+        if not isinstance(name, str) or not right:
             raise PluginError(
-                f"Label system {system}: {name!r} must be a value of 0 to {MAX_VALUE}, or a list,"
-                f" not {value!r}."
+                f"{where}: {name!r} must be a value of 0 to {MAX_VALUE}, or a list, not {value!r}."
             )
         known = canonical_name(name)
-        if not known:
-            raise PluginError(f"Label system {system}: the class {name!r} has no name.")
-        if known in named:
-            raise PluginError(
-                f"Label system {system}: the class {known!r} stands twice ({name!r} is another name"
-                " of it)."
-            )
+        if not known or known in named:
+            what = f"is {known!r}, which stands twice" if known else "has no name"
+            raise PluginError(f"{where}: the class {name!r} {what}. Give each its own.")
         named[known] = tuple(sorted({int(one) for one in values}))
     return named
 
 
-def _check_values(
-    labels: Mapping[str, tuple[int, ...]],
-    ignore: tuple[int, ...] | None,
-    system: str,
-    may_overlap: bool,
-) -> None:
-    for name, values in labels.items():
-        if 0 in values:
-            raise PluginError(
-                f"Label system {system}: {name!r} has the value 0, which is the background's."
-            )
-        if ignore is not None and ignore[0] in values:
-            raise PluginError(
-                f"Label system {system}: {name!r} has the value {ignore[0]}, which is the ignore"
-                " label's."
-            )
-    if may_overlap:
-        return
-    owner: dict[int, str] = {}
-    for name, values in labels.items():
-        for value in values:
-            if value in owner:
-                raise PluginError(
-                    f"Label system {system}: {owner[value]!r} and {name!r} overlap in label"
-                    f' {value}. Give every label once, and classes made of several under "groups":'
-                    ' {"kidney": ["kidney_left", "kidney_right"]}.'
-                )
-            owner[value] = name
-
-
 def _groups(
-    groups: Any, labels: Mapping[str, tuple[int, ...]], system: str
+    groups: Any, labels: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, tuple[int, ...]]:
     if not isinstance(groups, Mapping):
-        raise PluginError(
-            f"Label system {system}: groups must be a table of names and lists of labels, not"
-            f" {groups!r}."
-        )
+        raise PluginError(f"{where}: groups must be a table of lists of labels, not {groups!r}.")
     made: dict[str, tuple[int, ...]] = {}
     for name, members in groups.items():
         known = canonical_name(str(name))
         if known in labels or known in made:
+            raise PluginError(f"{where}: the group {name!r} has the name of another class.")
+        parts = [canonical_name(str(member)) for member in members] if is_list(members) else []
+        if not parts or not set(parts) <= set(labels):
             raise PluginError(
-                f"Label system {system}: the group {name!r} has the name of another class."
+                f"{where}: the group {name!r} must list labels, not {members!r}; there are"
+                f" {few(list(labels), 30)}."
             )
-        if not is_list(members) or not members:
-            raise PluginError(
-                f"Label system {system}: the group {name!r} must list names of labels, not"
-                f" {members!r}."
-            )
-        missing = [str(member) for member in members if canonical_name(str(member)) not in labels]
-        if missing:
-            raise PluginError(
-                f"Label system {system}: the group {name!r} names {', '.join(missing)}, which is no"
-                f" label; there are {_listed(labels)}."
-            )
-        made[known] = tuple(
-            sorted({value for member in members for value in labels[canonical_name(str(member))]})
-        )
+        made[known] = tuple(sorted({value for part in parts for value in labels[part]}))
     return made
-
-
-def _listed(names: Iterable[str], most: int = 30) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (
-        f" and {len(listed) - most} more" if len(listed) > most else ""
-    )
-
-
-def _shown(values: Iterable[int]) -> str:
-    return ", ".join(map(str, values))
 
 
 def check_regions(table: Mapping[str, Any], where: str) -> None:
@@ -408,20 +311,22 @@ def check_regions(table: Mapping[str, Any], where: str) -> None:
     order = table.get("regions_class_order")
     if order is None:
         return
-    regions = {
-        name: set(values if isinstance(values, (list, tuple)) else [values])
+    regions = [
+        set(values if isinstance(values, (list, tuple)) else [values])
         for name, values in table["labels"].items()
-        if name != "ignore" and values not in (0, [0])
-    }
-    names = list(regions)
-    fits = isinstance(order, (list, tuple)) and len(order) == len(names)
-    for number, (name, value) in enumerate(zip(names, order if fits else (), strict=False)):
-        later = [other for other in names[number + 1 :] if value in regions[other]]
-        if value not in regions[name] or later:
-            fits = False
-    if not fits:
+        if name != IGNORE and values not in (0, [0])
+    ]
+    # Later regions are written over earlier ones.
+    if (
+        not is_list(order)
+        or len(order) != len(regions)
+        or not all(
+            value in region and not any(value in later for later in regions[number + 1 :])
+            for number, (value, region) in enumerate(zip(order, regions, strict=True))
+        )
+    ):
         raise PluginError(
             f"{where}: regions_class_order {order} does not fit its regions {table['labels']}. Each"
-            " value must be one of its region's, and of no later region's: what the model writes"
-            " cannot be read otherwise. Correct its dataset.json and train again."
+            " value must be one of its region's, and of no later region's. Correct its dataset.json"
+            " and train again."
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name, map_labels
+from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name
 from stunet_plugin.errors import PluginError
 
 
@@ -49,46 +49,32 @@ class LabelMapping:
         """Return in names what each class of a dataset, and its background, becomes."""
         names = {values[0]: name for name, values in joint.classes.items()}
         names |= {0: "background"} | ({joint.ignore: "ignore"} if joint.ignore else {})
-        first = {name: source.classes[name][0] for name in all_classes([source])}
+        first = {name: source.classes[name][0] for name in _smallest_classes([source])}
         return {x: names[int(self.table[value])] for x, value in {"background": 0, **first}.items()}
 
 
-def all_classes(systems: Sequence[LabelSystem]) -> list[str]:
-    """Return the classes of all systems, each once; those that a system makes up of smaller ones of
-    its own are left out."""
-    return list(
-        dict.fromkeys(
-            name
-            for system in systems
-            for name, values in system.classes.items()
-            if not any(set(other) < set(values) for other in system.classes.values())
-        )
-    )
-
-
-def joint_system(
+def unite(
     systems: Sequence[LabelSystem],
     wanted: Sequence[str] | None,
     not_shown: Sequence[Collection[str]],
-) -> LabelSystem:
-    """Return the label system of the joint dataset, with an ignore label if one is needed.
+) -> tuple[LabelSystem, list[LabelMapping]]:
+    """Return the label system of the joint dataset, with an ignore label if one is needed, and what
+    the labels of each dataset become.
 
     Args:
         systems: of the datasets.
         wanted: classes to learn; None takes all.
-        not_shown: per dataset, classes that its images do not show.
+        not_shown: per dataset, classes that its images do not show, so that their absence is known.
 
     Raises:
         PluginError: no dataset has a wanted class, or classes overlap.
     """
-    classes = (
-        all_classes(systems) if wanted is None else list(dict.fromkeys(map(canonical_name, wanted)))
-    )
+    known = _smallest_classes(systems)
+    classes = known if wanted is None else list(dict.fromkeys(map(canonical_name, wanted)))
     unknown = [name for name in classes if all(system.find(name) is None for system in systems)]
     if unknown:
         raise PluginError(
-            f"No dataset has the class(es) {', '.join(unknown)}. They have:"
-            f" {', '.join(all_classes(systems))}. Leave others out."
+            f"No dataset has the class(es) {', '.join(unknown)}. They have: {', '.join(known)}."
         )
     for system in systems:
         overlaps = system.overlapping([name for name in classes if system.find(name)])
@@ -100,47 +86,46 @@ def joint_system(
                 " dataset has the larger one alone, it then becomes ignore)."
             )
     joint = LabelSystem.numbered("joint", classes, ignore=True)
-    needed = any(
-        system.ignore is not None or map_to_union(system, joint, absent, systems).missing
+    mappings = [
+        _map_labels(system, joint, set(map(canonical_name, absent)), systems)
         for system, absent in zip(systems, not_shown, strict=True)
+    ]
+    if not any(x.missing for x in mappings) and all(x.ignore is None for x in systems):
+        joint = LabelSystem.numbered("joint", classes)
+    return joint, mappings
+
+
+def _smallest_classes(systems: Sequence[LabelSystem]) -> list[str]:
+    """Return the classes of all systems, each once, without those that a system makes up of smaller
+    ones of its own."""
+    listed = dict.fromkeys(
+        name
+        for system in systems
+        for name, values in system.classes.items()
+        if not any(set(other) < set(values) for other in system.classes.values())
     )
-    return joint if needed else LabelSystem.numbered("joint", classes)
+    return list(listed)
 
 
-def map_to_union(
-    source: LabelSystem,
-    joint: LabelSystem,
-    not_shown: Collection[str],
-    systems: Sequence[LabelSystem],
+def _map_labels(
+    source: LabelSystem, joint: LabelSystem, absent: set[str], systems: Sequence[LabelSystem]
 ) -> LabelMapping:
-    """Return what the labels of a dataset become.
-
-    Args:
-        source: its label system.
-        joint: the one of the joint dataset.
-        not_shown: classes that its images do not show, so that their absence is known.
-        systems: of all datasets; they know which classes are parts of others.
-
-    Raises:
-        PluginError: classes overlap.
-    """
-    absent = {canonical_name(name) for name in not_shown}
     missing = [name for name in joint.classes if source.find(name) is None and name not in absent]
     joint_values = {value for name in joint.classes for value in source.find(name) or ()}
     own = [name for name, values in source.classes.items() if not joint_values & set(values)]
     hidden_in = {name: [part for part in missing if _contains(name, part, systems)] for name in own}
-    placed = {part for parts in hidden_in.values() for part in parts}
-    background_ignored = bool(set(missing) - placed)
+    background_ignored = bool(set(missing).difference(*hidden_in.values()))
 
-    values = np.array(sorted(source.values))
-    # Without an ignore label nothing is missing, and nothing is mapped to it.
-    elsewhere = joint.ignore or 0 if background_ignored else 0
-    table = np.full(values.max() + 1, -1, dtype=np.int64)
-    table[values] = map_labels(values, source, joint, unmatched=elsewhere)
-    table[0] = elsewhere
+    values, ignore = sorted(source.values), max(joint.values)
+    table = np.full(values[-1] + 1, -1, dtype=np.int64)
+    table[values] = ignore if background_ignored else 0
     for name, parts in hidden_in.items():
         if parts:
-            table[list(source.values_of(name))] = joint.ignore
+            table[list(source.classes[name])] = ignore
+    for name, (value,) in joint.classes.items():
+        table[list(source.find(name) or ())] = value
+    if source.ignore is not None:
+        table[source.ignore] = ignore
     return LabelMapping(
         table,
         tuple(missing),
@@ -152,8 +137,5 @@ def map_to_union(
 
 def _contains(larger: str, part: str, systems: Sequence[LabelSystem]) -> bool:
     """Whether a class is a part of another, by a system that has both."""
-    for system in systems:
-        whole, piece = system.find(larger), system.find(part)
-        if whole and piece and set(piece) <= set(whole):
-            return True
-    return False
+    found = [(system.find(larger), system.find(part)) for system in systems]
+    return any(whole and piece and set(piece) <= set(whole) for whole, piece in found)

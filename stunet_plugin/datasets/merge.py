@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.imageio import reader_writer_registry
+from tqdm import tqdm
+
 from stunet_plugin.datasets.folds import SPLITS, balanced_folds, own_folds
 from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name, load_label_system
-from stunet_plugin.datasets.label_union import LabelMapping, joint_system, map_to_union
+from stunet_plugin.datasets.label_union import LabelMapping, unite
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, few_lines
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS
+from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.utils.image_files import PICTURES, ImageError, place_image
 from stunet_plugin.utils.images import read_images, read_label_array
-from stunet_plugin.utils.progress import Progress
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.merge_datasets import MergeDatasets
 
 PROVENANCE = "merged_from.json"
 READER = "overwrite_image_reader_writer"
-CT = "ct"
-"""The channel, in small letters, that nnU-Net normalises by the foreground's intensities."""
-SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
 class Part:
-    """A dataset that is merged.
-
-    Attributes:
-        raw: the dataset.
-        system: what its labels mean.
-        not_shown: joint classes that its images do not show.
-        train_only: its cases are validated on in no fold.
-    """
+    """A dataset that is merged, what its labels mean, and the joint classes that its images do not
+    show."""
 
     raw: RawDataset
     system: LabelSystem
@@ -52,63 +47,106 @@ class Part:
     def new_name(self, case: str) -> str:
         return f"{self.name.removeprefix('Dataset')}_{case}"
 
+    @cached_property
+    def new_names(self) -> list[str]:
+        return [self.new_name(case.name) for case in self.raw.cases]
 
-class Merge:
-    """What a merge comes to; nothing is written before :meth:`write`.
+    @cached_property
+    def own_folds(self) -> tuple[list[list[str]] | None, str]:
+        return own_folds(self.raw.folder, [case.name for case in self.raw.cases])
+
+
+def run_merge(options: MergeDatasets) -> int:
+    """Merge, say what was done, and return 0.
 
     Raises:
-        PluginError: the datasets cannot be merged.
+        PluginError: wrong input; nothing was written, or the same command resumes once the input
+            is fixed.
     """
+    merge = _Merge(options)
+    if not merge.target.is_there(merge.settings):
+        print("\n".join(merge.describe()), flush=True)
+        merge.write()
+    return 0
+
+
+class _Merge:
+    """What a merge comes to; nothing is written before :meth:`write`."""
 
     def __init__(self, options: MergeDatasets) -> None:
         self.options = options
         self.target = NewDataset(options.dataset_id, options.name, PROVENANCE, options.copy)
         self.parts = _find_parts(options)
-        self.channels = _common_channels(self.parts, options.channel_names)
-        self.ending = _common(self.parts, "file ending", [x.raw.file_ending for x in self.parts])
+        self.channels = self._common_channels()
+        self.ending = self._common("file ending", [x.raw.file_ending for x in self.parts])
         readers = [x.raw.description.get(READER) for x in self.parts]
-        self.reader_name = _common(self.parts, "image reader", readers)
-        systems = [part.system for part in self.parts]
-        self.joint = joint_system(systems, options.classes, [part.not_shown for part in self.parts])
-        self.mappings = [
-            map_to_union(part.system, self.joint, part.not_shown, systems) for part in self.parts
-        ]
+        self.reader_name = self._common("image reader", readers)
+        systems, not_shown = zip(*((x.system, x.not_shown) for x in self.parts), strict=True)
+        self.joint, mappings = unite(systems, options.classes, not_shown)
+        self.pairs = list(zip(self.parts, mappings, strict=True))
         self._check()
 
+    def _common(self, what: str, values: Sequence[Any]) -> Any:
+        """Return a property that all datasets must have in common."""
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"{x.name} has {y}" for x, y in zip(self.parts, values, strict=True))
+            raise PluginError(
+                f"The datasets differ in their {what}: {listed}. nnU-Net takes one per dataset:"
+                " convert one of them first."
+            )
+        return values[0]
+
+    def _common_channels(self) -> tuple[str, ...]:
+        """Return the names of the channels, which decide how nnU-Net normalises them."""
+        given, found = self.options.channel_names, [part.raw.channels for part in self.parts]
+        count = self._common("number of channels", [len(names) for names in found])
+        if given is not None:
+            if len(given) != count:
+                raise PluginError(
+                    f"--channel-names names {len(given)} channel(s), the datasets have {count}."
+                )
+            return tuple(given)
+        if len({tuple(map(str.casefold, names)) for names in found}) > 1:
+            listed = "; ".join(f"{x.name}: {', '.join(x.raw.channels)}" for x in self.parts)
+            raise PluginError(
+                f"The datasets call their channels differently ({listed}). If they are of one kind,"
+                " say how to call them: --channel-names (nnU-Net normalises by it: 'CT', or any"
+                " other)."
+            )
+        return found[0]
+
     def _check(self) -> None:
-        pairs = list(zip(self.parts, self.mappings, strict=True))
         classes = ", ".join(self.joint.classes)
-        if all(mapping.background_ignored for mapping in self.mappings):
-            lacking = "; ".join(f"{part.name}: {', '.join(x.missing)}" for part, x in pairs)
+        if all(mapping.background_ignored for _, mapping in self.pairs):
+            lacking = "; ".join(f"{part.name}: {', '.join(x.missing)}" for part, x in self.pairs)
             raise PluginError(
                 f"Each dataset lacks a class ({lacking}), so the background of all would become"
                 " ignore, and a network that is never shown background finds classes everywhere."
                 " Learn only what one of them has as a whole (--classes), or say which classes its"
                 " images do not show (--not-shown)."
             )
-        for part, mapping in pairs:
+        for part, mapping in self.pairs:
             if mapping.background_ignored and set(mapping.missing) == set(self.joint.classes):
                 raise PluginError(
                     f"{part.name} annotates none of the classes {classes}, so all of its voxels"
                     " would become ignore. Leave it out, or say which of them its images do not"
                     " show (--not-shown)."
                 )
-            unknown = [name for name in part.not_shown if name not in self.joint.classes]
-            if unknown:
-                raise PluginError(f"--not-shown: {unknown[0]!r} is none of the classes {classes}.")
-            files = [file for case in part.raw.cases for file in (*case.images, case.label)]
-            odd = [file for file in files if not file.name.endswith(self.ending)]
-            if odd:
-                raise PluginError(
-                    f"{odd[0]} of {part.name} does not end in {self.ending}, as its dataset.json"
-                    " says."
-                )
+            for name in part.not_shown:
+                if name not in self.joint.classes:
+                    raise PluginError(f"--not-shown: {name!r} is none of the classes {classes}.")
+            for file in (x for case in part.raw.cases for x in (*case.images, case.label)):
+                if not file.name.endswith(self.ending):
+                    raise PluginError(
+                        f"{file} of {part.name} does not end in {self.ending}, as its dataset.json"
+                        " says."
+                    )
 
     def describe(self) -> Iterator[str]:
         """Say in lines what will become of each dataset."""
         ignore = "" if self.joint.ignore is None else ", and ignore"
         yield f"Classes: {', '.join(self.joint.classes)}{ignore}"
-        for part, mapping in zip(self.parts, self.mappings, strict=True):
+        for part, mapping in self.pairs:
             training = ", training only" if part.train_only else ""
             yield f"{part.name} ({part.system.name}): {len(part.raw.cases)} cases{training}"
             if mapping.missing:
@@ -117,39 +155,27 @@ class Merge:
                 hidden = ", ".join(mapping.hidden_in)
                 yield f"  become ignore, as they may hold one of these: {hidden}"
             if mapping.background_ignored:
-                yield (
-                    "  becomes ignore, as they may be anywhere in it: the background, and every"
-                    " class that is left out"
-                )
+                yield "  becomes ignore, as they may be anywhere in it: all that is left out"
             if mapping.left_out:
                 yield f"  left out: {', '.join(mapping.left_out)}"
-            folds, what = self._own_folds[part.name]
+            folds, what = part.own_folds
             if what and not part.train_only:
-                why = "" if folds else ", so its cases are split at random"
-                yield f"  {what}{why}"
-        ct = any(name.casefold() == CT for name in self.channels)
-        if ct and any(mapping.background_ignored for mapping in self.mappings):
+                yield f"  {what}" if folds else f"  {what}, so its cases are split at random"
+        ct = any(name.casefold() == "ct" for name in self.channels)
+        if ct and any(mapping.background_ignored for _, mapping in self.pairs):
             yield (
                 "Note: nnU-Net counts ignored voxels as foreground when it plans how to normalise"
                 " CT, air included. See docs/datasets.md for a way round."
             )
 
-    @cached_property
-    def _own_folds(self) -> dict[str, tuple[list[list[str]] | None, str]]:
-        return {
-            part.name: own_folds(part.raw.folder, [case.name for case in part.raw.cases])
-            for part in self.parts
-        }
-
     @property
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with one that it resumes."""
-        names = [part.new_name(case.name) for part in self.parts for case in part.raw.cases]
         return {
             "command": "merge-datasets",
             "datasets": {str(part.raw.folder): part.raw.description for part in self.parts},
-            "cases": sorted(names),
-            "tables": [mapping.table.tolist() for mapping in self.mappings],
+            "cases": sorted(name for part in self.parts for name in part.new_names),
+            "tables": [mapping.table.tolist() for _, mapping in self.pairs],
             "copy": self.options.copy,
         }
 
@@ -157,47 +183,38 @@ class Merge:
         """Make the dataset, or complete one that an interrupted run began.
 
         Raises:
-            PluginError: images or label maps that cannot be used, all of them named; the others
-                stay finished.
+            PluginError: images or label maps that cannot be used; the others stay finished.
         """
-        tasks = [
-            (part, mapping, case)
-            for part, mapping in zip(self.parts, self.mappings, strict=True)
-            for case in part.raw.cases
-        ]
+        tasks = [(*pair, case) for pair in self.pairs for case in pair[0].raw.cases]
         with self.target.begun(self.settings):
-            progress, problems = Progress(len(tasks)), []
-            for part, mapping, case in tasks:
+            problems = []
+            for part, mapping, case in tqdm(tasks, unit="case"):
                 try:
                     self._write_case(part, mapping, case)
                 except ImageError as error:
                     problems.append(str(error))
-                progress.add(True)
-            progress.end()
             if problems:
-                more = len(problems) - SHOWN_PROBLEMS
-                listed = problems[:SHOWN_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-                raise PluginError("\n".join([f"{len(problems)} cases cannot be used.", *listed]))
-            cases = {
-                part.name: [part.new_name(case.name) for case in part.raw.cases]
-                for part in self.parts
-            }
-            own = {
-                part.name: [[part.new_name(name) for name in fold] for fold in folds]
-                for part in self.parts
-                if (folds := self._own_folds[part.name][0])
-            }
-            alone = [part.name for part in self.parts if part.train_only]
-            splits = balanced_folds(cases, alone, self.options.seed, own)
-            others = {SPLITS.removesuffix(".json"): splits} if splits else {}
-            self.target.finish(self._description(len(tasks)), self._provenance(splits), **others)
+                raise PluginError(
+                    f"{len(problems)} cases cannot be used.\n{few_lines(problems, 10)}"
+                )
+            splits = self._split()
+            if splits:
+                write_atomically(self.target.unfinished / SPLITS, json.dumps(splits, indent=1))
+            self.target.finish(self._description(len(tasks)), self._provenance(splits))
         if not splits:
-            print(
-                f"Fewer than {FOLDS} cases to validate on cannot be split into folds: train with"
-                " fold 'all'."
-            )
+            print(f"Fewer than {FOLDS} cases to validate on: train with fold 'all'.")
         configuration = "2d" if self.ending in PICTURES else CONFIGURATION
         self.target.say_written(configuration, f"    # takes {SPLITS} over" if splits else "")
+
+    def _split(self) -> list[dict[str, list[str]]]:
+        own = {
+            part.name: [list(map(part.new_name, fold)) for fold in folds]
+            for part in self.parts
+            if (folds := part.own_folds[0])
+        }
+        cases = {part.name: part.new_names for part in self.parts}
+        alone = [part.name for part in self.parts if part.train_only]
+        return balanced_folds(cases, alone, self.options.seed, own)
 
     def _write_case(self, part: Part, mapping: LabelMapping, case: Case) -> None:
         name = part.new_name(case.name)
@@ -219,11 +236,8 @@ class Merge:
     @cached_property
     def _reader(self) -> Any:
         """The reader that nnU-Net will take for the dataset."""
-        from nnunetv2.imageio.reader_writer_registry import (
-            determine_reader_writer_from_dataset_json as determine,
-        )
-
         example = str(self.parts[0].raw.cases[0].images[0])
+        determine = reader_writer_registry.determine_reader_writer_from_dataset_json
         try:
             # It prints the traceback of every reader that it tries.
             with contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
@@ -247,55 +261,43 @@ class Merge:
 
     def _provenance(self, splits: Sequence[dict[str, list[str]]]) -> dict[str, Any]:
         fold_of = {name: fold for fold, split in enumerate(splits) for name in split["val"]}
-        return {
-            "command": "stunet merge-datasets",
-            "datasets": [
-                {
-                    "name": part.name,
-                    "folder": str(part.raw.folder),
-                    "label_system": part.system.name,
-                    "labels": mapping.describe(part.system, self.joint),
-                    "not_annotated": mapping.missing,
-                    "stated_as_not_shown": part.not_shown,
-                    "train_only": part.train_only,
-                    "cases": {
-                        name: {"case": case.name, "validated_in_fold": fold_of.get(name)}
-                        for case in part.raw.cases
-                        for name in [part.new_name(case.name)]
-                    },
-                }
-                for part, mapping in zip(self.parts, self.mappings, strict=True)
-            ],
-        }
-
-
-def run_merge(options: MergeDatasets) -> int:
-    """Merge, say what was done, and return 0.
-
-    Raises:
-        PluginError: wrong input; nothing was written, or the same command resumes once the input
-            is fixed.
-    """
-    merge = Merge(options)
-    if merge.target.is_there(merge.settings):
-        return 0
-    print("\n".join(merge.describe()), flush=True)
-    merge.write()
-    return 0
+        datasets = [
+            {
+                "name": part.name,
+                "folder": str(part.raw.folder),
+                "label_system": part.system.name,
+                "labels": mapping.describe(part.system, self.joint),
+                "not_annotated": mapping.missing,
+                "stated_as_not_shown": part.not_shown,
+                "train_only": part.train_only,
+                "cases": {
+                    name: {"case": case.name, "validated_in_fold": fold_of.get(name)}
+                    for name, case in zip(part.new_names, part.raw.cases, strict=True)
+                },
+            }
+            for part, mapping in self.pairs
+        ]
+        return {"command": "stunet merge-datasets", "datasets": datasets}
 
 
 def _find_parts(options: MergeDatasets) -> list[Part]:
     """Find the datasets with their label systems; options that name a dataset do so as on the
     command line."""
     given = [text.partition("=") for text in options.datasets]
-    if len(given) < 2:
-        raise PluginError("Name at least two datasets to merge.")
-    folders = {name: find_raw(name) for name, _, _ in given}
-    by_text = {x: path.name for name, path in folders.items() for x in (name, path.name)}
+    folders = [find_raw(name) for name, _, _ in given]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise PluginError(
+            f"Name at least two datasets to merge, each once, not {', '.join(names)}. Their names"
+            " tell their cases apart."
+        )
+    by_text = {
+        x: name for (text, _, _), name in zip(given, names, strict=True) for x in (text, name)
+    }
 
     def named(text: str, option: str) -> str:
         if text not in by_text:
-            raise PluginError(f"{option} {text} is none of the datasets {', '.join(folders)}.")
+            raise PluginError(f"{option} {text} is none of the datasets {', '.join(names)}.")
         return by_text[text]
 
     not_shown: dict[str, list[str]] = {}
@@ -306,16 +308,9 @@ def _find_parts(options: MergeDatasets) -> list[Part]:
         absent = map(canonical_name, classes.split(","))
         not_shown.setdefault(named(dataset, "--not-shown"), []).extend(absent)
     train_only = [named(text, "--train-only") for text in options.train_only]
-    names = [path.name for path in folders.values()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or len(folders) < len(given):
-        raise PluginError(
-            f"{(twice or names)[0]} is given twice. The names of the datasets tell their cases"
-            " apart."
-        )
     parts = []
-    for name, _, labels in given:
-        raw = read_raw(folders[name])
+    for folder, (_, _, labels) in zip(folders, given, strict=True):
+        raw = read_raw(folder)
         if labels:
             system = load_label_system(labels)
         elif "regions_class_order" in raw.description and options.classes is None:
@@ -327,36 +322,3 @@ def _find_parts(options: MergeDatasets) -> list[Part]:
         hidden = tuple(not_shown.get(raw.name, ()))
         parts.append(Part(raw, system, hidden, raw.name in train_only))
     return parts
-
-
-def _common_channels(parts: Sequence[Part], given: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the channels, which decide how nnU-Net normalises them."""
-    counts = {part.name: len(part.raw.channels) for part in parts}
-    first = parts[0].raw.channels
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
-        raise PluginError(f"The datasets differ in their channels: {listed}.")
-    if given is not None and len(given) != len(first):
-        raise PluginError(
-            f"--channel-names names {len(given)} channel(s), the datasets have {len(first)}."
-        )
-    for part in parts[1:] if given is None else ():
-        if [name.casefold() for name in part.raw.channels] != [name.casefold() for name in first]:
-            raise PluginError(
-                f"The channels of {parts[0].name} are {', '.join(first)}, those of {part.name}"
-                f" {', '.join(part.raw.channels)}. If they are of one kind, say how to call them:"
-                " --channel-names (nnU-Net normalises by it: 'CT', or any other)."
-            )
-    return first if given is None else tuple(given)
-
-
-def _common(parts: Sequence[Part], what: str, values: Sequence[Any]) -> Any:
-    """Return a property that all datasets must have in common."""
-    if len(set(values)) > 1:
-        pairs = zip(parts, values, strict=True)
-        listed = ", ".join(f"{part.name} has {value}" for part, value in pairs)
-        raise PluginError(
-            f"The datasets differ in their {what}: {listed}. nnU-Net takes one per dataset: convert"
-            " one of them first."
-        )
-    return values[0]

@@ -18,14 +18,13 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from stunet_plugin.datasets.raw_dataset import new_raw_folder
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.utils.files import OutputError, lock, read_json, write_atomically
 from stunet_plugin.utils.image_files import COPY, LINK, MOVE, place_image, side_files
 
 IMAGES, LABELS, RECORDS = "imagesTr", "labelsTr", "records"
 SETTINGS, SETTINGS_HASH = "settings.json", "settings_sha256"
-_UNFINISHED = ".unfinished_"
 
 
 class NewDataset:
@@ -47,27 +46,22 @@ class NewDataset:
     def __init__(self, dataset_id: int, name: str, provenance: str, copy: bool) -> None:
         self.dataset_id, self.provenance, self.how = dataset_id, provenance, COPY if copy else LINK
         self.folder = new_raw_folder(dataset_id, name)
-        self.unfinished = self.folder.with_name(f"{_UNFINISHED}{self.folder.name}")
-        others = [x for x in find_candidate_datasets(dataset_id) if not self._is_ours(x)]
-        if others:
-            self._refuse(others[0])
-
-    def _is_ours(self, name: str) -> bool:
-        return name == self.folder.name and (self.folder / self.provenance).is_file()
+        self.unfinished = self.folder.with_name(f".unfinished_{self.folder.name}")
+        for other in find_candidate_datasets(dataset_id):
+            if other != self.folder.name or not (self.folder / provenance).is_file():
+                self._refuse(other)
 
     def _refuse(self, name: str) -> None:
-        there = [x for x in (RAW, PREPROCESSED, RESULTS) if _has_folder(x, name)]
+        roots = [x for x in (RAW, PREPROCESSED, RESULTS) if os.environ.get(x)]
+        there = " and ".join(x for x in roots if Path(os.environ[x], name).is_dir())
         raise PluginError(
-            f"-d {self.dataset_id} is taken: {' and '.join(there)} has {name}. Choose another."
-            " Nothing was written."
+            f"-d {self.dataset_id} is taken: {there} has {name}. Choose another. Nothing was"
+            " written."
         )
 
     def is_there(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a run with the same settings has made it already; says so.
-
-        Raises:
-            PluginError: one with other settings has.
-        """
+        """Whether a run with the same settings has made it already, which is said; raise
+        PluginError if one with others has."""
         if not self.folder.exists():
             return False
         if read_json(self.folder / self.provenance).get(SETTINGS_HASH) != _hash(_text(settings)):
@@ -77,23 +71,22 @@ class NewDataset:
 
     @contextlib.contextmanager
     def begun(self, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Make the unfinished folder, or resume one that was left with the same settings; no second
-        run may write to it.
+        """Make the unfinished folder, or resume one that was left with the same settings.
 
         Raises:
             PluginError: it was left by a run with other settings, another run is writing to it, or
                 it cannot be written to.
         """
-        text = _text(settings)
         for part in (IMAGES, LABELS, RECORDS):
             (self.unfinished / part).mkdir(parents=True, exist_ok=True)
         with lock(self.unfinished / ".lock", f"run is making {self.folder.name}"):
-            file = self.unfinished / SETTINGS
+            file, text = self.unfinished / SETTINGS, _text(settings)
             if file.is_file() and file.read_text() != text:
+                was, now = read_json(file), json.loads(text)
+                changed = ", ".join(x for x in {**was, **now} if was.get(x) != now.get(x))
                 raise PluginError(
-                    f"{self.unfinished} was left by a run with other input or options"
-                    f" ({_changed(file, settings)}). Run that command again to complete it, or"
-                    " delete the folder to start again."
+                    f"{self.unfinished} was left by a run with other input or options ({changed})."
+                    " Run that command again to complete it, or delete the folder to start again."
                 )
             write_atomically(file, text)
             try:
@@ -101,10 +94,9 @@ class NewDataset:
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(f"What is finished is in {self.unfinished}.") from error
             except (OSError, OutputError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
                 raise PluginError(
-                    f"Cannot write to {self.unfinished}: {reason}. What is finished stays; once"
-                    " this is fixed, the same command resumes."
+                    f"Cannot write to {self.unfinished}: {last_line(error)}. What is finished"
+                    " stays; once this is fixed, the same command resumes."
                 ) from error
 
     def add_images(self, case: str, images: Sequence[Path], ending: str) -> None:
@@ -119,35 +111,23 @@ class NewDataset:
     def record_of(self, case: str) -> Path:
         return self.unfinished / RECORDS / f"{case}.json"
 
-    def finish(
-        self, description: Mapping[str, Any], provenance: Mapping[str, Any], **others: Any
-    ) -> None:
-        """Write ``dataset.json``, the provenance and other JSON files (name without ending to
-        content), and give the dataset its place."""
+    def finish(self, description: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Write ``dataset.json`` and the provenance, and give the dataset its place."""
         settings = self.unfinished / SETTINGS
         made_of = {**provenance, SETTINGS_HASH: _hash(settings.read_text())}
-        files = {f"{name}.json": content for name, content in others.items()}
-        for name, content in {
-            **files,
-            self.provenance: made_of,
-            "dataset.json": description,
-        }.items():
+        for name, content in ((self.provenance, made_of), ("dataset.json", description)):
             write_atomically(self.unfinished / name, json.dumps(content, indent=1) + "\n")
         shutil.rmtree(self.unfinished / RECORDS)
         settings.unlink()
         (self.unfinished / ".lock").unlink(missing_ok=True)
         os.rename(self.unfinished, self.folder)
 
-    def say_written(self, configuration: str, more: str = "") -> None:
+    def say_written(self, configuration: str, more: str) -> None:
         """Print what a command says last: where the dataset is and what comes next."""
         print(
             f"Written: {self.folder}\n"
             f"Next: nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c {configuration}{more}"
         )
-
-
-def _has_folder(variable: str, name: str) -> bool:
-    return bool(os.environ.get(variable)) and Path(os.environ[variable], name).is_dir()
 
 
 def _text(settings: Mapping[str, Any]) -> str:
@@ -158,39 +138,19 @@ def _hash(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def _changed(file: Path, settings: Mapping[str, Any]) -> str:
-    try:
-        was, now = json.loads(file.read_text()), json.loads(json.dumps(settings))
-        return ", ".join(key for key in {**was, **now} if was.get(key) != now.get(key))
-    except (ValueError, AttributeError):
-        return "its record is damaged"
-
-
 def write_labels(reader: Any, labels: np.ndarray, properties: dict[str, Any], target: Path) -> None:
-    """Write a label map with one of nnU-Net's readers and writers, complete or not at all.
-
-    ITK's writers say nothing when the disk is full, so the file is read back.
-
-    Args:
-        reader: of nnU-Net.
-        labels: (z, y, x), as the reader gives them.
-        properties: geometry, as the reader gave it.
-        target: the file.
-
-    Raises:
-        OSError: the file does not hold what was written.
-    """
+    """Write a label map (z, y, x) with one of nnU-Net's readers and writers and the properties that
+    it gave, complete or not at all; raise OSError if the file does not hold what was written."""
     partial = target.with_name(f".partial_{target.name}")
     try:
         reader.write_seg(labels, str(partial), properties)
+        # ITK's writers say nothing when the disk is full, so the file is read back.
         try:
-            complete = np.array_equal(reader.read_seg(str(partial))[0][0], labels)
+            written, why = np.array_equal(reader.read_seg(str(partial))[0][0], labels), ""
         except Exception as error:  # whatever a reader makes of half a file
-            raise OSError(
-                f"{target.name} could not be written whole ({error}); is the disk full"
-            ) from error
-        if not complete:
-            raise OSError(f"{target.name} could not be written whole; is the disk full")
+            written, why = False, f" ({last_line(error)})"
+        if not written:
+            raise OSError(f"{target.name} could not be written whole{why}; is the disk full")
         place_image(partial, target, MOVE)
     finally:
         for left in (*side_files(partial), partial) if partial.exists() else ():

@@ -1,41 +1,167 @@
-"""Pseudo-labels: a model's predictions on unlabelled images as a dataset to train on."""
+"""Pseudo-labels: a model's predictions on unlabelled images as a dataset to train on, through a
+confidence filter."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from tqdm import tqdm
+
 from stunet_plugin import __version__
-from stunet_plugin.datasets.confidence_filter import ConfidenceFilter, parse_rules, probability
-from stunet_plugin.datasets.label_systems import LabelSystem, check_regions
+from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name, check_regions
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import find_raw, list_images
 from stunet_plugin.errors import PluginError
-from stunet_plugin.inference.predictor import Model
+from stunet_plugin.inference.predictor import Model, Prediction
 from stunet_plugin.nnunet.names import CONFIGURATION
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import read_json, sha256_of, write_atomically
-from stunet_plugin.utils.progress import Progress
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.pseudo_label import PseudoLabel
 
 PROVENANCE = "pseudo_labels.json"
-KEPT_ENTRIES = (
-    "channel_names",
-    "modality",
-    "regions_class_order",
-    "overwrite_image_reader_writer",
-    "file_ending",
-)
+CHANNELS, REGIONS = ("channel_names", "modality"), "regions_class_order"
+KEPT_ENTRIES = (*CHANNELS, REGIONS, "overwrite_image_reader_writer", "file_ending")
 """Of the model's dataset.json, for that of the new dataset."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a class of a case is kept: by the least mean confidence (0 to 1) over its voxels, and by
+    its volume. None asks for nothing."""
+
+    min_confidence: float | None = None
+    min_mm3: float | None = None
+    max_mm3: float | None = None
+
+    def reasons_against(self, confidence: float | None, volume: float) -> list[str]:
+        """Return why a class is not kept (confidence None: it is not predicted at all)."""
+        found = []
+        # Comparisons are such that what is not a number is never confident.
+        least = self.min_confidence
+        if least is not None and confidence is not None and not confidence >= least:
+            found.append(f"mean confidence {confidence:.3f} below {least:g}")
+        if self.min_mm3 is not None and not volume >= self.min_mm3:
+            found.append(f"{volume:.0f} mm3, less than {self.min_mm3:g}")
+        if self.max_mm3 is not None and not volume <= self.max_mm3:
+            found.append(f"{volume:.0f} mm3, more than {self.max_mm3:g}")
+        return found
+
+
+@dataclass(frozen=True)
+class ConfidenceFilter:
+    """The rules for a dataset.
+
+    Attributes:
+        system: label system of the model.
+        ignore: the ignore label's value.
+        ignore_below: least confidence of a voxel, None asks for none.
+        rules: canonical class name to its rule.
+        drop_cases: leave out a case with a class that is not kept, instead of ignoring the class
+            there.
+    """
+
+    system: LabelSystem
+    ignore: int
+    ignore_below: float | None = None
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    drop_cases: bool = False
+
+    @property
+    def may_ignore(self) -> bool:
+        return self.ignore_below is not None or (bool(self.rules) and not self.drop_cases)
+
+    def apply(self, prediction: Prediction) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the labels (z, y, x) with the ignore label where the prediction is not kept, and
+        what became of the case: why it is left out (else ""), the share of ignored voxels, and its
+        classes; their sizes and mean confidences are those of the whole prediction."""
+        labels, confidence = prediction.labels, prediction.confidence
+        doubtful = np.zeros(labels.shape, bool)
+        if self.ignore_below is not None:
+            doubtful = ~(confidence >= self.ignore_below)
+        masks = {name: self.system.mask(labels, name) for name in self.system.classes}
+        classes: dict[str, dict[str, Any]] = {}
+        left_out = []
+        for name, mask in masks.items():
+            voxels = int(mask.sum())
+            mean = float(confidence[mask].mean(dtype=np.float64)) if voxels else None
+            mm3 = voxels * prediction.voxel_mm3
+            reasons = self.rules.get(name, Rule()).reasons_against(mean, mm3)
+            about = {"voxels": voxels, "mm3": round(mm3, 3), "confidence": mean}
+            classes[name] = {**about, "reasons": reasons}
+            # What is not predicted cannot be marked: it may be anywhere in the background.
+            if reasons and (self.drop_cases or not voxels):
+                left_out += [f"{name}: {reason}" for reason in reasons]
+            elif reasons:
+                doubtful |= mask
+        for name, mask in masks.items():
+            classes[name]["kept"] = 0 if left_out else int((mask & ~doubtful).sum())
+        ignored = 0.0 if left_out else float(doubtful.mean())
+        record = {"left_out": "; ".join(left_out), "ignored": ignored, "classes": classes}
+        return np.where(doubtful, labels.dtype.type(self.ignore), labels), record
+
+
+def parse_rules(
+    system: LabelSystem, confidences: Sequence[str], sizes: Sequence[str]
+) -> dict[str, Rule]:
+    """Return the rule of each class that has one.
+
+    Args:
+        system: the classes that there are.
+        confidences: each ``P`` (for all classes) or ``CLASS=P``.
+        sizes: each ``CLASS=MIN:MAX`` in mm3, of which one may be empty.
+
+    Raises:
+        PluginError: an unknown class, or no such number.
+    """
+    fields: dict[str, dict[str, float | None]] = {}
+
+    def rule_of(name: str, where: str) -> dict[str, float | None]:
+        found = canonical_name(name)
+        if found not in system.classes:
+            classes = ", ".join(system.classes)
+            raise PluginError(f"{where}: the model has no class {name!r}. Its classes: {classes}.")
+        return fields.setdefault(found, {})
+
+    for text in sorted(confidences, key=lambda text: "=" in text):
+        name, separator, number = text.rpartition("=")
+        for one in [name] if separator else system.classes:
+            rule_of(one, text)["min_confidence"] = _probability(number, "--min-confidence")
+    for text in sizes:
+        name, _, reach = text.rpartition("=")
+        low, colon, high = reach.partition(":")
+        wrong = f"--size must be CLASS=MIN:MAX (mm3, either may be left out), not {text!r}."
+        least, most = (_number(x, math.inf, wrong) if x else None for x in (low, high))
+        if not name or not colon or (least or 0) > (math.inf if most is None else most):
+            raise PluginError(wrong)
+        rule_of(name, text).update(min_mm3=least, max_mm3=most)
+    return {name: Rule(**given) for name, given in fields.items()}
+
+
+def _probability(text: str, option: str) -> float:
+    return _number(text, 1.0, f"{option} must be a number from 0 to 1, not {text!r}.")
+
+
+def _number(text: str, most: float, wrong: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 <= value <= most and math.isfinite(value)):
+        raise PluginError(wrong)
+    return value
 
 
 def run_pseudo_label(options: PseudoLabel) -> int:
@@ -53,7 +179,7 @@ class _PseudoLabelling:
     def __init__(self, options: PseudoLabel) -> None:
         self.options = options
         self.target = NewDataset(options.dataset_id, options.name, PROVENANCE, options.copy)
-        self.min_share = probability(str(options.min_share), "--min-share")
+        self.min_share = _probability(str(options.min_share), "--min-share")
         self.model = model = Model(
             Path(options.model),
             options.folds,
@@ -66,12 +192,12 @@ class _PseudoLabelling:
         where = f"the model {model.folder.name}"
         system = LabelSystem.from_table(model.dataset, where)
         check_regions(model.dataset, where)
-        self.cases = find_images(options.images, self.ending, model.channels)
+        self.cases = _find_images(options.images, self.ending, model.channels)
         below = options.ignore_below
         self.filter = ConfidenceFilter(
             system,
             max(system.values) + 1 if system.ignore is None else system.ignore,
-            None if below is None else probability(str(below), "--ignore-below"),
+            None if below is None else _probability(str(below), "--ignore-below"),
             parse_rules(system, options.min_confidence, options.size),
             options.drop_cases,
         )
@@ -85,70 +211,64 @@ class _PseudoLabelling:
             "checkpoints": {file.parent.name: sha256_of(file) for file in model.files},
             "step_size": options.step_size,
             "mirroring": options.mirroring,
-            **self.filter.to_json(),
+            "ignore_below": self.filter.ignore_below,
+            "rules": {name: asdict(rule) for name, rule in self.filter.rules.items()},
+            "drop_cases": options.drop_cases,
             "copy": options.copy,
             "images": {case: list(map(_state, files)) for case, files in self.cases.items()},
         }
 
     def run(self) -> int:
-        model, folds = self.model.folder.name, ", ".join(self.model.folds)
-        if self.target.is_there(self.settings):
-            return self._warn(read_json(self.target.folder / PROVENANCE)["cases"])
-        print(f"{len(self.cases)} cases; {model}, fold(s) {folds}; into {self.target.folder}")
+        target, model = self.target, self.model
+        if target.is_there(self.settings):
+            return self._warn(read_json(target.folder / PROVENANCE)["cases"])
+        folds = ", ".join(model.folds)
+        print(
+            f"{len(self.cases)} cases; {model.folder.name}, fold(s) {folds}; into {target.folder}"
+        )
         print("Checking the images ...", flush=True)
-        left = [case for case in self.cases if not self.target.record_of(case).is_file()]
-        self.model.check(self.cases[case] for case in left)
-        with self.target.begun(self.settings):
-            progress = Progress(len(self.cases))
-            progress.known = len(self.cases) - len(left)
-            for case in left:
-                progress.add(self._label(case, self.cases[case]))
-            progress.end()
-            records = {case: read_json(self.target.record_of(case)) for case in self.cases}
+        left = [case for case in self.cases if not target.record_of(case).is_file()]
+        model.check(self.cases[case] for case in left)
+        with target.begun(self.settings):
+            for case in tqdm(left, unit="case"):
+                self._label(case, self.cases[case])
+            records = {case: read_json(target.record_of(case)) for case in self.cases}
             kept = self._say(records)
             if not kept:
-                shutil.rmtree(self.target.unfinished)
+                shutil.rmtree(target.unfinished)
                 raise PluginError(
                     "No case is left, so no dataset was made. Ask for less (--min-confidence,"
                     " --size)."
                 )
-            self.target.finish(self._description(kept), self._provenance(records))
+            target.finish(self._description(kept), self._provenance(records))
         number = self.options.dataset_id
-        self.target.say_written(
-            "2d" if self.model.configuration == "2d" else CONFIGURATION,
+        target.say_written(
+            "2d" if model.configuration == "2d" else CONFIGURATION,
             ", or join it with labelled cases:"
             f" stunet merge-datasets LABELLED {number} --train-only {number} -d ID",
         )
         return self._warn(records)
 
-    def _label(self, case: str, images: tuple[Path, ...]) -> bool:
-        """Predict one case and write what is kept of it, its record last; return whether it is
-        kept."""
+    def _label(self, case: str, images: tuple[Path, ...]) -> None:
+        """Predict one case and write what is kept of it, its record last."""
         prediction = self.model.predict(images)
-        decision = self.filter.decide(prediction)
-        if decision.labels is not None:
+        labels, record = self.filter.apply(prediction)
+        if not record["left_out"]:
             self.target.add_images(case, images, self.ending)
-            label = self.target.label_of(case, self.ending)
-            write_labels(self.model.reader, decision.labels, prediction.properties, label)
-        record = {
-            "images": [str(image) for image in images],
-            "left_out": decision.reason,
-            "ignored": decision.ignored,
-            "classes": decision.classes,
-        }
+            file = self.target.label_of(case, self.ending)
+            write_labels(self.model.reader, labels, prediction.properties, file)
+        record = {"images": list(map(str, images)), **record}
         write_atomically(self.target.record_of(case), json.dumps(record))
-        return decision.labels is not None
 
     def _say(self, records: Mapping[str, Mapping[str, Any]]) -> int:
         """Print what became of the cases; return how many are kept."""
-        kept = [case for case, record in records.items() if not record["left_out"]]
+        kept = [record for record in records.values() if not record["left_out"]]
         print(f"{len(kept)} of {len(records)} cases are kept.")
         for case, record in records.items():
             if record["left_out"]:
                 print(f"  left out: {case}: {record['left_out']}")
         if self.filter.may_ignore and kept:
-            share = sum(records[case]["ignored"] for case in kept) / len(kept)
-            print(f"  ignored: {share:.1%} of their voxels")
+            print(f"  ignored: {np.mean([x['ignored'] for x in kept]):.1%} of their voxels")
         return len(kept)
 
     def _warn(self, records: Mapping[str, Mapping[str, Any]]) -> int:
@@ -170,17 +290,14 @@ class _PseudoLabelling:
         return 0 if self.options.allow_missing else 1
 
     def _description(self, cases: int) -> dict[str, Any]:
-        dataset = self.model.dataset
+        dataset, name = self.model.dataset, self.model.folder.name
         ignore = {"ignore": self.filter.ignore} if self.filter.may_ignore else {}
         return {
             **{key: dataset[key] for key in KEPT_ENTRIES if key in dataset},
             "labels": {**dataset["labels"], **ignore},
             "numTraining": cases,
             "name": self.target.folder.name,
-            "description": (
-                f"Predictions of {self.model.folder.name}, made a dataset by `stunet pseudo-label`."
-                f" See {PROVENANCE}."
-            ),
+            "description": f"Predictions of {name} by `stunet pseudo-label`. See {PROVENANCE}.",
         }
 
     def _provenance(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -193,12 +310,8 @@ class _PseudoLabelling:
         }
 
 
-def find_images(given: str, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
-    """Return the images of each case: of a folder of them, or of a dataset in nnUNet_raw.
-
-    Raises:
-        PluginError: there are none of the model's kind.
-    """
+def _find_images(given: str, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
+    """Return the images of each case: of a folder of them, or of a dataset in nnUNet_raw."""
     path = Path(given).absolute()
     folder = path if path.is_dir() and not given.isdigit() else find_raw(given)
     folder = folder / "imagesTr" if (folder / "imagesTr").is_dir() else folder

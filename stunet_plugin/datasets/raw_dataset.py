@@ -18,7 +18,6 @@ from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.image_files import PICTURES, TIFF
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class RawDataset:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        names = channel_names(self.description, self.name)
+        names = _channel_names(self.description, self.name)
         return tuple(str(names[key]) for key in sorted(names, key=int))
 
     @property
@@ -67,22 +66,17 @@ def raw_root() -> Path:
 
 
 def find_raw(given: str) -> Path:
-    """Return the folder of a dataset that a user names: an ID, a name, or a path.
-
-    Raises:
-        PluginError: there is none, or there are several.
-    """
+    """Return the folder of a dataset that a user names (an ID, a name, or a path); raise
+    PluginError if there is not one."""
     if Path(given).is_dir() and not given.isdigit():
         return Path(given).absolute()
     if os.sep in given:
         raise PluginError(f"{given} is not a folder.")
-    root = raw_root()
+    root, wanted, names = raw_root(), given, [given]
     if given.isdigit():
         wanted = f"Dataset{int(given):03d}_"
         names = [x for x in find_candidate_datasets(int(given)) if x.startswith(wanted)]
         wanted += "*"
-    else:
-        wanted, names = given, [given]
     found = [root / name for name in names if (root / name).is_dir()]
     if len(found) != 1:
         raise PluginError(
@@ -100,25 +94,19 @@ def read_raw(folder: Path) -> RawDataset:
     """
     file = folder / "dataset.json"
     if not file.is_file():
-        raise PluginError(
-            f"{folder} is no dataset in nnU-Net's raw format: it has no dataset.json."
-        )
+        raise PluginError(f"{folder} is no dataset of nnU-Net: it has no dataset.json.")
     description = read_json(file)
-    names = channel_names(description, str(file))
-    ending = description.get("file_ending")
+    channels = len(_channel_names(description, str(file)))
+    ending, labels = description.get("file_ending"), description.get("labels")
     if not isinstance(ending, str) or not re.fullmatch(r"(\.\w+)+", ending):
         raise PluginError(f"{file}: file_ending must be such as '.nii.gz', not {ending!r}.")
-    labels = description.get("labels")
     if not isinstance(labels, dict) or not labels:
         raise PluginError(f"{file}: labels must be a table of names and values, not {labels!r}.")
     if "dataset" in description:
         cases = _listed_cases(folder, description, file)
     else:
-        images = list_images(folder / "imagesTr", ending, len(names))
-        cases = [
-            Case(name, files, folder / "labelsTr" / f"{name}{ending}")
-            for name, files in images.items()
-        ]
+        images = list_images(folder / "imagesTr", ending, channels)
+        cases = [Case(x, images[x], folder / "labelsTr" / f"{x}{ending}") for x in images]
     lacking = [case.label for case in cases if not case.label.is_file()]
     if lacking:
         raise PluginError(
@@ -130,16 +118,12 @@ def read_raw(folder: Path) -> RawDataset:
     return RawDataset(folder, description, tuple(cases))
 
 
-def channel_names(description: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the channels of a ``dataset.json``; older ones call them modality.
-
-    Raises:
-        PluginError: they are not numbered 0, 1, ...
-    """
+def _channel_names(description: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the channels of a ``dataset.json``; older ones call them modality."""
     names = description.get("channel_names", description.get("modality"))
     wanted = set(map(str, range(len(names)))) if isinstance(names, dict) else set()
     if not isinstance(names, dict) or not names or set(names) != wanted:
-        turned = isinstance(names, dict) and names and {str(x) for x in names.values()} == wanted
+        turned = isinstance(names, dict) and names and set(map(str, names.values())) == wanted
         hint = " Here names and numbers are the wrong way round." if turned else ""
         raise PluginError(
             f'{where}: channel_names must be {{"0": "CT"}} and so on, not {names!r}.{hint}'
@@ -179,27 +163,23 @@ def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
         match = _CHANNEL.fullmatch(path.name.removesuffix(ending))
         if match and path.name.endswith(ending) and not path.name.startswith("."):
             found.setdefault(match["case"], {})[int(match["channel"])] = path
-    colours = ending in (*PICTURES, *TIFF)
+    fewest = 1 if ending in (*PICTURES, *TIFF) else channels
     for case, files in found.items():
-        complete = sorted(files) == list(range(len(files)))
-        if not complete or not (len(files) == channels or (colours and len(files) < channels)):
+        if sorted(files) != list(range(len(files))) or not fewest <= len(files) <= channels:
             names = ", ".join(f"{case}_{channel:04d}{ending}" for channel in range(channels))
             raise PluginError(f"{folder}: case {case} has {len(files)} image(s), expected {names}.")
     return {case: tuple(files[x] for x in sorted(files)) for case, files in found.items()}
 
 
 def new_raw_folder(dataset_id: int, name: str) -> Path:
-    """Return the folder in nnUNet_raw of a dataset that is to be made.
-
-    Raises:
-        PluginError: bad ID or name, or nnUNet_raw is not set.
-    """
+    """Return the folder in nnUNet_raw of a dataset that is to be made; raise PluginError for a bad
+    ID or name."""
     root = raw_root()
     if not 1 <= dataset_id <= 999:
         raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise PluginError(
-            "-n may hold letters, digits, '_', '-' and '.', and starts with a letter or digit, not"
+            f"-n may hold letters, digits, '_', '-', '.', and starts with one of the first two, not"
             f" {name!r}."
         )
     return root / f"Dataset{dataset_id:03d}_{name}"

@@ -1,10 +1,11 @@
-"""`stunet pseudo-label`: nnU-Net's own predictions as a dataset, interrupted runs, refusals."""
+"""`stunet pseudo-label`: the confidence filter, nnU-Net's own predictions as a dataset, interrupted
+runs, refusals."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,115 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet_plugin.cli import main
-from stunet_plugin.inference import predictor as predicting
-from stunet_plugin.inference.predictor import Prediction
-from stunet_plugin.nnunet.registration import trainers_folder
+from stunet_plugin.datasets.label_systems import LabelSystem, check_regions
+from stunet_plugin.datasets.pseudo_label import ConfidenceFilter, Rule, parse_rules
+from stunet_plugin.errors import PluginError
+from stunet_plugin.inference.predictor import Model, Prediction
 
-from dataset_helpers import read_array
-from import_helpers import make_network, published_weights, v1_plans, write_v1
+from conftest import Stunet
+from dataset_helpers import change_json, read_array, write_array
+from import_helpers import load_model, make_network, published_weights, v1_plans, write_v1
 from unlabeled_helpers import snapshot
+
+SYSTEM = LabelSystem.numbered("model", ["liver", "spleen"])
+LABELS = [0, 0, 1, 1, 1, 1, 2, 2]
+CONFIDENCE = [0.9, 0.4, 0.9, 0.9, 0.5, 0.7, 0.6, 0.6]
+REGIONS = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+
+
+def filtered(
+    system: LabelSystem = SYSTEM, confidence: list[float] = CONFIDENCE, **rules: Any
+) -> tuple[list[int], dict[str, Any]]:
+    """Four voxels of liver, two of spleen; a voxel is 10 mm3, and 9 is the ignore label."""
+    arrays = np.array([[LABELS]], np.uint8), np.array([[confidence]], np.float32)
+    labels, record = ConfidenceFilter(system, 9, **rules).apply(Prediction(*arrays, {}, 10.0))
+    return labels.ravel().tolist(), record
+
+
+def test_voxels_of_low_confidence_become_ignore() -> None:
+    mean = pytest.approx(0.75)
+    liver = {"voxels": 4, "mm3": 40.0, "confidence": mean, "reasons": [], "kept": 4}
+    labels, record = filtered()
+    assert (labels, record["left_out"], record["ignored"]) == (LABELS, "", 0)
+    assert record["classes"]["liver"] == liver
+    # Those at the threshold stay; the classes' means are of the whole prediction.
+    labels, record = filtered(ignore_below=0.6)
+    assert (labels, record["ignored"]) == ([0, 9, 1, 1, 9, 1, 2, 2], 2 / 8)
+    assert record["classes"]["liver"] == {**liver, "kept": 3}
+
+
+@pytest.mark.parametrize(
+    ("liver", "kept"),
+    [
+        (Rule(min_confidence=0.7), True),
+        (Rule(min_confidence=0.8), False),
+        (Rule(min_mm3=40, max_mm3=40), True),
+        (Rule(min_mm3=41), False),
+        (Rule(max_mm3=39), False),
+    ],
+)
+def test_rules_of_a_class(liver: Rule, kept: bool) -> None:
+    labels, record = filtered(rules={"liver": liver})
+    assert (labels, record["left_out"]) == (LABELS if kept else [0, 0, 9, 9, 9, 9, 2, 2], "")
+    record = filtered(rules={"liver": liver}, drop_cases=True)[1]
+    assert kept == (record["left_out"] == "") == (record["classes"]["spleen"]["kept"] == 2)
+
+
+def test_odd_confidences_absent_classes_and_regions() -> None:
+    """NaN is never confident; of a class that must be there and is not, no voxel could be marked;
+    regions count by all their labels."""
+    nan = [np.nan] * 8
+    assert filtered(confidence=nan, ignore_below=0.0)[0] == [9] * 8
+    labels, _ = filtered(confidence=nan, rules={"liver": Rule(min_confidence=0.0)})
+    assert labels == [0, 0, 9, 9, 9, 9, 2, 2]
+    system = LabelSystem.numbered("model", ["liver", "spleen", "kidney"])
+    record = filtered(system, rules={"kidney": Rule(min_mm3=1)})[1]
+    assert record["left_out"] == "kidney: 0 mm3, less than 1"
+    assert not filtered(system, rules={"kidney": Rule(min_confidence=0.9)})[1]["left_out"]
+    regions = {"labels": REGIONS, "regions_class_order": [1, 2]}
+    labels, _ = filtered(LabelSystem.from_table(regions, "x"), rules={"whole": Rule(max_mm3=59)})
+    assert labels == [0, 0, 9, 9, 9, 9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("order", "fits"),
+    [([1, 2], True), (None, True), ([3, 5], False), ([2, 1], False), ([2, 2], False), ([1], False)],
+)
+def test_an_order_of_regions_whose_values_are_others(order: Any, fits: bool) -> None:
+    table = {"labels": REGIONS, **({} if order is None else {"regions_class_order": order})}
+    if fits:
+        check_regions(table, "model")
+    else:
+        with pytest.raises(PluginError, match="regions_class_order"):
+            check_regions(table, "model")
+
+
+def test_rules_as_users_write_them() -> None:
+    rules = parse_rules(SYSTEM, ["Liver=0.9", "0.5"], ["spleen=10:", "liver=:2000"])
+    assert rules == {"liver": Rule(0.9, None, 2000), "spleen": Rule(0.5, 10, None)}
+    for text in ("1.5", "nan", "x"):
+        with pytest.raises(PluginError, match="from 0 to 1"):
+            parse_rules(SYSTEM, [text], [])
+    with pytest.raises(PluginError, match="no class 'heart'"):
+        parse_rules(SYSTEM, ["heart=0.5"], [])
+    for text in ("liver=10", "liver=x:", "liver=inf:", "liver=10:5", "10:20"):
+        with pytest.raises(PluginError, match="CLASS=MIN:MAX"):
+            parse_rules(SYSTEM, [], [text])
+
 
 SHAPE = (12, 20, 16)
 CASES = ("a", "b_c", "d")
-FAST = ("--device", "cpu", "--no-mirroring", "--step-size", "1")
+LABEL = "pseudo-label model -i images -d 910 -n P --device cpu --no-mirroring --step-size 1"
+DATASET = Path("nnUNet_raw", "Dataset910_P")
 
 
-@pytest.fixture
-def folders(nnunet_folders: Path) -> Path:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of three classes with random weights, and three images."""
-    root = nnunet_folders
+    root = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     network = make_network(outputs=3)
     for head in network.decoder.seg_layers:
@@ -43,30 +132,27 @@ def folders(nnunet_folders: Path) -> Path:
     labels = ["--labels", "background", "liver", "spleen"]
     assert main(["import", str(source), "--out", str(root / "model"), *labels]) == 0
     rng = np.random.default_rng(0)
-    (root / "images").mkdir()
     for case in CASES:
-        image = sitk.GetImageFromArray(rng.normal(size=SHAPE).astype(np.float32).cumsum(0))
-        image.SetSpacing((1.5, 1.5, 3))
-        image.SetOrigin((5, -7, 11))
-        sitk.WriteImage(image, str(root / "images" / f"{case}_0000.nii.gz"))
+        array = rng.normal(size=SHAPE).astype(np.float32).cumsum(0)
+        file = root / "images" / f"{case}_0000.nii.gz"
+        write_array(file, array, (5, -7, 11), (1.5, 1.5, 3))
     return root
 
 
-def words(folders: Path, *more: object, images: str = "images") -> list[str]:
-    given = ("pseudo-label", folders / "model", "-i", folders / images, "-d", 910, "-n", "P")
-    return [*map(str, (*given, *FAST, *more))]
-
-
-def label(folders: Path, *more: object) -> int:
-    return main(words(folders, *more))
+@pytest.fixture
+def folders(model: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("model", "images"):
+        shutil.copytree(model / name, nnunet_folders / name)
+    monkeypatch.chdir(nnunet_folders)
+    return nnunet_folders
 
 
 def test_predictions_of_nnunet_become_a_dataset(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
+    folders: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(folders / "images")
-    assert label(folders, "--ignore-below", 0.5, "--copy", "--allow-missing") == 0
-    dataset = folders / "nnUNet_raw" / "Dataset910_P"
+    stunet(LABEL, "--ignore-below 0.5 --copy --allow-missing")
+    dataset = folders / DATASET
     files = ["dataset.json", "imagesTr", "labelsTr", "pseudo_labels.json"]
     assert sorted(path.name for path in dataset.iterdir()) == files
     description = json.loads((dataset / "dataset.json").read_text())
@@ -74,9 +160,8 @@ def test_predictions_of_nnunet_become_a_dataset(
     assert LabelManager(description["labels"], None).ignore_label == 3
     assert (description["numTraining"], description["file_ending"]) == (3, ".nii.gz")
 
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    predictor = nnUNetPredictor(1.0, True, False, False, torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(folders / "model"), ("0",))
+    predictor = load_model(folders / "model", monkeypatch)
+    predictor.use_gaussian, predictor.tile_step_size = True, 1.0
     reader = predictor.plans_manager.image_reader_writer_class()
     record = json.loads((dataset / "pseudo_labels.json").read_text())
     for case in CASES:
@@ -86,10 +171,9 @@ def test_predictions_of_nnunet_become_a_dataset(
             array, properties, None, None, True
         )
         confidence = probabilities.max(0)
-        filtered = np.where(confidence < 0.5, 3, expected)
-        reader.write_seg(filtered, str(folders / "expected.nii.gz"), properties)
+        reader.write_seg(np.where(confidence < 0.5, 3, expected), "expected.nii.gz", properties)
         found = dataset / "labelsTr" / f"{case}.nii.gz"
-        assert np.array_equal(read_array(found), read_array(folders / "expected.nii.gz"))
+        assert np.array_equal(read_array(found), read_array(Path("expected.nii.gz")))
         assert 0 < (read_array(found) == 3).mean() < 1
         assert sitk.ReadImage(str(found)).GetOrigin() == (5, -7, 11)
         entry = record["cases"][case]
@@ -110,12 +194,9 @@ def test_predictions_of_nnunet_become_a_dataset(
 
 
 def test_interrupted_and_resumed(
-    folders: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    refused: Callable[..., str],
+    folders: Path, monkeypatch: pytest.MonkeyPatch, stunet: Stunet
 ) -> None:
-    predict, seen = predicting.Model.predict, []
+    predict, seen = Model.predict, []
 
     def interrupted(self: Any, images: tuple[Path, ...]) -> Prediction:
         seen.append(images[0].name)
@@ -123,45 +204,41 @@ def test_interrupted_and_resumed(
             raise KeyboardInterrupt
         return predict(self, images)
 
-    monkeypatch.setattr(predicting.Model, "predict", interrupted)
-    raw = folders / "nnUNet_raw"
-    assert label(folders) == 130
-    unfinished = raw / ".unfinished_Dataset910_P"
-    assert str(unfinished) in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(Model, "predict", interrupted)
+    raw, dataset = folders / "nnUNet_raw", folders / DATASET
+    unfinished = raw / f".unfinished_{dataset.name}"
+    assert str(unfinished) in stunet(LABEL, code=130).splitlines()[-1]
     assert list(raw.iterdir()) == [unfinished]
     # Other options would mix two kinds of labels.
-    assert "ignore_below" in refused(*words(folders, "--ignore-below", 0.9))
-    assert label(folders) == 0
+    assert "ignore_below" in stunet(LABEL, "--ignore-below 0.9", code=2)
+    stunet(LABEL)
     assert seen == [f"{case}_0000.nii.gz" for case in ("a", "b_c", "b_c", "d")]
-    assert [path.name for path in raw.iterdir()] == ["Dataset910_P"]
-    link = raw / "Dataset910_P" / "imagesTr" / "a_0000.nii.gz"
+    assert [path.name for path in raw.iterdir()] == [dataset.name]
+    link = dataset / "imagesTr" / "a_0000.nii.gz"
     assert os.readlink(link) == str(folders / "images" / "a_0000.nii.gz")
     # No voxel can become ignore, so there is no such label.
-    assert "ignore" not in json.loads((raw / "Dataset910_P" / "dataset.json").read_text())["labels"]
-    capsys.readouterr()
-    assert label(folders) == 0
-    assert "Already there" in capsys.readouterr().out
-    assert "-d 910 is taken" in refused(*words(folders, "--copy"))
+    assert "ignore" not in json.loads((dataset / "dataset.json").read_text())["labels"]
+    assert "Already there" in stunet(LABEL)
+    assert "-d 910 is taken" in stunet.refuse(LABEL, "--copy")
 
 
 def test_classes_that_are_lost_are_a_warning_and_exit_code_1(
-    folders: Path, capsys: pytest.CaptureFixture[str]
+    folders: Path, stunet: Stunet, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--min-confidence", 1)
-    assert label(folders, *given) == 1
+    # A dataset in nnUNet_raw as input.
+    (folders / "nnUNet_raw" / "Dataset900_Scans").mkdir()
+    (folders / "images").rename(folders / "nnUNet_raw" / "Dataset900_Scans" / "imagesTr")
+    words = LABEL.replace("images", "900") + " --min-confidence 1"
+    assert main(words.split()) == 1
     told = capsys.readouterr()
     assert "3 of 3 cases are kept" in told.out
-    assert "WARNING" in told.err
     assert "liver in 0, spleen in 0" in told.err
-    assert label(folders, *given) == 1
-    assert label(folders, *given, "--allow-missing") == 0
-    assert "WARNING" in capsys.readouterr().err
+    assert "WARNING" in stunet(words, code=1)
+    stunet(words, "--allow-missing")
 
 
-def test_cases_that_are_left_out(
-    folders: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(words(folders, "--size", "liver=1e9:", "--drop-cases")) == 2
+def test_cases_that_are_left_out(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LABEL.split(), "--size", "liver=1e9:", "--drop-cases"]) == 2
     told = capsys.readouterr()
     assert "0 of 3 cases are kept" in told.out
     assert "left out: a: liver: " in told.out
@@ -169,85 +246,62 @@ def test_cases_that_are_left_out(
     assert list((folders / "nnUNet_raw").iterdir()) == []
 
 
-def test_a_dataset_as_input(folders: Path) -> None:
-    scans = folders / "nnUNet_raw" / "Dataset900_Scans"
-    scans.mkdir()
-    (folders / "images").rename(scans / "imagesTr")
-    given = ["pseudo-label", str(folders / "model"), "-i", "900", "-d", "910", *FAST]
-    assert main(given) == 0
-    made = folders / "nnUNet_raw" / "Dataset910_PseudoLabels"
-    assert len(list((made / "labelsTr").iterdir())) == 3
-
-
-@pytest.mark.parametrize("copy", [(), ("--copy",)])
-def test_spacing_of_tif_travels(folders: Path, copy: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("copy", ["", "--copy"])
+def test_spacing_of_tif_travels(folders: Path, stunet: Stunet, copy: str) -> None:
     change_json(folders / "model" / "plans.json", image_reader_writer="Tiff3DIO")
     change_json(folders / "model" / "dataset.json", file_ending=".tif")
     for case in CASES:
         image = folders / "images" / f"{case}_0000.nii.gz"
         tifffile.imwrite(image.with_name(f"{case}_0000.tif"), read_array(image))
         image.with_name(f"{case}.json").write_text('{"spacing": [3, 1.5, 1.5]}')
-    assert label(folders, "--allow-missing", *copy) == 0
-    dataset = folders / "nnUNet_raw" / "Dataset910_P"
+    stunet(LABEL, "--allow-missing", copy)
     for part in ("imagesTr", "labelsTr"):
-        files = sorted(path.name for path in (dataset / part).glob("*.json"))
-        assert files == [f"{case}.json" for case in CASES]
-        for file in files:
-            assert json.loads((dataset / part / file).read_text()) == {"spacing": [3, 1.5, 1.5]}
-    assert not list(dataset.rglob(".partial*"))
-
-
-def change_json(file: Path, **entries: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+        files = sorted((folders / DATASET / part).glob("*.json"))
+        assert [file.stem for file in files] == [*CASES]
+        assert all(json.loads(x.read_text()) == {"spacing": [3, 1.5, 1.5]} for x in files)
+    assert not list((folders / DATASET).rglob(".partial*"))
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
 def test_damaged_images_stop_before_anything_is_predicted(
-    folders: Path, refused: Callable[..., str], reader: str, monkeypatch: pytest.MonkeyPatch
+    folders: Path, stunet: Stunet, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_json(folders / "model" / "plans.json", image_reader_writer=reader)
-    monkeypatch.setattr(predicting.Model, "predict", None)
-    good = (folders / "images" / "a_0000.nii.gz").read_bytes()
-    array = read_array(folders / "images" / "a_0000.nii.gz")
+    monkeypatch.setattr(Model, "predict", None)
+    good, bad = folders / "images" / "a_0000.nii.gz", folders / "images" / "z_0000.nii.gz"
+    array = read_array(good)
     array[0, 0, 0] = np.nan
-    bad = folders / "images" / "z_0000.nii.gz"
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(bad))
-    assert "z_0000.nii.gz: not finite (1 of 3840" in refused(*words(folders))
-    for content in (b"", b"text", good[:-30]):
+    write_array(bad, array)
+    assert "z_0000.nii.gz: not finite (1 of 3840" in stunet.refuse(LABEL)
+    for content in (b"", b"text", good.read_bytes()[:-30]):
         bad.write_bytes(content)
-        assert "z_0000.nii.gz: " in refused(*words(folders))
-    assert not any((folders / "nnUNet_raw").iterdir())
+        assert "z_0000.nii.gz: " in stunet.refuse(LABEL)
 
 
-def test_refusals(folders: Path, refused: Callable[..., str]) -> None:
-    def wrong(*more: object, images: str = "images") -> str:
-        told = refused(*words(folders, *more, images=images))
-        assert not any((folders / "nnUNet_raw").iterdir())
-        return told
-
-    assert "no such file" in wrong("-f", "3")
-    assert "has no fold_X/none.pth" in wrong("-chk", "none.pth")
-    assert "--ignore-below must be a number" in wrong("--ignore-below", "2")
-    assert "--min-share must be a number" in wrong("--min-share", "2")
-    assert "--step-size" in wrong("--step-size", "0")
-    assert "no class 'heart'" in wrong("--size", "heart=1:2")
-    assert "nothing_there is not a folder" in wrong(images="nothing_there")
+def test_refusals(folders: Path, stunet: Stunet) -> None:
     (folders / "none").mkdir()
     (folders / "none" / "scan.nrrd").touch()
-    assert "no images CASE_0000.nii.gz" in (told := wrong(images="none"))
-    assert "files that end in .nrrd" in told
+    for words, message in (
+        ("-f 3", "no such file"),
+        ("-chk none.pth", "has no fold_X/none.pth"),
+        ("--ignore-below 2", "--ignore-below must be a number"),
+        ("--min-share 2", "--min-share must be a number"),
+        ("--step-size 0", "--step-size"),
+        ("--size heart=1:2", "no class 'heart'"),
+        ("-i ./nothing_there", "nothing_there is not a folder"),
+        ("-i none", "no images CASE_0000.nii.gz, which the model reads (it has files that end in"),
+    ):
+        assert message in stunet.refuse(LABEL, words), words
     (folders / "images" / "a_0001.nii.gz").touch()
-    assert "case a has 2 image(s), expected a_0000.nii.gz" in wrong()
+    assert "case a has 2 image(s), expected a_0000.nii.gz" in stunet.refuse(LABEL)
     (folders / "images" / "a_0001.nii.gz").unlink()
-    model = folders / "model"
-    description = (model / "dataset.json").read_text()
+    description = (folders / "model" / "dataset.json").read_text()
     regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3}
-    change_json(model / "dataset.json", labels=regions, regions_class_order=[4, 5, 6])
-    assert "regions_class_order" in wrong()
-    (model / "dataset.json").write_text(description)
-    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)
-    pretext = {**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny"}
-    torch.save(pretext, model / "fold_0" / "checkpoint_final.pth")
-    assert "pretrained with Volume Fusion" in wrong()
-    (model / "plans.json").unlink()
-    assert "no model folder" in wrong()
+    more = {"labels": regions, "regions_class_order": [4, 5, 6]}
+    change_json(folders / "model" / "dataset.json", **more)
+    assert "regions_class_order" in stunet.refuse(LABEL)
+    (folders / "model" / "dataset.json").write_text(description)
+    file = folders / "model" / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=True)
+    torch.save({**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny"}, file)
+    assert "pretrained with Volume Fusion" in stunet.refuse(LABEL)

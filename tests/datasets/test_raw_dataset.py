@@ -11,7 +11,7 @@ from stunet_plugin.datasets.raw_dataset import find_raw, list_images, read_raw
 from stunet_plugin.errors import PluginError
 
 from damage import damaged_json
-from dataset_helpers import write_dataset
+from dataset_helpers import change_json, write_dataset
 
 
 def test_datasets_are_found_by_id_name_and_path(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,17 +30,16 @@ def test_files_that_the_description_lists(raw: Path, monkeypatch: pytest.MonkeyP
     folder = raw / "Dataset001_A"
     monkeypatch.setenv("ELSEWHERE", str(raw / "Dataset002_B"))
     listed = {
-        "x": {"images": ["imagesTr/case0_0000.nii.gz"], "label": "labelsTr/case0.nii.gz"},
-        "y": {
-            "images": ["$ELSEWHERE/imagesTr/case1_0000.nii.gz"],
-            "label": "$ELSEWHERE/labelsTr/case1.nii.gz",
-        },
+        name: {"images": [f"{base}imagesTr/{x}_0000.nii.gz"], "label": f"{base}labelsTr/{x}.nii.gz"}
+        for name, base, x in (("x", "", "case0"), ("y", "$ELSEWHERE/", "case1"))
     }
-    description = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps({**description, "dataset": listed}))
+    change_json(folder / "dataset.json", dataset=listed)
     x, y = read_raw(folder).cases
     assert x.images == (folder / "imagesTr" / "case0_0000.nii.gz",)
     assert y.label == raw / "Dataset002_B" / "labelsTr" / "case1.nii.gz"
+    change_json(folder / "dataset.json", dataset={"x": {"images": "one"}})
+    with pytest.raises(PluginError, match="'dataset' is not as nnU-Net has it"):
+        read_raw(folder)
 
 
 def test_images_of_a_folder(tmp_path: Path) -> None:
@@ -65,6 +64,5 @@ def test_damaged_descriptions_end_in_a_sentence_or_the_right_dataset(tmp_path: P
             told = str(error)
         else:
             told = found.name
-            assert len(found.cases) == 3, kind
-            assert len(found.channels) == 1
+            assert (len(found.cases), len(found.channels)) == (3, 1), kind
         assert "Dataset001_A" in told
