@@ -50,11 +50,11 @@ class Plan:
         """Raise a PluginError unless the configuration is there and its network takes images
         alone."""
         check_configuration(self.plans, self.configuration, where)
-        if self.chosen.previous_stage_name is not None:
+        first = self.chosen.previous_stage_name
+        if first is not None:
             raise PluginError(
                 f"{self.configuration} of {where} is the second stage of a cascade, which also"
-                f" takes the first stage's segmentation. Rank {self.chosen.previous_stage_name}"
-                f" instead: -c {self.chosen.previous_stage_name}"
+                f" takes the first stage's segmentation. Rank {first} instead: -c {first}"
             )
 
 
@@ -70,12 +70,8 @@ class Candidate:
 
     def build(self, channels: int, seed: int) -> nn.Module:
         """Return the network, with heads at random and everything else as in the file, in
-        evaluation mode.
-
-        Raises:
-            PluginError: the weights do not fit the network.
-        """
-        network = self.architecture(channels, seed)
+        evaluation mode; raise PluginError if the weights do not fit it."""
+        network = self._initial(channels, seed)
         if self.file is not None:
             weights = _read_weights(self.file)[1]
             mismatches = describe_mismatches(network, weights, heads_too=False)
@@ -90,16 +86,21 @@ class Candidate:
             network.load_state_dict(kept, strict=False)
         return network.eval()
 
-    def architecture(self, channels: int, seed: int) -> nn.Module:
+    def _initial(self, channels: int, seed: int) -> nn.Module:
         """Return the network with its initial weights, drawn with the seed."""
-        plan = self.plan
+        manager, chosen = self.plan.manager, self.plan.chosen
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 # Heads are not looked at: one output takes the least memory.
-                return build_network(self.trainer, plan.manager, plan.chosen, channels, 1, True)
+                return build_network(self.trainer, manager, chosen, channels, 1, True)
             except PluginError as error:
                 raise PluginError(f"{self.name}: {error}") from error
+
+    @cached_property
+    def _on_meta(self) -> nn.Module:
+        with torch.device("meta"):
+            return self._initial(1, 0)
 
     @cached_property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -111,11 +112,6 @@ class Candidate:
     def levels(self) -> int:
         """Segmentation heads, one per level of the decoder."""
         return len(head_modules(self._on_meta))
-
-    @property
-    def _on_meta(self) -> nn.Module:
-        with torch.device("meta"):
-            return self.architecture(1, 0)
 
 
 def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candidate]:
@@ -129,21 +125,19 @@ def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candida
     Raises:
         PluginError: a file is no checkpoint of nnU-Net v2, or has no plan.
     """
-    found = [_candidate(named, target) for named in given if named.path or named.trainer]
-    for named in given:
-        if not named.path and not named.trainer:
-            found += _random_ones(found, named.name)
+    found = []
+    for one in given:
+        if one.trainer and target is not None:
+            found.append(Candidate(one.name, None, one.trainer, target))
+        elif one.path:
+            file = one.file
+            checkpoint, _ = _read_weights(file)
+            plan = target or _own_plan(checkpoint, file)
+            found.append(Candidate(one.name, file, str(checkpoint["trainer_name"]), plan))
+    for one in given:
+        if not one.path and not one.trainer:
+            found += _random_ones(found, one.name)
     return found
-
-
-def _candidate(given: Named, target: Plan | None) -> Candidate:
-    if given.trainer:
-        if target is None:
-            raise PluginError(f"{given.name} has no plan of its own. Give one: -p PLANS")
-        return Candidate(given.name, None, given.trainer, target)
-    checkpoint, _ = _read_weights(given.file)
-    plan = target or own_plan(checkpoint, given.file)
-    return Candidate(given.name, given.file, str(checkpoint.get("trainer_name", "")), plan)
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,13 +152,9 @@ def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return checkpoint, dict(weights)
 
 
-def own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
+def _own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
     """Return the plan that a model was trained with: ``plans.json`` of its folder, or what its
-    checkpoint keeps.
-
-    Raises:
-        PluginError: it has none.
-    """
+    checkpoint keeps."""
     arguments = checkpoint.get("init_args") or {}
     beside = file.parent.parent / "plans.json"
     plans = read_json(beside) if beside.is_file() else arguments.get("plans")
@@ -186,31 +176,8 @@ def _random_ones(found: list[Candidate], name: str) -> list[Candidate]:
         if candidate.file is not None:
             entries = [str(candidate.plan.chosen.configuration.get(entry)) for entry in DECISIVE]
             different.setdefault((*entries, *candidate.shapes), candidate)
-    if len(different) == 1:
-        return [replace(one, name=name, file=None) for one in different.values()]
-    return [replace(one, name=f"{name}, like {one.name}", file=None) for one in different.values()]
-
-
-def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
-    """Return the names of the candidates with one architecture (names and shapes of the weights),
-    for each architecture."""
-    groups: dict[Any, list[str]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.shapes, []).append(candidate.name)
-    return list(groups.values())
-
-
-def count_levels(candidates: Sequence[Candidate], wanted: int | None, default: int) -> int:
-    """Return how many levels to compare: as many as asked for, or the default where all networks
-    have them.
-
-    Raises:
-        PluginError: a network has fewer heads than asked for.
-    """
-    fewest = min(candidates, key=lambda candidate: candidate.levels)
-    if wanted is not None and not 1 <= wanted <= fewest.levels:
-        raise PluginError(
-            f"--levels must be from 1 to {fewest.levels}, the segmentation heads that {fewest.name}"
-            f" has, not {wanted}."
-        )
-    return wanted or min(default, fewest.levels)
+    like = len(different) > 1
+    return [
+        replace(one, name=f"{name}, like {one.name}" if like else name, file=None)
+        for one in different.values()
+    ]

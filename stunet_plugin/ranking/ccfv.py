@@ -1,8 +1,7 @@
 """CCFV, a score of pretrained weights on a labelled dataset: consistent classes, varied features.
 
-Paper: Yang et al., arXiv:2307.11958 (MICCAI 2023). Published code:
-    github.com/EndoluminalSurgicalVision-IMR/CCFV, read for
-facts, not copied. Per decoder level,
+Paper: Yang et al., arXiv:2307.11958 (MICCAI 2023). Published code, read for facts, not copied:
+github.com/EndoluminalSurgicalVision-IMR/CCFV. Per decoder level,
 
 * W, the consistency (small is good): the 2-Wasserstein distance between the Gaussians of one class
   in two cases, averaged over pairs of cases and over classes;
@@ -10,7 +9,7 @@ facts, not copied. Per decoder level,
   distance + 1e-3);
 * the score log(F / W); those of the levels are added up.
 
-This module knows features alone, not where they come from. Everything is computed in float64.
+Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -25,59 +24,28 @@ ENERGY_EPSILON = 1e-3
 """Added to squared distances in the variety, as published."""
 MINIMUM_SAMPLES = 2
 """Voxels of a class in a case from which on its covariance is defined."""
-
-VARIETIES = ENERGY, SPREAD = ("energy", "spread")
+ENERGY, SPREAD = "energy", "spread"
 """log(F / W) with F as in the published code, an energy, which is high where the cases' mean
 features are alike; or with its inverse, log(1 / (F W)), which is high where they differ, and the
 same whatever the scale of the features."""
 
 
 @dataclass(frozen=True)
-class Definition:
-    """Which of the definitions is computed.
-
-    Attributes:
-        published_sums: W as the published script adds it up, where the paper averages: the
-            distances of all pairs so far, plus, after each class, that sum once more divided by the
-            number of pairs and classes.
-        variety: one of ``VARIETIES``.
-    """
-
-    published_sums: bool = False
-    variety: str = ENERGY
-
-
-@dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian by its mean and a factor of its covariance.
-
-    Attributes:
-        mean: (channel,).
-        factor: (rank, channel), at most as many rows as there were samples; ``factor.T @ factor``
-            is the covariance.
-    """
+    """A Gaussian by its mean (channel,) and a factor (rank, channel) of its covariance, which is
+    ``factor.T @ factor``."""
 
     mean: np.ndarray
     factor: np.ndarray
 
     @classmethod
     def fit(cls, features: np.ndarray) -> Gaussian:
-        """Fit mean and unbiased covariance to features (sample, channel), of which there may be
-        fewer than channels.
-
-        Raises:
-            ValueError: fewer than two samples.
-        """
+        """Fit mean and unbiased covariance to two or more features (sample, channel), of which
+        there may be fewer than channels."""
         features = np.asarray(features, dtype=np.float64)
-        if features.ndim != 2 or len(features) < MINIMUM_SAMPLES:
-            raise ValueError(
-                f"Expected features of at least {MINIMUM_SAMPLES} samples, (sample, channel), not"
-                f" {features.shape}."
-            )
         mean = features.mean(axis=0)
-        _, values, directions = np.linalg.svd(
-            (features - mean) / np.sqrt(len(features) - 1), full_matrices=False
-        )
+        scaled = (features - mean) / np.sqrt(len(features) - 1)
+        _, values, directions = np.linalg.svd(scaled, full_matrices=False)
         return cls(mean, values[:, None] * directions)
 
 
@@ -90,23 +58,10 @@ def wasserstein(first: Gaussian, second: Gaussian) -> float:
     drawn of a singular matrix, and the distance of equal Gaussians is zero to the last digits.
     """
     rank = max(len(first.factor), len(second.factor))
-    one, other = (
-        np.pad(gaussian.factor, ((0, rank - len(gaussian.factor)), (0, 0)))
-        for gaussian in (first, second)
-    )
+    one, other = (np.pad(x.factor, ((0, rank - len(x.factor)), (0, 0))) for x in (first, second))
     left, _, right = np.linalg.svd(one @ other.T)
     between_covariances = np.sum((one - left @ right @ other) ** 2)
     return float(np.sqrt(np.sum((first.mean - second.mean) ** 2) + between_covariances))
-
-
-def variety_energy(means: Sequence[np.ndarray]) -> float:
-    """Return F: of mean feature vectors (channel,), one per case, the mean over pairs of 1 /
-    sqrt(squared distance + 1e-3)."""
-    return float(
-        np.mean(
-            [1 / np.sqrt(np.sum((a - b) ** 2) + ENERGY_EPSILON) for a, b in combinations(means, 2)]
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -128,29 +83,35 @@ class LevelScore:
 
 
 def score_level(
-    classes: Mapping[int, Sequence[Gaussian]], means: Sequence[np.ndarray], definition: Definition
+    classes: Mapping[int, Sequence[Gaussian]],
+    means: Sequence[np.ndarray],
+    published_sums: bool = False,
+    variety: str = ENERGY,
 ) -> LevelScore:
     """Score one level.
 
     Args:
         classes: class to its Gaussians, one for each case that shows it; at least two.
         means: mean feature vector (channel,) of each case, at least two.
-        definition: which one.
+        published_sums: W as the published script adds it up, where the paper averages: the
+            distances of all pairs so far, plus, after each class, that sum once more divided by the
+            number of pairs and classes.
+        variety: ``ENERGY`` or ``SPREAD``.
     """
     distances = {
         label: [wasserstein(*pair) for pair in combinations(cases, 2)]
         for label, cases in classes.items()
     }
     class_distances = {label: float(np.mean(values)) for label, values in distances.items()}
-    if definition.published_sums:
+    consistency = float(np.mean(list(class_distances.values())))
+    if published_sums:
         consistency = 0.0
         for label, values in distances.items():
             consistency += sum(values)
             consistency += consistency / (len(classes[label]) ** 2 / 2) / len(classes)
-    else:
-        consistency = float(np.mean(list(class_distances.values())))
-    energy = variety_energy(means)
+    squares = np.array([np.sum((a - b) ** 2) for a, b in combinations(means, 2)])
+    energy = float(np.mean(1 / np.sqrt(squares + ENERGY_EPSILON)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        variety = np.log(energy) if definition.variety == ENERGY else -np.log(energy)
-        score = float(variety - np.log(consistency))
+        sign = 1 if variety == ENERGY else -1
+        score = float(sign * np.log(energy) - np.log(consistency))
     return LevelScore(consistency, class_distances, energy, score if np.isfinite(score) else None)

@@ -81,37 +81,51 @@ def read_features(
     Returns:
         One entry per level, the coarsest first: label to features (voxel, channel), float32.
     """
-    patch = (*(1,) * (3 - len(patch_size)), *patch_size)
+    axes, patch = len(patch_size), (*(1,) * (3 - len(patch_size)), *patch_size)
     padded, inside = pad_nd_image(image, patch, "constant", {"value": 0}, return_slicer=True)
-    offset = [part.start or 0 for part in inside[1:]]
-    counts = samples_of_levels(levels)
-    points = np.concatenate(list(voxels.values())) + offset
-    rank = np.concatenate([np.arange(len(indices)) for indices in voxels.values()])
-    label = np.repeat(list(voxels), [len(indices) for indices in voxels.values()])
+    counts, counted = samples_of_levels(levels), [len(indices) for indices in voxels.values()]
+    points = np.concatenate(list(voxels.values())) + [part.start or 0 for part in inside[1:]]
+    rank, label = np.concatenate([np.arange(n) for n in counted]), np.repeat(list(voxels), counted)
 
     starts = _window_starts(points, padded.shape[1:], patch, step)
     device = next(network.parameters()).device
-    features: list[np.ndarray | None] = [None] * levels
-    with torch.inference_mode(), HeadInputs(network, levels) as heads:
+    heads, inputs = head_modules(network)[-levels:], {}
+
+    def remember(head: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs[head] = given[0]
+
+    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in heads]
+    with torch.inference_mode(), contextlib.ExitStack() as hooks:
+        for head in heads:
+            hooks.callback(head.register_forward_pre_hook(remember).remove)
         for start in np.unique(starts, axis=0):
             here = np.flatnonzero((starts == start).all(axis=1))
             box = (slice(first, first + size) for first, size in zip(start, patch, strict=True))
-            window = padded[(slice(None), *box)]
-            if len(patch_size) == 2:
-                window = window[:, 0]
-            places = torch.from_numpy((points[here] - start + 0.5) / patch).float().to(device)
-            chosen = [rank[here] < count for count in counts]
-            heads.places = [places[torch.from_numpy(x)][:, -len(patch_size) :] for x in chosen]
-            network(window[None].to(device))
-            for level, (found, mine) in enumerate(zip(heads.found, chosen, strict=True)):
-                if features[level] is None:
-                    features[level] = np.zeros((len(points), found.shape[1]), np.float32)
-                features[level][here[mine]] = found  # type: ignore[index]
-    return [
-        {value: of_level[(label == value) & (rank < count)] for value in voxels}
-        for of_level, count in zip(features, counts, strict=True)
-        if of_level is not None
-    ]
+            window = padded[(slice(None), *box)].to(device)
+            network(window[None] if axes == 3 else window[None, :, 0])
+            for of_level, head, count in zip(found, heads, counts, strict=True):
+                mine = here[rank[here] < count]
+                places = torch.from_numpy((points[mine] - start + 0.5) / patch)[:, -axes:]
+                of_level.append((mine, _interpolate(inputs[head], places.float().to(device))))
+    features = []
+    for of_level, count in zip(found, counts, strict=True):
+        order, values = (np.concatenate(parts) for parts in zip(*of_level, strict=True))
+        sorted_values, of_value = values[np.argsort(order)], label[rank < count]
+        features.append({value: sorted_values[of_value == value] for value in voxels})
+    return features
+
+
+def _interpolate(features: Tensor, places: Tensor) -> np.ndarray:
+    """Return features (1, channel, *spatial) at places (place, axis), fractions of the window, as
+    (place, channel)."""
+    # grid_sample counts from -1 to 1 and from the last axis to the first; this is the rule of
+    # torch's interpolate.
+    grid = (2 * places - 1).flip(1)
+    grid = grid.view(1, *(1,) * (grid.shape[1] - 1), *grid.shape)
+    values = functional.grid_sample(
+        features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return np.asarray(values[0].flatten(1).T.cpu())
 
 
 def _window_starts(
@@ -129,44 +143,9 @@ def _window_starts(
     return np.stack(nearest, axis=1)
 
 
-class HeadInputs(contextlib.ExitStack):
-    """Reads, at given places, what the finest segmentation heads of a network take in while it
-    runs.
-
-    Attributes:
-        places: per level, coarsest first, (place, axis): fractions of the window, from 0 to 1; to
-            be set before each run.
-        found: per level (place, channel), after the run.
-    """
-
-    def __init__(self, network: nn.Module, levels: int) -> None:
-        super().__init__()
-        self.places: list[Tensor] = []
-        self.found: list[np.ndarray] = [np.empty((0, 0))] * levels
-        for level, head in enumerate(head_modules(network)[-levels:]):
-            hook = head.register_forward_pre_hook(
-                lambda _, inputs, level=level: self._read(level, inputs[0])
-            )
-            self.callback(hook.remove)
-
-    def _read(self, level: int, features: Tensor) -> None:
-        """Interpolate features (1, channel, *spatial) at the places of a level."""
-        # grid_sample counts from -1 to 1 and from the last axis to the first; this is the rule of
-        # torch's interpolate.
-        grid = (2 * self.places[level] - 1).flip(1)
-        grid = grid.view(1, *(1,) * (grid.shape[1] - 1), *grid.shape)
-        values = functional.grid_sample(
-            features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        self.found[level] = values[0].flatten(1).T.cpu().numpy()
-
-
 def head_modules(network: nn.Module) -> list[nn.Module]:
-    """Return the segmentation heads of a network, the coarsest first.
-
-    Raises:
-        PluginError: it has none where nnU-Net's networks have them.
-    """
+    """Return the segmentation heads of a network, the coarsest first; raise PluginError if it has
+    none where nnU-Net's networks have them."""
     heads = getattr(getattr(network, "decoder", None), "seg_layers", None)
     if not isinstance(heads, nn.ModuleList) or not len(heads):
         raise PluginError(

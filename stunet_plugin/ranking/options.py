@@ -29,13 +29,7 @@ FEWEST_CASES = 2
 @dataclass(frozen=True)
 class Named:
     """Weights as the user gave them: a path (a folder, a file, or on the hub), or the trainer of a
-    network with random ones.
-
-    Attributes:
-        name: in the ranking.
-        path, trainer: one of them is empty, both are for ``random``: random weights for every
-            network among the others.
-    """
+    network with random ones; neither is for random weights for every network among the others."""
 
     name: str
     path: str = ""
@@ -92,10 +86,11 @@ def find_inputs(options: Rank) -> Inputs:
     """
     if not 0 < options.step_size <= 1:
         raise PluginError(f"--step-size must be above 0 and at most 1, not {options.step_size:g}.")
-    if options.seed < 0:
-        raise PluginError(f"--seed must be at least 0, not {options.seed}.")
-    if options.levels is not None and options.levels < 1:
-        raise PluginError(f"--levels must be at least 1, not {options.levels}.")
+    least = {"seed": 0, "levels": 1, "cases": FEWEST_CASES}
+    for name, least_value in least.items():
+        value = getattr(options, name)
+        if value is not None and value < least_value:
+            raise PluginError(f"--{name} must be at least {least_value}, not {value}.")
     for name, file in (("--json", options.json), ("--figure", options.figure)):
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise PluginError(f"{name} {file}: there is no folder {Path(file).parent}.")
@@ -104,8 +99,8 @@ def find_inputs(options: Rank) -> Inputs:
     raw = read_raw(find_raw(options.dataset))
     root = os.environ.get(PREPROCESSED)
     preprocessed = Path(root, raw.name) if root and Path(root, raw.name).is_dir() else None
-    cases = _choose_cases(raw, options)
-    return Inputs(candidates, raw, preprocessed, cases, _read_plans(raw, preprocessed, options))
+    plans = _read_plans(raw, preprocessed, options)
+    return Inputs(candidates, raw, preprocessed, _choose_cases(raw, options), plans)
 
 
 def _check_candidates(candidates: tuple[Named, ...], options: Rank) -> None:
@@ -114,44 +109,32 @@ def _check_candidates(candidates: tuple[Named, ...], options: Rank) -> None:
             raise PluginError(f"{RANDOM}:{one.trainer} has no plan of its own. Give one: -p PLANS")
         if one.path and not one.path.startswith(HUB_PREFIX):
             recognise(one.file)
-    alone = any(not one.path and not one.trainer for one in candidates)
-    if alone and not any(one.path for one in candidates):
-        raise PluginError(
-            f"'{RANDOM}' is to compare other weights with. Name some, or a network:"
-            f" {RANDOM}:TRAINER -p PLANS"
-        )
     names = [one.name for one in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PluginError(f"Two candidates are called {twice[0]}. Give them names: NAME=PATH")
-    if len(names) < 2:
+    if len(names) < 2 or not any(one.path or one.trainer for one in candidates):
         raise PluginError(
-            f"A ranking needs at least two candidates. Name another, or add '{RANDOM}'."
+            f"A ranking needs at least two candidates. Name other weights, or add '{RANDOM}', which"
+            f" takes the network of the others ({RANDOM}:TRAINER -p PLANS that of a trainer)."
         )
 
 
 def _choose_cases(raw: RawDataset, options: Rank) -> tuple[str, ...]:
     """Return the cases that are named, or drawn with the seed."""
     known = [case.name for case in raw.cases]
+    names = sorted(set(known if options.names is None else options.names))
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise PluginError(f"--names: {raw.name} has no case {name}.{hint}")
+    if len(names) < FEWEST_CASES:
+        raise PluginError(
+            f"{len(names)} labelled case(s) of {raw.name} make no pair; at least {FEWEST_CASES} are"
+            " needed, better ten."
+        )
     if options.names is not None:
-        names = set(options.names)
-        unknown = sorted(names - set(known))
-        if unknown:
-            hint = did_you_mean(unknown[0], known)
-            raise PluginError(f"--names: {raw.name} has no case {unknown[0]}.{hint}")
-        if len(names) < FEWEST_CASES:
-            raise PluginError(f"--names: {len(names)} case(s) make no pair. Name {FEWEST_CASES}.")
-        return tuple(sorted(names))
-    if options.cases < FEWEST_CASES:
-        raise PluginError(
-            f"--cases must be at least {FEWEST_CASES}, as pairs of cases are compared, not"
-            f" {options.cases}."
-        )
-    if len(known) < FEWEST_CASES:
-        raise PluginError(
-            f"{raw.name} has {len(known)} labelled case(s); at least {FEWEST_CASES} are needed,"
-            " better ten."
-        )
+        return tuple(names)
     drawn = np.random.default_rng(options.seed).permutation(len(known))[: options.cases]
     return tuple(known[index] for index in sorted(drawn))
 

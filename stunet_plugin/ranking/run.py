@@ -15,25 +15,13 @@ import numpy as np
 import torch
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.ranking.candidates import (
-    Candidate,
-    Plan,
-    count_levels,
-    find_candidates,
-    same_networks,
-)
-from stunet_plugin.ranking.ccfv import (
-    MINIMUM_SAMPLES,
-    Definition,
-    Gaussian,
-    LevelScore,
-    score_level,
-)
+from stunet_plugin.ranking.candidates import Candidate, Plan, find_candidates
+from stunet_plugin.ranking.ccfv import MINIMUM_SAMPLES, Gaussian, LevelScore, score_level
 from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
-from stunet_plugin.ranking.figure import save_ranking
 from stunet_plugin.ranking.options import FEWEST_CASES, Inputs
-from stunet_plugin.ranking.target import Target, check_channels
+from stunet_plugin.ranking.target import Target
 from stunet_plugin.utils.device import choose_device
+from stunet_plugin.utils.figures import plain_style, save_atomically
 from stunet_plugin.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -64,14 +52,15 @@ class LevelFeatures:
             if label != BACKGROUND and len(values) >= MINIMUM_SAMPLES:
                 self.classes.setdefault(label, []).append(Gaussian.fit(values))
 
-    def score(self, definition: Definition) -> LevelScore:
+    @property
+    def compared(self) -> dict[int, list[Gaussian]]:
+        """Classes that make pairs, in the order of the labels: the published sums depend on it."""
+        return {x: y for x, y in sorted(self.classes.items()) if len(y) >= FEWEST_CASES}
+
+    def score(self, options: Rank) -> LevelScore:
         if not self.finite:
             return LevelScore(float("nan"), {}, float("nan"), None)
-        # In the order of the labels: the published sums depend on it.
-        pairs = sorted(
-            (x, cases) for x, cases in self.classes.items() if len(cases) >= FEWEST_CASES
-        )
-        return score_level(dict(pairs), self.means, definition)
+        return score_level(self.compared, self.means, options.published_sums, options.variety)
 
 
 @dataclass(frozen=True)
@@ -103,28 +92,45 @@ def run_rank(options: Rank, inputs: Inputs) -> int:
         report = json.dumps(_report(options, target, results, alike), indent=1)
         write_atomically(Path(options.json), f"{report}\n")
     if options.figure is not None:
-        scores = [(result.candidate.name, result.score) for result in results]
-        save_ranking(scores, target.raw.name, Path(options.figure))
+        save_ranking(results, target.raw.name, Path(options.figure))
     return 0
+
+
+def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
+    """Return the names of the candidates with one architecture, for each architecture."""
+    groups: dict[Any, list[str]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.shapes, []).append(candidate.name)
+    return list(groups.values())
 
 
 def _rank(options: Rank, inputs: Inputs) -> tuple[Target, list[Result], list[list[str]]]:
     """Score all candidates; return them with the best first, and their names by architecture.
     Progress goes to stderr."""
-    device = torch.device(choose_device(options.device))
+    device, raw = torch.device(choose_device(options.device)), inputs.raw
     plan = None if inputs.plans is None else Plan(inputs.plans, options.configuration)
     if plan is not None:
         plan.check(f"-p {options.plans}")
     candidates = find_candidates(inputs.candidates, plan)
-    check_channels(inputs.raw, [candidate.plan for candidate in candidates])
-    levels, alike = (
-        count_levels(candidates, options.levels, DEFAULT_LEVELS),
-        same_networks(candidates),
-    )
-    target = Target(inputs.raw, inputs.cases, inputs.preprocessed)
+    for candidate in candidates:
+        expected = len(candidate.plan.chosen.normalization_schemes)
+        if expected != len(raw.channels):
+            raise PluginError(
+                f"{raw.name} has {len(raw.channels)} channel(s) ({', '.join(raw.channels)}), the"
+                f" plan {candidate.plan.name} is for {expected}. Give the dataset's own plans: -p"
+                " PLANS"
+            )
+    fewest = min(candidates, key=lambda candidate: candidate.levels)
+    levels = options.levels or min(DEFAULT_LEVELS, fewest.levels)
+    if levels > fewest.levels:
+        raise PluginError(
+            f"--levels must be from 1 to {fewest.levels}, the segmentation heads that {fewest.name}"
+            f" has, not {levels}."
+        )
+    target = Target(raw, inputs.cases, inputs.preprocessed)
     print(
-        f"{target.raw.name}: {len(target.chosen)} of {len(target.raw.cases)} cases,"
-        f" {len(candidates)} candidates, {levels} levels",
+        f"{raw.name}: {len(target.chosen)} of {len(raw.cases)} cases, {len(candidates)} candidates,"
+        f" {levels} levels",
         flush=True,
     )
     results = []
@@ -134,7 +140,7 @@ def _rank(options: Rank, inputs: Inputs) -> tuple[Target, list[Result], list[lis
         print(f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)", flush=True)
     # Without a score last; equal ones as they were given.
     results.sort(key=lambda x: np.inf if x.score is None else -x.score)
-    return target, results, alike
+    return target, results, same_networks(candidates)
 
 
 def _score(
@@ -151,14 +157,12 @@ def _score(
             features = read_features(network, image, voxels, patch, step, levels)
             for level, of_case in zip(collected, features, strict=True):
                 level.add(of_case)
-    shown = any(len(cases) >= FEWEST_CASES for cases in collected[-1].classes.values())
-    if all(level.finite for level in collected) and not shown:
+    if all(level.finite for level in collected) and not collected[-1].compared:
         raise PluginError(
             f"No class has {MINIMUM_SAMPLES} voxels in two of the cases {', '.join(target.chosen)},"
             " so nothing can be compared. Take more cases (--cases), or others (--seed)."
         )
-    definition = Definition(options.published_sums, options.variety)
-    scores = tuple(level.score(definition) for level in collected)
+    scores = tuple(level.score(options) for level in collected)
     return Result(candidate, scores, time.monotonic() - started)
 
 
@@ -194,6 +198,30 @@ def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
+def save_ranking(results: Sequence[Result], dataset: str, path: Path) -> None:
+    """Write a PNG with a bar per candidate, the best on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = [result.score for result in results if result.score is not None] or [0.0]
+    # Differences matter, the zero does not: bars begin below the lowest.
+    reach = (max(known) - min(known)) or 1.0
+    floor = min(known) - 0.15 * reach
+    with plain_style():
+        figure = Figure(figsize=(8, 1.2 + 0.4 * len(results)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        widths = [0.0 if x.score is None else x.score - floor for x in results]
+        bars = axis.barh([x.candidate.name for x in results], widths, left=floor, color="tab:blue")
+        axis.bar_label(bars, [_number(x.score) for x in results], padding=3, fontsize=8)
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set_xlim(floor, floor + 1.25 * reach)
+        axis.set(xlabel="CCFV (higher ranks better)", title=f"Pretrained weights for {dataset}")
+        axis.spines[["top", "right"]].set_visible(False)
+        save_atomically(figure, path)
+
+
 def _report(
     options: Rank, target: Target, results: Sequence[Result], alike: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
@@ -213,17 +241,7 @@ def _report(
                 "file": None if (file := result.candidate.file) is None else str(file.absolute()),
                 "trainer": result.candidate.trainer,
                 "plan": result.candidate.plan.name,
-                "levels": [
-                    {
-                        "score": level.score,
-                        "consistency": _finite(level.consistency),
-                        "energy": _finite(level.energy),
-                        "class_distances": {
-                            target.labels[x]: value for x, value in level.class_distances.items()
-                        },
-                    }
-                    for level in result.levels
-                ],
+                "levels": [_level_report(level, target) for level in result.levels],
                 "seconds": round(result.seconds, 1),
             }
             for rank, result in enumerate(results, start=1)
@@ -231,5 +249,11 @@ def _report(
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _level_report(level: LevelScore, target: Target) -> dict[str, Any]:
+    distances = {target.labels[label]: x for label, x in level.class_distances.items()}
+    finite = {"consistency": level.consistency, "energy": level.energy}
+    return {
+        "score": level.score,
+        **{name: value if np.isfinite(value) else None for name, value in finite.items()},
+        "class_distances": distances,
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,15 @@ from torch import Tensor
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
+from stunet_plugin.utils import images
 from stunet_plugin.utils.geometry import can_be_turned, on_grid_of
 from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, ending_of
-from stunet_plugin.utils.images import (
-    SKEWED,
-    read_geometry,
-    read_image,
-    read_images,
-    read_label_array,
-    read_label_map,
-)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A dataset, and the cases of it that are looked at.
-
-    Attributes:
-        raw: with all cases.
-        chosen: names of the cases to use, in their order.
-        preprocessed: its folder in nnUNet_preprocessed, None if it has none.
-    """
+    """A dataset, the names of its cases that are looked at, and its folder in nnUNet_preprocessed
+    (None if it has none)."""
 
     raw: RawDataset
     chosen: tuple[str, ...]
@@ -73,32 +61,28 @@ class Target:
         for name in self.chosen:
             if ready is not None:
                 data, segmentation, _, _ = ready.load_case(name)
-                image = np.asarray(data[:], dtype=np.float32)
             else:
                 data, segmentation = self._prepare(by_name[name], plan)
-                image = np.ascontiguousarray(data, dtype=np.float32)
+            image = np.ascontiguousarray(data[:], dtype=np.float32)
             yield name, torch.from_numpy(image), np.asarray(segmentation[0])
 
     def _prepare(self, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Return image and labels (channel, z, y, x), read strictly and preprocessed."""
-        reader = plan.manager.image_reader_writer_class()
+        reader, chosen = plan.manager.image_reader_writer_class(), plan.chosen
         ignore = self._manager.ignore_label
         declared = {0, *map(int, self._manager.all_labels), *([] if ignore is None else [ignore])}
         try:
-            image, properties = read_images(case.images, reader, len(self.raw.channels))
-            labels = read_label_array(case.label, reader, declared).labels
+            image, properties = images.read_images(case.images, reader, len(self.raw.channels))
+            labels = images.read_label_array(case.label, reader, declared).labels
             labels = _in_order_of(case, reader, labels)
             if labels.shape != image.shape[1:]:
                 size = f"{labels.shape}, its image {image.shape[1:]}"
                 raise ImageError(case.label, "not of its image's size", size)
+            given = (image, labels[None].astype(np.float32), properties)
+            preprocessor = chosen.preprocessor_class(verbose=False)
             with contextlib.redirect_stdout(None):
-                data, segmentation, _ = plan.chosen.preprocessor_class(verbose=False).run_case_npy(
-                    image,
-                    labels[None].astype(np.float32),
-                    properties,
-                    plan.manager,
-                    plan.chosen,
-                    self.raw.description,
+                data, segmentation, _ = preprocessor.run_case_npy(
+                    *given, plan.manager, chosen, self.raw.description
                 )
         except Exception as error:  # whatever a preprocessor raises
             reason = str(error) if isinstance(error, PluginError) else last_line(error)
@@ -124,17 +108,13 @@ class Target:
 
 def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:
     """Return labels (z, y, x) in the order of the image's voxels, where they are stored in another
-    (RAS against LPS).
-
-    Raises:
-        ImageError: they do not have the image's voxels.
-    """
+    (RAS against LPS); raise ImageError if they do not have the image's voxels."""
     if ending_of(case.label) in (*PICTURES, *TIFF):
         return labels
     try:
-        grid, wanted = read_geometry(case.label), read_geometry(case.images[0])
+        grid, wanted = map(images.read_geometry, (case.label, case.images[0]))
     except ImageError as error:
-        if error.reason == SKEWED:
+        if error.reason == images.SKEWED:
             return labels
         raise
     if not can_be_turned(grid, wanted):
@@ -142,16 +122,5 @@ def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:
     # That reader turns both itself.
     if grid.agrees(wanted) or type(reader).__name__.endswith("Reorient"):
         return labels
-    turned = on_grid_of(read_label_map(case.label), read_image(case.images[0]))
+    turned = on_grid_of(images.read_label_map(case.label), images.read_image(case.images[0]))
     return np.asarray(sitk.GetArrayFromImage(turned))
-
-
-def check_channels(raw: RawDataset, plans: Sequence[Plan]) -> None:
-    """Raise a PluginError if the dataset's channels are not as many as a plan normalises."""
-    for plan in plans:
-        expected = len(plan.chosen.normalization_schemes)
-        if expected != len(raw.channels):
-            raise PluginError(
-                f"{raw.name} has {len(raw.channels)} channel(s) ({', '.join(raw.channels)}), the"
-                f" plan {plan.name} is for {expected}. Give the dataset's own plans: -p PLANS"
-            )

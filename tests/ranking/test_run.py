@@ -4,6 +4,7 @@ seed, refusals."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,101 +14,92 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from stunet_plugin.cli import main
 from stunet_plugin.datasets.raw_dataset import RawDataset
-from stunet_plugin.ranking.candidates import Candidate, Plan, same_networks
+from stunet_plugin.ranking.candidates import Candidate, Plan
 from stunet_plugin.ranking.ccfv import LevelScore
-from stunet_plugin.ranking.run import Result, ranking_table
+from stunet_plugin.ranking.run import Result, ranking_table, same_networks
 from stunet_plugin.ranking.target import Target
 
-from import_helpers import make_network, published_weights, v1_plans, write_v1
+from conftest import Stunet
+from dataset_helpers import change_json, read_array, write_array
+from import_helpers import make_network, published_weights, v1_plans, with_changes, write_v1
 
-SHAPE = (20, 24, 36)
+SHAPE, SPACING = (16, 16, 64), (1.5, 1.5, 1.5)
 DATASET = "Dataset004_Boxes"
-FAST = ("-d", "4", "--device", "cpu", "--step-size", "1")
+RANK = "rank -d 4 --device cpu --step-size 1 --json ranking.json"
 
 
-def write_target(folder: Path, cases: int = 4) -> None:
-    """A labelled dataset: a dim and a bright box in noise."""
-    rng = np.random.default_rng(5)
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True)
-    for number in range(cases):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled dataset (a dim and a bright box in noise), and two models that were imported."""
+    root = tmp_path_factory.mktemp("rank")
+    rng, raw = np.random.default_rng(5), root / "raw" / DATASET
+    for number in range(4):
         labels = np.zeros(SHAPE, np.uint8)
-        low = rng.integers(2, 6, 3)
-        labels[tuple(slice(first, first + 8) for first in low)] = 1
-        labels[tuple(slice(first + 9, first + 13) for first in low)] = 2
+        low = rng.integers(1, 4, 3)
+        labels[tuple(slice(first, first + 7) for first in low)] = 1
+        labels[tuple(slice(first + 8, first + 12) for first in low)] = 2
         image = (100 * labels + rng.normal(0, 20, SHAPE)).astype(np.float32)
-        write_scan(folder / f"imagesTr/case{number}_0000.nii.gz", image)
-        write_scan(folder / f"labelsTr/case{number}.nii.gz", labels)
+        write_array(raw / f"imagesTr/case{number}_0000.nii.gz", image, spacing=SPACING)
+        write_array(raw / f"labelsTr/case{number}.nii.gz", labels, spacing=SPACING)
     classes = {"background": 0, "dim": 1, "bright": 2}
     content = {"channel_names": {"0": "MRI"}, "labels": classes, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": cases}))
-
-
-def write_scan(path: Path, array: np.ndarray) -> None:
-    scan = sitk.GetImageFromArray(array)
-    scan.SetSpacing((1.5, 1.5, 1.5))
-    sitk.WriteImage(scan, str(path))
+    (raw / "dataset.json").write_text(json.dumps(content))
+    plans = with_changes(
+        v1_plans(classes=2), {"plans/plans_per_stage/0/patch_size": np.array(SHAPE)}
+    )
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        source = write_v1(root / f"{name}.model", published_weights(make_network(outputs=3)), plans)
+        assert main(["import", str(source), "--out", str(root / name)]) == 0
+    return root
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """nnU-Net's folders, a labelled dataset, and two models that were imported."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    write_target(tmp_path / "nnUNet_raw" / DATASET)
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        weights = published_weights(make_network(outputs=3))
-        source = write_v1(tmp_path / f"{name}.model", weights, v1_plans(classes=2))
-        assert main(["import", str(source), "--out", str(tmp_path / name)]) == 0
-    return tmp_path
+def folders(made: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made / "raw", nnunet_folders / "nnUNet_raw", dirs_exist_ok=True)
+    for name in ("one", "two"):
+        shutil.copytree(made / name, nnunet_folders / name)
+    monkeypatch.chdir(nnunet_folders)
+    return nnunet_folders
 
 
-def rank(folder: Path, *words: object) -> dict[str, Any]:
-    out = folder / "ranking.json"
-    assert main(["rank", *map(str, words), *FAST, "--json", str(out)]) == 0
-    content: dict[str, Any] = json.loads(out.read_text())
+def rank(stunet: Stunet, words: str) -> Any:
+    stunet(RANK, words)
+    content = json.loads(Path("ranking.json").read_text())
     for entry in content["candidates"]:
         entry.pop("seconds")
     return content
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main(["rank", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
+def checkpoint(name: str = "one", **changes: Any) -> dict[str, Any]:
+    loaded = torch.load(Path(name, "fold_0", "checkpoint_final.pth"), weights_only=True)
+    return {**loaded, **changes}
 
 
-def write_plans(folder: Path, name: str = "Mine") -> Plan:
+def write_plans() -> Plan:
     """Plans of the dataset, as of the imported model."""
-    plans = json.loads((folder / "one" / "plans.json").read_text())
-    target = folder / "nnUNet_preprocessed" / DATASET
-    target.mkdir(exist_ok=True)
-    plan = Plan({**plans, "dataset_name": target.name, "plans_name": name}, "3d_fullres")
-    (target / f"{name}.json").write_text(json.dumps(plan.plans))
+    plans = json.loads(Path("one/plans.json").read_text())
+    plan = Plan({**plans, "dataset_name": DATASET, "plans_name": "Mine"}, "3d_fullres")
+    target = Path("nnUNet_preprocessed", DATASET)
+    target.mkdir()
+    (target / "Mine.json").write_text(json.dumps(plan.plans))
     return plan
 
 
-def test_ranking_of_models_with_their_own_plans(
-    folders: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figure = folders / "ranking.png"
-    given = (f"first={folders / 'one'}", folders / "two", "random", "--cases", 3)
-    found = rank(folders, *given, "--figure", figure)
-    table, progress = capsys.readouterr()
+def test_ranking_of_models_with_their_own_plans(folders: Path, stunet: Stunet) -> None:
+    words = "first=one two random --cases 3"
+    assert main([*RANK.split(), *words.split(), "--figure", "ranking.png"]) == 0
+    table, progress = stunet.capsys.readouterr()
     # The result alone, to be piped on.
     assert table.startswith("rank      CCFV")
     assert "Dataset004_Boxes: 3 of 4 cases, 3 candidates, 3 levels" in progress
-    names = ["first", str(folders / "two"), "random"]
-    assert found["by_architecture"] == [names]
+    found = rank(stunet, words)
+    assert found["by_architecture"] == [["first", "two", "random"]]
     assert "architectures" not in table
     assert [entry["rank"] for entry in found["candidates"]] == [1, 2, 3]
-    assert sorted(entry["name"] for entry in found["candidates"]) == sorted(names)
     assert len(found["cases"]) == 3
     scores = [entry["score"] for entry in found["candidates"]]
     assert scores == sorted(set(scores), reverse=True)
@@ -118,125 +110,97 @@ def test_ranking_of_models_with_their_own_plans(
             assert set(distances) == {"dim", "bright"}
             score = np.log(level["energy"] / np.mean(list(distances.values())))
             assert level["score"] == pytest.approx(score)
-        assert f"{entry['score']:.3f}" in table
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    assert rank(folders, *given)["candidates"] == found["candidates"]
+        # From the first run: the same numbers.
+        assert f"{entry['score']:.3f}  " in table
+    assert Path("ranking.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path) -> None:
-    plan = write_plans(folders)
+def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path, stunet: Stunet) -> None:
+    plan = write_plans()
     # Weights of a pretext task: a trainer, no plan.
-    checkpoint = torch.load(folders / "two" / "fold_0" / "checkpoint_final.pth", weights_only=True)
-    pretext = {**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny", "init_args": {}}
-    torch.save(pretext, folders / "pretext.pth")
+    trainer = "VolumeFusionTrainer_STUNet_tiny"
+    torch.save(checkpoint("two", trainer_name=trainer, init_args={}), "pretext.pth")
     # nnU-Net's own trainer builds what the plan names: the same network.
-    random = ("random:STUNetTrainer_tiny", "random:nnUNetTrainer")
-    given = (f"model={folders / 'one'}", f"pretext={folders / 'pretext.pth'}", *random)
-    from_raw = rank(folders, *given, "-p", "Mine")
-    scores = {entry["name"]: entry["score"] for entry in from_raw["candidates"]}
+    words = "model=one pretext.pth random:STUNetTrainer_tiny random:nnUNetTrainer -p Mine"
+    from_raw = rank(stunet, words)["candidates"]
+    scores = {entry["name"]: entry["score"] for entry in from_raw}
     assert scores["random:nnUNetTrainer"] == scores["random:STUNetTrainer_tiny"]
     assert len(set(scores.values())) == 3
-    folder = folders / "nnUNet_preprocessed" / DATASET / plan.chosen.data_identifier
+    folder = Path("nnUNet_preprocessed", DATASET, plan.chosen.data_identifier)
     folder.mkdir()
     preprocessor = plan.chosen.preprocessor_class(verbose=False)
-    raw = folders / "nnUNet_raw" / DATASET
+    raw = Path("nnUNet_raw", DATASET)
     description = json.loads((raw / "dataset.json").read_text())
     for number in range(4):
-        images = [str(raw / "imagesTr" / f"case{number}_0000.nii.gz")]
+        images = [f"{raw}/imagesTr/case{number}_0000.nii.gz"]
         label = raw / "labelsTr" / f"case{number}.nii.gz"
         files = (str(folder / f"case{number}"), images, str(label))
         preprocessor.run_case_save(*files, plan.manager, plan.chosen, description)
         label.write_bytes(b"")
-    assert len(nnUNetDatasetBlosc2.get_identifiers(str(folder))) == 4
-    from_preprocessed = rank(folders, *given, "-p", "Mine")
-    for entry, other in zip(from_raw["candidates"], from_preprocessed["candidates"], strict=True):
+    for entry, other in zip(from_raw, rank(stunet, words)["candidates"], strict=True):
         assert entry["name"] == other["name"]
         assert entry["score"] == pytest.approx(other["score"])
 
 
-def test_weights_decide_not_their_heads(folders: Path) -> None:
-    file = folders / "one" / "fold_0" / "checkpoint_final.pth"
-    checkpoint = torch.load(file, weights_only=True)
-    weights = checkpoint["network_weights"]
+def test_weights_decide_not_their_heads_and_broken_ones_are_last(
+    folders: Path, stunet: Stunet
+) -> None:
+    weights = checkpoint()["network_weights"]
     heads = {name: torch.rand(7, 2) for name in weights if ".seg_layers." in name}
-    torch.save({**checkpoint, "network_weights": {**weights, **heads}}, folders / "other.pth")
-    write_plans(folders)
-    options = ("-p", "Mine", "--levels", 2, "--names", "case3", "case0")
-    found = rank(folders, file, folders / "other.pth", *options)
+    torch.save(checkpoint(network_weights={**weights, **heads}), "heads.pth")
+    broken = {name: torch.full_like(value, torch.nan) for name, value in weights.items()}
+    torch.save(checkpoint(network_weights=broken), "broken.pth")
+    write_plans()
+    words = "broken.pth one heads.pth -p Mine --levels 2 --names case3 case0"
+    assert "not finite" in stunet(RANK, words)
+    found = rank(stunet, words)
     assert found["cases"] == ["case0", "case3"]
-    first, second = found["candidates"]
+    first, second, last = found["candidates"]
     assert first["score"] == second["score"]
     assert len(first["levels"]) == 2
+    assert (last["name"], last["rank"]) == ("broken.pth", None)
 
 
-def test_the_published_sums_and_the_other_variety(folders: Path) -> None:
-    given = (folders / "one", folders / "two")
-    plain, sums, spread = (
-        rank(folders, *given, *more)
-        for more in ((), ("--published-sums",), ("--variety", "spread"))
-    )
-    by_name = [
-        {entry["name"]: entry["levels"][0] for entry in found["candidates"]}
-        for found in (plain, sums, spread)
-    ]
-    for name in by_name[0]:
-        averaged, summed, spread_out = (levels[name] for levels in by_name)
-        one, two = (averaged["class_distances"][label] * 6 for label in ("dim", "bright"))
-        factor = 1 + 1 / (16 / 2) / 2
-        assert summed["consistency"] == pytest.approx((one * factor + two) * factor)
-        assert spread_out["score"] == pytest.approx(
-            -np.log(averaged["energy"] * averaged["consistency"])
-        )
-
-
-def test_classes_that_only_some_cases_have(folders: Path) -> None:
-    """A class of one voxel in one case, missing in another: left out of those cases, not of the
-    score."""
+def test_the_published_sums_and_the_other_variety(folders: Path, stunet: Stunet) -> None:
+    """Of a class that one case lacks and another has in one voxel, two cases are left."""
     for number, voxels in ((0, 0), (1, 1)):
-        file = folders / "nnUNet_raw" / DATASET / "labelsTr" / f"case{number}.nii.gz"
-        array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-        places = np.argwhere(array == 2)
-        array[array == 2] = 0
-        array[tuple(places[:voxels].T)] = 2
-        write_scan(file, array)
-    found = rank(folders, folders / "one", folders / "two")
-    assert set(found["candidates"][0]["levels"][0]["class_distances"]) == {"dim", "bright"}
+        file = Path("nnUNet_raw", DATASET, "labelsTr", f"case{number}.nii.gz")
+        array = read_array(file)
+        places = np.argwhere(array == 2)[voxels:]
+        array[tuple(places.T)] = 0
+        write_array(file, array, spacing=SPACING)
+    plain, sums, spread = (
+        {entry["name"]: entry["levels"][0] for entry in rank(stunet, f"one two {x}")["candidates"]}
+        for x in ("", "--published-sums", "--variety spread")
+    )
+    for name, level in plain.items():
+        one, two = level["class_distances"]["dim"] * 6, level["class_distances"]["bright"]
+        summed = (one * (1 + 1 / (16 / 2) / 2) + two) * (1 + 1 / (4 / 2) / 2)
+        assert sums[name]["consistency"] == pytest.approx(summed)
+        expected = -np.log(level["energy"] * level["consistency"])
+        assert spread[name]["score"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
 def test_labels_in_another_orientation_than_the_image(
-    folders: Path, capsys: pytest.CaptureFixture[str], reader: str
+    folders: Path, stunet: Stunet, reader: str
 ) -> None:
     """RAS against LPS: the same voxels in another order, as a label tool may write them."""
-    for name in ("one", "two"):
-        file = folders / name / "plans.json"
-        plans = {**json.loads(file.read_text()), "image_reader_writer": reader}
-        file.write_text(json.dumps(plans))
-    given = (f"a={folders / 'one'}", f"b={folders / 'two'}")
-    expected = rank(folders, *given)
-    labels = folders / "nnUNet_raw" / DATASET / "labelsTr"
+    change_json(Path("one/plans.json"), image_reader_writer=reader)
+    words = "one random --cases 2"
+    expected = rank(stunet, words)["candidates"]
+    labels = Path("nnUNet_raw", DATASET, "labelsTr")
     for file in labels.iterdir():
         sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "RAS"), str(file))
-    assert rank(folders, *given)["candidates"] == expected["candidates"]
-    moved = sitk.ReadImage(str(labels / "case0.nii.gz"))
+    assert rank(stunet, words)["candidates"] == expected
+    file = str(labels / "case0.nii.gz")
+    moved = sitk.ReadImage(file)
     moved.SetOrigin((50, 0, 0))
-    sitk.WriteImage(moved, str(labels / "case0.nii.gz"))
-    assert "not on its image's voxels" in refused(capsys, *given, "-d", 4)
-    changed = sitk.Cast(moved, sitk.sitkInt16) * 5
-    sitk.WriteImage(changed, str(labels / "case0.nii.gz"))
-    assert "undeclared label values (5" in refused(capsys, *given, "-d", 4)
-
-
-def test_broken_weights_are_ranked_last(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = torch.load(folders / "two" / "fold_0" / "checkpoint_final.pth", weights_only=True)
-    for value in checkpoint["network_weights"].values():
-        value.fill_(float("nan"))
-    torch.save(checkpoint, folders / "broken.pth")
-    write_plans(folders)
-    given = (f"broken={folders / 'broken.pth'}", f"good={folders / 'one'}", "-p", "Mine")
-    ranks = [(entry["name"], entry["rank"]) for entry in rank(folders, *given)["candidates"]]
-    assert ranks == [("good", 1), ("broken", None)]
-    assert "not finite" in capsys.readouterr().out
+    sitk.WriteImage(moved, file)
+    words = "one random --names case0 case1"
+    assert "not on its image's voxels" in stunet(RANK, words, code=2)
+    sitk.WriteImage(sitk.Cast(moved, sitk.sitkInt16) * 5, file)
+    assert "undeclared label values (5" in stunet(RANK, words, code=2)
 
 
 def test_regions_and_the_ignore_label() -> None:
@@ -247,7 +211,7 @@ def test_regions_and_the_ignore_label() -> None:
 
 
 def test_other_architectures_are_pointed_out(folders: Path) -> None:
-    plan = write_plans(folders)
+    plan = write_plans()
     wide = json.loads(json.dumps(plan.plans))
     kwargs = wide["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     kwargs["features_per_stage"] = [2 * width for width in kwargs["features_per_stage"]]
@@ -265,63 +229,64 @@ def test_other_architectures_are_pointed_out(folders: Path) -> None:
 
 
 def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
-    one, two = map(str, (folders / "one", folders / "two"))
-    (folders / "text.pth").write_text("weights")
-    slips = (
-        ([one, str(folders / "none.pth"), "-d", "4"], "no such file"),
-        ([one, str(folders / "text.pth"), "-d", "4"], "text.pth"),
-        ([one, two, "-d", "5"], "Expected one Dataset005_*"),
-        ([one, two, "-d", "4", "-p", "Nothing"], "no such plans"),
-        ([one, two, "-d", "4", "--names", "case0", "caze1"], "Did you mean case1?"),
+    Path("text.pth").write_text("weights")
+    slips = {
+        "one none.pth": "no such file",
+        "one text.pth": "text.pth",
+        "one two -d 5": "Expected one Dataset005_*",
+        "one two -p Nothing": "no such plans",
+        "one two --names case0 caze1": "Did you mean case1?",
+        "one": "at least two candidates",
+        "random": "at least two candidates",
+        "x=one x=two": "Two candidates are called x",
+        "one two --json not/there.json": "no folder",
+        "one two --cases 1": "--cases must be at least 2",
+        "one two --seed -1": "--seed must be at least 0",
+        "one two --names case0": "make no pair",
+        "one two --step-size 0": "--step-size",
+        "one random:STUNetTrainer_tiny": "no plan of its own",
+    }
+    code = (
+        "import json, sys\nfrom stunet_plugin.cli import main\n"
+        f"codes = [main([*{RANK.split()}, *x.split()]) for x in json.loads(sys.argv[1])]\n"
+        "print(codes, 'torch' in sys.modules)"
     )
-    code = "import json, sys\nfrom stunet_plugin.cli import main\n"
-    code += (
-        "codes = [main(['rank', *given]) for given in json.loads(sys.argv[1])]\nprint(codes,"
-        " 'torch' in sys.modules)"
-    )
-    given = json.dumps([arguments for arguments, _ in slips])
-    done = subprocess.run(
-        [sys.executable, "-c", code, given], capture_output=True, text=True, check=True
-    )
+    words = [sys.executable, "-c", code, json.dumps(list(slips))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{[2] * len(slips)} False"
-    for line, (_, message) in zip(done.stderr.splitlines(), slips, strict=True):
+    for line, message in zip(done.stderr.splitlines(), slips.values(), strict=True):
         assert message in line
 
 
-def test_refusals(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = folders / "one", folders / "two"
-    assert "at least two candidates" in refused(capsys, one, "-d", 4)
-    assert "Two candidates are called x" in refused(capsys, f"x={one}", f"x={two}", "-d", 4)
-    assert "no folder" in refused(
-        capsys, one, two, "-d", 4, "--json", folders / "not" / "there.json"
+def test_refusals(folders: Path, made: Path, stunet: Stunet) -> None:
+    plan = write_plans()
+    two_channels = with_changes(
+        plan.plans, {"configurations/3d_fullres/normalization_schemes": ["CTNormalization"] * 2}
     )
-    assert "no such file" in refused(capsys, one, folders / "none.pth", "-d", 4)
-    assert "Expected one Dataset005_*" in refused(capsys, one, two, "-d", 5)
-    assert "--cases must be at least 2" in refused(capsys, one, two, "-d", 4, "--cases", 1)
-    assert "has no case x" in refused(capsys, one, two, "-d", 4, "--names", "case0", "x")
-    assert "make no pair" in refused(capsys, one, two, "-d", 4, "--names", "case0")
-    assert "--levels must be from 1 to 5" in refused(capsys, one, two, "-d", 4, "--levels", 6)
-    assert "--step-size" in refused(capsys, one, two, "-d", 4, "--step-size", 0)
-    assert "no such plans" in refused(capsys, one, two, "-d", 4, "-p", "Nothing")
-    assert "no plan of its own" in refused(capsys, one, "random:STUNetTrainer_tiny", "-d", 4)
-    assert "stunet import" in refused(capsys, one, folders / "one.model", "-d", 4)
-    write_plans(folders)
-    assert "no configuration '2d'" in refused(capsys, one, two, "-d", 4, "-p", "Mine", "-c", "2d")
-    checkpoint = torch.load(one / "fold_0" / "checkpoint_final.pth", weights_only=True)
-    torch.save({**checkpoint, "trainer_name": "STUNetTrainer_small"}, folders / "small.pth")
-    message = refused(capsys, one, f"x={folders / 'small.pth'}", "-d", 4, "-p", "Mine")
-    assert "x: STUNetTrainer_small trains STU-Net small" in message
-    weights = {
-        name: value
-        for name, value in checkpoint["network_weights"].items()
-        if "encoder.stages.0" not in name
-    }
-    torch.save({**checkpoint, "network_weights": weights}, folders / "less.pth")
-    assert "tensors are missing" in refused(
-        capsys, one, folders / "less.pth", "-d", 4, "-p", "Mine"
-    )
-    raw = folders / "nnUNet_raw" / DATASET
-    (raw / "labelsTr" / "case0.nii.gz").write_bytes(b"nothing")
-    assert "Case case0 of Dataset004_Boxes cannot be prepared" in refused(capsys, one, two, "-d", 4)
-    (raw / "labelsTr" / "case0.nii.gz").unlink()
-    assert "have no labels" in refused(capsys, one, two, "-d", 4)
+    cascade = with_changes(plan.plans, {"configurations/3d_fullres/previous_stage": "3d_lowres"})
+    for name, plans in (("Two", two_channels), ("Cascade", cascade)):
+        Path("nnUNet_preprocessed", DATASET, f"{name}.json").write_text(json.dumps(plans))
+    torch.save(checkpoint(trainer_name="STUNetTrainer_small"), "small.pth")
+    torch.save(checkpoint(init_args={}), "none.pth")
+    weights = checkpoint()["network_weights"]
+    less = {name: weights[name] for name in weights if "encoder.stages.0" not in name}
+    torch.save(checkpoint(network_weights=less), "less.pth")
+    for words, message in (
+        ("one two --levels 6", "--levels must be from 1 to 5"),
+        (f"one {made}/one.model", "stunet import"),
+        ("one none.pth", "none.pth has no plan of its own"),
+        ("one two -p Mine -c 2d", "no configuration '2d'"),
+        ("one two -p Two", "the plan Mine, 3d_fullres is for 2"),
+        ("one two -p Cascade", "second stage of a cascade"),
+        ("one x=small.pth -p Mine", "x: STUNetTrainer_small trains STU-Net small"),
+        ("one less.pth -p Mine", "tensors are missing"),
+    ):
+        assert message in stunet(RANK, words, code=2), words
+    labels = Path("nnUNet_raw", DATASET, "labelsTr")
+    for file in labels.iterdir():
+        write_array(file, 0 * read_array(file), spacing=SPACING)
+    assert "No class has 2 voxels in two of the cases" in stunet(RANK, "one two", code=2)
+    (labels / "case0.nii.gz").write_bytes(b"nothing")
+    assert "Case case0 of Dataset004_Boxes cannot be prepared" in stunet(RANK, "one two", code=2)
+    (labels / "case0.nii.gz").unlink()
+    assert "have no labels" in stunet(RANK, "one two", code=2)

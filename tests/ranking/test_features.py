@@ -10,8 +10,14 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 from torch.nn import functional
 
+from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.pctnet import PCTNet
-from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
+from stunet_plugin.ranking.features import (
+    head_modules,
+    read_features,
+    sample_voxels,
+    samples_of_levels,
+)
 
 from import_helpers import make_network
 
@@ -19,15 +25,12 @@ SHAPE = (20, 24, 36)
 
 
 class Pyramid(nn.Module):
-    """Heads that take in the image itself, at a quarter, half and full resolution; remembers how
-    often it ran."""
+    """Heads that take in the image itself, down to full resolution; remembers how often it ran."""
 
-    def __init__(self, dimensions: int) -> None:
+    def __init__(self, axes: int) -> None:
         super().__init__()
-        convolution, self.pool = (
-            (nn.Conv2d, functional.avg_pool2d),
-            (nn.Conv3d, functional.avg_pool3d),
-        )[dimensions - 2]
+        self.pool = functional.avg_pool3d if axes == 3 else functional.avg_pool2d
+        convolution = nn.Conv3d if axes == 3 else nn.Conv2d
         self.decoder = nn.Module()
         self.decoder.seg_layers = nn.ModuleList(convolution(2, 1, 1) for _ in range(4))
         self.runs = 0
@@ -56,18 +59,13 @@ def test_voxels_are_drawn_per_label_and_do_not_depend_on_other_cases() -> None:
     again, other = (sample_voxels(segmentation, [1], name, 7)[1] for name in ("case", "other"))
     assert np.array_equal(voxels[1], again)
     assert not np.array_equal(again, other)
-    assert samples_of_levels(3) == [100, 200, 400]
     assert samples_of_levels(5) == [100, 100, 100, 200, 400]
 
 
-@pytest.mark.parametrize(
-    ("patch", "shape"), [((16, 16, 16), SHAPE), ((16, 16), SHAPE), ((24, 32, 40), SHAPE)]
-)
-def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(
-    patch: tuple[int, ...], shape: tuple[int, int, int]
-) -> None:
-    image = coordinates(shape)
-    segmentation = (np.indices(shape).sum(0) > 40).astype(np.int8)
+@pytest.mark.parametrize("patch", [(16, 16, 16), (16, 16), (24, 32, 40)])
+def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(patch: tuple[int, ...]) -> None:
+    image = coordinates(SHAPE)
+    segmentation = (np.indices(SHAPE).sum(0) > 40).astype(np.int8)
     voxels = sample_voxels(segmentation, [0, 1], "case", 0)
     coarse, half, full = read_features(Pyramid(len(patch)), image, voxels, patch, 0.5, 3)
     for label, indices in voxels.items():
@@ -81,15 +79,12 @@ def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(
 
 def test_features_between_voxels_are_those_of_torchs_interpolation() -> None:
     torch.manual_seed(0)
-    image = torch.rand(2, 16, 16, 16)
-    voxels = {
-        1: np.argwhere(np.ones((16, 16, 16)))[np.random.default_rng(0).permutation(16**3)[:400]]
-    }
-    coarse, half, _ = read_features(Pyramid(3), image, voxels, (16, 16, 16), 1.0, 3)
+    image, size = torch.rand(2, 16, 16, 16), (16, 16, 16)
+    voxels = sample_voxels(np.ones(size), [1], "case", 0)
+    coarse, half, _ = read_features(Pyramid(3), image, voxels, size, 1.0, 3)
     for found, factor, count in ((coarse, 4, 100), (half, 2, 200)):
-        upsampled = functional.interpolate(
-            functional.avg_pool3d(image[None], factor), size=(16, 16, 16), mode="trilinear"
-        )[0]
+        pooled = functional.avg_pool3d(image[None], factor)
+        upsampled = functional.interpolate(pooled, size=size, mode="trilinear")[0]
         expected = upsampled.numpy()[(slice(None), *voxels[1][:count].T)].T
         assert np.allclose(found[1], expected, atol=1e-5)
 
@@ -100,48 +95,38 @@ def test_windows_without_sampled_voxels_are_not_computed() -> None:
     read_features(network, coordinates((64, 64, 64)), voxels, (16, 16, 16), 0.5, 2)
     assert network.runs == 2
     assert not any(head._forward_pre_hooks for head in network.decoder.seg_layers)
+    network.decoder = nn.Identity()
+    with pytest.raises(PluginError, match="Pyramid has no segmentation heads"):
+        head_modules(network)
 
 
-def networks() -> dict[str, nn.Module]:
-    convolution = {
-        "conv_op": nn.Conv3d,
-        "kernel_sizes": 3,
-        "norm_op": nn.InstanceNorm3d,
-        "nonlin": nn.LeakyReLU,
-    }
-    plain = PlainConvUNet(
-        1,
-        3,
-        [4, 8, 8],
-        strides=[1, 2, 2],
-        n_conv_per_stage=1,
-        num_classes=2,
-        n_conv_per_stage_decoder=1,
-        deep_supervision=True,
-        **convolution,
-    )
-    stunet = make_network("tiny")
-    stunet.decoder.deep_supervision = True
-    pctnet = PCTNet(
-        1, 2, mode=0, features_per_stage=(4, 8, 8, 8, 8), num_heads=(2, 2, 2), deep_supervision=True
-    )
-    return {"nnU-Net": plain, "STU-Net": stunet, "PCT-Net": pctnet}
+def build(name: str) -> nn.Module:
+    if name == "STU-Net":
+        network = make_network("tiny")
+        network.decoder.deep_supervision = True
+        return network
+    if name == "PCT-Net":
+        widths = (4, 8, 8, 8, 8)
+        return PCTNet(
+            1, 2, mode=0, features_per_stage=widths, num_heads=(2, 2, 2), deep_supervision=True
+        )
+    convolution = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    layers = {"kernel_sizes": 3, "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1}
+    shape = {"strides": [1, 2, 2], "num_classes": 2, "deep_supervision": True}
+    return PlainConvUNet(1, 3, [4, 8, 8], **shape, **convolution, **layers)
 
 
 @pytest.mark.parametrize("name", ["nnU-Net", "STU-Net", "PCT-Net"])
 def test_heads_of_every_network(name: str) -> None:
-    network = networks()[name].eval()
+    network, image = build(name).eval(), torch.rand(1, 32, 32, 64)
     heads = list(network.decoder.seg_layers)[-2:]  # type: ignore[union-attr, arg-type]
-    image = torch.rand(1, 32, 32, 64)
-    expected: list[torch.Tensor] = []
-    hooks = [
-        head.register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0].clone()))
-        for head in heads
-    ]
+    taken: list[torch.Tensor] = []
+    hooks = [x.register_forward_pre_hook(lambda _, given: taken.append(given[0])) for x in heads]
     with torch.no_grad():
         network(image[None])
     for hook in hooks:
         hook.remove()
+    expected = [level.clone() for level in taken]
     voxels = {1: np.argwhere(np.ones((32, 32, 64)))[:: 32 * 5][:400]}
     features = read_features(network, image, voxels, (32, 32, 64), 0.5, 2)
     assert [level[1].shape[1] for level in features] == [level.shape[1] for level in expected]
