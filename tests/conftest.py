@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -9,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,10 +109,33 @@ class Workspace:
             pytest.fail(f"{command} {arguments} ended with {result.returncode}:\n{output}")
         return result
 
-    def in_this_process(self, patch: pytest.MonkeyPatch) -> None:
+    def call(
+        self, command: str, *arguments: object, check: bool = True, **environment: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a stock command in this process, its workers as threads: processes would spend most
+        of their time on imports."""
+        (entry,) = importlib.metadata.entry_points(group="console_scripts", name=command)
+        words, out = [command, *map(str, arguments)], io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
+            self.in_this_process(patch, **{"nnUNet_n_proc_DA": "0", **environment})
+            patch.setattr(sys, "argv", words)
+            patch.setattr(multiprocessing, "cpu_count", lambda: 1)
+            threads = SimpleNamespace(Pool=ThreadPool)
+            patch.setattr(multiprocessing, "get_context", lambda _=None: threads)
+            try:
+                code = int(bool(entry.load()()))
+            except (Exception, SystemExit):
+                traceback.print_exc()
+                code = 1
+        assert code == 0 or not check, out.getvalue()[-5000:]
+        return subprocess.CompletedProcess(words, code, out.getvalue(), "")
+
+    def in_this_process(self, patch: pytest.MonkeyPatch, **environment: str | None) -> None:
         """Set the variables here, for calls of nnU-Net's Python interface."""
-        for key, value in self.environment.items():
-            if key.startswith(("nnUNet_", "STUNET_")):
+        for key, value in {**self.environment, **environment}.items():
+            if value is None:
+                patch.delenv(key, raising=False)
+            elif key.startswith(("nnUNet_", "STUNET_")):
                 patch.setenv(key, value)
         patch.setattr(sys, "argv", ["pytest"])
 
@@ -191,21 +218,6 @@ def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], W
     return make
 
 
-def prepare(workspace: Workspace) -> None:
-    """What nnUNetv2_plan_and_preprocess does, in threads of this process: processes would spend
-    their time on imports."""
-    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
-
-    with pytest.MonkeyPatch.context() as patch:
-        workspace.in_this_process(patch)
-        threads = SimpleNamespace(Pool=ThreadPool)
-        patch.setattr(multiprocessing, "get_context", lambda _=None: threads)
-        datasets = [int(PHANTOM_ID)]
-        api.extract_fingerprints(datasets, num_processes=1)
-        api.plan_experiments(datasets)
-        api.preprocess(datasets, configurations=("2d", "3d_fullres"), num_processes=(1, 1))
-
-
 @pytest.fixture(scope="session")
 def phantoms(
     new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest.TempPathFactory
@@ -219,7 +231,8 @@ def phantoms(
         if not (common / "phantoms").is_dir():
             first = new_workspace("phantoms_unfinished")
             write_dataset(first.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
-            prepare(first)
+            what = ("-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
+            first.call("nnUNetv2_plan_and_preprocess", *what, nnUNet_n_proc_DA="1")
             first.root.rename(common / "phantoms")
     workspace = new_workspace("phantoms_copy")
     shutil.copytree(common / "phantoms", workspace.root, dirs_exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import re
 import shlex
@@ -21,37 +23,24 @@ STOCK_TRAINERS = {"nnUNetTrainer", "nnUNetTrainerBudget", "NAME", "PlainSTUNetTr
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+@functools.cache
 def command_lines(page: Path) -> list[list[str]]:
-    """Return the commands of a page's shell blocks and inline code, split into words."""
+    """The commands of a page's shell blocks and inline code, split into words."""
     text = page.read_text()
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = []
-    for line in [*lines, *inline]:
-        try:
+    for line in [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *inline]:
+        with contextlib.suppress(ValueError):  # half a command in prose
             words = shlex.split(line, comments=True)
-        except ValueError:  # half a command in prose
-            continue
-        for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
-            found.append(shlex.split(part))
+            parts = itertools.groupby(words, lambda word: word == "&&")
+            found += [list(part) for between, part in parts if not between]
     return found
 
 
 @pages
-def test_commands_and_options_exist(page: Path) -> None:
+def test_commands_options_trainers_and_planners_exist(page: Path) -> None:
     parsers = {command.command: command.parser() for command in COMMANDS}
-    for words in command_lines(page):
-        if words[:1] != ["stunet"] or not re.match("[a-z]", " ".join(words[1:])):
-            continue
-        assert words[1] in parsers, words
-        known = {text for action in parsers[words[1]]._actions for text in action.option_strings}
-        given = {word.partition("=")[0] for word in words[2:] if re.match(r"--?[a-zA-Z]", word)}
-        assert given <= known, words
-
-
-@pages
-def test_trainers_and_planners_exist(page: Path) -> None:
     for words in command_lines(page):
         for flag, name in itertools.pairwise(words):
             if flag == "-tr" and "..." not in name and name not in STOCK_TRAINERS:
@@ -60,6 +49,11 @@ def test_trainers_and_planners_exist(page: Path) -> None:
                 assert hasattr(plans, name), words
                 # It would empty preprocessed data that a training may be reading.
                 assert words[0] != "nnUNetv2_plan_and_preprocess"
+        if words[:1] == ["stunet"] and re.match("[a-z]", " ".join(words[1:])):
+            actions = parsers[words[1]]._actions
+            known = {text for action in actions for text in action.option_strings}
+            given = {word.partition("=")[0] for word in words[2:] if re.match("--?[a-zA-Z]", word)}
+            assert given <= known, words
 
 
 @pages
@@ -75,34 +69,29 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
             assert anchor in slugs, link
-    if page.name == "CHANGELOG.md":
-        return
-    folders = "benchmarks|docs|experiments|plans|stunet_plugin|tests|trainers"
-    for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w\.(?:py|md|json|png))", text):
-        assert (ROOT / path).exists() or (page.parent / path).exists(), path
+    if page.name != "CHANGELOG.md":
+        folders = "benchmarks|docs|experiments|plans|stunet_plugin|tests|trainers"
+        names = rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w\.(?:py|md|json|png))"
+        for path in re.findall(names, text):
+            assert (ROOT / path).exists() or (page.parent / path).exists(), path
 
 
 @pages
 def test_scripts_know_their_options(page: Path) -> None:
     """Every --option after a script's name is in its source."""
     for words in command_lines(page):
-        scripts = [word for word in words if word.startswith(SCRIPT_FOLDERS)]
-        if not scripts or not scripts[0].endswith(".py"):
-            continue
-        source = (ROOT / scripts[0]).read_text()
-        for shared in ("common.py",):
-            neighbour = (ROOT / scripts[0]).with_name(shared)
-            source += neighbour.read_text() if neighbour.exists() else ""
-        for word in words[words.index(scripts[0]) :]:
-            if word.startswith("--"):
-                assert f'"{word}"' in source, words
+        scripts = [x for x in words if x.startswith(SCRIPT_FOLDERS) and x.endswith(".py")]
+        if scripts:
+            files = (ROOT / scripts[0], (ROOT / scripts[0]).with_name("common.py"))
+            source = "".join(file.read_text() for file in files if file.exists())
+            given = words[words.index(scripts[0]) :]
+            assert all(f'"{x}"' in source for x in given if x.startswith("--")), words
 
 
 @pages
 def test_environment_variables_exist(page: Path) -> None:
-    known = {option.variable for option in OPTIONS}
     named = set(re.findall(r"\bSTUNET_[A-Z_]*[A-Z]\b(?!_)", page.read_text()))
-    assert named <= known, named - known
+    assert named <= {option.variable for option in OPTIONS}
 
 
 def test_every_variable_has_its_row() -> None:
@@ -112,14 +101,11 @@ def test_every_variable_has_its_row() -> None:
 
 
 def test_sizes_in_the_readme_are_those_of_stunet_list() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(readme) <= 150
     for line in size_table(List()).splitlines():
         if re.match(r"(small|base|large|huge) +\d", line):
             values = re.split(r"\s{2,}", line.strip())
-            row = next(row for row in readme.splitlines() if row.startswith(f"| `{values[0]}`"))
+            row = next(row for row in readme if row.startswith(f"| `{values[0]}`"))
             cells = [cell.strip(" `") for cell in row.strip("|").split("|")]
             assert cells == [*values[:6], values[7]]
-
-
-def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from conftest import PHANTOM_ID, Workspace
 pytestmark = pytest.mark.slow
 
 TRAINER = "STUNetTrainer_tiny"
+FULLRES = "3d_fullres"
 PREDICT = ("-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1)
 
 
@@ -29,34 +31,27 @@ def train(
     fold: int,
     trainer: str,
     *more: object,
-    check: bool = True,
-    **environment: str | None,
+    **settings: Any,
 ) -> CompletedProcess[str]:
-    arguments = (PHANTOM_ID, configuration, fold, "-tr", trainer, "-device", "cpu", *more)
-    return workspace.run("nnUNetv2_train", *arguments, check=check, **environment)
+    words = (PHANTOM_ID, configuration, fold, "-tr", trainer, "-device", "cpu", *more)
+    return workspace.call("nnUNetv2_train", *words, **settings)
 
 
-def load(checkpoint: Path) -> dict:
-    return torch.load(checkpoint, map_location="cpu", weights_only=False)
+def load(checkpoint: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    return content
 
 
 @pytest.fixture(scope="module")
 def trained(phantoms: Workspace) -> Workspace:
     """Fold 0 of 3d_fullres, trained for two epochs, validated with probabilities."""
-    train(phantoms, "3d_fullres", 0, TRAINER, "--npz", STUNET_EPOCHS="2")
+    train(phantoms, FULLRES, 0, TRAINER, "--npz", STUNET_EPOCHS="2")
     return phantoms
 
 
-@pytest.fixture(scope="module")
-def images(trained: Workspace) -> Path:
-    """The fold's validation images, as new ones."""
-    splits = trained.dataset_folder(trained.preprocessed) / "splits_final.json"
-    folder = trained.root / "images"
-    folder.mkdir()
-    for case in json.loads(splits.read_text())[0]["val"]:
-        image = trained.dataset_folder(trained.raw) / "imagesTr" / f"{case}_0000.nii.gz"
-        shutil.copy(image, folder)
-    return folder
+@pytest.fixture
+def fold(trained: Workspace) -> Path:
+    return trained.model(TRAINER) / "fold_0"
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -68,8 +63,7 @@ def assert_same(first: Path, second: Path) -> None:
         assert np.array_equal(sitk.GetArrayFromImage(one), sitk.GetArrayFromImage(two)), name
 
 
-def test_training_writes_what_stock_training_writes(trained: Workspace) -> None:
-    fold = trained.model(TRAINER) / "fold_0"
+def test_training_writes_what_stock_training_writes(fold: Path) -> None:
     for name in ("checkpoint_best.pth", "progress.png", "validation/summary.json"):
         assert (fold / name).is_file(), name
     for ending in (".npz", ".nii.gz"):
@@ -80,32 +74,36 @@ def test_training_writes_what_stock_training_writes(trained: Workspace) -> None:
 
 
 def test_prediction_equals_validation_also_after_export_and_install(
-    trained: Workspace, images: Path, new_workspace: Callable[[str], Workspace]
+    trained: Workspace, fold: Path, tmp_path: Path, new_workspace: Callable[[str], Workspace]
 ) -> None:
-    validation = trained.model(TRAINER) / "fold_0" / "validation"
-    model = ("-d", PHANTOM_ID, "-c", "3d_fullres", "-tr", TRAINER)
-    output = trained.root / "p1"
-    trained.run("nnUNetv2_predict", "-i", images, "-o", output, *model, *PREDICT)
-    assert_same(output, validation)
-    archive = trained.root / "model.zip"
-    trained.run("nnUNetv2_export_model_to_zip", "-o", archive, *model, "-f", 0)
+    images = tmp_path / "images"
+    images.mkdir()
+    splits = trained.dataset_folder(trained.preprocessed) / "splits_final.json"
+    for case in json.loads(splits.read_text())[0]["val"]:
+        image = trained.dataset_folder(trained.raw) / "imagesTr" / f"{case}_0000.nii.gz"
+        shutil.copy(image, images)
+    model = ("-d", PHANTOM_ID, "-c", FULLRES, "-tr", TRAINER)
+    trained.run("nnUNetv2_predict", "-i", images, "-o", tmp_path / "p", *model, *PREDICT)
+    assert_same(tmp_path / "p", fold / "validation")
+    archive = tmp_path / "model.zip"
+    trained.call("nnUNetv2_export_model_to_zip", "-o", archive, *model, "-f", 0)
     other = new_workspace("installed")
     other.run("nnUNetv2_install_pretrained_model_from_zip", archive)
-    arguments = ("-i", images, "-o", other.root / "p", "-m", other.model(TRAINER), *PREDICT)
-    other.run("nnUNetv2_predict_from_modelfolder", *arguments)
-    assert_same(other.root / "p", validation)
+    words = ("-i", images, "-o", tmp_path / "p2", "-m", other.model(TRAINER), *PREDICT)
+    other.run("nnUNetv2_predict_from_modelfolder", *words)
+    assert_same(tmp_path / "p2", fold / "validation")
 
 
-def test_continuing_resumes_and_validation_alone_repeats(trained: Workspace) -> None:
-    fold = trained.model(TRAINER) / "fold_0"
+def test_continuing_resumes_and_validation_alone_repeats(
+    trained: Workspace, fold: Path, tmp_path: Path
+) -> None:
     before = load(fold / "checkpoint_final.pth")
-    other = trained.results.parent / "continued"
+    other = tmp_path / "continued"
     shutil.copytree(trained.results, other)
     copy = other / fold.relative_to(trained.results)
     cut_short = copy / "checkpoint_latest.pth.unfinished"
     cut_short.write_bytes(b"killed in the middle of a write")
-    environment = {"STUNET_EPOCHS": "3", "nnUNet_results": str(other)}
-    train(trained, "3d_fullres", 0, TRAINER, "--c", **environment)
+    train(trained, FULLRES, 0, TRAINER, "--c", STUNET_EPOCHS="3", nnUNet_results=str(other))
     assert not cut_short.exists()
     after = load(copy / "checkpoint_final.pth")
     assert after["current_epoch"] == 3
@@ -116,24 +114,21 @@ def test_continuing_resumes_and_validation_alone_repeats(trained: Workspace) -> 
     assert "Epoch 2" in log
     assert "Epoch 1" not in log
     shutil.rmtree(copy / "validation")
-    train(trained, "3d_fullres", 0, TRAINER, "--val", nnUNet_results=str(other))
+    train(trained, FULLRES, 0, TRAINER, "--val", nnUNet_results=str(other))
     assert (copy / "validation" / "summary.json").is_file()
 
 
-def test_fine_tuning_loads_everything_but_the_heads(trained: Workspace) -> None:
-    weights = trained.model(TRAINER) / "fold_0" / "checkpoint_final.pth"
-    result = train(
-        *(trained, "3d_fullres", 1, f"{TRAINER}_ft", "-pretrained_weights", weights),
-        STUNET_ITERATIONS="1",
-    )
+def test_fine_tuning_loads_everything_but_the_heads(trained: Workspace, fold: Path) -> None:
+    weights = fold / "checkpoint_final.pth"
+    tuning = (trained, FULLRES, 1, f"{TRAINER}_ft", "-pretrained_weights", weights)
+    result = train(*tuning, STUNET_ITERATIONS="1")
     assert "no pretrained weights were given" not in result.stdout
     assert "Current learning rate: 0.001" in result.stdout
-    fold = trained.model(f"{TRAINER}_ft") / "fold_1"
-    tuned, start = (
-        load(path)["network_weights"] for path in (fold / "checkpoint_final.pth", weights)
-    )
+    folder = trained.model(f"{TRAINER}_ft") / "fold_1"
+    start = load(weights)["network_weights"]
+    tuned = load(folder / "checkpoint_final.pth")["network_weights"]
     heads = sum(".seg_layers." in name for name in start)
-    log = next(fold.glob("training_log_*.txt")).read_text()
+    log = next(folder.glob("training_log_*.txt")).read_text()
     assert f"Pretrained weights: {len(start) - heads} of {len(start)} tensors (99." in log
     # One step at a thousandth: still close to where it started, unlike a new initialisation.
     key = "encoder.stages.3.0.conv2.weight"
@@ -142,47 +137,31 @@ def test_fine_tuning_loads_everything_but_the_heads(trained: Workspace) -> None:
 
 def test_best_configuration_is_found_among_ours(trained: Workspace) -> None:
     train(trained, "2d", 0, TRAINER, "--npz", STUNET_ITERATIONS="1")
-    arguments = ("-p", "nnUNetPlans", "-c", "2d", "3d_fullres", "-tr", TRAINER, "-f", 0, "-np", 1)
-    trained.run("nnUNetv2_find_best_configuration", PHANTOM_ID, *arguments)
+    words = ("-p", "nnUNetPlans", "-c", "2d", FULLRES, "-tr", TRAINER, "-f", 0, "-np", 1)
+    trained.call("nnUNetv2_find_best_configuration", PHANTOM_ID, *words)
     information = trained.dataset_folder(trained.results) / "inference_information.json"
     assert TRAINER in json.dumps(json.loads(information.read_text())["considered_models"])
 
 
 @pytest.mark.parametrize(
-    ("configuration", "trainer", "more", "environment", "facts"),
+    ("trainer", "weights", "facts"),
     [
-        ("3d_fullres", "STUNetTrainer_gigantic", (), {}, ("list --trainers", "Could not find")),
-        ("3d_lowres", TRAINER, (), {}, ("'3d_lowres'", "2d, 3d_fullres")),
-        ("3d_fullres", TRAINER, (), {"nnUNet_results": None}, ("nnUNet_results is not set",)),
+        ("STUNetTrainer_gigantic", "", ("list --trainers", "Could not find")),
+        (TRAINER, None, ("nnUNet_results is not set",)),
         (
-            "3d_fullres",
             "STUNetTrainer_small_ft",
-            ("-pretrained_weights", "trained"),
-            {},
-            ("does not fit STUNetTrainer_small_ft", "STUNetTrainer_tiny", "of the same size"),
-        ),
-        (
-            "3d_fullres",
-            f"{TRAINER}_ft",
-            ("-pretrained_weights", "nowhere.pth"),
-            {},
-            ("nowhere.pth: there is no such file",),
+            "checkpoint_final.pth",
+            ("does not fit STUNetTrainer_small_ft", TRAINER, "of the same size"),
         ),
     ],
-    ids=["size", "configuration", "variable", "weights of another size", "no weights"],
 )
 def test_wrong_input_is_refused_before_anything_is_written(
-    trained: Workspace,
-    configuration: str,
-    trainer: str,
-    more: tuple[str, ...],
-    environment: dict[str, str | None],
-    facts: tuple[str, ...],
+    trained: Workspace, fold: Path, trainer: str, weights: str | None, facts: tuple[str, ...]
 ) -> None:
-    weights = str(trained.model(TRAINER) / "fold_0" / "checkpoint_final.pth")
-    more = tuple(weights if word == "trained" else word for word in more)
+    words = ("-pretrained_weights", fold / weights) if weights else ()
+    unset = {"nnUNet_results": None} if weights is None else {}
     before = sorted((path, path.stat().st_mtime) for path in trained.results.rglob("*"))
-    result = train(trained, configuration, 0, trainer, *more, check=False, **environment)
+    result = train(trained, FULLRES, 0, trainer, *words, check=False, **unset)
     assert result.returncode != 0
     assert sorted((path, path.stat().st_mtime) for path in trained.results.rglob("*")) == before
     for fact in facts:
