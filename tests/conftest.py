@@ -161,8 +161,10 @@ class Workspace:
 class Stunet:
     """The command `stunet` in this process; arguments that are text are split at blanks."""
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys = folder, capsys
+    def __init__(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+    ) -> None:
+        self.folder, self.capsys, self.patch = folder, capsys, patch
 
     def __call__(self, *arguments: object, code: int = 0) -> str:
         """Run it, expect an exit code; return its message, or what it printed if there is none."""
@@ -197,8 +199,10 @@ class Stunet:
 
 
 @pytest.fixture
-def stunet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Stunet:
-    return Stunet(tmp_path, capsys)
+def stunet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Stunet:
+    return Stunet(tmp_path, capsys, monkeypatch)
 
 
 @pytest.fixture

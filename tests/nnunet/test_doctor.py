@@ -23,24 +23,22 @@ def look(name: str) -> tuple[str, str]:
     return found[name].mark, f"{found[name].state}. {found[name].advice}"
 
 
-def test_the_exit_code_can_be_trusted(
-    stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_exit_code_can_be_trusted(stunet: Stunet) -> None:
     for variable in doctor.FOLDERS:
-        monkeypatch.setenv(variable, str(tmp_path))
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    monkeypatch.setenv("STUNET_EPOCHS", "5")
+        stunet.patch.setenv(variable, str(stunet.folder))
+    stunet.patch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    stunet.patch.setenv("STUNET_EPOCHS", "5")
     said = stunet("doctor")
     assert "Everything is in place" in said
     assert "STUNET_EPOCHS=5" in said
     assert "found through nnUNet_extTrainer" in said or "trainers: registered" in said
-    monkeypatch.delenv("nnUNet_raw")
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "not there"))
-    monkeypatch.setenv("STUNET_EPOCHS", "x")
+    stunet.patch.delenv("nnUNet_raw")
+    stunet.patch.setenv("nnUNet_results", str(stunet.folder / "not there"))
+    stunet.patch.setenv("STUNET_EPOCHS", "x")
     said = stunet("doctor -tr STUnetTrainer_smal", code=1)
     for text in (
         "export nnUNet_raw=",
-        f"mkdir -p '{tmp_path}/not there'",
+        f"mkdir -p '{stunet.folder}/not there'",
         "STUNET_EPOCHS='x' must be an integer",
         "does not find STUnetTrainer_smal",
         "Did you mean STUNetTrainer_small?",

@@ -91,16 +91,14 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(
     assert "Permission denied" in stunet("unregister", code=2)
 
 
-def test_other_versions_of_nnunet_are_refused(
-    stunet: Stunet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_versions_of_nnunet_are_refused(stunet: Stunet) -> None:
     for version, fits in (("2.8", True), ("3.0.1", True), ("2.7.1", False)):
-        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        stunet.patch.setattr(importlib.metadata, "version", lambda _, version=version: version)
         if fits:
             assert registration.find_host().name == "nnunetv2"
         else:
             assert "nnunetv2 2.7.1 is installed" in stunet.refuse("register")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    stunet.patch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install" in stunet.refuse("register")
 
 

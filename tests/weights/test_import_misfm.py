@@ -18,15 +18,8 @@ from stunet_plugin.networks.fmunet import DROPOUT, FMUNet
 from stunet_plugin.networks.pctnet import PCTNet
 from stunet_plugin.weights.pretrained import describe_mismatches
 
+import import_helpers as helpers
 from conftest import Stunet
-from import_helpers import (
-    checkpoint_in,
-    checkpoint_of,
-    configuration,
-    load_model,
-    read,
-    write_planned_dataset,
-)
 from network_helpers import SMALL, plain_module, randomise
 
 NETWORKS = {"PCTNet": PCTNet, "FMUNet": FMUNet}
@@ -66,7 +59,9 @@ def small_network(network: str, mode: int, outputs: int = 3, channels: int = 1) 
 
 
 def mismatches(network: nn.Module, folder: Path) -> str:
-    return describe_mismatches(network, checkpoint_in(folder)["network_weights"], heads_too=False)
+    return describe_mismatches(
+        network, helpers.checkpoint_in(folder)["network_weights"], heads_too=False
+    )
 
 
 @pytest.mark.parametrize(("network", "mode"), [("PCTNet", 0), ("PCTNet", 2), ("FMUNet", 1)])
@@ -75,10 +70,10 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
 ) -> None:
     out, option = tmp_path / "model", f"--mode {mode}" if network == "PCTNet" else ""
     said = stunet("import", published(network, mode), "--out", out, option)
-    assert f"-tr {network}Trainer_ft -pretrained_weights {checkpoint_of(out)}" in said
+    assert f"-tr {network}Trainer_ft -pretrained_weights {helpers.checkpoint_of(out)}" in said
     assert f"-pl {network}Planner" in said
     assert '"features_per_stage": [4, 8, 16, 32, 64]' in said, "not the widths of the planner"
-    checkpoint = checkpoint_in(out)
+    checkpoint = helpers.checkpoint_in(out)
     weights = checkpoint["network_weights"]
     assert checkpoint["trainer_name"] == f"{network}Trainer"
     assert not any(".seg_layers." in name for name in weights)
@@ -86,7 +81,7 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
 
     target = small_network(network, mode)
     assert mismatches(target, out) == ""
-    load_pretrained_weights(target, checkpoint_of(out))
+    load_pretrained_weights(target, helpers.checkpoint_of(out))
     assert all(torch.equal(target.state_dict()[name], value) for name, value in weights.items())
     # Another mode is another network at its first levels.
     other = small_network(network, 1 if mode != 1 else 2)
@@ -116,28 +111,21 @@ def test_segmentation_model_predicts_as_published(
     option = f"--mode {mode}" if name.startswith("pctnet") else ""
     model = stunet.model(shared / "fixtures" / f"{name}.pt", *plan, option)
     with torch.no_grad():
-        output = load_model(model, monkeypatch).network(torch.from_numpy(recorded["input"]))
+        output = helpers.load_model(model, monkeypatch).network(torch.from_numpy(recorded["input"]))
     assert np.abs(output.numpy() - recorded[f"{prefix}output_0"]).max() <= 1e-5
-    written = configuration(model)
+    written = helpers.configuration(model)
     assert written["architecture"]["arch_kwargs"]["mode"] == mode
     assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], list(patch))
     assert written["normalization_schemes"] == ["ZScoreNormalization"]
-    assert read(model)["image_reader_writer"] == "SimpleITKIO"
-    assert list(read(model, "dataset")["labels"]) == ["background", "a", "b", "c", "d"]
+    assert helpers.read(model)["image_reader_writer"] == "SimpleITKIO"
+    assert list(helpers.read(model, "dataset")["labels"]) == ["background", "a", "b", "c", "d"]
 
 
-def test_segmentation_model_of_any_outputs_predicts_a_whole_image(
-    published: Published, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_outputs_than_those_of_the_pretext_task(published: Published, stunet: Stunet) -> None:
     source = published("FMUNet", 1, outputs=3)
-    model = stunet.model(source, SEGMENTS)
-    image = np.random.default_rng(0).normal(size=(1, 20, 40, 36)).astype(np.float32)
-    predictor = load_model(model, monkeypatch)
-    predicted = predictor.predict_single_npy_array(image, {"spacing": [1.0, 1.0, 1.0]})
-    assert predicted.shape == image.shape[1:]
-    assert set(np.unique(predicted)) <= {0, 1, 2}
-    assert read(model, "dataset")["labels"] == {"background": 0, "class_1": 1, "class_2": 2}
-    # Without a plan, other outputs than the pretext task's could be anything.
+    labels = helpers.read(stunet.model(source, SEGMENTS), "dataset")["labels"]
+    assert labels == {"background": 0, "class_1": 1, "class_2": 2}
+    # Without a plan they could be anything.
     assert "has 3 outputs" in stunet.refuse_import(source)
     stunet.model(source, "--pretext")
 
@@ -150,7 +138,7 @@ def test_other_image_channels(published: Published, stunet: Stunet, network: str
     models = [stunet.model(source, f"--mode 1 --in-channels {n}") for n in (1, 4)]
     one, four = (small_network(network, 1, channels=n).eval() for n in (1, 4))
     for target, model in zip((one, four), models, strict=True):
-        load_pretrained_weights(target, checkpoint_of(model))
+        load_pretrained_weights(target, helpers.checkpoint_of(model))
     four.decoder.seg_layers.load_state_dict(one.decoder.seg_layers.state_dict())
     x = torch.randn(1, 1, 16, 32, 32)
     with torch.no_grad():
@@ -169,7 +157,7 @@ def test_inspect(published: Published, stunet: Stunet, network: str) -> None:
 
 
 def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet) -> None:
-    file = checkpoint_of(stunet.model(published("PCTNet", 1), "--mode 1", SEGMENTS))
+    file = helpers.checkpoint_of(stunet.model(published("PCTNet", 1), "--mode 1", SEGMENTS))
     said = stunet("inspect", file)
     assert "nnU-Net v2 checkpoint of this plugin's PCT-Net" in said
     assert "PCTNet of no published size in mode 1 (widths [4, 8, 16, 32, 64])" in said
@@ -181,36 +169,28 @@ def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet) -> N
     ("network", "mode", "patch"), [("PCTNet", 1, [16, 32, 32]), ("FMUNet", 0, [32, 32, 32])]
 )
 def test_plans_like_a_segmentation_model(
-    published: Published,
-    network: str,
-    mode: int,
-    patch: list[int],
-    stunet: Stunet,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    published: Published, network: str, mode: int, patch: list[int], stunet: Stunet
 ) -> None:
     """The plan has the model's spacing, patch and widths, so that the weights fit what a trainer
     builds for it."""
-    folder = write_planned_dataset(tmp_path, monkeypatch)
+    folder = helpers.write_planned_dataset(stunet.folder, stunet.patch)
     option = f"--mode {mode}" if network == "PCTNet" else ""
     source = published(network, mode)
     model = stunet.model(source, "--spacing 3 1 1 --patch-size", *patch, option)
     name = f"{network}Plans_like_mode{mode}"
     said = stunet("plan-like", model, "-d 7")
     assert f"-p {name} -tr {network}Trainer_ft -pretrained_weights" in said
-    written = configuration(folder, name)
+    written = helpers.configuration(folder, name)
     assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], patch)
     assert written["median_image_size_in_voxels"] == [200 / 3, 150, 120]
-    manager = PlansManager(read(folder, name))
+    manager = PlansManager(helpers.read(folder, name))
     chosen = manager.get_configuration("3d_fullres")
     built = build_network(f"{network}Trainer", manager, chosen, 1, 3, deep_supervision=True)
     assert mismatches(built, model) == ""
 
 
-def test_what_has_no_plan_says_what_to_do(
-    published: Published, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_planned_dataset(tmp_path, monkeypatch)
+def test_what_has_no_plan_says_what_to_do(published: Published, stunet: Stunet) -> None:
+    helpers.write_planned_dataset(stunet.folder, stunet.patch)
     source = published("PCTNet", 1)
     pretext = stunet.model(source, "--mode 1")
     assert "fine-tune with the dataset's own, of PCTNetPlanner" in stunet("inspect", pretext)
@@ -242,8 +222,8 @@ def test_default_place_in_nnunet_results(
         monkeypatch.delenv(variable, raising=False)
     stunet("import", published("PCTNet", 0), "--mode 2 --dataset-id 103")
     folder = tmp_path / "results" / "Dataset103_pctnet_volf_mode2" / "PCTNetTrainer__pretext__mode2"
-    assert checkpoint_in(folder)["init_args"]["mode"] == 2
-    assert read(folder, "provenance")["format"] == "PyMIC checkpoint of PCT-Net"
+    assert helpers.checkpoint_in(folder)["init_args"]["mode"] == 2
+    assert helpers.read(folder, "provenance")["format"] == "PyMIC checkpoint of PCT-Net"
 
 
 def without(name: str) -> Callable[[dict[str, Any]], Any]:

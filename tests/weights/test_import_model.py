@@ -74,15 +74,13 @@ def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
     assert all(torch.equal(x, given[name]) for name, x in published_weights(network).items())
 
 
-def test_nnunet_results_is_the_default_place(
-    stunet: Stunet, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nnunet_results_is_the_default_place(stunet: Stunet, tiny: Path) -> None:
     """nnU-Net finds the model by ID and trainer, exports it and installs it elsewhere."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(variable, raising=False)
+        stunet.patch.delenv(variable, raising=False)
     assert "nnUNet_results is not set" in stunet.refuse("import", tiny)
-    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
-    monkeypatch.setenv("nnUNet_results", str(results))
+    results, elsewhere = stunet.folder / "results", stunet.folder / "elsewhere"
+    stunet.patch.setenv("nnUNet_results", str(results))
     said = stunet("import", tiny)
     assert "nnUNetv2_predict -d 101 -c 3d_fullres -tr STUNetTrainer_tiny -f 0" in said
     found = Path(get_output_folder(101, "STUNetTrainer_tiny", "nnUNetPlans", "3d_fullres"))
@@ -91,22 +89,20 @@ def test_nnunet_results_is_the_default_place(
     assert "--dataset-id" in stunet.refuse("import", tiny, "--name Other")
     stunet("import", tiny, "--name Other --dataset-id 102")
 
-    archive = str(tmp_path / "model.zip")
+    archive = str(stunet.folder / "model.zip")
     export_pretrained_model(101, archive, ("3d_fullres",), "STUNetTrainer_tiny", folds=(0,))
-    monkeypatch.setenv("nnUNet_results", str(elsewhere))
+    stunet.patch.setenv("nnUNet_results", str(elsewhere))
     install_model_from_zip_file(archive)
     installed = elsewhere / found.relative_to(results)
     assert read(installed) == read(found)
     assert checkpoint_of(installed).read_bytes() == checkpoint_of(found).read_bytes()
 
 
-def test_importing_twice_changes_nothing_without_force(
-    stunet: Stunet, tiny: Path, tmp_path: Path
-) -> None:
+def test_importing_twice_changes_nothing_without_force(stunet: Stunet, tiny: Path) -> None:
     out = stunet.model(tiny)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
     # The same again is no error: scripts run more than once. From another place, too.
-    elsewhere = tmp_path / "moved" / tiny.name
+    elsewhere = stunet.folder / "moved" / tiny.name
     shutil.copytree(tiny.parent, elsewhere.parent)
     for source in (tiny, elsewhere):
         said = stunet("import", source, "--out", out)
@@ -155,13 +151,11 @@ def test_a_crash_leaves_everything_as_it_was(
     replacing: bool,
     stunet: Stunet,
     tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, whole, calls = tmp_path / "new" / "deep" / "model", getattr(module, function), []
+    out, whole, calls = stunet.folder / "new" / "deep" / "model", getattr(module, function), []
     if replacing:
         stunet("import", tiny, "--out", out)
-    before = contents(tmp_path)
+    before = contents(stunet.folder)
 
     def fail_once(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -169,19 +163,12 @@ def test_a_crash_leaves_everything_as_it_was(
             raise error
         return whole(*arguments)
 
-    monkeypatch.setattr(module, function, fail_once)
+    stunet.patch.setattr(module, function, fail_once)
     if failing == 1 or replacing:
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         assert stunet("import", tiny, "--out", out, "--force", code=code)
-        assert contents(tmp_path) == before
-        assert sorted(os.listdir(tmp_path)) == ["new", "source"] if replacing else ["source"]
-
-
-def test_what_a_killed_import_left_is_named(stunet: Stunet, tiny: Path, tmp_path: Path) -> None:
-    left = tmp_path / ".stunet_import_abc"
-    left.mkdir()
-    assert str(left) in stunet("import", tiny, "--out", tmp_path / "model")
-    assert left.is_dir()
+        assert contents(stunet.folder) == before
+        assert sorted(os.listdir(stunet.folder)) == ["new", "source"] if replacing else ["source"]
 
 
 @pytest.mark.parametrize(("kind", "legacy"), [(torch.float16, True), (torch.float64, False)])
@@ -269,14 +256,12 @@ def test_hub_files_are_imported(
     assert ("No tiny.model.pkl beside it" in said) is not pickled
 
 
-def test_hub_errors_say_what_to_do(
-    stunet: Stunet, asked: list[object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_errors_say_what_to_do(stunet: Stunet, asked: list[object]) -> None:
     message = stunet.refuse("import hf://someone/STU-Net/none.model")
     assert "FileNotFoundError: 404" in message
     for wrong in ("hf://someone", "hf://someone/STU-Net", "hf://someone/STU-Net/../x.model"):
         assert "hf://owner/repository/file" in stunet.refuse("import", wrong)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    stunet.patch.setitem(sys.modules, "huggingface_hub", None)
     message = stunet.refuse("import hf://someone/STU-Net/x.model")
     assert "pip install huggingface_hub" in message
 

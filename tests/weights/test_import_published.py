@@ -28,20 +28,8 @@ from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.stunet import read_stunet
 
+import import_helpers as helpers
 from conftest import PHANTOM_ID, Stunet, Workspace
-from import_helpers import (
-    STRIDES,
-    checkpoint_in,
-    checkpoint_of,
-    configuration,
-    load_model,
-    make_network,
-    published_weights,
-    read,
-    v1_checkpoint,
-    v1_plans,
-    write_v1,
-)
 
 TOLERANCE = 1e-5
 """Relative to the largest output: the fixtures' own float32 rounding is of that size."""
@@ -60,17 +48,12 @@ PORT_OPTIONS = (
     ],
 )
 def test_fixtures_give_their_recorded_outputs(
-    file: str,
-    options: str,
-    trainer: str,
-    shared: Path,
-    stunet: Stunet,
-    monkeypatch: pytest.MonkeyPatch,
+    file: str, options: str, trainer: str, shared: Path, stunet: Stunet
 ) -> None:
     source = shared / "fixtures" / file
     recorded = np.load(source.with_suffix(".npz"))
     image = torch.from_numpy(recorded["input"])
-    predictor = load_model(stunet.model(source, options), monkeypatch)
+    predictor = helpers.load_model(stunet.model(source, options), stunet.patch)
     assert predictor.trainer_name == trainer
     assert predictor.allowed_mirroring_axes == (0, 1, 2)
     with torch.inference_mode():
@@ -103,23 +86,25 @@ def test_facts_are_those_of_the_published_pickles(shared: Path) -> None:
 
 
 @pytest.mark.shared
-def test_published_small_imports_with_and_without_its_pickle(
-    shared: Path, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = published_weights(make_network("small", 1, 105))
+def test_published_small_imports_with_and_without_its_pickle(shared: Path, stunet: Stunet) -> None:
+    weights = helpers.published_weights(helpers.make_network("small", 1, 105))
     official = shared / "fixtures" / "official" / "small_ep4k.model.pkl"
     given = (pickle.loads(official.read_bytes()), {})
     with_plans, without = (
-        stunet.model(write_v1(tmp_path / str(number) / "small_ep4k.model", weights, plans))
+        stunet.model(
+            helpers.write_v1(stunet.folder / str(number) / "small_ep4k.model", weights, plans)
+        )
         for number, plans in enumerate(given)
     )
-    assert "small_ep4k.model" in read(without, "provenance")["plan"]
-    assert read(with_plans) == read(without)
-    assert configuration(without)["architecture"]["arch_kwargs"]["strides"] == STRIDES
-    assert read(without)["dataset_name"] == "Dataset101_TotalSegmentator"
-    labels = read(without, "dataset")["labels"]
+    assert "small_ep4k.model" in helpers.read(without, "provenance")["plan"]
+    assert helpers.read(with_plans) == helpers.read(without)
+    assert (
+        helpers.configuration(without)["architecture"]["arch_kwargs"]["strides"] == helpers.STRIDES
+    )
+    assert helpers.read(without)["dataset_name"] == "Dataset101_TotalSegmentator"
+    labels = helpers.read(without, "dataset")["labels"]
     assert (labels["spleen"], len(labels)) == (77, 105)
-    predictor = load_model(without, monkeypatch)
+    predictor = helpers.load_model(without, stunet.patch)
     assert predictor.trainer_name == "STUNetTrainer_small"
     parameters = sum(value.numel() for value in predictor.network.parameters())
     assert parameters == get_preset("small").parameters
@@ -129,10 +114,12 @@ def test_published_small_imports_with_and_without_its_pickle(
 def test_published_large_and_huge_are_recognised(size: str) -> None:
     """Without the writing: 1.8 and 5.8 GB are too much. Tensors are reserved, not touched."""
     with torch.device("meta"):
-        network = make_network(size, 1, 105)
-    reserved = {name: torch.empty(x.shape) for name, x in published_weights(network).items()}
+        network = helpers.make_network(size, 1, 105)
+    reserved = {
+        name: torch.empty(x.shape) for name, x in helpers.published_weights(network).items()
+    }
     file = Path(f"{size}_ep4k.model")
-    weights = read_stunet(Origin.V1, v1_checkpoint(reserved), reserved, file)
+    weights = read_stunet(Origin.V1, helpers.v1_checkpoint(reserved), reserved, file)
     assert weights.trainer == f"STUNetTrainer_{size}"
     assert f"{get_preset(size).parameters:,} parameters" in weights.description
     plan = choose_plan(Source(str(file), file, None), weights, Import(str(file)))
@@ -159,8 +146,8 @@ print(peak() - before)
 def test_import_takes_little_more_memory_than_the_weights(tiny: Path, tmp_path: Path) -> None:
     """In a process of its own, with an optimizer state of the same size beside the weights;
     libraries do not count."""
-    weights = published_weights(make_network("small", 1, 105))
-    content = v1_checkpoint(weights)
+    weights = helpers.published_weights(helpers.make_network("small", 1, 105))
+    content = helpers.v1_checkpoint(weights)
     content["optimizer_state_dict"]["state"] = {
         index: {"momentum_buffer": torch.ones_like(value)}
         for index, value in enumerate(weights.values())
@@ -173,7 +160,7 @@ def test_import_takes_little_more_memory_than_the_weights(tiny: Path, tmp_path: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(said.stdout.splitlines()[-1]) <= 1.3 * size
-    assert size < checkpoint_of(tmp_path / "small").stat().st_size < 1.01 * size
+    assert size < helpers.checkpoint_of(tmp_path / "small").stat().st_size < 1.01 * size
 
 
 # --- other input channels
@@ -183,16 +170,16 @@ def test_import_takes_little_more_memory_than_the_weights(tiny: Path, tmp_path: 
 def test_stem_for_other_channels(old: int, new: int, stunet: Stunet, tiny: Path) -> None:
     """With the same image in all channels: `mean` keeps the response, `repeat` multiplies it by new
     / old."""
-    network = make_network(channels=old).eval()
-    write_v1(tiny, published_weights(network), v1_plans(channels=old))
+    network = helpers.make_network(channels=old).eval()
+    helpers.write_v1(tiny, helpers.published_weights(network), helpers.v1_plans(channels=old))
     image = torch.randn(1, 1, 32, 32, 64, generator=torch.Generator().manual_seed(1))
     images = {channels: image.expand(-1, channels, -1, -1, -1) for channels in (old, new)}
     for stem, factor in (("mean", 1.0), ("repeat", new / old)):
         model = stunet.model(tiny, "--in-channels", new, "--stem", stem)
-        assert len(read(model, "dataset")["channel_names"]) == new
-        assert len(configuration(model)["normalization_schemes"]) == new
-        inflated = make_network(channels=new).eval()
-        inflated.load_state_dict(checkpoint_in(model)["network_weights"])
+        assert len(helpers.read(model, "dataset")["channel_names"]) == new
+        assert len(helpers.configuration(model)["normalization_schemes"]) == new
+        inflated = helpers.make_network(channels=new).eval()
+        inflated.load_state_dict(helpers.checkpoint_in(model)["network_weights"])
         with torch.inference_mode():
             for name in network.keys_to_in_proj:
                 layer, original = (module.get_submodule(name) for module in (inflated, network))
@@ -212,25 +199,23 @@ def test_stem_for_other_channels(old: int, new: int, stunet: Stunet, tiny: Path)
 
 
 @pytest.mark.shared
-def test_prediction_agrees_in_every_orientation(
-    shared: Path, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prediction_agrees_in_every_orientation(shared: Path, stunet: Stunet) -> None:
     """A piece of a CT as it is, flipped, and with its axes permuted; each file's affine says so."""
     model = stunet.model(shared / "fixtures" / "stunet_v1_tiny.model")
     example = shared / "data" / "examples" / "example_ct_sm.nii.gz"
     piece = nibabel.load(example).slicer[40:60, 30:48, 2:24]
-    files = {axes: tmp_path / f"{axes}_0000.nii.gz" for axes in ("RAS", "LPS", "SLA")}
+    files = {axes: stunet.folder / f"{axes}_0000.nii.gz" for axes in ("RAS", "LPS", "SLA")}
     for axes, file in files.items():
         turn = ornt_transform(io_orientation(piece.affine), axcodes2ornt(axes))
         nibabel.save(piece.as_reoriented(turn), file)
-    targets = [str(tmp_path / axes) for axes in files]
-    predictor = load_model(model, monkeypatch)
+    targets = [str(stunet.folder / axes) for axes in files]
+    predictor = helpers.load_model(model, stunet.patch)
     predictor.predict_from_files_sequential(
         [[str(file)] for file in files.values()], targets, False, True
     )
     upright = []
     for axes, file in files.items():
-        image, predicted = nibabel.load(file), nibabel.load(tmp_path / f"{axes}.nii.gz")
+        image, predicted = nibabel.load(file), nibabel.load(stunet.folder / f"{axes}.nii.gz")
         assert predicted.shape == image.shape
         assert np.allclose(predicted.affine, image.affine)
         upright.append(np.asarray(nibabel.as_closest_canonical(predicted).dataobj))
@@ -244,8 +229,8 @@ def test_nnunet_takes_the_plan_and_the_weights(
 ) -> None:
     """What nnUNetv2_preprocess and nnUNetv2_train -pretrained_weights call, on a dataset with other
     classes."""
-    network = published_weights(make_network())
-    source = write_v1(tmp_path / "x.model", network, plans={})
+    network = helpers.published_weights(helpers.make_network())
+    source = helpers.write_v1(tmp_path / "x.model", network, plans={})
     strides = "--strides 2,2,2 2,2,2 2,2,2 2,2,2 1,1,2"
     model = stunet.model(source, "--spacing 4 4 4 --patch-size 32 32 64", strides)
     stunet("plan-like", model, "-d", PHANTOM_ID, "--name likeImported")
@@ -253,13 +238,13 @@ def test_nnunet_takes_the_plan_and_the_weights(
     preprocessed = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
     assert any((preprocessed / "likeImported_3d_fullres").iterdir())
 
-    plans = read(preprocessed, "likeImported") | {"continue_training": False}
-    dataset = read(preprocessed, "dataset")
+    plans = helpers.read(preprocessed, "likeImported") | {"continue_training": False}
+    dataset = helpers.read(preprocessed, "dataset")
     trainer_class = TRAINERS["STUNetTrainer_tiny_ft"]
     trainer = trainer_class(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
     trainer.initialize()
-    load_pretrained_weights(trainer.network, str(checkpoint_of(model)))
-    loaded = published_weights(trainer.network)
+    load_pretrained_weights(trainer.network, str(helpers.checkpoint_of(model)))
+    loaded = helpers.published_weights(trainer.network)
     assert loaded["seg_outputs.4.weight"].shape != network["seg_outputs.4.weight"].shape
     shared = [name for name in network if not name.startswith("seg_outputs")]
     assert all(torch.equal(loaded[name], network[name]) for name in shared)

@@ -47,15 +47,13 @@ def test_inspect_says_what_is_known_and_reads_no_weights(stunet: Stunet, tiny: P
     assert "unknown" in stunet("inspect", tiny)
 
 
-def test_inspect_shows_the_provenance_of_a_folder(
-    stunet: Stunet, tiny: Path, tmp_path: Path
-) -> None:
+def test_inspect_shows_the_provenance_of_a_folder(stunet: Stunet, tiny: Path) -> None:
     model = stunet.model(tiny, "--labels background a b c d")
     said = stunet("inspect", model)
     assert said == stunet("inspect", model / "fold_0")
     assert "5: background, a, b, c, d" in said
     assert f"from {tiny} by stunet-plugin" in said
-    assert "no model folder" in stunet.refuse("inspect", tmp_path)
+    assert "no model folder" in stunet.refuse("inspect", stunet.folder)
 
 
 @pytest.fixture
@@ -151,17 +149,15 @@ def test_other_channel_counts_ask_for_another_stem(
     assert "different ways" in stunet.refuse("plan-like", mixed, "-d 7 --force")
 
 
-def test_plan_like_names_what_is_missing(
-    stunet: Stunet, model: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bare = write_v1(tmp_path / "bare.model", plans={})
+def test_plan_like_names_what_is_missing(stunet: Stunet, model: Path, planned: Path) -> None:
+    bare = write_v1(stunet.folder / "bare.model", plans={})
     for given, options, message in (
         (model, "-d 8", "Dataset008_*"),
         (bare, "-d 7", "has no plan"),
-        (tmp_path, "-d 7", "no model folder"),
+        (stunet.folder, "-d 7", "no model folder"),
     ):
         assert message in stunet.refuse("plan-like", given, options)
     (planned / "nnUNetPlans.json").unlink()
     assert "nnUNetv2_plan_experiment -d 7" in stunet.refuse("plan-like", model, "-d 7")
-    monkeypatch.delenv("nnUNet_preprocessed")
+    stunet.patch.delenv("nnUNet_preprocessed")
     assert "nnUNet_preprocessed is not set" in stunet.refuse("plan-like", model, "-d 7")

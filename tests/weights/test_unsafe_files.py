@@ -24,15 +24,8 @@ from stunet_plugin.weights.read_plans import read_plans_file
 from stunet_plugin.weights.read_weights import read_weights
 from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickle
 
+import import_helpers as helpers
 from conftest import Stunet
-from import_helpers import (
-    make_network,
-    published_weights,
-    rewrite_zip,
-    v1_checkpoint,
-    v1_plans,
-    write_v1,
-)
 
 MARKER = "code_was_run"
 
@@ -52,7 +45,7 @@ def endless() -> list[Any]:
     return value
 
 
-EVIL = v1_checkpoint({"a": WritesAFile()})
+EVIL = helpers.v1_checkpoint({"a": WritesAFile()})
 HTML = b"\n<!DOCTYPE html><html><head><title>Quota exceeded</title></head></html>"
 NAMELESS = {"network_weights": {"encoder.stages.0.0.convs.0.weight": torch.ones(2)}}
 LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": "2"}
@@ -85,7 +78,7 @@ def wrong_byte(path: Path) -> None:
 
 
 def old_format(path: Path) -> None:
-    weights = v1_checkpoint(published_weights(make_network()))
+    weights = helpers.v1_checkpoint(helpers.published_weights(helpers.make_network()))
     torch.save(weights, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -104,7 +97,7 @@ def image(path: Path) -> None:
         (lambda path: path.write_bytes(pickle.dumps(EVIL)), "plain pickle"),
         (append_outside, "outside of the archive"),
         (no_torch_file, "no torch file"),
-        (lambda path: rewrite_zip(path, method=zipfile.ZIP_DEFLATED), "compressed"),
+        (lambda path: helpers.rewrite_zip(path, method=zipfile.ZIP_DEFLATED), "compressed"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
         (old_format, "damaged"),
         (wrong_byte, "checksum"),
@@ -125,10 +118,8 @@ def image(path: Path) -> None:
         (NAMELESS, "encoder.stages.0.0.convs.0.weight"),
     ],
 )
-def test_unsafe_file_is_refused(
-    content: Any, message: str, stunet: Stunet, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tiny.parent)
+def test_unsafe_file_is_refused(content: Any, message: str, stunet: Stunet, tiny: Path) -> None:
+    stunet.patch.chdir(tiny.parent)
     if callable(content):
         content(tiny)
     elif isinstance(content, bytes):
@@ -167,8 +158,8 @@ NORM = "conv_blocks_context.2.0.norm1.weight"
 def test_wrong_weights_are_refused(
     changes: dict[Any, Any], message: str, stunet: Stunet, tiny: Path
 ) -> None:
-    weights = {**published_weights(make_network()), **changes}
-    write_v1(tiny, {name: value for name, value in weights.items() if value is not None})
+    weights = {**helpers.published_weights(helpers.make_network()), **changes}
+    helpers.write_v1(tiny, {name: value for name, value in weights.items() if value is not None})
     assert message in stunet.refuse_import(tiny)
 
 
@@ -176,7 +167,7 @@ def test_wrong_weights_are_refused(
 def test_checkpoints_of_either_numpy_load(renamed: bool, tiny: Path) -> None:
     """numpy 1 wrote numpy.core, numpy 2 writes numpy._core; published files are of both."""
     names = (b"numpy._core.multiarray", b"numpy.core.multiarray")
-    rewrite_zip(tiny, names if renamed else names[::-1])
+    helpers.rewrite_zip(tiny, names if renamed else names[::-1])
     assert load_checkpoint(tiny)["best_stuff"] == (None, 0.3, 0.9)
 
 
@@ -251,10 +242,8 @@ SMALL_INTEGERS = pickle.dumps({"a": np.arange(3, dtype=np.int16)}, protocol=4)
         (SMALL_INTEGERS.replace(b"K\x03\x85", b"K\x09\x85"), "shape"),
     ],
 )
-def test_unsafe_plans_are_refused(
-    content: bytes, message: str, stunet: Stunet, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tiny.parent)
+def test_unsafe_plans_are_refused(content: bytes, message: str, stunet: Stunet, tiny: Path) -> None:
+    stunet.patch.chdir(tiny.parent)
     path = tiny.with_name("tiny.model.pkl")
     path.write_bytes(content)
     said = stunet.refuse_import(tiny)
@@ -262,7 +251,7 @@ def test_unsafe_plans_are_refused(
     assert path.name in said
     assert not Path(MARKER).exists()
     # What was refused must not have changed the reader for the next file.
-    path.write_bytes(pickle.dumps(v1_plans()))
+    path.write_bytes(pickle.dumps(helpers.v1_plans()))
     assert load_plans_pickle(path)["name"] == "STUNetTrainer_tiny"
 
 
@@ -290,7 +279,7 @@ def damaged(content: bytes, seed: int) -> bytes:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_checkpoints_are_refused_or_read_right(legacy: bool, tiny: Path) -> None:
-    content, read = v1_checkpoint(published_weights(make_network())), 0
+    content, read = helpers.v1_checkpoint(helpers.published_weights(helpers.make_network())), 0
     torch.save(content, tiny, _use_new_zipfile_serialization=not legacy)
     whole = tiny.read_bytes()
     for seed in range(60):
@@ -302,11 +291,9 @@ def test_damaged_checkpoints_are_refused_or_read_right(legacy: bool, tiny: Path)
 
 
 @pytest.mark.parametrize("kind", ["json", "pkl"])
-def test_damaged_plans_are_refused_or_read_right(
-    kind: str, stunet: Stunet, tiny: Path, tmp_path: Path
-) -> None:
+def test_damaged_plans_are_refused_or_read_right(kind: str, stunet: Stunet, tiny: Path) -> None:
     sources = {"json": stunet.model(tiny) / "plans.json", "pkl": tiny.with_name("tiny.model.pkl")}
-    whole, file = sources[kind].read_bytes(), tmp_path / f"plans.{kind}"
+    whole, file = sources[kind].read_bytes(), stunet.folder / f"plans.{kind}"
     for seed in range(150):
         file.write_bytes(damaged(whole, seed))
         with contextlib.suppress(PluginError):
