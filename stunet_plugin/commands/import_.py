@@ -102,6 +102,6 @@ class Import(Command):
     )
 
     def run(self) -> int:
-        from stunet_plugin.weights.import_model import run_import
+        from stunet_plugin.weights.import_model import import_checkpoint
 
-        return run_import(self)
+        return import_checkpoint(self)

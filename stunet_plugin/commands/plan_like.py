@@ -26,4 +26,4 @@ class PlanLike(Command):
     def run(self) -> int:
         from stunet_plugin.weights.plan_like import plan_like
 
-        return plan_like(self.model, self.dataset, self.name, self.force)
+        return plan_like(self)

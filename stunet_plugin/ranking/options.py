@@ -15,8 +15,8 @@ from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.nnunet.names import PREPROCESSED
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.weights.file_formats import recognise
 from stunet_plugin.weights.locate import HUB_PREFIX, find_model
+from stunet_plugin.weights.safe_loading import recognise
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.rank import Rank

@@ -7,30 +7,28 @@ a network is in ``stunet.py`` and ``misfm.py``.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.anisotropy import AnisotropyMode
+from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import Strides
-from stunet_plugin.weights.safe_loading import plain_copy, plain_dict
+from stunet_plugin.weights.safe_loading import load_checkpoint, plain_copy, plain_dict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DIMENSIONS = 3
 """All weights that are read here are of networks in 3D."""
-
 COUNTER = ".num_batches_tracked"
 """End of the names of the batches that a batch norm has seen; integers, unlike other tensors."""
-
 HEADS = ".seg_layers."
 """Part of the names of the segmentation heads."""
-
-_WEIGHT_TYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 
 
 class Origin(Enum):
@@ -43,6 +41,11 @@ class Origin(Enum):
     FMUNET = "PyMIC checkpoint of FMUNet"
     OWN_PCTNET = "nnU-Net v2 checkpoint of this plugin's PCT-Net"
     OWN_FMUNET = "nnU-Net v2 checkpoint of this plugin's FMUNet"
+
+    @property
+    def pymic(self) -> bool:
+        """Whether it says nothing of the plan it was trained with, nor what its outputs mean."""
+        return self in (Origin.PCTNET, Origin.FMUNET)
 
 
 _V1, _V2, _PYMIC = "state_dict", "network_weights", "model_state_dict"
@@ -67,103 +70,91 @@ _SIGNATURES: tuple[tuple[Origin, str, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class NetworkWeights(ABC):
+class NetworkWeights:
     """Weights of a network under this plugin's names.
 
     Attributes:
         origin: who wrote them.
         checkpoint: all that the file holds, untrusted.
         tensors: name to tensor; those of a zip-format file are still mapped to it.
-        input_channels, outputs: of the first convolution and of the segmentation heads; 0 outputs
-            where the heads were left out, as an import of pretrained weights does.
+        title: network, size, widths, for people.
+        preset: the published network; None for an STU-Net of no published size.
+        published_size: whether the trainer builds these widths and depths from any plan.
+        mode: anisotropy mode of a PCT-Net or FMUNet.
+        trainer: that builds this network.
+        plans_like: name of the plans that `stunet plan-like` makes for it.
         features: channels per stage, full resolution first.
+        input_weights: names of the tensors (width, channels, *kernel) that read the image channels.
+        default_stem: how these are adapted to other image channels if the user does not say.
+        outputs: of the segmentation heads, 0 where these were left out.
+        entry: the ``architecture`` entry of a plan, strides to be filled in unless there is a mode.
     """
 
     origin: Origin
     checkpoint: Mapping[str, Any]
     tensors: dict[str, Tensor]
-    input_channels: int
-    outputs: int
+    title: str
+    preset: STUNetPreset | MISFMPreset | None
+    published_size: bool
+    mode: AnisotropyMode | None
+    trainer: str
+    plans_like: str
     features: tuple[int, ...]
-
-    def build(self) -> nn.Module:
-        """Return the network of these sizes on the meta device, by nnU-Net's own function."""
-        import torch
-        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
-        entry = self.architecture(((1,) * DIMENSIONS,) * self.stages)
-        with torch.device("meta"):
-            network: nn.Module = get_network_from_plans(
-                entry["network_class_name"],
-                entry["arch_kwargs"],
-                entry["_kw_requires_import"],
-                self.input_channels,
-                self.outputs or 1,
-                allow_init=False,
-            )
-        return network
+    input_weights: tuple[str, ...]
+    default_stem: str
+    outputs: int
+    entry: dict[str, Any]
 
     @property
-    def parameters(self) -> int:
-        """Number of parameters, without heads where they were left out."""
-        return sum(
-            parameter.numel()
-            for name, parameter in self.build().named_parameters()
-            if self.outputs or HEADS not in name
-        )
+    def input_channels(self) -> int:
+        return int(self.tensors[self.input_weights[0]].shape[1])
 
     @property
-    @abstractmethod
-    def network_name(self) -> str:
-        """Network with its article, for messages."""
-
-    @property
-    @abstractmethod
-    def trainer(self) -> str:
-        """Trainer that builds this network."""
-
-    @property
-    @abstractmethod
-    def plans_like(self) -> str:
-        """Name of the plans that `stunet plan-like` makes for it."""
-
-    @property
-    @abstractmethod
-    def published_size(self) -> bool:
-        """Whether the trainer builds these widths and depths from any plan."""
-
-    @property
-    @abstractmethod
-    def description(self) -> str:
-        """Network, size, channels and outputs, for people."""
-
-    @property
-    @abstractmethod
-    def input_weights(self) -> tuple[str, ...]:
-        """Names of the tensors (width, channels, *kernel) that read the image channels."""
-
-    @property
-    @abstractmethod
-    def default_stem(self) -> str:
-        """How they are adapted to other image channels if the user does not say."""
-
-    @property
-    @abstractmethod
-    def stages(self) -> int:
-        """Resolution stages."""
+    def misfm(self) -> MISFMPreset | None:
+        """The preset of a PCT-Net or FMUNet."""
+        return self.preset if isinstance(self.preset, MISFMPreset) else None
 
     @property
     def poolings(self) -> Strides | None:
         """Strides after the first stage if the network dictates them; None if the plan does."""
-        return None
+        return self.mode.strides[1:] if self.mode else None
 
-    @abstractmethod
+    @property
+    def description(self) -> str:
+        """Network, size, channels and outputs, for people."""
+        own = self.network.named_parameters()
+        parameters = sum(x.numel() for name, x in own if self.outputs or HEADS not in name)
+        return (
+            f"{self.title}, {parameters:,} parameters, {self.input_channels} input channel(s),"
+            f" {f'{self.outputs} outputs' if self.outputs else 'heads left out'}"
+        )
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network of these sizes on the meta device, by nnU-Net's own function."""
+        import torch
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+        names = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+        entry = self.architecture(((1,) * DIMENSIONS,) * len(self.features))
+        sizes = self.input_channels, self.outputs or 1
+        with torch.device("meta"):
+            network: nn.Module = get_network_from_plans(
+                *(entry[name] for name in names), *sizes, allow_init=False
+            )
+        return network
+
     def architecture(self, strides: Strides) -> dict[str, Any]:
         """Return the ``architecture`` entry of a plan with these strides."""
+        if self.mode:
+            return self.entry
+        given = {"strides": [list(stage) for stage in strides]}
+        return {**self.entry, "arch_kwargs": self.entry["arch_kwargs"] | given}
 
-    @abstractmethod
-    def check_plan(self, configuration: Mapping[str, Any]) -> None:
-        """Raise a PluginError unless the trainer takes this configuration of a plan."""
+    def without_heads(self) -> NetworkWeights:
+        """Return what serves every task."""
+        kept = {name: value for name, value in self.tensors.items() if HEADS not in name}
+        return replace(self, tensors=kept, outputs=0)
 
     def training_argument(self, name: str, kind: type) -> Any:
         """Return what an nnU-Net v2 checkpoint keeps of its trainer's arguments (``plans``,
@@ -173,15 +164,64 @@ class NetworkWeights(ABC):
         value = plain_dict(arguments).get(name) if isinstance(arguments, dict) else None
         return plain_copy(value, f"{name} in the checkpoint") if isinstance(value, kind) else None
 
+    def check_shapes(self) -> None:
+        """Raise unless names and shapes are those of the network that the weights claim to be."""
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in self.network.state_dict().items()
+            if self.outputs or HEADS not in name
+        }
+        missing = [name for name in expected if name not in self.tensors]
+        extra = [name for name in self.tensors if name not in expected]
+        if missing:
+            raise PluginError(
+                f"{len(missing)} of {len(expected)} tensors are missing (for example {missing[0]})."
+            )
+        if extra:
+            network = self.misfm.name if self.misfm else "an STU-Net"
+            raise PluginError(
+                f"{len(extra)} tensors are no part of {network} (for example {extra[0]})."
+            )
+        wrong = [name for name, shape in expected.items() if self.tensors[name].shape != shape]
+        if wrong:
+            name = wrong[0]
+            raise PluginError(
+                f"{len(wrong)} of {len(expected)} tensors have the wrong shape for widths"
+                f" {list(self.features)} (for example {name}: {tuple(self.tensors[name].shape)},"
+                f" expected {expected[name]})."
+            )
 
-def identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[str, Any]]:
-    """Return who wrote a checkpoint and the dict that holds the weights.
 
-    Prefixes that wrappers put in front of every name (``module.`` of data parallel training,
-    ``_orig_mod.`` of torch.compile, the attribute of a Lightning module) are stripped and said.
+def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) -> NetworkWeights:
+    """Read the network out of a checkpoint.
+
+    Args:
+        path: of the file.
+        mode: anisotropy mode, see :func:`stunet_plugin.weights.misfm.read_misfm`.
+        any_mode: read a file that holds all modes by mode 0, where only sizes matter.
 
     Raises:
-        PluginError: none of the networks that are known.
+        PluginError: no network that is known; missing, unknown or misshapen tensors; a mode for a
+            network that has none.
+    """
+    from stunet_plugin.weights.misfm import PRESETS, read_misfm
+    from stunet_plugin.weights.stunet import read_stunet
+
+    checkpoint = load_checkpoint(path)
+    origin, weights = _identify(checkpoint, path)
+    if origin in PRESETS:
+        mode = 0 if any_mode and origin is Origin.PCTNET else mode
+        return read_misfm(origin, checkpoint, weights, path, mode)
+    if mode is not None:
+        raise PluginError(
+            f"{path} is a {origin.value}, which has no anisotropy modes. Leave --mode out."
+        )
+    return read_stunet(origin, checkpoint, weights, path)
+
+
+def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[str, Any]]:
+    """Return who wrote a checkpoint, and the weights without the prefix that a wrapper gave them
+    (``module.`` of data parallel training, ``_orig_mod.`` of torch.compile, a Lightning module's).
     """
     lightning = "pytorch-lightning_version" in checkpoint
     for origin, entry, names in _SIGNATURES:
@@ -194,22 +234,25 @@ def identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[st
                 wrapper = " (Lightning checkpoint)" if lightning else ""
                 print(f"Prefix:       {prefix!r} stripped from all names{wrapper}")
             return origin, weights
-    raise PluginError(
-        f"{path} is a torch file, but holds no network that is known here:"
-        f" {_describe_unknown(checkpoint)}."
-    )
+    found = f"its entries are {', '.join(map(str, list(checkpoint)[:8])) or 'none'}"
+    for entry, writer in _WRITERS.items():
+        if isinstance(weights := checkpoint.get(entry), dict):
+            names = tuple(str(name) for name in list(plain_dict(weights))[:2])
+            trainer = checkpoint.get("trainer_name")
+            by = f" of the trainer {trainer}" if isinstance(trainer, str) else ""
+            found = (
+                f"a {'Lightning' if lightning else writer} checkpoint{by} with {len(weights)}"
+                f" tensors such as {', '.join(names) or 'none'}"
+            )
+            break
+    raise PluginError(f"{path} is a torch file, but holds no network that is known here: {found}.")
 
 
 def strip_prefix(
     weights: Mapping[Any, Any], expected: tuple[str, ...]
 ) -> tuple[dict[Any, Any], str]:
-    """Return weights without the prefix that all their names share before an expected name, and
-    the prefix, empty if there is none.
-
-    Args:
-        weights: name to tensor.
-        expected: names of which one is looked for.
-    """
+    """Return weights without the prefix that all their names share before one of the expected
+    names, and the prefix, empty if there is none."""
     for wanted in expected:
         for name in weights:
             if isinstance(name, str) and name.endswith(f".{wanted}"):
@@ -218,6 +261,40 @@ def strip_prefix(
                     stripped = {one.removeprefix(prefix): value for one, value in weights.items()}
                     return stripped, prefix
     return dict(weights), ""
+
+
+def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the bare tensors, without what a file may have attached to them.
+
+    Raises:
+        PluginError: something else than a tensor of floating-point numbers (a counter: of integers)
+            that the file holds in full.
+    """
+    import torch
+
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    plain = {}
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise PluginError(f"{name!r} is no name of a tensor, which is text.")
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise PluginError(f"{name} is a {type(value).__name__}, not a tensor.")
+        tensor = torch.Tensor.detach(value)
+        allowed = (torch.int64,) if name.endswith(COUNTER) else floats
+        strided = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not strided or tensor.dtype not in allowed:
+            raise PluginError(
+                f"{name} is no plain tensor of floating-point numbers ({tensor.dtype},"
+                f" {tensor.layout}, {tensor.device})."
+            )
+        # Strides of zero repeat one value: a small file would be written as a huge one.
+        size = tensor.numel() * tensor.element_size()
+        if size == 0 or size > tensor.untyped_storage().nbytes():
+            raise PluginError(
+                f"{name} claims {tensor.numel()} values, but the file holds another number of them."
+            )
+        plain[name] = tensor
+    return plain
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -237,84 +314,16 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def plain_tensor(name: object, value: Any) -> Tensor:
-    """Return the bare tensor, without what a file may have attached to it."""
-    import torch
-
-    if not isinstance(name, str):
-        raise PluginError(f"{name!r} is no name of a tensor, which is text.")
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        raise PluginError(f"{name} is a {type(value).__name__}, not a tensor.")
-    tensor = torch.Tensor.detach(value)
-    allowed = ("torch.int64",) if name.endswith(COUNTER) else _WEIGHT_TYPES
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or str(tensor.dtype) not in allowed:
-        raise PluginError(
-            f"{name} is no plain tensor of floating-point numbers ({tensor.dtype}, {tensor.layout},"
-            f" {tensor.device})."
-        )
-    # Strides of zero repeat one value: a small file would be written as a huge one.
-    size = tensor.numel() * tensor.element_size()
-    if size == 0 or size > tensor.untyped_storage().nbytes():
-        raise PluginError(
-            f"{name} claims {tensor.numel()} values, but the file holds another number of them."
-        )
-    return tensor
-
-
-def check_tensors(weights: NetworkWeights) -> None:
-    """Compare names and shapes with the network that the weights claim to be.
-
-    Raises:
-        PluginError: missing, unknown or misshapen tensors.
-    """
-    tensors, network = weights.tensors, weights.build()
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if weights.outputs or HEADS not in name
-    }
-    missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected]
+def check_convolutions(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise unless these tensors are there, as weights of convolutions in 3D."""
+    missing = [name for name in names if name not in tensors]
     if missing:
         raise PluginError(
-            f"{len(missing)} of {len(expected)} tensors are missing (for example {missing[0]})."
+            f"{len(missing)} tensors that tell its sizes are missing (for example {missing[0]})."
         )
-    if extra:
-        raise PluginError(
-            f"{len(extra)} tensors are no part of {weights.network_name} (for example {extra[0]})."
-        )
-    wrong = [name for name, shape in expected.items() if tuple(tensors[name].shape) != shape]
-    if wrong:
-        name = wrong[0]
-        raise PluginError(
-            f"{len(wrong)} of {len(expected)} tensors have the wrong shape for widths"
-            f" {list(weights.features)} (for example {name}: {tuple(tensors[name].shape)}, expected"
-            f" {expected[name]})."
-        )
-
-
-def check_convolutions(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
-    """Raise unless these tensors are weights of convolutions in 3D."""
     for name in names:
         if tensors[name].ndim != DIMENSIONS + 2:
             raise PluginError(
                 f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with"
                 f" {DIMENSIONS} axes."
             )
-
-
-def _describe_unknown(checkpoint: Mapping[str, Any]) -> str:
-    for entry, writer in _WRITERS.items():
-        weights = checkpoint.get(entry)
-        if isinstance(weights, dict):
-            if "pytorch-lightning_version" in checkpoint:
-                writer = "Lightning"
-            names = [str(name) for name in list(plain_dict(weights))[:2]]
-            trainer = checkpoint.get("trainer_name")
-            by = f" of the trainer {trainer}" if isinstance(trainer, str) else ""
-            return (
-                f"a {writer} checkpoint{by} with {len(weights)} tensors such as"
-                f" {', '.join(names) or 'none'}"
-            )
-    return f"its entries are {', '.join(str(name) for name in list(checkpoint)[:8]) or 'none'}"

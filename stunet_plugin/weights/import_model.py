@@ -11,49 +11,38 @@ import platform
 import re
 import reprlib
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
-from stunet_plugin.weights.choose_plan import choose_labels, choose_plan, published_facts
-from stunet_plugin.weights.file_formats import FileFormat, check_integrity, recognise
-from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, check_finite
+from stunet_plugin.weights import model_folder
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, check_finite, read_weights
 from stunet_plugin.weights.input_channels import adapt_input_channels
-from stunet_plugin.weights.locate import Hub, Source, find_source
-from stunet_plugin.weights.misfm import PYMIC_ORIGINS, MISFMWeights
-from stunet_plugin.weights.model_folder import (
-    Writer,
-    check_replaceable,
-    checkpoint_writer,
-    dataset_folder_name,
-    find_import,
-    is_same_import,
-    json_writer,
-    results_folder,
-    write_model_folder,
-)
-from stunet_plugin.weights.output_labels import Labels
+from stunet_plugin.weights.locate import Source, find_source, published_facts
+from stunet_plugin.weights.output_labels import choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
-from stunet_plugin.weights.read_weights import read_weights
-from stunet_plugin.weights.source_plan import SourcePlan
+from stunet_plugin.weights.read_plans import choose_plan
+from stunet_plugin.weights.safe_loading import check_integrity
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
 
 PRETEXT = "pretext"
+INTENSITIES = "foreground_intensity_properties_per_channel"
 
 
 @dataclass(frozen=True)
-class ImportedModel:
+class _Model:
     """What an import writes.
 
     Attributes:
@@ -62,8 +51,7 @@ class ImportedModel:
         plan, labels: where they come from, for the record.
         init_args: of the trainer in the checkpoint.
         mirroring: axes that prediction may mirror.
-        contents: path within the folder to the content of each JSON file that tells the model.
-        others: path within the folder to what writes the files that nnU-Net's export asks for.
+        files: all but the checkpoint and the record.
         advice: (what it does, command) of each thing to run next.
     """
 
@@ -72,66 +60,57 @@ class ImportedModel:
     plan: str
     labels: str
     init_args: dict[str, Any]
-    mirroring: tuple[int, ...] | None = None
-    contents: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, Writer] = field(default_factory=dict)
-    advice: tuple[tuple[str, str], ...] = ()
+    mirroring: tuple[int, ...] | None
+    files: model_folder.Files
+    advice: tuple[tuple[str, str], ...]
 
 
-def run_import(options: Import, hub: Hub | None = None) -> int:
-    """Import, and say what to run next."""
-    model = import_checkpoint(options, hub)
-    for name, text in (("Model folder", str(model.folder)), *model.advice):
-        print(f"{name + ':':<14}{text}")
-    return 0
-
-
-def import_checkpoint(options: Import, hub: Hub | None = None) -> ImportedModel:
-    """Import a checkpoint and return what was written.
-
-    Args:
-        options: what to import and how.
-        hub: see :func:`stunet_plugin.weights.locate.find_source`.
+def import_checkpoint(options: Import) -> int:
+    """Import a checkpoint, and say what to run next.
 
     Raises:
         PluginError: with what is wrong and what to do; no output is left.
     """
     if options.fold != "all" and not options.fold.isdigit():
         raise PluginError(f"--fold must be a number or 'all', not {options.fold!r}.")
-    source = find_source(options.source, hub)
-    file_format = recognise(source.checkpoint)
-    weights = read_weights(source.checkpoint, file_format, options.mode)
-    _refuse_own_pretext(weights.checkpoint, source.checkpoint)
-    if isinstance(weights, MISFMWeights) and _is_pretext(options, weights, source):
-        model = _pretext_model(options, source, weights)
-    else:
-        model = _segmentation_model(options, source, weights)
-    there = find_import(model.folder)
-    if file_format is FileFormat.TORCH_ZIP:
-        check_integrity(source.checkpoint)
+    if options.in_channels is not None and options.in_channels < 1:
+        raise PluginError(f"--in-channels must be at least 1, not {options.in_channels}.")
+    source = find_source(options.source)
+    weights = read_weights(source.checkpoint, options.mode)
+    make = _pretext_model if _is_pretext(options, source, weights) else _segmentation_model
+    model = make(options, source, weights)
+    _write(options, source, weights, model)
+    for name, text in (("Model folder", str(model.folder)), *model.advice):
+        print(f"{name + ':':<14}{text}")
+    return 0
+
+
+def _write(options: Import, source: Source, weights: NetworkWeights, model: _Model) -> None:
+    """Write the folder, unless it is there."""
+    record = _record(options, source, weights, model)
+    file = f"fold_{options.fold}/{CHECKPOINT}"
+    if model_folder.is_there(model.folder, record, model.files, file, options.force):
+        print(f"Already there: {model.folder} holds this very import. Nothing was written.")
+        return
+    check_integrity(source.checkpoint)
     check_finite(weights.tensors, source.checkpoint)
-    record = _make_record(options, source, weights, model.plan, model.labels)
-    checkpoint = f"fold_{options.fold}/{CHECKPOINT}"
-    if there is not None:
-        if not options.force and is_same_import(model.folder, record, model.contents, checkpoint):
-            print(f"Already there: {model.folder} holds this very import. Nothing was written.")
-            return model
-        check_replaceable(model.folder, there, options.force)
-    tensors: Mapping[str, Any] = model.weights.tensors
-    if options.in_channels is not None:
-        stem = options.stem or weights.default_stem
-        names = weights.input_weights
-        tensors = adapt_input_channels(tensors, names, options.in_channels, stem)
-    files = {
-        **{name: json_writer(content) for name, content in model.contents.items()},
-        checkpoint: checkpoint_writer(tensors, weights.trainer, model.init_args, model.mirroring),
-        **model.others,
-    }
-    write_model_folder(model.folder, files, record, checkpoint)
-    return model
+    tensors = adapt_input_channels(
+        model.weights.tensors,
+        weights.input_weights,
+        options.in_channels or weights.input_channels,
+        options.stem or weights.default_stem,
+    )
+    save = partial(
+        model_folder.save_checkpoint,
+        tensors=tensors,
+        trainer=weights.trainer,
+        init_args=model.init_args,
+        mirroring=model.mirroring,
+    )
+    model_folder.write_model_folder(model.folder, record, {**model.files, file: save}, file)
 
 
-def _segmentation_model(options: Import, source: Source, weights: NetworkWeights) -> ImportedModel:
+def _segmentation_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:
     plan = choose_plan(source, weights, options)
     labels = choose_labels(source, weights, plan, options.labels)
     plan.check_network(weights)
@@ -139,14 +118,31 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
     _print_source(source, weights)
     print(f"Plan:         {plan.origin}: {plan.summary()}\nLabels:       {labels.origin}")
     name = published_facts()["dataset_name"] if plan.published else _name_of_file(source)
-    dataset_name = dataset_folder_name(options.dataset_id, options.name or name)
+    dataset_name = model_folder.dataset_folder_name(options.dataset_id, options.name or name)
     folder = _folder(options, dataset_name, f"{weights.trainer}__{PLANS_NAME}__{CONFIGURATION}")
-    if options.in_channels is not None:
-        plan = plan.with_channels(options.in_channels)
+    plan = plan.with_channels(options.in_channels or plan.channels)
     plans = plan.to_plans(weights, dataset_name)
-    weights.check_plan(plans["configurations"][CONFIGURATION])
-    dataset = _dataset(plan, labels, dataset_name, source)
-    return ImportedModel(
+    resolve(plans["configurations"][CONFIGURATION], weights.preset, weights.trainer)
+    dataset = {
+        "name": dataset_name,
+        "description": (
+            f"Labels and channels of the weights in {source.checkpoint.name}; there are no training"
+            " cases here."
+        ),
+        "channel_names": {str(channel): name for channel, name in enumerate(plan.channel_names)},
+        **labels.to_dataset(),
+        "numTraining": 0,
+        "file_ending": plan.file_ending,
+    }
+    note = "imported by `stunet import`; the training that wrote these weights left no such file"
+    fingerprint = {
+        "note": note,
+        "spacings": [list(plan.spacing)],
+        "shapes_after_crop": [list(plan.median_shape or plan.patch_size)],
+        INTENSITIES: plans[INTENSITIES],
+        "median_relative_size_after_cropping": 1.0,
+    }
+    return _Model(
         folder,
         weights,
         plan.origin,
@@ -157,47 +153,47 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
             "fold": int(options.fold) if options.fold.isdigit() else options.fold,
             "dataset_json": dataset,
         },
-        _mirroring_axes(weights.checkpoint),
-        {"plans.json": plans, "dataset.json": dataset},
-        _files_for_export(options.fold, plan, plans),
+        _mirroring_axes(weights),
+        {
+            "plans.json": plans,
+            "dataset.json": dataset,
+            # Without these three nnUNetv2_export_model_to_zip stops.
+            "dataset_fingerprint.json": fingerprint,
+            f"fold_{options.fold}/progress.png": _save_progress,
+            f"fold_{options.fold}/validation/summary.json": {
+                "note": note,
+                "metric_per_case": [],
+                "mean": {},
+            },
+        },
         _advice(options, folder, weights),
     )
 
 
-def _pretext_model(options: Import, source: Source, weights: MISFMWeights) -> ImportedModel:
+def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:
     """Return weights of a pretext task without their heads, for ``-pretrained_weights``."""
     _print_source(source, weights)
     print(
         f"Heads:        left out: {weights.outputs} outputs of a pretext task (a segmentation model"
         " has --spacing and --patch-size)"
     )
-    mode = f"mode{weights.mode.number}"
-    name = options.name or f"{_name_of_file(source)}_{mode}"
-    dataset_name = dataset_folder_name(options.dataset_id, name)
-    folder = _folder(options, dataset_name, f"{weights.trainer}__{PRETEXT}__{mode}")
-    return ImportedModel(
+    number = weights.mode.number if weights.mode else 0
+    name = options.name or f"{_name_of_file(source)}_mode{number}"
+    dataset_name = model_folder.dataset_folder_name(options.dataset_id, name)
+    folder = _folder(options, dataset_name, f"{weights.trainer}__{PRETEXT}__mode{number}")
+    return _Model(
         folder,
         weights.without_heads(),
         "none: weights of a pretext task",
         "none: heads left out",
-        {"configuration": CONFIGURATION, "mode": weights.mode.number},
-        advice=_pretext_advice(weights, folder / f"fold_{options.fold}" / CHECKPOINT),
+        {"configuration": CONFIGURATION, "mode": number},
+        None,
+        {},
+        _advice(options, folder, weights, segments=False),
     )
 
 
-def _refuse_own_pretext(checkpoint: Mapping[str, Any], file: Path) -> None:
-    """Raise if a checkpoint is of a VolumeFusionTrainer, which fine-tuning takes as it is."""
-    arguments = checkpoint.get("init_args")
-    dataset = arguments.get("dataset_json") if isinstance(arguments, Mapping) else None
-    if isinstance(dataset, Mapping) and VOLUME_FUSION_ENTRY in dataset:
-        raise PluginError(
-            f"{file} is from pretraining with Volume Fusion (trainer"
-            f" {reprlib.repr(checkpoint.get('trainer_name'))}) and segments nothing. There is"
-            f" nothing to import: fine-tune with -pretrained_weights {shlex.quote(str(file))}"
-        )
-
-
-def _is_pretext(options: Import, weights: MISFMWeights, source: Source) -> bool:
+def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> bool:
     """Return whether weights are those of a pretext task.
 
     They are if the user says so (``--pretext``), or if a PyMIC checkpoint has the pretext task's
@@ -206,55 +202,34 @@ def _is_pretext(options: Import, weights: MISFMWeights, source: Source) -> bool:
     Raises:
         PluginError: that cannot be told, or the options contradict each other.
     """
-    if weights.outputs == 0:
-        return True
-    given = (options.plans, options.spacing, options.patch_size, options.labels)
-    segments = any(given)
-    if options.pretext and (segments or weights.origin not in PYMIC_ORIGINS):
+    file, pymic = source.checkpoint, weights.origin.pymic
+    if VOLUME_FUSION_ENTRY in (weights.training_argument("dataset_json", dict) or {}):
+        trainer = reprlib.repr(weights.checkpoint.get("trainer_name"))
+        raise PluginError(
+            f"{file} is from pretraining with Volume Fusion (trainer {trainer}) and segments"
+            " nothing. There is nothing to import: fine-tune with -pretrained_weights"
+            f" {shlex.quote(str(file))}"
+        )
+    segments = any((options.plans, options.spacing, options.patch_size, options.labels))
+    if options.pretext and weights.outputs and (segments or not pymic):
         raise PluginError(
             "--pretext is for PyMIC checkpoints whose outputs mean nothing outside of pretraining,"
             " so it goes with neither --plans, --spacing, --patch-size nor --labels. Leave one or"
             " the other out."
         )
-    if options.pretext or segments or weights.origin not in PYMIC_ORIGINS:
-        return options.pretext
-    if weights.outputs != PRETEXT_OUTPUTS:
+    if pymic and not segments and not options.pretext and weights.outputs != PRETEXT_OUTPUTS:
         raise PluginError(
-            f"{source.checkpoint} has {weights.outputs} outputs, and a {weights.origin.value} does"
-            " not say what they are. If it segments, say how its images were prepared: --spacing Z"
-            " Y X --patch-size Z Y X (or --plans FILE), and --labels background NAME ... If it was"
+            f"{file} has {weights.outputs} outputs, and a {weights.origin.value} does not say what"
+            " they are. If it segments, say how its images were prepared: --spacing Z Y X"
+            " --patch-size Z Y X (or --plans FILE), and --labels background NAME ... If it was"
             " pretrained and you want to fine-tune it: --pretext."
         )
-    return True
+    return weights.outputs == 0 or (pymic and not segments)
 
 
-def _pretext_advice(weights: MISFMWeights, file: Path) -> tuple[tuple[str, str], ...]:
-    """Return (what it does, command) of each thing to run with the checkpoint that was written."""
-    network = weights.network
-    plan = (
-        f"nnUNetv2_plan_experiment -d DATASET -pl {network.planner} && nnUNetv2_preprocess -d"
-        f" DATASET -plans_name {network.plans} -c {CONFIGURATION}    # must come to mode"
-        f" {weights.mode.number}"
-    )
-    widths = (
-        f'"features_per_stage": {list(weights.features)} into the arch_kwargs of {CONFIGURATION} in'
-        f" {network.plans}.json, since the planner takes the published widths"
-    )
-    train = f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {network.plans}"
-    fine_tune = f"{train} -tr {weights.trainer}_ft -pretrained_weights {shlex.quote(str(file))}"
-    then = () if weights.published_size else (("Then write", widths),)
-    return (("Plan", plan), *then, ("Fine-tune", fine_tune))
-
-
-def _make_record(
-    options: Import, source: Source, weights: NetworkWeights, plan: str, labels: str
+def _record(
+    options: Import, source: Source, weights: NetworkWeights, model: _Model
 ) -> dict[str, Any]:
-    """Return the record of an import.
-
-    Args:
-        options, source, weights: what is imported.
-        plan, labels: where they come from.
-    """
     import numpy
     import torch
 
@@ -267,8 +242,8 @@ def _make_record(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "format": weights.origin.value,
         "network": weights.description,
-        "plan": plan,
-        "labels": labels,
+        "plan": model.plan,
+        "labels": model.labels,
         "input_channels": options.in_channels or weights.input_channels,
         "stem": (options.stem or weights.default_stem) if adapted else "as in the source",
         "versions": {
@@ -293,35 +268,47 @@ def _name_of_file(source: Source) -> str:
 def _folder(options: Import, dataset_name: str, model_name: str) -> Path:
     if options.out:
         return Path(options.out).expanduser().absolute()
-    return results_folder(dataset_name).absolute() / model_name
+    return model_folder.results_folder(dataset_name).absolute() / model_name
 
 
-def _advice(options: Import, folder: Path, weights: NetworkWeights) -> tuple[tuple[str, str], ...]:
-    place = shlex.quote(str(folder))
+def _advice(
+    options: Import, folder: Path, weights: NetworkWeights, segments: bool = True
+) -> tuple[tuple[str, str], ...]:
+    """Return (what it does, command) of each thing to run next."""
+    place, network = shlex.quote(str(folder)), weights.misfm
     file = shlex.quote(str(folder / f"fold_{options.fold}" / CHECKPOINT))
+    mode = f"must come to mode {weights.mode.number}" if weights.mode else ""
+    train = (
+        f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -tr {weights.trainer}_ft -pretrained_weights"
+        f" {file}"
+    )
+    if network and not segments:
+        plan = (
+            f"nnUNetv2_plan_experiment -d DATASET -pl {network.planner} && nnUNetv2_preprocess -d"
+            f" DATASET -plans_name {network.plans} -c {CONFIGURATION}    # {mode}"
+        )
+        widths = (
+            f'"features_per_stage": {list(weights.features)} into the arch_kwargs of'
+            f" {CONFIGURATION} in {network.plans}.json, since the planner takes the published"
+            " widths"
+        )
+        then = () if weights.published_size else (("Then write", widths),)
+        return (("Plan", plan), *then, ("Fine-tune", f"{train} -p {network.plans}"))
+    if network:
+        train += f" -p {network.plans}    # planner {network.planner}; {mode}"
+    elif not weights.published_size:
+        train += f" -p NAME    # plans from: stunet plan-like {place} -d DATASET"
     installed = f" -d {options.dataset_id} -c {CONFIGURATION} -tr {weights.trainer}"
     where = f"_from_modelfolder -m {place}" if options.out else installed
-    plans = ""
-    if isinstance(weights, MISFMWeights):
-        network = weights.network
-        plans = (
-            f" -p {network.plans}    # planner {network.planner}; must come to mode"
-            f" {weights.mode.number}"
-        )
-    elif not weights.published_size:
-        plans = f" -p NAME    # plans from: stunet plan-like {place} -d DATASET"
-    train = f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -tr {weights.trainer}_ft"
-    return (
-        ("Predict", f"nnUNetv2_predict{where} -f {options.fold} -i IMAGES -o PREDICTIONS"),
-        ("Fine-tune", f"{train} -pretrained_weights {file}{plans}"),
-    )
+    predict = f"nnUNetv2_predict{where} -f {options.fold} -i IMAGES -o PREDICTIONS"
+    return (("Predict", predict), ("Fine-tune", train))
 
 
-def _mirroring_axes(checkpoint: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _mirroring_axes(weights: NetworkWeights) -> tuple[int, ...] | None:
     """Return axes that prediction may mirror: what an nnU-Net v2 checkpoint says, else all, as
     every published training mirrors on all."""
-    axes = checkpoint.get("inference_allowed_mirroring_axes", tuple(range(DIMENSIONS)))
     known = range(DIMENSIONS)
+    axes = weights.checkpoint.get("inference_allowed_mirroring_axes", tuple(known))
     if axes is not None and not (
         is_list(axes) and all(is_integer(axis) and axis in known for axis in axes)
     ):
@@ -332,42 +319,9 @@ def _mirroring_axes(checkpoint: Mapping[str, Any]) -> tuple[int, ...] | None:
     return tuple(int(axis) for axis in axes) if axes else None
 
 
-def _files_for_export(fold: str, plan: SourcePlan, plans: dict[str, Any]) -> dict[str, Writer]:
-    """Return the files without which nnUNetv2_export_model_to_zip stops."""
-    note = "imported by `stunet import`; the training that wrote these weights left no such file"
-    intensities = "foreground_intensity_properties_per_channel"
-    fingerprint = {
-        "note": note,
-        "spacings": [list(plan.spacing)],
-        "shapes_after_crop": [list(plan.median_shape or plan.patch_size)],
-        intensities: plans[intensities],
-        "median_relative_size_after_cropping": 1.0,
-    }
-    summary = {"note": note, "metric_per_case": [], "mean": {}}
-    return {
-        "dataset_fingerprint.json": json_writer(fingerprint),
-        f"fold_{fold}/progress.png": _save_progress,
-        f"fold_{fold}/validation/summary.json": json_writer(summary),
-    }
-
-
 def _save_progress(path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 1))
     figure.text(0.5, 0.5, "Imported weights: no training curve", ha="center", va="center")
     figure.savefig(path, dpi=80)
-
-
-def _dataset(plan: SourcePlan, labels: Labels, name: str, source: Source) -> dict[str, Any]:
-    return {
-        "name": name,
-        "description": (
-            f"Labels and channels of the weights in {source.checkpoint.name}; there are no training"
-            " cases here."
-        ),
-        "channel_names": {str(channel): name for channel, name in enumerate(plan.channel_names)},
-        **labels.to_dataset(),
-        "numTraining": 0,
-        "file_ending": plan.file_ending,
-    }

@@ -11,15 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPEAT, MEAN = "repeat", "mean"
-STEMS = {
-    REPEAT: (
-        "the published way: every channel gets the mean kernel over the old channels, undivided"
-    ),
-    MEAN: (
-        "the same divided by (new channels / old channels), so that channels that all show one"
-        " image give what that image gave"
-    ),
-}
 
 
 def adapt_input_channels(
@@ -29,22 +20,19 @@ def adapt_input_channels(
 
     With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M:
 
-    * ``repeat``: m itself. From one channel this repeats the kernel, as the authors of STU-Net do.
-      The response of the convolutions to N copies of an image is N / M times the old one. The
-      instance norm behind conv1 takes that factor out again; the shortcut has no norm, so its share
-      in the first block grows by it.
-    * ``mean``: m * M / N. N copies of an image give exactly the old response, in both convolutions;
-      what nnU-Net's loader of nnssl weights does.
+    * ``repeat``: m itself, as the authors of STU-Net do. N copies of an image give N / M times the
+      old response. The instance norm behind conv1 takes that factor out again; the shortcut has no
+      norm, so its share in the first block grows by it.
+    * ``mean``: m * M / N, as nnU-Net's loader of nnssl weights does. N copies of an image give
+      exactly the old response, in both convolutions.
 
     With N = M nothing changes, whatever the choice.
 
     Raises:
-        PluginError: no channels, or an unknown stem.
+        PluginError: no channels.
     """
     if channels < 1:
         raise PluginError(f"--in-channels must be at least 1, not {channels}.")
-    if stem not in STEMS:
-        raise PluginError(f"--stem must be one of {', '.join(STEMS)}, not {stem!r}.")
     adapted = dict(tensors)
     for name in names:
         weight = adapted[name]

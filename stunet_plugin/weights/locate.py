@@ -1,13 +1,15 @@
-"""Where a checkpoint comes from: a local file, or a file on the Hugging Face hub
-(``hf://owner/repository/path``)."""
+"""Sources of weights: a local file, a model folder, a file on the Hugging Face hub
+(``hf://owner/repository/path``); what is known of the published ones."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
-from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT
@@ -15,119 +17,40 @@ from stunet_plugin.nnunet.names import CHECKPOINT
 HUB_PREFIX = "hf://"
 PLANS_SUFFIX = ".pkl"
 """What nnU-Net v1 adds to a checkpoint's name for the file with its plans."""
-
-_HUB_ADDRESS = re.compile(
-    r"hf://(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?/(?P<file>[^@]+)"
-)
-
-
 CHECKPOINTS = (CHECKPOINT, "checkpoint_best.pth", "checkpoint_latest.pth")
 """What nnU-Net v2 writes into a fold, the most wanted first."""
+FACTS = "published_stunet.json"
+
+_HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/([^@]+)")
+_WEB = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([\w.-]+)/([^?#]+)")
 
 
-_WEB_ADDRESS = "https://huggingface.co/{}/resolve/{}/{}"
-_WEB = re.compile(
-    r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([\w.-]+)/([^?#]+).*"
-)
-
-
-class Hub(Protocol):
-    """The part of ``huggingface_hub`` that is used; tests pass a local stand-in."""
-
-    def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
-        """Return the local path of a file, from the cache or downloaded (resumed where it broke
-        off)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint on this machine.
-
-    Attributes:
-        given: as the user named it.
-        checkpoint: its file.
-        plans_pickle: the ``.pkl`` of nnU-Net v1 beside it, None where there is none.
-    """
+class Source(NamedTuple):
+    """A checkpoint on this machine: as the user named it, its file, and the ``.pkl`` of nnU-Net v1
+    beside it if there is one."""
 
     given: str
     checkpoint: Path
     plans_pickle: Path | None
 
 
-def find_source(given: str, hub: Hub | None = None) -> Source:
+def find_source(given: str) -> Source:
     """Find the file, downloading it where it is on the hub.
 
-    Args:
-        given: a path, or ``hf://owner/repository[@revision]/path/in/repository``.
-        hub: an object with ``hf_hub_download``; None is the package ``huggingface_hub``.
-
     Raises:
-        PluginError: no such file, no such address, no hub client, or a failed download.
+        PluginError: no such address, no hub client, or a failed download.
     """
     if given.startswith(HUB_PREFIX):
-        return _from_hub(given, hub)
+        return _download(given)
     if given.startswith(("http://", "https://")):
-        web = _WEB.fullmatch(given)
-        revision = f"@{web[2]}" if web and web[2] != "main" else ""
-        advice = (
-            f"stunet import {HUB_PREFIX}{web[1]}{revision}/{web[3]}"
-            if web
-            else "download the file, and stunet import its path"
-        )
+        advice = "download the file, and stunet import its path"
+        if web := _WEB.match(given):
+            revision = "" if web[2] == "main" else f"@{web[2]}"
+            advice = f"stunet import {HUB_PREFIX}{web[1]}{revision}/{web[3]}"
         raise PluginError(f"{given} is an address of the web. Run: {advice}")
     path = Path(given).expanduser()
-    beside = path.with_name(path.name + PLANS_SUFFIX) if path.name else path
-    return Source(given, path, beside if beside.is_file() and beside != path else None)
-
-
-def _from_hub(given: str, hub: Hub | None) -> Source:
-    match = _HUB_ADDRESS.fullmatch(given)
-    if not match or ".." in match["file"].split("/"):
-        raise PluginError(
-            f"{given!r} names no file. Expected hf://owner/repository/file, as in"
-            " hf://ziyanhuang/STU-Net/base_ep4k.model."
-        )
-    client: Any = hub or _hub_client()
-    where = {"repo_id": match["repository"], "revision": match["revision"]}
-    try:
-        checkpoint = Path(client.hf_hub_download(filename=match["file"], **where))
-    except Exception as error:  # the client has dozens of its own, and those of the network
-        address = _WEB_ADDRESS.format(
-            match["repository"], match["revision"] or "main", match["file"]
-        )
-        raise PluginError(
-            f"{given} could not be downloaded ({type(error).__name__}: {_first_line(error)}). Check"
-            " the spelling and the network, then run the same command again: what is there already"
-            f" is not downloaded twice. Or download {address} by hand and give its path."
-        ) from error
-    try:
-        pickled: Path | None = Path(
-            client.hf_hub_download(filename=match["file"] + PLANS_SUFFIX, **where)
-        )
-    except Exception as error:  # the file is optional, whatever the reason
-        name = f"{Path(match['file']).name}{PLANS_SUFFIX}"
-        print(f"No {name} beside it on the hub ({type(error).__name__}).")
-        pickled = None
-    return Source(given, checkpoint, pickled)
-
-
-def _hub_client() -> Hub:
-    # Without a network the client would try for minutes.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise PluginError(
-            "hf:// addresses need the package huggingface_hub. Run: pip install huggingface_hub (or"
-            " download the file yourself and give its path)."
-        ) from error
-    client: Hub = huggingface_hub
-    return client
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    beside = path.parent / f"{path.name}{PLANS_SUFFIX}"
+    return Source(given, path, beside if beside.is_file() else None)
 
 
 def find_model(given: str) -> Source:
@@ -148,3 +71,49 @@ def find_model(given: str) -> Source:
         f"{path} is no model folder: it has no fold_X/{CHECKPOINT}. Name the folder"
         " TRAINER__PLANS__CONFIGURATION in nnUNet_results, or a checkpoint file."
     )
+
+
+def published_facts() -> dict[str, Any]:
+    """Return plan and labels of the published STU-Net weights."""
+    text = files("stunet_plugin").joinpath("data", FACTS).read_text()
+    facts: dict[str, Any] = json.loads(text)
+    return facts
+
+
+def _download(given: str) -> Source:
+    match = _HUB.fullmatch(given)
+    if not match or ".." in match[3].split("/"):
+        raise PluginError(
+            f"{given!r} names no file. Expected hf://owner/repository/file, as in"
+            " hf://ziyanhuang/STU-Net/base_ep4k.model."
+        )
+    # Without a network the client would try for minutes.
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    try:
+        client = importlib.import_module("huggingface_hub")
+    except ModuleNotFoundError as error:
+        raise PluginError(
+            "hf:// addresses need the package huggingface_hub. Run: pip install huggingface_hub (or"
+            " download the file yourself and give its path)."
+        ) from error
+    repository, revision, file = match.groups()
+
+    def get(name: str) -> Path:
+        return Path(client.hf_hub_download(repo_id=repository, filename=name, revision=revision))
+
+    try:
+        checkpoint = get(file)
+    except Exception as error:  # the client has dozens of its own, and those of the network
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        address = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
+        raise PluginError(
+            f"{given} could not be downloaded ({reason}). Check the spelling and the network and"
+            f" run the same command again, which resumes; or download {address} by hand and give"
+            " its path."
+        ) from error
+    try:
+        return Source(given, checkpoint, get(file + PLANS_SUFFIX))
+    except Exception as error:  # the file is optional, whatever the reason
+        name = f"{Path(file).name}{PLANS_SUFFIX}"
+        print(f"No {name} beside it on the hub ({type(error).__name__}).")
+        return Source(given, checkpoint, None)

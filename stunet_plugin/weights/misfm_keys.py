@@ -13,7 +13,7 @@ norms, activations and convolutions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -27,50 +27,56 @@ from stunet_plugin.networks.window_attention import WINDOW_SIZE
 Value = TypeVar("Value")
 
 
-def numbered(published: str, ours: str, names: Mapping[int, str]) -> dict[str, str]:
-    """Return a table entry for each module of a published sequence that has parameters: position to
-    our name."""
-    return {f"{published}.{position}": f"{ours}.{name}" for position, name in names.items()}
+def _translate(
+    published: Mapping[str, Tensor], modules: Mapping[str, str], network: str
+) -> dict[str, Tensor]:
+    """Return our names and tensors for published parameters and buffers.
 
-
-def translate(
-    key: str, value: Tensor, modules: Mapping[str, str], network: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield our names and tensors for a published parameter or buffer.
-
-    Its module's name is looked up, its own is kept. The published networks concatenate (skip,
-    upsampled) and normalise then; ours normalise the two and concatenate then, so such a norm comes
-    apart into two halves.
+    The published networks concatenate (skip, upsampled) and normalise then; ours normalise the two
+    and concatenate then, so such a norm comes apart into two halves.
 
     Args:
-        key: published name, such as ``project.weight``.
-        value: what it names.
+        published: their state dict.
         modules: our name of every published module.
         network: what the message calls the published network.
-
-    Raises:
-        PluginError: the published network has no such module.
     """
-    module, _, name = key.rpartition(".")
-    if module not in modules:
-        raise unknown_key(key, modules, network)
-    ours = modules[module]
-    if not (ours.startswith("decoder.merges.") and ours.endswith(".norms.0")):
-        yield f"{ours}.{name}", value
-        return
-    halves = value.chunk(2) if value.ndim else (value, value)
-    for half, part in enumerate(halves):
-        yield f"{ours.removesuffix('0')}{half}.{name}", part
+    translated = {}
+    for key, value in published.items():
+        module, _, name = key.rpartition(".")
+        _check_known(key, modules, network)
+        ours = modules[module]
+        if ours.startswith("decoder.merges.") and ours.endswith(".norms.0"):
+            for half, part in enumerate(value.chunk(2) if value.ndim else (value, value)):
+                translated[f"{ours.removesuffix('0')}{half}.{name}"] = part
+        else:
+            translated[f"{ours}.{name}"] = value
+    return translated
 
 
-def unknown_key(key: str, modules: Mapping[str, str], network: str) -> PluginError:
-    """Return the error for a name that the published network does not have."""
-    parts = sorted({published.partition(".")[0] for published in modules})
-    return PluginError(
-        f"{key!r} is not a parameter of the published {network} (its parts: {', '.join(parts)}). "
-        f"Is this the checkpoint of another network?"
-    )
+def _check_known(key: str, modules: Mapping[str, str], network: str) -> None:
+    if key.rpartition(".")[0] not in modules:
+        parts = sorted({published.partition(".")[0] for published in modules})
+        raise PluginError(
+            f"{key!r} is not a parameter of the published {network} (its parts:"
+            f" {', '.join(parts)}). Is this the checkpoint of another network?"
+        )
 
+
+def _numbered(pairs: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
+    """Return table entries for the modules of published sequences that have parameters.
+
+    Args:
+        pairs: their name of a sequence to ours.
+        names: position in the sequence to our name.
+    """
+    return {
+        f"{published}.{position}": f"{ours}.{name}"
+        for published, ours in pairs.items()
+        for position, name in names.items()
+    }
+
+
+# --- PCT-Net
 
 _UNIT = {0: "norms.0", 1: "act", 2: "conv"}
 _CONV_BLOCK = {0: "0.norms.0", 1: "0.act", 2: "0.conv", 3: "1.norms.0", 4: "1.act", 6: "1.conv"}
@@ -85,56 +91,53 @@ _TRANSFORMER_BLOCK = {
 }
 
 
-def _pct_block(published: str, ours: str) -> dict[str, str]:
-    modules = numbered(f"{published}.conv.conv_conv", f"{ours}.conv", _CONV_BLOCK)
-    for block in range(pctnet.DEPTH):
-        theirs, mine = f"{published}.trans.blocks.{block}", f"{ours}.transformer.blocks.{block}"
-        modules |= {
-            f"{theirs}.{name}": f"{mine}.{translated}"
-            for name, translated in _TRANSFORMER_BLOCK.items()
-        }
-    return modules
-
-
 def _pctnet_modules(mode: int) -> dict[str, str]:
     """Our names of the modules that one mode uses; decoder steps are counted from the deepest."""
     stem, pyramid, head = f"embeddings.{mode}", "pyramid_ct", f"pred_heads.{mode}"
-    modules = {f"{stem}.proj": "encoder.stages.0.0"}
-    for published, ours in (
-        (f"{stem}.conv0", "encoder.stages.0.1"),
-        (f"{stem}.conv1", "encoder.stages.1.2"),
-        (f"{head}.conv1", "decoder.blocks.2"),
-        (f"{head}.conv0", "decoder.blocks.3"),
-    ):
-        modules |= numbered(f"{published}.conv_conv", ours, _CONV_BLOCK)
-    for published, ours in (
-        (f"{stem}.down1.conv", "encoder.stages.1.1"),
-        (f"{stem}.down2.conv", "encoder.stages.2.1"),
-        (f"{pyramid}.down3.conv", "encoder.stages.3.1"),
-        (f"{pyramid}.down4.conv", "encoder.stages.4.1"),
-        (f"{pyramid}.up4.up", "decoder.ups.0"),
-        (f"{pyramid}.up4.conv", "decoder.merges.0"),
-        (f"{pyramid}.up3.up", "decoder.ups.1"),
-        (f"{pyramid}.up3.conv", "decoder.merges.1"),
-        (f"{head}.up2.up", "decoder.ups.2"),
-        (f"{head}.up2.conv", "decoder.merges.2"),
-        (f"{head}.up1.up", "decoder.ups.3"),
-        (f"{head}.up1.conv", "decoder.merges.3"),
-        (f"{pyramid}.out_conv3.conv", "decoder.seg_layers.0"),
-        (f"{pyramid}.out_conv2.conv", "decoder.seg_layers.1"),
-        (f"{head}.out_conv1.conv", "decoder.seg_layers.2"),
-        (f"{head}.out_conv0.conv", "decoder.seg_layers.3"),
-    ):
-        modules |= numbered(published, ours, _UNIT)
-    for published, ours in (
-        ("e2", "encoder.stages.2.2"),
-        ("e3", "encoder.stages.3.2"),
-        ("e4", "encoder.stages.4.2"),
-        ("d3", "decoder.blocks.0"),
-        ("d2", "decoder.blocks.1"),
-    ):
-        modules |= _pct_block(f"{pyramid}.convtrans_{published}", ours)
-    return modules
+    units = {
+        f"{stem}.down1.conv": "encoder.stages.1.1",
+        f"{stem}.down2.conv": "encoder.stages.2.1",
+        f"{pyramid}.down3.conv": "encoder.stages.3.1",
+        f"{pyramid}.down4.conv": "encoder.stages.4.1",
+        f"{pyramid}.up4.up": "decoder.ups.0",
+        f"{pyramid}.up4.conv": "decoder.merges.0",
+        f"{pyramid}.up3.up": "decoder.ups.1",
+        f"{pyramid}.up3.conv": "decoder.merges.1",
+        f"{head}.up2.up": "decoder.ups.2",
+        f"{head}.up2.conv": "decoder.merges.2",
+        f"{head}.up1.up": "decoder.ups.3",
+        f"{head}.up1.conv": "decoder.merges.3",
+        f"{pyramid}.out_conv3.conv": "decoder.seg_layers.0",
+        f"{pyramid}.out_conv2.conv": "decoder.seg_layers.1",
+        f"{head}.out_conv1.conv": "decoder.seg_layers.2",
+        f"{head}.out_conv0.conv": "decoder.seg_layers.3",
+    }
+    conv_blocks = {
+        f"{stem}.conv0.conv_conv": "encoder.stages.0.1",
+        f"{stem}.conv1.conv_conv": "encoder.stages.1.2",
+        f"{head}.conv1.conv_conv": "decoder.blocks.2",
+        f"{head}.conv0.conv_conv": "decoder.blocks.3",
+    }
+    pct_blocks = {
+        f"{pyramid}.convtrans_e2": "encoder.stages.2.2",
+        f"{pyramid}.convtrans_e3": "encoder.stages.3.2",
+        f"{pyramid}.convtrans_e4": "encoder.stages.4.2",
+        f"{pyramid}.convtrans_d3": "decoder.blocks.0",
+        f"{pyramid}.convtrans_d2": "decoder.blocks.1",
+    }
+    conv_blocks |= {f"{x}.conv.conv_conv": f"{ours}.conv" for x, ours in pct_blocks.items()}
+    transformers = {
+        f"{published}.trans.blocks.{block}.{theirs}": f"{ours}.transformer.blocks.{block}.{mine}"
+        for published, ours in pct_blocks.items()
+        for block in range(pctnet.DEPTH)
+        for theirs, mine in _TRANSFORMER_BLOCK.items()
+    }
+    return {
+        f"{stem}.proj": "encoder.stages.0.0",
+        **_numbered(units, _UNIT),
+        **_numbered(conv_blocks, _CONV_BLOCK),
+        **transformers,
+    }
 
 
 _PCTNET_MODULES = tuple(_pctnet_modules(mode.number) for mode in MODES)
@@ -153,37 +156,28 @@ def used_in(published: Mapping[str, Value], mode: int) -> dict[str, Value]:
         PluginError: no such mode, or a name is not one of the published PCT-Net's.
     """
     chosen = _PCTNET_MODULES[get_mode(mode).number]
-    modules = {key: key.rpartition(".")[0] for key in published if not _UNUSED.fullmatch(key)}
-    for key, module in modules.items():
-        if module not in _ALL_MODULES:
-            raise unknown_key(key, _ALL_MODULES, "PCT-Net")
-    return {key: published[key] for key, module in modules.items() if module in chosen}
+    kept = [key for key in published if not _UNUSED.fullmatch(str(key))]
+    for key in kept:
+        _check_known(str(key), _ALL_MODULES, "PCT-Net")
+    return {key: published[key] for key in kept if str(key).rpartition(".")[0] in chosen}
 
 
 def translate_pctnet(published: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
     """Return the tensors that one mode uses, under our names. Only the relative position tables
     change.
 
-    Args:
-        published: the state dict of a published PCT-Net.
-        mode: 0, 1 or 2.
-
     Raises:
         PluginError: no such mode, or a name is not one of the published PCT-Net's.
     """
     modules = _PCTNET_MODULES[get_mode(mode).number]
-    used = used_in(published, mode)
-    translated = dict(
-        pair for key, value in used.items() for pair in translate(key, value, modules, "PCT-Net")
-    )
-    return {
-        key: (
-            translate_table(value, WINDOW_SIZE)
-            if key.endswith(".relative_position_bias_table")
-            else value
-        )
-        for key, value in translated.items()
-    }
+    translated = _translate(used_in(published, mode), modules, "PCT-Net")
+    for key, value in translated.items():
+        if key.endswith(".relative_position_bias_table"):
+            translated[key] = translate_table(value, WINDOW_SIZE)
+    return translated
+
+
+# --- relative position tables of PCT-Net
 
 
 def published_rows(window: int) -> Tensor:
@@ -191,10 +185,9 @@ def published_rows(window: int) -> Tensor:
     our rows.
 
     The quirk that the published weights depend on: with offsets (s, h, v), each shifted to start at
-        0, the published index
-    is ``s * (3w - 1) + h * (2w - 1) + v``, where ``(2w - 1)^2`` would have kept the offsets apart.
-    So offsets share rows, and most rows of a published table are never read. We keep the function
-    by giving each offset the row that it read.
+    0, the published index is ``s * (3w - 1) + h * (2w - 1) + v``, where ``(2w - 1)^2`` would have
+    kept the offsets apart. So offsets share rows, and most rows are never read. We keep the
+    function by giving each offset the row that it read.
     """
     shifted = torch.arange(2 * window - 1)
     index = (
@@ -245,7 +238,7 @@ def translate_table(table: Tensor, window: int) -> Tensor:
     Raises:
         PluginError: the number of rows belongs to no window, or to a larger one.
     """
-    known = window_of_table(table.shape[0])
+    known = window_of_table(table.shape[0] if table.ndim else 0)
     if known > window:
         raise PluginError(
             f"Its attention windows are {known} voxels long; this PCT-Net has windows of {window}"
@@ -255,27 +248,28 @@ def translate_table(table: Tensor, window: int) -> Tensor:
     return resample_table(by_offset, window)
 
 
+# --- FMUNet
+
+
 def _fmunet_modules() -> dict[str, str]:
-    unit, residual = {0: "norms.0", 2: "conv"}, {0: "norms.0", 3: "conv"}
-    modules = {"project": "encoder.stages.0.0"}
+    units, residuals = {}, {}
     for level in range(NUM_LEVELS):
         step = NUM_LEVELS - 2 - level
         block = f"decoder.blocks.{step}" if step >= 0 else "decoder.bottom"
         for depth in range(fmunet.DEPTH):
-            modules |= numbered(
-                f"encoder.en_conv{level}.conv_list.{depth}",
-                f"encoder.stages.{level}.1.units.{depth}",
-                residual,
-            )
-            modules |= numbered(
-                f"decoder.de_conv{level}.conv_list.{depth}", f"{block}.units.{depth}", residual
-            )
+            encoder, decoder = f"encoder.stages.{level}.1.units.{depth}", f"{block}.units.{depth}"
+            residuals[f"encoder.en_conv{level}.conv_list.{depth}"] = encoder
+            residuals[f"decoder.de_conv{level}.conv_list.{depth}"] = decoder
         if step >= 0:
-            modules |= numbered(f"encoder.down{level}.down", f"encoder.stages.{level + 1}.0", unit)
-            modules |= numbered(f"decoder.upcat{level}.up", f"decoder.ups.{step}.0", unit)
-            modules |= numbered(f"decoder.upcat{level}.conv", f"decoder.merges.{step}", unit)
-            modules |= numbered(f"out_layers.{level}", f"decoder.seg_layers.{step}", unit)
-    return modules
+            units[f"encoder.down{level}.down"] = f"encoder.stages.{level + 1}.0"
+            units[f"decoder.upcat{level}.up"] = f"decoder.ups.{step}.0"
+            units[f"decoder.upcat{level}.conv"] = f"decoder.merges.{step}"
+            units[f"out_layers.{level}"] = f"decoder.seg_layers.{step}"
+    return {
+        "project": "encoder.stages.0.0",
+        **_numbered(units, _UNIT),
+        **_numbered(residuals, {0: "norms.0", 3: "conv"}),
+    }
 
 
 _FMUNET_MODULES = _fmunet_modules()
@@ -287,8 +281,4 @@ def translate_fmunet(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         PluginError: a name is not one of the published FMUNet's.
     """
-    return dict(
-        pair
-        for key, value in published.items()
-        for pair in translate(key, value, _FMUNET_MODULES, "FMUNet")
-    )
+    return _translate(published, _FMUNET_MODULES, "FMUNet")

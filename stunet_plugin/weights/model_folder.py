@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,32 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
-from stunet_plugin.utils.files import flush, sha256_of
+from stunet_plugin.utils.files import flush, read_json, sha256_of
 from stunet_plugin.weights.identify import COUNTER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROVENANCE = "provenance.json"
-CHECKPOINT_SHA256 = "checkpoint_sha256"
-_CIRCUMSTANCES = ("source", "file", "date", "versions", "files", CHECKPOINT_SHA256)
+_SHA256 = "checkpoint_sha256"
+_CIRCUMSTANCES = ("source", "file", "date", "versions")
 """Entries of the record in which two imports of the same content may differ."""
-TEMPORARY_PREFIX = ".stunet_import_"
-_DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_TEMPORARY = ".stunet_import_"
 
-Writer = Callable[[Path], None]
-"""Writes one file at the path that it is given."""
+Files = Mapping[str, "dict[str, Any] | Callable[[Path], None]"]
+"""Path within the folder to the content of a JSON file, or to what writes another one."""
 
 
 def dataset_folder_name(dataset_id: int, name: str) -> str:
-    """Return ``DatasetXXX_NAME``.
-
-    Raises:
-        PluginError: an ID or a name that nnU-Net does not take.
-    """
+    """Return ``DatasetXXX_NAME``, which nnU-Net must be able to take apart again."""
     if not 1 <= dataset_id <= 999:
         raise PluginError(f"--dataset-id must be from 1 to 999, not {dataset_id}.")
-    if not _DATASET_NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise PluginError(
             "--name may hold letters, digits, '_', '-' and '.', and starts with a letter or digit,"
             f" not {name!r}."
@@ -71,14 +67,21 @@ def results_folder(dataset_name: str) -> Path:
     return Path(results, dataset_name)
 
 
-def find_import(target: Path) -> dict[str, Any] | None:
-    """Return the record of the import that a folder holds, None where the place is free.
+def is_there(
+    target: Path, record: Mapping[str, Any], files: Files, checkpoint: str, force: bool
+) -> bool:
+    """Return whether the folder is that of the very same import, whole and unchanged.
+
+    Args:
+        target: the model folder.
+        record, files, checkpoint: as :func:`write_model_folder` would write them.
+        force: an import may be replaced.
 
     Raises:
-        PluginError: something else is there.
+        PluginError: something else is there, which may not be replaced.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return None
+        return False
     file = target / PROVENANCE
     if not file.is_file():
         raise PluginError(
@@ -86,65 +89,42 @@ def find_import(target: Path) -> dict[str, Any] | None:
             " another place: --out."
         )
     try:
-        record: dict[str, Any] = json.loads(file.read_text())
-        _ = set(record["files"]), record["source"], record["sha256"], record["date"]
-    except (ValueError, KeyError, TypeError) as error:
+        there = read_json(file)
+        known, found = (
+            {*there["files"], PROVENANCE},
+            f"{there['source']} (SHA-256 {there['sha256']})",
+        )
+        found += f", imported {there['date']}"
+    except (PluginError, KeyError, TypeError) as error:
         raise PluginError(f"{file} is damaged. Move {target} away and import again.") from error
-    return record
-
-
-def is_same_import(
-    target: Path, record: Mapping[str, Any], contents: Mapping[str, Any], checkpoint: str
-) -> bool:
-    """Return whether a model folder is that of the same import, whole and unchanged.
-
-    Args:
-        target: the model folder.
-        record: what would be recorded now.
-        contents: path within the folder to the content of each JSON file that would be written.
-        checkpoint: path of the checkpoint within the folder.
-    """
-    try:
-        there = json.loads((target / PROVENANCE).read_text())
-        wanted = {key: value for key, value in record.items() if key not in _CIRCUMSTANCES}
-        return (
-            all(there[key] == value for key, value in json.loads(json.dumps(wanted)).items())
-            and all((target / name).is_file() for name in there["files"])
+    present = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    if force:
+        if added := sorted(present - known):
+            raise PluginError(
+                f"{target} holds {len(added)} files that no import wrote (for example {added[0]})."
+                " Move them away first."
+            )
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if (
+            all(there.get(x) == value for x, value in record.items() if x not in _CIRCUMSTANCES)
+            and known <= present
             and all(
                 json.loads((target / name).read_text()) == json.loads(json.dumps(content))
-                for name, content in contents.items()
+                for name, content in files.items()
+                if isinstance(content, dict)
             )
-            and there[CHECKPOINT_SHA256] == sha256_of(target / checkpoint)
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def check_replaceable(target: Path, record: Mapping[str, Any], force: bool) -> None:
-    """Raise unless an import may be replaced: only with ``force``, and only if nothing was added
-    since.
-
-    Args:
-        target: its folder.
-        record: its record.
-        force: the user's word.
-    """
-    if not force:
-        raise PluginError(
-            f"{target} is there already: {record['source']} (SHA-256 {record['sha256']}), imported"
-            f" {record['date']}. Nothing was changed. Replace it: --force; another place: --out."
-        )
-    there = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    added = sorted(there - {*record["files"], PROVENANCE})
-    if added:
-        raise PluginError(
-            f"{target} holds {len(added)} files that no import wrote (for example {added[0]}). Move"
-            " them away first."
-        )
+            and there.get(_SHA256) == sha256_of(target / checkpoint)
+        ):
+            return True
+    raise PluginError(
+        f"{target} is there already: {found}. Nothing was changed. Replace it: --force; another"
+        " place: --out."
+    )
 
 
 def write_model_folder(
-    target: Path, files: Mapping[str, Writer], record: Mapping[str, Any], checkpoint: str
+    target: Path, record: Mapping[str, Any], files: Files, checkpoint: str
 ) -> None:
     """Write all files into a new folder beside the target, then give it the target's name.
 
@@ -153,9 +133,9 @@ def write_model_folder(
 
     Args:
         target: the model folder.
-        files: path within the folder to the function that writes it.
         record: of the import; the list of files and the checkpoint's hash are added.
-        checkpoint: path of the checkpoint within the folder.
+        files: what to write.
+        checkpoint: which of them is the checkpoint.
 
     Raises:
         PluginError: the place cannot be written to.
@@ -164,19 +144,14 @@ def write_model_folder(
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in sorted(target.parent.glob(f"{TEMPORARY_PREFIX}*")):
+        for leftover in sorted(target.parent.glob(f"{_TEMPORARY}*")):
             print(f"Left over from a killed import: {leftover}. Delete it if no import is running.")
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=TEMPORARY_PREFIX))
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
         temporary.chmod(0o755)
-        for name, write in files.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
-            flush(path)
+        for name, content in files.items():
+            _write(temporary / name, content)
         sha256 = sha256_of(temporary / checkpoint)
-        content = {**record, "files": sorted(files), CHECKPOINT_SHA256: sha256}
-        json_writer(content)(temporary / PROVENANCE)
-        flush(temporary / PROVENANCE)
+        _write(temporary / PROVENANCE, {**record, "files": sorted(files), _SHA256: sha256})
         _put_in_place(temporary, target)
     except BaseException as error:
         if temporary is not None:
@@ -195,28 +170,52 @@ def write_model_folder(
         raise
 
 
-def json_writer(content: Any) -> Writer:
-    def write(path: Path) -> None:
+def _write(path: Path, content: dict[str, Any] | Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
         path.write_text(json.dumps(content, indent=4) + "\n")
+    else:
+        content(path)
+    flush(path)
 
-    return write
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        if target.exists():
+            target.rmdir()
+        os.rename(temporary, target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY)) / target.name
+    try:
+        os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+    finally:
+        if target.exists():
+            shutil.rmtree(aside.parent, ignore_errors=True)
 
 
-def checkpoint_writer(
+def save_checkpoint(
+    path: Path,
     tensors: Mapping[str, Tensor],
     trainer: str,
     init_args: Mapping[str, Any],
     mirroring: tuple[int, ...] | None,
-) -> Writer:
-    """Return what writes an nnU-Net v2 checkpoint without a training behind it: plain Python and
-    tensors, so that it loads with ``weights_only=True``.
+) -> None:
+    """Write an nnU-Net v2 checkpoint without a training behind it: plain Python and tensors, so
+    that it loads with ``weights_only=True``.
 
     Args:
+        path: of the file.
         tensors: the network's.
-        trainer: name of the trainer that builds the network.
-        init_args: its arguments.
+        trainer, init_args: name of the trainer that builds the network, and its arguments.
         mirroring: axes that prediction may mirror.
     """
+    import torch
+
     content = {
         "network_weights": {name: _compact(name, tensor) for name, tensor in tensors.items()},
         "optimizer_state": None,
@@ -228,12 +227,6 @@ def checkpoint_writer(
         "trainer_name": trainer,
         "inference_allowed_mirroring_axes": mirroring,
     }
-    return lambda path: _save(content, path)
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    import torch
-
     torch.save(content, path)
 
 
@@ -246,22 +239,3 @@ def _compact(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != size:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        if target.exists():
-            target.rmdir()
-        os.rename(temporary, target)
-        return
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=TEMPORARY_PREFIX)) / target.name
-    try:
-        os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except BaseException:
-            os.rename(aside, target)
-            raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside.parent, ignore_errors=True)

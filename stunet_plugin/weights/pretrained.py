@@ -25,9 +25,7 @@ def read_checkpoint(file: str, what: str) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(
             file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=False
         )
-        if not all(
-            isinstance(value, torch.Tensor) for value in checkpoint["network_weights"].values()
-        ):
+        if not all(isinstance(x, torch.Tensor) for x in checkpoint["network_weights"].values()):
             raise TypeError("network_weights holds something other than tensors")
     except Exception as error:
         raise PluginError(
@@ -55,77 +53,71 @@ def describe_mismatches(
         if heads_too or ".seg_layers." not in name
     }
     given = {name: tuple(value.shape) for name, value in weights.items()}
-    missing = [name for name in own if name not in given]
-    if missing:
+    if missing := [name for name in own if name not in given]:
         return (
             f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}). Are"
             " these the weights of another network? `stunet inspect` says what a file is"
         )
     different = [name for name in own if given[name] != own[name]]
+    surplus = [name for name in given if name not in own]
+    if not different and surplus and heads_too:
+        return f"it has tensors that this network lacks (for example {surplus[0]})"
     if not different:
-        surplus = [name for name in given if name not in own]
-        return (
-            f"it has tensors that this network lacks (for example {surplus[0]})"
-            if surplus and heads_too
-            else ""
-        )
+        return ""
     name = different[0]
-    found = (
-        f"{len(different)} of {len(own)} tensors have another shape (for example {name}:"
-        f" {given[name]}, here {own[name]})"
-    )
-    if any(len(given[name]) != len(own[name]) for name in different):
-        return f"{found}. 2D weights do not fit a 3D configuration, nor the other way round"
-    stem = [f"{layer}.weight" for layer in getattr(network, "keys_to_in_proj", ())]
-    if all(name in stem for name in different):
-        return (
-            f"{found}. The weights take {given[name][1]} input channel(s), this data has"
-            f" {own[name][1]}: `stunet import --in-channels {own[name][1]}` makes weights that fit"
-        )
     mode = getattr(network, "mode", None)
-    if mode is not None and any(given[name][:2] != own[name][:2] for name in different):
-        return (
-            f"{found}. The weights have other widths than the plan's network. `stunet inspect`"
-            " prints theirs; write them into the "
-            f'plans file, as "features_per_stage" in the arch_kwargs of the configuration\'s'
-            f" architecture"
+    stem = [f"{layer}.weight" for layer in getattr(network, "keys_to_in_proj", ())]
+    if any(len(given[name]) != len(own[name]) for name in different):
+        advice = "2D weights do not fit a 3D configuration, nor the other way round"
+    elif all(name in stem for name in different):
+        advice = (
+            f"The weights take {given[name][1]} input channel(s), this data has {own[name][1]}:"
+            f" `stunet import --in-channels {own[name][1]}` makes weights that fit"
         )
-    if mode is not None:
-        return (
-            f"{found}. This network is in anisotropy mode {mode.number}: import weights for it"
-            f" (`stunet import --mode {mode.number}`; a FMUNet file holds one mode), or plan for"
-            " theirs"
+    elif mode is None:
+        advice = "Use the trainer of the same size (its _ft variant), or weights of this size"
+    elif any(given[name][:2] != own[name][:2] for name in different):
+        advice = (
+            "The weights have other widths than the plan's network. `stunet inspect` prints theirs;"
+            ' write them into the plans file, as "features_per_stage" in the arch_kwargs of the'
+            " configuration's architecture"
         )
-    return f"{found}. Use the trainer of the same size (its _ft variant), or weights of this size"
+    else:
+        advice = (
+            f"This network is in anisotropy mode {mode.number}: import weights for it (`stunet"
+            f" import --mode {mode.number}`; a FMUNet file holds one mode), or plan for theirs"
+        )
+    return (
+        f"{len(different)} of {len(own)} tensors have another shape (for example {name}:"
+        f" {given[name]}, here {own[name]}). {advice}"
+    )
 
 
 def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any]) -> str:
     """Say in one line what a network has loaded from a checkpoint; nnU-Net prints a page of names.
 
-    A tensor counts as loaded if it equals the checkpoint's.
-
     Args:
-        own: weights of the network after loading, before the first step.
+        own: weights of the network after loading, before the first step. One counts as loaded if it
+            equals the checkpoint's.
         checkpoint: of nnU-Net v2.
     """
     given = checkpoint["network_weights"]
-    taken = [
+    left = [
         name
         for name, value in own.items()
-        if name in given
-        and given[name].shape == value.shape
-        and torch.equal(value.cpu(), given[name].to(value.dtype))
+        if name not in given
+        or given[name].shape != value.shape
+        or not torch.equal(value.cpu(), given[name].to(value.dtype))
     ]
-    left = [name for name in own if name not in taken]
     others = [name for name in left if ".seg_layers." not in name]
-    share = sum(own[name].numel() for name in taken) / sum(value.numel() for value in own.values())
+    share = 1 - sum(own[name].numel() for name in left) / sum(x.numel() for x in own.values())
     # Heads are small: rounding must not make "100 %" of all but them.
     share = min(share, 0.999) if left else share
     besides = f" and {len(others)} other(s), such as {others[0]}" if others else ""
     return (
-        f"Pretrained weights: {len(taken)} of {len(own)} tensors ({share:.1%} of the weights) come"
-        f" from {checkpoint.get('trainer_name', 'an unknown trainer')}; {len(left)} start at"
-        f" random: {len(left) - len(others)} of the segmentation heads{besides}."
+        f"Pretrained weights: {len(own) - len(left)} of {len(own)} tensors ({share:.1%} of the"
+        f" weights) come from {checkpoint.get('trainer_name', 'an unknown trainer')}; {len(left)}"
+        f" start at random: {len(left) - len(others)} of the segmentation heads{besides}."
     )
 
 
@@ -136,9 +128,9 @@ def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
     one it is; the command line is the only place where a trainer can read it without patching
     nnU-Net.
     """
-    for index, argument in enumerate(arguments):
-        if argument == "-pretrained_weights" and index + 1 < len(arguments):
-            return arguments[index + 1]
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == "-pretrained_weights":
+            return following
         if argument.startswith("-pretrained_weights="):
             return argument.partition("=")[2]
     return None

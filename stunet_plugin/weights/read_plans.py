@@ -1,4 +1,5 @@
-"""Plans of nnU-Net v1 and v2, from a file that nobody vouches for to :class:`SourcePlan`.
+"""Plans of nnU-Net v1 and v2, read from untrusted files to :class:`SourcePlan`, and the choice
+between them.
 
 Only values that are known and checked are taken over. Everything that nnU-Net looks up by name
 (normalisation, resampling, reader, and above all the network's class) is taken from a list or set
@@ -7,29 +8,28 @@ by us, so no plan can make nnU-Net import a module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, READERS
+from stunet_plugin.networks.topology import Strides
+from stunet_plugin.nnunet.names import AS_IN_FILE, CONFIGURATION, NIFTI_ENDINGS, READERS, TO_RAS
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.validation import Fields, is_number
-from stunet_plugin.weights.identify import DIMENSIONS
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, Origin
+from stunet_plugin.weights.locate import FACTS, PLANS_SUFFIX, Source, published_facts
 from stunet_plugin.weights.safe_loading import load_plans_pickle
-from stunet_plugin.weights.source_plan import (
-    CT,
-    IDENTITY,
-    INTENSITIES,
-    NORMALIZATIONS,
-    RESAMPLING,
-    ZSCORE,
-    SourcePlan,
-)
+from stunet_plugin.weights.source_plan import CT, NORMALIZATIONS, RESAMPLING, ZSCORE, SourcePlan
 
-# nnU-Net v1's names of the foreground statistics where they differ from v2's.
-_V1_INTENSITIES = {"max": "mx", "min": "mn", "std": "sd"}
+if TYPE_CHECKING:
+    from stunet_plugin.commands.import_ import Import
+
+INTENSITIES = {"max": "mx", "mean": "mean", "median": "median", "min": "mn", "std": "sd"} | {
+    name: name for name in ("percentile_00_5", "percentile_99_5")
+}
+"""Foreground statistics: nnU-Net v2's names to v1's."""
 _RESAMPLING_FUNCTIONS = (
     "resample_data_or_seg_to_shape",
     "resample_torch_simple",
@@ -37,12 +37,129 @@ _RESAMPLING_FUNCTIONS = (
     "no_resampling_hack",
 )
 _MAX_INHERITANCE = 5
-# Positions in the arguments of an nnU-Net v1 trainer, as `init` in a .model.pkl keeps them.
-_INIT_BATCH_DICE, _INIT_STAGE = 4, 5
+
+
+# --- choice
+
+
+def choose_plan(source: Source, weights: NetworkWeights, options: Import) -> SourcePlan:
+    """Return the plan: ``--plans``, the ``.pkl`` beside the file, the checkpoint's own, the
+    published one, or the options; each option replaces that part of what is found.
+
+    Raises:
+        PluginError: none of them, with what to give.
+    """
+    dictated = weights.poolings
+    if dictated and options.strides:
+        raise PluginError(
+            f"{weights.title} has the strides {list(map(list, dictated))}. Leave --strides out."
+        )
+    plan = find_plan(source, weights, options.plans)
+    if plan is None and options.spacing and options.patch_size and (options.strides or dictated):
+        channels = weights.input_channels
+        plan = SourcePlan(
+            origin="",
+            spacing=options.spacing,
+            patch_size=options.patch_size,
+            poolings=dictated or (),
+            # Published trainings all take a z-score per image.
+            normalization=(ZSCORE,) * channels,
+            mask_for_norm=(False,) * channels,
+            channel_names=tuple(f"channel_{channel}" for channel in range(channels)),
+            intensities=({},) * channels,
+            # PyMIC reads images as they lie in the file; TotalSegmentator's, which STU-Net was
+            # trained on, are all RAS.
+            reader=AS_IN_FILE if weights.origin.pymic else TO_RAS,
+        )
+    if plan is None:
+        needed = "--spacing Z Y X --patch-size Z Y X"
+        if not dictated:
+            needed += " --strides 2,2,2 2,2,2 ... (one per pooling)"
+        raise PluginError(
+            f"{source.checkpoint} does not say how its images were prepared: it has no plan, no"
+            f" {source.checkpoint.name}{PLANS_SUFFIX} is beside it, and it is none of the published"
+            f" TotalSegmentator weights. Give {needed}, or --plans FILE (plans.json of nnU-Net v2,"
+            " or the .pkl of v1)."
+        )
+    plan = _with_options(plan, options)
+    return replace(plan, poolings=dictated) if dictated else plan
+
+
+def find_plan(
+    source: Source, weights: NetworkWeights, plans_file: str | None = None
+) -> SourcePlan | None:
+    """Return the plan that the user names, that lies beside or in the checkpoint, or the published
+    one; None if there is none."""
+    configuration = weights.training_argument("configuration", str) or CONFIGURATION
+    dataset = weights.training_argument("dataset_json", dict)
+    published = _published_plan(weights)
+    if plans_file:
+        found = read_plans_file(Path(plans_file), configuration)
+    elif source.plans_pickle and weights.origin is Origin.V1:
+        found = read_plans_file(source.plans_pickle)
+    elif plans := weights.training_argument("plans", dict):
+        found = plan_from_v2(plans, configuration, f"plans in {source.checkpoint.name}")
+    else:
+        return published if weights.origin is Origin.V1 else None
+    if dataset:
+        return _with_dataset(found, dataset, f"dataset_json in {source.checkpoint.name}")
+    # The .pkl of a published file says nothing about labels, but it is the published plan, whose
+    # labels are known.
+    same = published and replace(found, origin=published.origin, published=True) == published
+    return replace(found, published=bool(same))
+
+
+def _published_plan(weights: NetworkWeights) -> SourcePlan | None:
+    """Return the published plan if size, channels and outputs are those of a published file."""
+    facts = published_facts()
+    names = {size: name for name, size in facts["checkpoints"].items()}
+    name = names.get(weights.preset.name) if weights.preset else None
+    if not name or (weights.input_channels, weights.outputs) != (1, len(facts["labels"])):
+        return None
+    origin = f"the published plan, as size, channels and outputs are those of {name}"
+    return replace(plan_from_v1(facts, FACTS), origin=origin, published=True)
+
+
+def _with_options(plan: SourcePlan, options: Import) -> SourcePlan:
+    """Return the plan with the options in place of its own values."""
+    changes: dict[str, Any] = {}
+    for name, given, whole in (
+        ("spacing", options.spacing, False),
+        ("patch_size", options.patch_size, True),
+    ):
+        if given is not None:
+            option = f"--{name.replace('_', '-')}"
+            fields = Fields({option: given}, "the command line")
+            changes[name] = fields.positives(option, DIMENSIONS, whole=whole)
+    if options.strides is not None:
+        changes["poolings"] = parse_strides(options.strides)
+    if changes:
+        changes["origin"] = f"{plan.origin}, with options" if plan.origin else "the command line"
+    if options.mask_for_norm:
+        changes["mask_for_norm"] = (True,) * plan.channels
+    if options.reader is not None:
+        changes["reader"] = options.reader
+        if options.reader.startswith("Nibabel") and plan.file_ending not in NIFTI_ENDINGS:
+            changes["file_ending"] = NIFTI_ENDINGS[0]
+    return replace(plan, **changes)
+
+
+def parse_strides(texts: Sequence[str]) -> Strides:
+    """Read ``2,2,2`` and the like; a first entry of ones (v2 plans have one) is left out."""
+    rows = []
+    for text in texts:
+        parts = text.split(",")
+        if len(parts) != DIMENSIONS or not all(x.strip().isdigit() and int(x) > 0 for x in parts):
+            raise PluginError(f"--strides takes one entry such as 2,2,2 per pooling, not {text!r}.")
+        rows.append(tuple(int(part) for part in parts))
+    return tuple(rows[1:] if rows[0] == (1,) * DIMENSIONS else rows)
+
+
+# --- files
 
 
 def read_plans_file(path: Path, configuration: str = CONFIGURATION) -> SourcePlan:
-    """Read the plans that a user names: ``plans.json`` of nnU-Net v2, or a ``.pkl`` of nnU-Net v1.
+    """Read ``plans.json`` of nnU-Net v2, or a ``.pkl`` of nnU-Net v1.
 
     Raises:
         PluginError: not such a file, or values that make no sense.
@@ -54,59 +171,46 @@ def read_plans_file(path: Path, configuration: str = CONFIGURATION) -> SourcePla
 
 
 def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
-    """Translate the plans of nnU-Net v1.
+    """Translate the plans of nnU-Net v1: a ``.model.pkl`` (with ``plans`` and ``init``) or a bare
+    plans file.
 
     v1 and v2 store spacing and patch alike (transposed), v1 leaves out the first stage's stride of
     ones, and its scheme for every channel but CT and noNorm is a z-score per image.
-
-    Args:
-        content: a ``.model.pkl`` (with ``plans`` and ``init``) or a bare plans file.
-        where: its name, for messages.
     """
-    trainer = content.get("init", ())
     plans = Fields(content.get("plans", content), where)
     if "plans_per_stage" not in plans:
         raise PluginError(
             f"{where} has no 'plans_per_stage', so spacing and patch size are unknown (the"
-            " published plans.pkl lacks them too). Take the .model.pkl that belongs to the"
-            " checkpoint."
+            " published plans.pkl lacks them too). Take the .model.pkl of the checkpoint."
         )
+    # Arguments of the trainer: the fifth is batch_dice, the sixth the stage.
+    trainer = content.get("init")
+    batch_dice, wanted = trainer[4:6] if isinstance(trainer, tuple) and trainer[5:] else (False, "")
     stages = plans.per_channel("plans_per_stage")
-    wanted = (
-        str(trainer[_INIT_STAGE])
-        if isinstance(trainer, tuple) and len(trainer) > _INIT_STAGE
-        else ""
-    )
-    number = wanted if wanted in stages else list(stages)[-1]
+    number = str(wanted) if str(wanted) in stages else list(stages)[-1]
     stage = Fields(stages[number], f"{where}, stage {number}")
     schemes = plans.per_channel("normalization_schemes")
-    channels = [str(channel) for channel in schemes]
-    masks = plans.per_channel("use_mask_for_norm", dict.fromkeys(channels, False))
-    names = plans.per_channel("modalities", schemes)
-    if not len(schemes) == len(masks) == len(names):
+    if "CT2" in schemes.values():
         raise PluginError(
-            f"{where} has {len(schemes)} normalisation schemes, {len(masks)} masks and {len(names)}"
-            " modalities."
+            f"{where} normalises with 'CT2' (a z-score within the clipping range), which nnU-Net v2"
+            " does not have."
         )
-    normalization = tuple(_v1_normalization(schemes[channel], where) for channel in channels)
+    known = {"CT": CT, "noNorm": "NoNormalization"}
+    normalization = tuple(known.get(str(scheme), ZSCORE) for scheme in schemes.values())
+    # v1 has statistics for CT alone, and None for datasets without CT.
+    properties = Fields(plans.get("dataset_properties", None) or {}, where)
+    statistics = properties.get("intensityproperties", None)
+    table = (
+        Fields({"intensities": statistics}, where).per_channel("intensities") if statistics else {}
+    )
     return SourcePlan(
         origin=where,
-        spacing=stage.positives("current_spacing", DIMENSIONS, whole=False),
-        patch_size=stage.positives("patch_size", DIMENSIONS, whole=True),
         poolings=stage.strides("pool_op_kernel_sizes", DIMENSIONS),
-        batch_size=stage.integer("batch_size", 1),
-        normalization=normalization,
-        mask_for_norm=tuple(Fields(masks, where).boolean(channel) for channel in channels),
-        channel_names=tuple(str(names[channel])[:50] for channel in channels),
-        intensities=_v1_intensities(plans, channels, normalization),
-        transpose_forward=plans.permutation("transpose_forward", DIMENSIONS),
-        transpose_backward=plans.permutation("transpose_backward", DIMENSIONS),
-        median_shape=_median_shape(stage, "median_patient_size_in_voxels"),
-        batch_dice=(
-            bool(trainer[_INIT_BATCH_DICE])
-            if isinstance(trainer, tuple) and len(trainer) > _INIT_BATCH_DICE
-            else False
+        intensities=_intensities(
+            Fields(table, f"{where}, intensities"), normalization, INTENSITIES
         ),
+        batch_dice=bool(batch_dice),
+        **_common(plans, stage, normalization, _names(plans.per_channel("modalities", schemes))),
     )
 
 
@@ -131,57 +235,78 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
         raise PluginError(
             f"{where}: the first stage's stride must be all ones, not {list(strides[0])}."
         )
-    normalization = chosen.per_channel("normalization_schemes")
-    masks = chosen.per_channel("use_mask_for_norm", dict.fromkeys(normalization, False))
-    if len(masks) != len(normalization):
-        raise PluginError(
-            f"{where} has {len(normalization)} normalisation schemes and {len(masks)} masks."
-        )
-    schemes = tuple(
-        Fields(normalization, where).choice(channel, NORMALIZATIONS) for channel in normalization
-    )
-    resampling: dict[str, Any] = {}
-    for key, default in RESAMPLING.items():
-        if isinstance(default, str):
-            resampling[key] = chosen.choice(key, _RESAMPLING_FUNCTIONS, default)
-        else:
-            resampling[key] = _plain_options(chosen.fields(key, default))
+    schemes = chosen.per_channel("normalization_schemes")
+    normalization = tuple(Fields(schemes, where).choice(x, NORMALIZATIONS) for x in schemes)
+    key = "foreground_intensity_properties_per_channel"
+    older = "foreground_intensity_properties_by_modality"
+    table = Fields(plans.get(key, plans.get(older, {})) or {}, f"{where}, {key}")
     return SourcePlan(
         origin=where,
-        spacing=chosen.positives("spacing", DIMENSIONS, whole=False),
-        patch_size=chosen.positives("patch_size", DIMENSIONS, whole=True),
         poolings=strides[1:],
-        batch_size=chosen.integer("batch_size", 1),
-        normalization=schemes,
-        mask_for_norm=tuple(Fields(masks, where).boolean(channel) for channel in masks),
-        channel_names=tuple(f"channel_{channel}" for channel in normalization),
-        intensities=_v2_intensities(plans, schemes),
-        transpose_forward=plans.permutation("transpose_forward", DIMENSIONS, IDENTITY),
-        transpose_backward=plans.permutation("transpose_backward", DIMENSIONS, IDENTITY),
-        median_shape=_median_shape(chosen, "median_image_size_in_voxels"),
+        intensities=_intensities(table, normalization, {name: name for name in INTENSITIES}),
         batch_dice=chosen.boolean("batch_dice", False),
         reader=plans.choice("image_reader_writer", READERS, READERS[0]),
-        resampling=resampling,
+        resampling={
+            key: chosen.choice(key, _RESAMPLING_FUNCTIONS, default)
+            if isinstance(default, str)
+            else _plain_options(chosen.fields(key, default))
+            for key, default in RESAMPLING.items()
+        },
+        **_common(plans, chosen, normalization, tuple(f"channel_{x}" for x in schemes)),
     )
 
 
-def with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> SourcePlan:
+def _common(
+    plans: Fields, chosen: Fields, normalization: tuple[str, ...], names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return what both versions have.
+
+    Args:
+        plans, chosen: the whole file, and its stage or configuration.
+        normalization, names: one per channel.
+    """
+    # v1 keeps the masks beside the stages, v2 in the configuration.
+    holder = chosen if "use_mask_for_norm" in chosen else plans
+    channels = {str(channel): False for channel in range(len(normalization))}
+    masks = holder.per_channel("use_mask_for_norm", channels)
+    if not len(masks) == len(normalization) == len(names):
+        raise PluginError(
+            f"{plans.where} has {len(normalization)} normalisation schemes, {len(masks)} masks and"
+            f" {len(names)} channels."
+        )
+    spacing = "spacing" if "spacing" in chosen else "current_spacing"
+    medians = ("median_image_size_in_voxels", "median_patient_size_in_voxels")
+    median = next((key for key in medians if key in chosen), None)
+    return {
+        "spacing": chosen.positives(spacing, DIMENSIONS, whole=False),
+        "patch_size": chosen.positives("patch_size", DIMENSIONS, whole=True),
+        "batch_size": chosen.integer("batch_size", 1),
+        "normalization": normalization,
+        "channel_names": names,
+        "mask_for_norm": tuple(Fields(masks, plans.where).boolean(channel) for channel in masks),
+        "transpose_forward": plans.permutation("transpose_forward", DIMENSIONS),
+        "transpose_backward": plans.permutation("transpose_backward", DIMENSIONS),
+        "median_shape": chosen.positives(median, DIMENSIONS, whole=False) if median else None,
+    }
+
+
+def _with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> SourcePlan:
     """Take channel names and the images' file ending from a ``dataset.json``, where it has them."""
     fields = Fields(dataset, where)
-    if "channel_names" in fields or "modality" in fields:
-        names = fields.per_channel("channel_names" if "channel_names" in fields else "modality")
-        if len(names) == plan.channels:
-            plan = replace(plan, channel_names=tuple(str(name)[:50] for name in names.values()))
+    key = "channel_names" if "channel_names" in fields else "modality"
+    if key in fields and len(names := _names(fields.per_channel(key))) == plan.channels:
+        plan = replace(plan, channel_names=names)
     ending = fields.get("file_ending", plan.file_ending)
     if plan.reader.startswith("Nibabel") and ending not in NIFTI_ENDINGS:
         ending = NIFTI_ENDINGS[0]
-    if (
-        not isinstance(ending, str)
-        or not ending.startswith(".")
-        or not ending.replace(".", "").isalnum()
-    ):
+    plain = isinstance(ending, str) and ending.replace(".", "").isalnum()
+    if not plain or not ending.startswith("."):
         raise fields.wrong("file_ending", "an ending such as .nii.gz")
     return replace(plan, file_ending=ending)
+
+
+def _names(table: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(name)[:50] for name in table.values())
 
 
 def _resolve_configuration(plans: Fields, name: str) -> Fields:
@@ -198,58 +323,28 @@ def _resolve_configuration(plans: Fields, name: str) -> Fields:
     raise PluginError(f"{plans.where}: the configuration {name} inherits without end.")
 
 
-def _median_shape(fields: Fields, key: str) -> tuple[float, ...] | None:
-    return fields.positives(key, DIMENSIONS, whole=False) if key in fields else None
-
-
-def _v1_normalization(scheme: object, where: str) -> str:
-    if scheme == "CT2":
-        raise PluginError(
-            f"{where} normalises with 'CT2' (a z-score within the clipping range), which nnU-Net v2"
-            " does not have."
-        )
-    return {"CT": CT, "noNorm": "NoNormalization"}.get(str(scheme), ZSCORE)
-
-
-def _v1_intensities(
-    plans: Fields, channels: list[str], normalization: tuple[str, ...]
+def _intensities(
+    table: Fields, normalization: tuple[str, ...], names: Mapping[str, str]
 ) -> tuple[dict[str, float], ...]:
-    """Foreground statistics; v1 has them for CT alone, and ``None`` for datasets without CT."""
-    properties = plans.get("dataset_properties", None) or {}
-    statistics = Fields(properties, plans.where).get("intensityproperties", None)
-    table = (
-        Fields({"intensities": statistics}, plans.where).per_channel("intensities")
-        if statistics
-        else {}
-    )
-    found = []
-    for channel, scheme in zip(channels, normalization, strict=True):
-        entry = Fields(table.get(channel, {}), f"{plans.where}, intensities of channel {channel}")
-        wanted = {name: _V1_INTENSITIES.get(name, name) for name in INTENSITIES}
-        found.append(
-            {name: entry.number(v1) for name, v1 in wanted.items() if scheme == CT or v1 in entry}
-        )
-    return tuple(found)
+    """Return the foreground statistics of each channel; those of a CT are needed.
 
-
-def _v2_intensities(plans: Fields, schemes: tuple[str, ...]) -> tuple[dict[str, float], ...]:
-    key = "foreground_intensity_properties_per_channel"
-    older = "foreground_intensity_properties_by_modality"
-    table = Fields(plans.get(key, plans.get(older, {})) or {}, f"{plans.where}, {key}")
+    Args:
+        table: channel to statistics.
+        normalization: one per channel.
+        names: v2's name of each statistic to that in the table.
+    """
     found = []
-    for channel, scheme in enumerate(schemes):
+    for channel, scheme in enumerate(normalization):
         entry = table.fields(str(channel), {})
-        found.append(
-            {name: entry.number(name) for name in INTENSITIES if scheme == CT or name in entry}
-        )
+        wanted = {name: given for name, given in names.items() if scheme == CT or given in entry}
+        found.append({name: entry.number(given) for name, given in wanted.items()})
     return tuple(found)
 
 
 def _plain_options(options: Fields) -> dict[str, Any]:
     """Keyword arguments of a resampling function: numbers, text, true, false or nothing."""
     for name, value in options.values.items():
-        if not isinstance(name, str) or not (
-            value is None or isinstance(value, (bool, str)) or is_number(value)
-        ):
+        plain = value is None or isinstance(value, (bool, str)) or is_number(value)
+        if not isinstance(name, str) or not plain:
             raise options.wrong(name, "a number, text, true, false or null")
     return dict(options.values)

@@ -1,4 +1,5 @@
-"""Safe loading of untrusted checkpoints and plans: nothing in a file can run code.
+"""Safe loading of untrusted checkpoints and plans: the format is told from the content, and nothing
+in a file can run code.
 
 Tensors come through ``torch.load(weights_only=True)`` with numpy's scalars as the one addition,
 plans of nnU-Net v1 through an unpickler that knows containers, numbers, text and numeric arrays.
@@ -8,123 +9,213 @@ stand-ins take their place: numeric types only, sizes checked, Python numbers ou
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import pickletools
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
+from enum import Enum
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.weights.file_formats import DOWNLOAD_AGAIN, FileFormat, recognise
 
 MAX_PLANS_BYTES = 16 * 1024**2
 """Published plans take under 2 kB; those of a large dataset, which list every image, some MB."""
 
 MINIMUM_TORCH = (2, 6)
-
-_NUMBER_CODE = re.compile(r"b1|[iu][1248]|f[248]")
-"""numpy's codes of booleans, integers and floats; nothing with objects, fields, text or dates."""
-_CORES = ("numpy.core", "numpy._core")
-"""numpy 2 renamed the module; files of both exist."""
 _MAX_DEPTH = 50
 _MAX_VALUES = 2_000_000
-_CONTAINERS = (dict, list, tuple, set, frozenset)
-# What may stand in a pickle of plans: no opcode that names classes in older ways, persistent
-# objects or buffers elsewhere.
-_FORBIDDEN_OPCODES = {
-    "INST",
-    "OBJ",
-    "NEWOBJ",
-    "NEWOBJ_EX",
-    "EXT1",
-    "EXT2",
-    "EXT4",
-    "PERSID",
-    "BINPERSID",
-    "NEXT_BUFFER",
-}
-_MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"}
 
 
-def load_checkpoint(path: Path, file_format: FileFormat | None = None) -> dict[str, Any]:
-    """Read a torch checkpoint of either format onto the CPU; the tensors of a zip-format file stay
-    mapped to the file.
+class FileFormat(Enum):
+    """The formats that are read here."""
+
+    TORCH_ZIP = "torch file (zip format)"
+    TORCH_LEGACY = "torch file (format before torch 1.6)"
+    PICKLE = "plain pickle"
+
+
+# --- formats
+
+_DOWNLOAD_AGAIN = "Download it again and compare its size with what the download page says"
+# The number that torch.save wrote first before 1.6 (0x1950a86a20f9469cfc6c), as pickle writes it.
+_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+_OTHER_FILES = (
+    (
+        rb"\s*<(!doctype|html|head|\?xml|!--)|(?s:.{,1024})<html",
+        "a web page (HTML), which a failed download leaves. Open the address in a browser, or take"
+        " the file from hf://ziyanhuang/STU-Net",
+    ),
+    (
+        rb"(?s:.{257})ustar",
+        "a tar archive (torch's format before 0.1.10 is one too). Unpack it, or save it again with"
+        " a newer torch",
+    ),
+    (
+        rb"(?s:.{344})n[+i]1\0",
+        "a NIfTI image, not a checkpoint. Images are for nnUNetv2_predict -i",
+    ),
+    (rb"\x1f\x8b", "a gzip archive: unpack it first"),
+    (rb"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (rb"Rar!", "a rar archive: unpack it first"),
+    (rb"\x89HDF", "an HDF5 file, which no release of STU-Net uses"),
+    (
+        rb"version https://git-lfs",
+        "a Git LFS pointer, not the file that it points to: fetch that with `git lfs pull`",
+    ),
+    (rb"\s*\{", "text (JSON), often the error message of a download"),
+)
+"""How other files begin, and what they are."""
+
+
+def recognise(path: Path) -> FileFormat:
+    """Return the format of a file; nothing is unpickled, and its name counts for nothing.
 
     Raises:
-        PluginError: the file is no torch checkpoint, is damaged, or asks for anything beside
-            tensors, numbers, text and containers.
+        PluginError: none of the known ones, truncated, or a zip archive that torch did not write.
     """
-    file_format = file_format or recognise(path)
+    if path.is_dir():
+        raise PluginError(
+            f"{path} is a folder. Name the checkpoint file in it, such as {path}/base_ep4k.model."
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError as error:
+        raise PluginError(f"{path}: there is no such file.") from error
+    except OSError as error:
+        raise PluginError(f"{path} cannot be read ({error.strerror}).") from error
+    if not head:
+        raise PluginError(f"{path} is empty. {_DOWNLOAD_AGAIN}.")
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        _check_torch_zip(path)
+        return FileFormat.TORCH_ZIP
+    if _LEGACY_MAGIC in head[:64]:
+        return FileFormat.TORCH_LEGACY
+    if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return FileFormat.PICKLE
+    start = head.removeprefix(b"\xef\xbb\xbf")
+    with contextlib.suppress(zlib.error):
+        # An image may be packed, an archive is what it is.
+        unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head)
+        start = unpacked if unpacked[345:348] in (b"+1\0", b"i1\0") else head
+    for pattern, description in _OTHER_FILES:
+        if re.match(pattern, start, re.IGNORECASE):
+            raise PluginError(f"{path} is {description}.")
+    raise PluginError(
+        f"{path} is no checkpoint: it starts with {head[:16]!r}. Expected a file written by"
+        f" torch.save (nnU-Net v1 .model, nnU-Net v2 .pth). {_DOWNLOAD_AGAIN}."
+    )
+
+
+def check_integrity(path: Path) -> None:
+    """Raise unless the checksums of a zip-format file hold; reads it once as a whole."""
+    if zipfile.is_zipfile(path):
+        with _open_zip(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise PluginError(
+                f"{path} is damaged: the checksum of its part {damaged} is wrong."
+                f" {_DOWNLOAD_AGAIN}."
+            )
+
+
+@contextlib.contextmanager
+def _open_zip(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        if isinstance(error, PluginError):
+            raise
+        raise PluginError(
+            f"{path} begins like a zip-format torch file, but is truncated or damaged ({error};"
+            f" {path.stat().st_size} bytes are there). {_DOWNLOAD_AGAIN}."
+        ) from error
+
+
+def _check_torch_zip(path: Path) -> None:
+    """Raise unless the archive has the layout that torch.save gives it, and nothing beside it."""
+    with _open_zip(path) as archive:
+        entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    top = names[0].partition("/")[0] if names else ""
+    outside = [x for x in names if re.search(r"^/|\\|:", x) or ".." in PurePosixPath(x).parts]
+    reason = ""
+    if outside:
+        reason = f"its entry {outside[0]!r} points outside of the archive"
+    elif len(set(names)) != len(names):
+        reason = "it names the same entry twice"
+    elif f"{top}/data.pkl" not in names or not all(x.startswith(f"{top}/") for x in names):
+        raise PluginError(
+            f"{path} is a zip archive, but no torch file ({len(names)} entries, for example"
+            f" {names[:3]}). If it holds a model folder, unpack it and name the checkpoint in it;"
+            " models of nnU-Net v2 are installed with nnUNetv2_install_pretrained_model_from_zip."
+        )
+    elif any(x == f"{top}/constants.pkl" or x.startswith(f"{top}/code/") for x in names):
+        reason = "it is a TorchScript program, which is code"
+    elif any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+        reason = "entries are compressed or encrypted"
+    if reason:
+        raise PluginError(f"{path} is refused: {reason}. Expected a file written by torch.save.")
+
+
+# --- checkpoints
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a torch checkpoint onto the CPU; tensors of a zip-format file stay mapped to the file.
+
+    Raises:
+        PluginError: no torch checkpoint, damaged, or it asks for anything beside tensors, numbers,
+            text and containers.
+    """
+    file_format = recognise(path)
     if file_format is FileFormat.PICKLE:
         raise PluginError(
             f"{path} is a plain pickle, not a checkpoint with weights; nothing in it was run. If it"
-            " is the NAME.model.pkl that belongs to an nnU-Net v1 checkpoint, name NAME.model"
-            " instead: the .pkl beside it is found."
+            " is the NAME.model.pkl of an nnU-Net v1 checkpoint, name NAME.model instead."
         )
     import torch
 
     if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < MINIMUM_TORCH:
-        needed = ".".join(map(str, MINIMUM_TORCH))
         raise PluginError(
-            f"Reading checkpoints safely needs torch {needed} or newer (numpy's scalars cannot be"
-            f" allowed by name before), this is {torch.__version__}. Run: pip install --upgrade"
-            f" 'torch>={needed}'"
+            "Reading checkpoints safely needs torch 2.6 or newer, this is"
+            f" {torch.__version__}. Run: pip install --upgrade 'torch>=2.6'"
         )
-    allowed: list[Any] = [
-        (stand_in, f"{module}.{name}") for (module, name), stand_in in _SCALARS.items()
-    ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            checkpoint = torch.load(
-                path,
-                map_location="cpu",
-                weights_only=True,
-                mmap=file_format is FileFormat.TORCH_ZIP,
-            )
-    except Exception as error:  # a hostile or damaged file can fail in any way
-        raise PluginError(f"{path} is refused: {_why(error)}") from error
-    if not isinstance(checkpoint, dict):
-        raise PluginError(
-            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint (a dict with weights and"
-            " their origin)."
-        )
-    return plain_dict(checkpoint)
+    allowed: list[Any] = [(stand_in, ".".join(name)) for name, stand_in in _SCALARS.items()]
+    mapped = file_format is FileFormat.TORCH_ZIP
+    with _refusing(path), torch.serialization.safe_globals(allowed):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return plain_dict(_as_dict(checkpoint, path, "a checkpoint"))
 
 
 def load_plans_pickle(path: Path) -> dict[str, Any]:
-    """Read the pickled plans of nnU-Net v1 as plain Python: dicts, lists, tuples, numbers, text.
-
-    Numpy arrays arrive as nested lists, numpy scalars as numbers, OrderedDicts as dicts.
+    """Read the pickled plans of nnU-Net v1 as plain Python: numpy arrays become nested lists, numpy
+    scalars numbers, OrderedDicts dicts.
 
     Raises:
-        PluginError: not a pickle, damaged, too large, or it asks for anything else; nothing in it
-            is run.
+        PluginError: not a pickle, damaged, too large, or it asks for anything else.
     """
     if recognise(path) is not FileFormat.PICKLE:
-        raise PluginError(
-            f"{path} is a torch file, not the pickled plans of nnU-Net v1 (NAME.model.pkl)."
-        )
+        raise PluginError(f"{path} is no pickle. Expected the NAME.model.pkl of nnU-Net v1.")
     if path.stat().st_size > MAX_PLANS_BYTES:
         raise PluginError(
             f"{path} is refused: plans take a few kB, this file {path.stat().st_size} bytes."
         )
     content = path.read_bytes()
-    try:
+    with _refusing(path):
         _check_opcodes(content)
         value = _plain(_PlansUnpickler(io.BytesIO(content)).load(), _MAX_DEPTH, [0])
-    except Exception as error:  # a hostile or damaged file can fail in any way
-        raise PluginError(f"{path} is refused: {_why(error)}") from error
-    if not isinstance(value, dict):
-        raise PluginError(
-            f"{path} holds a {type(value).__name__}, not the plans of nnU-Net v1 (a dict)."
-        )
-    return value
+    return _as_dict(value, path, "the plans of nnU-Net v1")
 
 
 def plain_copy(value: Any, where: str) -> Any:
@@ -133,16 +224,72 @@ def plain_copy(value: Any, where: str) -> Any:
     Raises:
         PluginError: it holds anything but containers, numbers and text, or is nested without end.
     """
-    try:
+    with _refusing(where):
         return _plain(value, _MAX_DEPTH, [0])
-    except (UnpicklingError, TypeError) as error:
-        raise PluginError(f"{where} is refused: {_why(error)}") from error
 
 
 def plain_dict(mapping: dict[Any, Any]) -> dict[Any, Any]:
-    """Copy a dict from a checkpoint without calling methods that the file may have replaced on
-    it."""
+    """Copy a dict of a checkpoint without calling methods that the file may have replaced."""
     return dict(dict.items(mapping))
+
+
+def _as_dict(value: Any, path: Path, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PluginError(f"{path} holds a {type(value).__name__}, not {what} (a dict).")
+    return value
+
+
+@contextlib.contextmanager
+def _refusing(what: object) -> Any:
+    """Turn what a reader raises into a sentence; torch's own advice to trust the file must not be
+    passed on."""
+    try:
+        yield
+    except Exception as error:  # a hostile or damaged file can fail in any way
+        text = str(error)
+        # torch wraps the reason of its own unpickler into advice, which ends with this.
+        inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+        unsupported = re.search(r"GLOBAL (\S+) (?:was not|whose)", text)
+        ends = isinstance(error, (EOFError, MemoryError)) or re.search("EOF|unexpected pos", text)
+        if unsupported and not unsupported[1].endswith("."):
+            reason = _forbidden(unsupported[1])
+        elif unsupported or ends:
+            reason = f"it ends too early or is damaged. {_DOWNLOAD_AGAIN}"
+        elif isinstance(error, UnpicklingError) and not inner:
+            reason = text
+        else:
+            detail = inner[1] if inner else f"{type(error).__name__}: {text}"
+            first_line = detail.strip().partition("\n")[0][:200]
+            reason = f"it cannot be read as tensors, numbers and containers ({first_line})"
+        raise PluginError(f"{what} is refused: {reason.removesuffix('.')}.") from error
+
+
+def _forbidden(name: str) -> str:
+    return f"it asks for {name}, which weights and plans have no use for. Nothing in it was run"
+
+
+def _plain(value: Any, depth: int, count: list[int]) -> Any:
+    """Return a copy in plain Python; ``count`` holds the number of values seen so far."""
+    count[0] += 1
+    if depth == 0 or count[0] > _MAX_VALUES:
+        raise UnpicklingError("it is nested without end")
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, dict):
+        items = dict.items(value)
+        return {_plain(k, depth - 1, count): _plain(v, depth - 1, count) for k, v in items}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value)(_plain(entry, depth - 1, count) for entry in value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    raise UnpicklingError(f"it holds a {type(value).__name__}")
+
+
+# --- pickled plans
+
+# Opcodes that name classes in older ways, or objects and buffers outside of the file.
+_FORBIDDEN = re.compile("INST|OBJ|NEWOBJ(_EX)?|EXT[124]|(BIN)?PERSID|NEXT_BUFFER")
+_MEMO = re.compile("((LONG_)?BIN)?(PUT|GET)")
 
 
 class _PlansUnpickler(pickle.Unpickler):
@@ -154,9 +301,6 @@ class _PlansUnpickler(pickle.Unpickler):
         except KeyError:
             raise UnpicklingError(_forbidden(f"{module}.{name}")) from None
 
-    def persistent_load(self, identifier: Any) -> Any:
-        raise UnpicklingError("it refers to objects outside of the file")
-
 
 def _check_opcodes(content: bytes) -> None:
     """Look through a pickle without running it: its names, and numbers that would make the
@@ -166,95 +310,40 @@ def _check_opcodes(content: bytes) -> None:
             module, _, name = str(argument).partition(" ")
             if (module, name) not in _STAND_INS:
                 raise UnpicklingError(_forbidden(f"{module}.{name}"))
-        if opcode.name in _FORBIDDEN_OPCODES:
+        if _FORBIDDEN.fullmatch(opcode.name):
             raise UnpicklingError(
                 f"its instruction {opcode.name} at byte {position} makes objects, which plans never"
                 " need"
             )
-        if opcode.name in _MEMO_OPCODES and int(argument or 0) > len(content):
+        if _MEMO.fullmatch(opcode.name) and int(argument or 0) > len(content):
             raise UnpicklingError("it is built to take all memory")
-
-
-def _plain(value: Any, depth: int, count: list[int]) -> Any:
-    """Return a copy in plain Python; ``count`` is the number of values seen so far (one list for
-    the whole walk)."""
-    count[0] += 1
-    if depth == 0 or count[0] > _MAX_VALUES:
-        raise UnpicklingError("it is nested without end")
-    if isinstance(value, _Array):
-        return value.values
-    if isinstance(value, dict):
-        return {
-            _plain(key, depth - 1, count): _plain(entry, depth - 1, count)
-            for key, entry in dict.items(value)
-        }
-    if isinstance(value, _CONTAINERS):
-        return type(value)(_plain(entry, depth - 1, count) for entry in value)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return value
-    raise UnpicklingError(f"it holds a {type(value).__name__}")
-
-
-def _forbidden(name: str) -> str:
-    return (
-        f"it asks for {name}, which a file with weights or plans has no use for. Nothing in it"
-        " was run"
-    )
-
-
-def _why(error: Exception) -> str:
-    """Turn what a reader raised into a sentence; torch's own advice to trust the file must not be
-    passed on."""
-    text = str(error)
-    # torch wraps the reason of its own unpickler into advice, which ends with this.
-    inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    unsupported = re.search(r"GLOBAL (\S+) (?:was not|whose)", text)
-    if unsupported and not unsupported.group(1).endswith("."):
-        reason = _forbidden(unsupported.group(1))
-    elif (
-        unsupported
-        or isinstance(error, (EOFError, MemoryError))
-        or "EOF" in text
-        or "unexpected pos" in text
-    ):
-        reason = f"it ends too early or is damaged. {DOWNLOAD_AGAIN.removesuffix('.')}"
-    elif isinstance(error, UnpicklingError) and not inner:
-        reason = text
-    else:
-        detail = inner.group(1) if inner else f"{type(error).__name__}: {text}"
-        first_line = detail.strip().partition("\n")[0]
-        reason = f"it cannot be read as tensors, numbers and containers ({first_line[:200]})"
-    return f"{reason.removesuffix('.')}."
 
 
 class _Dtype:
     """Stands for ``numpy.dtype(code)``; the pickle hands the byte order over afterwards."""
 
     def __init__(self, code: str, align: object = False, copy: object = False) -> None:
-        if not isinstance(code, str) or not _NUMBER_CODE.fullmatch(code):
+        # Booleans, integers and floats; nothing with objects, fields, text or dates.
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
             raise UnpicklingError(f"numpy type {code!r} is not allowed, only numbers are")
         self.numpy = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
         # numpy: (version, byte order, subarray, names, fields, element size, alignment, flags).
-        if (
-            not isinstance(state, tuple)
-            or len(state) != 8
-            or any(part is not None for part in state[2:5])
-        ):
+        known = isinstance(state, tuple) and len(state) == 8
+        if not known or any(part is not None for part in state[2:5]):
             raise UnpicklingError("numpy types with fields are not allowed")
-        order = state[1]
-        if order not in ("<", ">", "=", "|"):
-            raise UnpicklingError(f"unknown byte order {order!r}")
-        self.numpy = self.numpy.newbyteorder(order)
+        if state[1] not in ("<", ">", "=", "|"):
+            raise UnpicklingError(f"unknown byte order {state[1]!r}")
+        self.numpy = self.numpy.newbyteorder(state[1])
 
 
 class _Array:
     """Stands for a numpy array; ``values`` are nested lists once the pickle has handed the content
     over."""
 
-    def __init__(self) -> None:
-        self.values: Any = []
+    def __init__(self, values: Any = ()) -> None:
+        self.values = values
 
     def __setstate__(self, state: Any) -> None:
         # numpy: (version, shape, dtype, whether Fortran order, bytes).
@@ -265,8 +354,7 @@ class _Array:
 
 
 class _StandIn:
-    """A function that a pickle may call. The pickle cannot alter it: there is nothing to set on
-    it."""
+    """A function that a pickle may call, with nothing to set on it."""
 
     __slots__ = ("_function",)
     _function: Callable[..., Any]
@@ -281,23 +369,6 @@ class _StandIn:
         raise UnpicklingError("a pickle may not change functions")
 
 
-def _scalar(dtype: object, data: object) -> Any:
-    """Return the Python number of a pickled numpy scalar."""
-    return _array(data, dtype, (), "C").item()
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _from_buffer(data: object, dtype: object, shape: object, order: object) -> _Array:
-    array = _Array()
-    array.values = _array(
-        bytes(data) if isinstance(data, bytearray) else data, dtype, shape, order
-    ).tolist()
-    return array
-
-
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     # How protocol 2 writes bytes; other encodings would import modules by name.
     if not isinstance(text, str) or encoding != "latin1":
@@ -306,6 +377,7 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
 
 
 def _array(data: object, dtype: object, shape: object, order: object) -> np.ndarray:
+    data = bytes(data) if isinstance(data, bytearray) else data
     if not isinstance(dtype, _Dtype):
         raise UnpicklingError("a numpy value without a type")
     if not isinstance(data, bytes):
@@ -317,23 +389,33 @@ def _array(data: object, dtype: object, shape: object, order: object) -> np.ndar
     return np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
 
 
+def _scalar(dtype: object, data: object) -> Any:
+    return _array(data, dtype, (), "C").item()
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _from_buffer(data: object, dtype: object, shape: object, order: object) -> _Array:
+    return _Array(_array(data, dtype, shape, order).tolist())
+
+
+_CORES = ("numpy.core", "numpy._core")  # numpy 2 renamed it; files of both exist
 _SCALARS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
     **{(f"{core}.multiarray", "scalar"): _scalar for core in _CORES},
 }
 """Enough for the numpy scalars in checkpoints."""
 
-_STAND_INS: dict[tuple[str, str], Any] = {
-    **{name: _StandIn(stand_in) for name, stand_in in _SCALARS.items()},
-    ("collections", "OrderedDict"): _StandIn(dict),
-    **{
-        (builtins, kind.__name__): _StandIn(kind)
-        for builtins in ("builtins", "__builtin__")
-        for kind in (set, frozenset)
-    },
-    ("_codecs", "encode"): _StandIn(_encode),
-    ("numpy", "ndarray"): _StandIn(_reconstruct),
-    **{(f"{core}.multiarray", "_reconstruct"): _StandIn(_reconstruct) for core in _CORES},
-    **{(f"{core}.numeric", "_frombuffer"): _StandIn(_from_buffer) for core in _CORES},
+_CALLABLE: dict[tuple[str, str], Any] = {
+    **_SCALARS,
+    ("collections", "OrderedDict"): dict,
+    **{(x, kind.__name__): kind for x in ("builtins", "__builtin__") for kind in (set, frozenset)},
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): _reconstruct,
+    **{(f"{core}.multiarray", "_reconstruct"): _reconstruct for core in _CORES},
+    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in _CORES},
 }
+_STAND_INS = {name: _StandIn(function) for name, function in _CALLABLE.items()}
 """All that the plans of nnU-Net v1 may call."""

@@ -1,5 +1,5 @@
-"""What is known of the plan that weights were trained with, and the nnU-Net v2 plans file made of
-it."""
+"""Plan that weights were trained with, as far as it is known, and the plans file of nnU-Net v2 made
+of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ RESAMPLING: dict[str, Any] = {
 """nnU-Net's defaults, v1 and v2 alike: cubic for images, linear for labels and probabilities,
 nearest across thick slices."""
 
-INTENSITIES = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
 IDENTITY = tuple(range(DIMENSIONS))
 
 
@@ -39,17 +38,10 @@ class SourcePlan:
 
     Attributes:
         origin: where it comes from, for people.
-        spacing, patch_size, batch_size: of the training.
-        poolings: strides of the stages after the first, as the plan has them (not yet fitted to the
-            network).
-        normalization, mask_for_norm, channel_names: one per channel.
-        intensities: per channel, foreground statistics by nnU-Net's names; empty where the plan has
-            none.
-        transpose_forward, transpose_backward: nnU-Net's.
+        poolings: strides of the stages after the first, not yet fitted to the network.
+        normalization, mask_for_norm, channel_names, intensities: one per channel; intensities are
+            foreground statistics by nnU-Net's names, empty where the plan has none.
         median_shape: of the training images after resampling; None where unknown.
-        batch_dice: nnU-Net's.
-        reader: of :data:`READERS`.
-        file_ending: of the images.
         resampling: the six ``resampling_*`` entries.
         published: these are the plan and labels of the published weights.
     """
@@ -58,11 +50,11 @@ class SourcePlan:
     spacing: tuple[float, ...]
     patch_size: tuple[int, ...]
     poolings: Strides
+    normalization: tuple[str, ...]
+    mask_for_norm: tuple[bool, ...]
+    channel_names: tuple[str, ...]
+    intensities: tuple[dict[str, float], ...]
     batch_size: int = 2
-    normalization: tuple[str, ...] = (ZSCORE,)
-    mask_for_norm: tuple[bool, ...] = (False,)
-    channel_names: tuple[str, ...] = ("nonCT",)
-    intensities: tuple[dict[str, float], ...] = ({},)
     transpose_forward: tuple[int, ...] = IDENTITY
     transpose_backward: tuple[int, ...] = IDENTITY
     median_shape: tuple[float, ...] | None = None
@@ -81,9 +73,6 @@ class SourcePlan:
 
         The published topology cuts or pads the poolings to its six stages; any other depth must be
         the plan's own.
-
-        Raises:
-            PluginError: the plan has another depth.
         """
         full: Strides = ((1,) * DIMENSIONS, *self.poolings)
         if stages == NUM_STAGES:
@@ -105,46 +94,29 @@ class SourcePlan:
                 f" ({self.origin}) has {self.channels}. Give the plan that they were trained with:"
                 " --plans FILE."
             )
-        advice = (
-            "Give the plan that the weights were trained with (--plans), or --patch-size and"
-            " --strides."
-        )
-        strides = self.strides(weights.stages)
         check_patch_size(
             self.patch_size,
-            strides,
+            self.strides(len(weights.features)),
             f"The network with the strides of the plan ({self.origin})",
-            advice,
+            "Give the plan that the weights were trained with (--plans), or --patch-size and"
+            " --strides.",
         )
 
     def with_channels(self, channels: int) -> SourcePlan:
-        """Return the plan for a stem inflated to so many channels: the channels' settings over and
-        over."""
-        if channels == self.channels:
-            return self
+        """Return the plan for so many channels: the channels' settings over and over."""
+        names = ("normalization", "mask_for_norm", "channel_names", "intensities")
         order = [channel % self.channels for channel in range(channels)]
-        return replace(
-            self,
-            normalization=tuple(self.normalization[channel] for channel in order),
-            mask_for_norm=tuple(self.mask_for_norm[channel] for channel in order),
-            channel_names=tuple(self.channel_names[channel] for channel in order),
-            intensities=tuple(self.intensities[channel] for channel in order),
-        )
+        changes: dict[str, Any] = {x: tuple(getattr(self, x)[i] for i in order) for x in names}
+        return replace(self, **changes)
 
     def to_plans(self, weights: NetworkWeights, dataset_name: str) -> dict[str, Any]:
-        """Return the content of ``plans.json``.
-
-        Args:
-            weights: whose architecture the plan carries.
-            dataset_name: ``DatasetXXX_NAME``.
-        """
-        # nnU-Net asks for these two, but uses them for nothing once a model is trained.
+        """Return the content of ``plans.json``; the architecture is that of the weights."""
         median_shape = list(self.median_shape or self.patch_size)
-        spacing = list(self.spacing)
         return {
             "dataset_name": dataset_name,
             "plans_name": PLANS_NAME,
-            "original_median_spacing_after_transp": spacing,
+            # nnU-Net asks for these two, but uses them for nothing once a model is trained.
+            "original_median_spacing_after_transp": list(self.spacing),
             "original_median_shape_after_transp": [round(size) for size in median_shape],
             "image_reader_writer": self.reader,
             "transpose_forward": list(self.transpose_forward),
@@ -156,11 +128,11 @@ class SourcePlan:
                     "batch_size": self.batch_size,
                     "patch_size": list(self.patch_size),
                     "median_image_size_in_voxels": median_shape,
-                    "spacing": spacing,
+                    "spacing": list(self.spacing),
                     "normalization_schemes": list(self.normalization),
                     "use_mask_for_norm": list(self.mask_for_norm),
                     **self.resampling,
-                    "architecture": weights.architecture(self.strides(weights.stages)),
+                    "architecture": weights.architecture(self.strides(len(weights.features))),
                     "batch_dice": self.batch_dice,
                 }
             },
@@ -174,13 +146,10 @@ class SourcePlan:
 
     def summary(self) -> str:
         """Return the plan in one line."""
-        normalization = (
-            self.normalization[0]
-            if len(set(self.normalization)) == 1
-            else ", ".join(self.normalization)
-        )
+        same = len(set(self.normalization)) == 1
         return (
             f"spacing {' x '.join(f'{value:g}' for value in self.spacing)} mm, patch"
             f" {' x '.join(map(str, self.patch_size))}, batch {self.batch_size}, poolings"
-            f" {[list(stage) for stage in self.poolings]}, {normalization}, {self.reader}"
+            f" {[list(stage) for stage in self.poolings]},"
+            f" {', '.join(self.normalization[:1] if same else self.normalization)}, {self.reader}"
         )

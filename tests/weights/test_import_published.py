@@ -22,9 +22,9 @@ from stunet_plugin.commands.import_ import Import
 from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
-from stunet_plugin.weights.choose_plan import choose_plan, published_facts
 from stunet_plugin.weights.identify import Origin
-from stunet_plugin.weights.locate import Source
+from stunet_plugin.weights.locate import Source, published_facts
+from stunet_plugin.weights.read_plans import choose_plan
 from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.stunet import read_stunet
 

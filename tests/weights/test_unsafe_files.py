@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.weights.identify import read_weights
 from stunet_plugin.weights.read_plans import read_plans_file
-from stunet_plugin.weights.read_weights import read_weights
 from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickle
 
 import import_helpers as helpers
