@@ -9,7 +9,6 @@ The arguments are those of ``nnUNetv2_train``; what each process does is nnU-Net
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import joblib
 import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
@@ -40,6 +40,13 @@ lets them wait for each other."""
 EXAMPLE = (
     "torchrun --nproc-per-node 2 -m stunet_plugin.launch 4 3d_fullres 0 -tr STUNetTrainer_large"
 )
+SWITCHES = {
+    "--npz": "keep the probabilities of the final validation",
+    "--c": "continue from the latest checkpoint",
+    "--val": "validate a finished training, do not train",
+    "--val_best": "validate with checkpoint_best",
+    "--disable_checkpointing": "write no checkpoint",
+}
 RESUME = "To resume from the latest checkpoint, start the same command with --c."
 
 
@@ -58,10 +65,7 @@ class Process(NamedTuple):
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
             return cls(*(int(os.environ[name]) for name in names))
         except (KeyError, ValueError) as error:
-            raise PluginError(
-                f"This has to be started by torchrun: {EXAMPLE}. For a single process there is"
-                " nnUNetv2_train."
-            ) from error
+            raise PluginError(f"This has to be started by torchrun: {EXAMPLE}") from error
 
     def __str__(self) -> str:
         return f"Process {self.rank} of {self.processes} on {socket.gethostname()}"
@@ -91,15 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("-p", default="nnUNetPlans", help="name of the plans")
     add("-pretrained_weights", help="checkpoint whose weights the training starts from")
     add("-num_gpus", type=int, help=argparse.SUPPRESS)
-    switch = functools.partial(add, action="store_true")
-    switch("--npz", help="keep the probabilities of the final validation")
-    switch("--c", help="continue from the latest checkpoint")
-    switch("--val", help="validate a finished training, do not train")
-    switch("--val_best", help="validate with checkpoint_best")
-    switch("--disable_checkpointing", help="write no checkpoint")
-    device = "one GPU for each process, or the CPU"
+    for name, meaning in SWITCHES.items():
+        add(name, action="store_true", help=meaning)
+    device, timeout = "one GPU for each process, or the CPU", "end if one waits so long for another"
     add("-device", choices=("cuda", "cpu"), default="cuda", help=device)
-    timeout = "end if a process has waited so long for another"
     add("--timeout", type=float, default=TIMEOUT_MINUTES, metavar="MINUTES", help=timeout)
     return parser
 
@@ -118,20 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if process.local_processes != process.processes and nnUNet_results.is_set():
                 check_results_are_shared()
             train(options, process, device)
+        return 0
     except PluginError as error:
-        said, code = f"{process or 'stunet_plugin.launch'}: {error}", 2
         tell_torchrun(str(error))
+        said, code = f"{process or 'stunet_plugin.launch'}: {error}", 2
     except KeyboardInterrupt:
-        first = process is None or process.local_rank == 0
-        said, code = f"{process} was interrupted. {RESUME}" if first else "", 130
+        said, code = f"{process} was interrupted. {RESUME}", 130
     except Exception as error:
-        traceback.print_exc()
         # Not told to torchrun: it would take a process that lost its connection to a killed one for
         # the first.
+        traceback.print_exc()
         said, code = f"{process} stops: {type(error).__name__}: {str(error)[:500]}\n", 1
         said += "All processes of this training end; look for the one that stopped first. " + RESUME
-    else:
-        return 0
     print(said, file=sys.stderr, flush=True)
     return code
 
@@ -163,9 +160,7 @@ def choose_device(kind: str, process: Process) -> torch.device:
     """Return this process's device, and give it its share of the machine's cores."""
     if kind == "cpu":
         # nnU-Net takes all cores, since it is alone.
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        count = len(cores) or os.cpu_count() or 1
-        torch.set_num_threads(max(1, count // process.local_processes))
+        torch.set_num_threads(max(1, joblib.cpu_count() // process.local_processes))
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if process.local_rank >= gpus:
@@ -182,7 +177,7 @@ def choose_device(kind: str, process: Process) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
-    """Join the processes that torchrun started, over NCCL between GPUs and gloo on the CPU."""
+    """Join the other processes, over NCCL between GPUs and gloo on the CPU."""
     backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     timeout = timedelta(minutes=timeout_minutes)
     distributed.init_process_group(backend, timeout=timeout, device_id=gpu)

@@ -31,10 +31,8 @@ def find_command(name: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
-        raise PluginError(
-            f"The command {name} is not beside {sys.executable} and not on the PATH. Reinstall"
-            " nnunetv2."
-        )
+        where = f"beside {sys.executable}, nor on the PATH"
+        raise PluginError(f"The command {name} is not {where}. Reinstall nnunetv2.")
     return found
 
 
@@ -61,15 +59,12 @@ def _keep_default_in_forked_workers() -> None:
     """
     if not hasattr(os, "register_at_fork"):
         return
-
-    def hold() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    terminate = {signal.SIGTERM}
+    release = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, terminate)
 
     def release_with_default() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         release()
 
+    hold = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, terminate)
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_with_default)

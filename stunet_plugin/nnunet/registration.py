@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,10 +73,8 @@ def find_host() -> Path:
     version = host_version()
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers and numbers < (2, 8):
-        raise PluginError(
-            f"nnunetv2 {version} is installed, but stunet-plugin needs 2.8 or newer. Run: pip"
-            " install --upgrade 'nnunetv2>=2.8'"
-        )
+        advice = "Run: pip install --upgrade 'nnunetv2>=2.8'"
+        raise PluginError(f"nnunetv2 {version} is installed, older than 2.8. {advice}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -93,25 +92,21 @@ def register() -> list[str]:
     Raises:
         PluginError: a folder cannot be written, or a file that is not ours is there.
     """
-    host = find_host()
-    lines: list[str] = []
-    written: list[Path] = []
-    states = registered(host)
-    for bridge in BRIDGES:
-        path = bridge.path(host)
-        if states[bridge.what] == "registered":
-            lines.append(f"{bridge.what}: already registered in {path}")
-            continue
-        try:
-            write_atomically(path, bridge.text())
-        except OSError as error:
-            for done in written:
-                done.unlink(missing_ok=True)
-            raise PluginError(
-                f"Cannot write to {path.parent} ({error.strerror}). {_INSTEAD}"
-            ) from error
-        written.append(path)
-        lines.append(f"{bridge.what}: registered in {path}")
+    host, lines = find_host(), []
+    with ExitStack() as undo:
+        for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
+            path = bridge.path(host)
+            if state == "registered":
+                lines.append(f"{bridge.what}: already registered in {path}")
+                continue
+            try:
+                write_atomically(path, bridge.text())
+            except OSError as error:
+                told = f"Cannot write to {path.parent} ({error.strerror})"
+                raise PluginError(f"{told}. {_INSTEAD}") from error
+            undo.callback(path.unlink, missing_ok=True)
+            lines.append(f"{bridge.what}: registered in {path}")
+        undo.pop_all()
     return lines
 
 
@@ -121,8 +116,7 @@ def unregister() -> list[str]:
     Raises:
         PluginError: one cannot be removed, or is not ours.
     """
-    host = find_host()
-    lines = []
+    host, lines = find_host(), []
     for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
         path = bridge.path(host)
         if state == "not registered":
@@ -131,9 +125,8 @@ def unregister() -> list[str]:
         try:
             path.unlink()
         except OSError as error:
-            raise PluginError(
-                f"Cannot remove {path} ({error.strerror}). Ask whoever may write there."
-            ) from error
+            told = f"Cannot remove {path} ({error.strerror})"
+            raise PluginError(f"{told}. Ask whoever may write there.") from error
         lines.append(f"{bridge.what}: removed {path}")
     return lines
 
