@@ -1,7 +1,5 @@
-"""Phantoms: a small CT-like dataset made from a seed.
-
-An abdomen of ellipsoids and tubes with Hounsfield values, noise and anisotropic spacing.
-"""
+"""Phantoms: a small CT-like dataset made from a seed, abdomens of ellipsoids and tubes with
+Hounsfield values, noise and anisotropic spacing."""
 
 from __future__ import annotations
 
@@ -17,16 +15,8 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 LABELS = {"background": 0, "liver": 1, "kidneys": 2, "spleen": 3, "aorta": 4, "vertebrae": 5}
-HOUNSFIELD = {
-    "air": -1000.0,
-    "fat": -100.0,
-    "muscle": 45.0,
-    "liver": 105.0,
-    "kidneys": 175.0,
-    "spleen": 130.0,
-    "aorta": 250.0,
-    "vertebrae": 480.0,
-}
+HOUNSFIELD = {"air": -1000.0, "fat": -100.0, "muscle": 45.0, "liver": 105.0, "kidneys": 175.0}
+HOUNSFIELD |= {"spleen": 130.0, "aorta": 250.0, "vertebrae": 480.0}
 FIELD_OF_VIEW = (180.0, 230.0, 300.0)
 """Millimetres on the axes (z, y, x)."""
 NUM_CASES = 16
@@ -35,30 +25,31 @@ NOISE = 22.0
 
 
 def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> None:
-    """Write an nnU-Net v2 raw dataset of phantoms.
+    """Write an nnU-Net v2 raw dataset of phantoms, the same for the same seed.
 
     Args:
         folder: ``DatasetXXX_NAME``; must not be there yet. It appears as a whole or not at all.
         num_cases: scans to make.
-        seed: the same seed gives the same dataset.
+        seed: of everything random.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as temporary:
         unfinished = Path(temporary, folder.name)
-        (unfinished / "imagesTr").mkdir(parents=True)
-        (unfinished / "labelsTr").mkdir()
+        for part in ("imagesTr", "labelsTr"):
+            (unfinished / part).mkdir(parents=True)
         for index, generator in enumerate(np.random.default_rng(seed).spawn(num_cases)):
             image, labels, spacing = make_case(generator)
             name = f"phantom_{index:03d}"
-            _write(image.astype(np.int16), spacing, unfinished / "imagesTr" / f"{name}_0000.nii.gz")
-            _write(labels, spacing, unfinished / "labelsTr" / f"{name}.nii.gz")
-        description = {
-            "channel_names": {"0": "CT"},
-            "labels": LABELS,
-            "numTraining": num_cases,
-            "file_ending": ".nii.gz",
-        }
-        (unfinished / "dataset.json").write_text(json.dumps(description, indent=2))
+            for file, array in (
+                (f"imagesTr/{name}_0000.nii.gz", image.astype(np.int16)),
+                (f"labelsTr/{name}.nii.gz", labels),
+            ):
+                written = sitk.GetImageFromArray(array)
+                written.SetSpacing([float(step) for step in spacing[::-1]])
+                sitk.WriteImage(written, str(unfinished / file))
+        content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_cases}
+        description = json.dumps({**content, "file_ending": ".nii.gz"}, indent=2)
+        (unfinished / "dataset.json").write_text(description)
         shutil.copymode(folder.parent, unfinished)
         os.replace(unfinished, folder)
 
@@ -66,12 +57,8 @@ def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> No
 def make_case(
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """Return one phantom.
-
-    Returns:
-        Image in Hounsfield units (float32) and labels (uint8), both with axes (z, y, x), and the
-        spacing in mm, (z, y, x).
-    """
+    """Return one phantom: image in Hounsfield units (float32), labels (uint8) and spacing in mm,
+    all (z, y, x)."""
     in_plane = generator.uniform(4.6, 5.4)
     spacing = (generator.uniform(4.5, 6.0), in_plane, in_plane)
     shape = [round(extent / step) for extent, step in zip(FIELD_OF_VIEW, spacing, strict=True)]
@@ -110,9 +97,3 @@ def make_case(
         labels[mask] = LABELS[name]
     image = gaussian_filter(image, 0.5) + gaussian_filter(generator.normal(0, NOISE, shape), 0.3)
     return image.astype(np.float32), labels, spacing
-
-
-def _write(array: np.ndarray, spacing: Sequence[float], path: Path) -> None:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing([float(step) for step in spacing[::-1]])
-    sitk.WriteImage(image, str(path))

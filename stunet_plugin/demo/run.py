@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,13 +15,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
+import pandas as pd
 import SimpleITK as sitk
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
+from tqdm import tqdm
 
 from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.demo.phantom import write_dataset
-from stunet_plugin.demo.stock import CommandFailedError, run_stock
 from stunet_plugin.errors import PluginError
+from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS, PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, trainers_folder
 from stunet_plugin.utils.device import choose_device
@@ -39,6 +44,14 @@ FOLD = "0"
 OVERLAY_ROWS = 3
 PROCESSES = min(os.cpu_count() or 1, 8)
 """At most nnU-Net's own number."""
+SHOWN = ("predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning")
+FACTS, COUNTED = ("train_loss ", "Pseudo dice "), ("Epoch time:", "done with ")
+"""How lines of nnU-Net's commands begin that users want to see; the last ones end an epoch or a
+case."""
+
+
+class CommandFailedError(PluginError):
+    """A command of nnU-Net ended with an error."""
 
 
 def run_demo(options: Demo) -> int:
@@ -56,12 +69,10 @@ def run_demo(options: Demo) -> int:
     folder = Path(options.out).resolve()
     options = replace(options, device=choose_device(options.device), out=str(folder))
     source = _user_dataset(options.dataset) if options.dataset is not None else None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PluginError(
-            f"{folder} is there already and not empty. Remove it, or choose another with --out."
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise PluginError(f"{folder} is not empty. Remove it, or choose another with --out.")
     except OSError as error:
         raise PluginError(
             f"Cannot write to {folder} ({error.strerror}). Choose another folder with --out."
@@ -105,17 +116,17 @@ class _Run:
         name = source.name if source else EMBEDDED_NAME
         self.dataset_id = str(int(name[len("Dataset") :][:3]))
         self.raw = self.folder / RAW / name
-        self.preprocessed = self.folder / PREPROCESSED / name
+        self.splits = self.folder / PREPROCESSED / name / "splits_final.json"
         self.model = self.folder / RESULTS / name / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
         self.predictions, self.held_out = self.folder / "predictions", self.folder / "held_out"
 
     def run(self) -> None:
-        minutes = f"about {OTHER_MINUTES + CPU_MINUTES[self.size] * self.epochs:.0f} minutes"
+        minutes = OTHER_MINUTES + CPU_MINUTES[self.size] * self.epochs
         on = "two cores" if self.device == "cpu" else "the CPU, a few on a GPU"
         print(
             f"Trains {self.epochs} epochs on {self.source.name}; the bar says how long that takes."
             if self.source
-            else f"This takes {minutes} on {on}.",
+            else f"This takes about {minutes:.0f} minutes on {on}.",
             f"Logs: {self.folder / 'logs'}",
         )
         for number, step in enumerate((self.data, self.train, self.predict, self.evaluate), 1):
@@ -133,40 +144,32 @@ class _Run:
             self.raw.symlink_to(self.source.folder, target_is_directory=True)
             print(f"  {self.source.folder}")
         self.dataset = read_raw(self.raw)
-        count = str(PROCESSES)
-        self._stock(
-            *("nnUNetv2_plan_and_preprocess", "-d", self.dataset_id, "-c", CONFIGURATION),
-            *("-npfp", count, "-np", count),
-        )
+        count = f"-npfp {PROCESSES} -np {PROCESSES}"
+        self._stock(f"nnUNetv2_plan_and_preprocess -d {self.dataset_id} -c {CONFIGURATION} {count}")
 
     def train(self) -> None:
         """Train."""
-        self._stock(
-            *("nnUNetv2_train", self.dataset_id, CONFIGURATION, FOLD, "-tr", self.trainer),
-            *("-device", self.device),
-            total=self.epochs,
-            unit="epoch",
-        )
+        words = f"nnUNetv2_train {self.dataset_id} {CONFIGURATION} {FOLD} -tr {self.trainer}"
+        self._stock(f"{words} -device {self.device}", total=self.epochs, unit="epoch")
 
     def predict(self) -> None:
         """Predict the cases that were not trained on."""
-        splits = json.loads((self.preprocessed / "splits_final.json").read_text())
-        cases = set(splits[int(FOLD)]["val"])
+        cases = set(json.loads(self.splits.read_text())[int(FOLD)]["val"])
+        images, labels = (self.held_out / kind for kind in ("images", "labels"))
+        for folder in (images, labels):
+            folder.mkdir(parents=True)
         ending = self.dataset.file_ending
-        for kind in ("images", "labels"):
-            (self.held_out / kind).mkdir(parents=True)
         for case in self.dataset.cases:
             if case.name in cases:
                 for channel, image in enumerate(case.images):
-                    link = self.held_out / "images" / f"{case.name}_{channel:04d}{ending}"
-                    place_image(image, link, LINK)
-                place_image(case.label, self.held_out / "labels" / f"{case.name}{ending}", LINK)
+                    place_image(image, images / f"{case.name}_{channel:04d}{ending}", LINK)
+                place_image(case.label, labels / f"{case.name}{ending}", LINK)
         # Each process imports torch, which takes longer than a small image.
-        workers = str(min(max(PROCESSES // 2, 1), 3))
+        workers = min(max(PROCESSES // 2, 1), 3)
         self._stock(
-            *("nnUNetv2_predict", "-i", str(self.held_out / "images")),
-            *("-o", str(self.predictions), "-d", self.dataset_id, "-c", CONFIGURATION, "-f", FOLD),
-            *("-tr", self.trainer, "-device", self.device, "-npp", workers, "-nps", workers),
+            f"nnUNetv2_predict -d {self.dataset_id} -c {CONFIGURATION} -f {FOLD} -tr {self.trainer}"
+            f" -device {self.device} -npp {workers} -nps {workers}",
+            *("-i", str(images), "-o", str(self.predictions)),
             total=len(cases),
             unit="case",
         )
@@ -175,9 +178,8 @@ class _Run:
         """Evaluate."""
         folders = [str(self.held_out / "labels"), str(self.predictions)]
         if any(isinstance(value, list) for value in self.dataset.description["labels"].values()):
-            dataset_json, plans = (str(self.model / f"{x}.json") for x in ("dataset", "plans"))
-            command = ["nnUNetv2_evaluate_folder", *folders, "-djfile", dataset_json]
-            self._stock(*command, "-pfile", plans)
+            files = ("-djfile", self.model / "dataset.json", "-pfile", self.model / "plans.json")
+            self._stock("nnUNetv2_evaluate_folder", *folders, *map(str, files))
         else:
             values = map(str, self._class_names())
             self._stock("nnUNetv2_evaluate_simple", *folders, "-l", *values)
@@ -185,32 +187,33 @@ class _Run:
     def _report(self) -> None:
         """Print the Dice table and write the picture."""
         summary = json.loads((self.predictions / "summary.json").read_text())
-        names = list(self._class_names().values())
-        print(f"\n{'case':<24}" + "".join(f"{name[:12]:>13}" for name in names) + f"{'mean':>9}")
-        for case in summary["metric_per_case"]:
-            dice = [metrics["Dice"] for metrics in case["metrics"].values()]
-            name = Path(case["prediction_file"]).name.removesuffix(self.dataset.file_ending)
-            _print_row(name, dice, np.nanmean(dice))
-        mean = [metrics["Dice"] for metrics in summary["mean"].values()]
-        _print_row("mean Dice", mean, summary["foreground_mean"]["Dice"])
+        names, ending = self._class_names(), self.dataset.file_ending
+        keys = {
+            label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
+            for name, value in self.dataset.description["labels"].items()
+        }
+        rows = {
+            Path(case["prediction_file"]).name.removesuffix(ending): {
+                keys[key]: metrics["Dice"] for key, metrics in case["metrics"].items()
+            }
+            for case in summary["metric_per_case"]
+        }
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        table.loc["mean Dice"] = table.mean()
+        table["mean"] = table.mean(axis=1)
+        print("\n" + table.to_string(float_format="{:.3f}".format))
         # matplotlib keeps a font cache, by default in the home directory.
         os.environ.setdefault("MPLCONFIGDIR", self._environment()["MPLCONFIGDIR"])
-        picture = self.folder / "overlay.png"
-        labels = sorted((self.held_out / "labels").glob(f"*{self.dataset.file_ending}"))
-        save_overlays(
-            [self._overlay(label) for label in labels[:OVERLAY_ROWS]], self._class_names(), picture
-        )
+        picture, overlays = self.folder / "overlay.png", []
+        for label in sorted((self.held_out / "labels").glob(f"*{ending}"))[:OVERLAY_ROWS]:
+            case = label.name.removesuffix(ending)
+            image = read_image(self.held_out / "images" / f"{case}_0000{ending}")
+            files = (label, self.predictions / label.name)
+            volume, *maps = map(sitk.GetArrayFromImage, (image, *map(read_label_map, files)))
+            spacing = image.GetSpacing()[::-1]
+            overlays.append(OverlayCase(case, volume, maps[0], maps[1], spacing))
+        save_overlays(overlays, names, picture)
         print(f"\nOverlay: {picture}\nCurve:   {self.model / f'fold_{FOLD}' / 'progress.png'}")
-
-    def _overlay(self, label: Path) -> OverlayCase:
-        name = label.name.removesuffix(self.dataset.file_ending)
-        image = read_image(self.held_out / "images" / f"{name}_0000{self.dataset.file_ending}")
-        reference, prediction = (
-            sitk.GetArrayFromImage(read_label_map(path))
-            for path in (label, self.predictions / label.name)
-        )
-        array, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
-        return OverlayCase(name, array, reference, prediction, spacing)
 
     def _class_names(self) -> dict[int, str]:
         """Label value to name, without background and ignore; a region has its first label's."""
@@ -221,7 +224,6 @@ class _Run:
 
     def _environment(self) -> dict[str, str]:
         workers = os.environ.get("nnUNet_n_proc_DA", "0")
-        caches = self.folder / "cache"
         return {
             **os.environ,
             **{name: str(self.folder / name) for name in (RAW, PREPROCESSED, RESULTS)},
@@ -234,15 +236,61 @@ class _Run:
             "STUNET_EPOCHS": str(self.epochs),
             "STUNET_ITERATIONS": str(ITERATIONS_PER_EPOCH),
             "STUNET_VAL_ITERATIONS": str(VAL_ITERATIONS_PER_EPOCH),
-            "MPLCONFIGDIR": str(caches / "matplotlib"),
-            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "MPLCONFIGDIR": str(self.folder / "cache" / "matplotlib"),
             "PYTHONUNBUFFERED": "1",
         }
 
-    def _stock(self, *command: str, total: int = 0, unit: str = "") -> None:
-        run_stock(list(command), self.folder, self._environment(), total, unit)
-
-
-def _print_row(name: str, dice: list[float], mean: float) -> None:
-    print(f"{name[:23]:<24}" + "".join(f"{value:>13.3f}" for value in dice) + f"{mean:>9.3f}")
+    def _stock(self, words: str, *more: str, total: int = 0, unit: str = "") -> None:
+        """Run a command, with a bar of epochs or cases (0 for none) and its output in
+        ``logs/COMMAND.log``."""
+        command = [*words.split(), *more]
+        log = self.folder / "logs" / f"{command[0]}.log"
+        log.parent.mkdir(exist_ok=True)
+        print(f"  $ {shlex.join(command)}", flush=True)
+        process = subprocess.Popen(
+            [find_command(command[0]), *command[1:]],
+            env=self._environment(),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        # None: no bar where the output is not a terminal.
+        hidden = None if total else True
+        bar = tqdm(total=total, unit=unit, file=sys.stdout, disable=hidden, leave=False)
+        with log.open("a") as file, bar:
+            try:
+                done, facts = 0, []
+                for line in process.stdout or ():
+                    file.write(line)
+                    file.flush()
+                    # nnU-Net's log lines: "<date> <time>: <text>".
+                    text = line.strip().partition(": ")[2] if line[:2] == "20" else line.strip()
+                    if text.startswith((*FACTS, *COUNTED)):
+                        facts.append(re.sub(r"np\.float\d+\((.*?)\)", r"\1", text))
+                    elif text.startswith(SHOWN) and "%|" not in text:
+                        tqdm.write(f"    {text}", file=sys.stdout)
+                    if text.startswith(COUNTED):
+                        done += 1
+                        told = f"{unit} {done:>3} of {total}: {', '.join(facts)}"
+                        tqdm.write(f"    {told}", file=sys.stdout)
+                        bar.update()
+                        facts.clear()
+                code = process.wait()
+            except BaseException:
+                # The command has workers of its own: stop the whole group.
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        if code != 0:
+            tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
+            raise CommandFailedError(
+                f"{command[0]} ended with exit code {code}. Its last lines:\n    {tail}\n"
+                f"The whole log: {log}"
+            )

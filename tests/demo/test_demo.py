@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import shutil
-import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from stunet_plugin.cli import main
 from stunet_plugin.commands.demo import Demo
+from stunet_plugin.demo import run
 from stunet_plugin.demo.phantom import HOUNSFIELD, LABELS, make_case, write_dataset
-from stunet_plugin.demo.run import run_demo
-from stunet_plugin.demo.stock import Progress, run_stock
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import find_command
 
-from conftest import PHANTOM_ID, Workspace
+from conftest import Stunet
+from dataset_helpers import change_json
+from unlabeled_helpers import snapshot
 
 
 def test_phantoms_are_ct_like_and_reproducible(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "Dataset001_A", num_cases=2, seed=5)
-    write_dataset(tmp_path / "Dataset002_B", num_cases=2, seed=5)
+    folders = [tmp_path / name for name in ("Dataset001_A", "Dataset002_B")]
+    for folder in folders:
+        write_dataset(folder, num_cases=2, seed=5)
     for name in ("imagesTr/phantom_001_0000.nii.gz", "labelsTr/phantom_001.nii.gz"):
-        first, second = (
-            sitk.ReadImage(str(tmp_path / dataset / name))
-            for dataset in ("Dataset001_A", "Dataset002_B")
-        )
+        first, second = (sitk.ReadImage(str(folder / name)) for folder in folders)
         assert np.array_equal(sitk.GetArrayFromImage(first), sitk.GetArrayFromImage(second))
         assert first.GetSpacing()[0] != first.GetSpacing()[2]
     image, labels, spacing = make_case(np.random.default_rng(1))
@@ -50,7 +48,6 @@ def test_a_dataset_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         written.append(path)
         if len(written) == 3:
             raise RuntimeError("disk full")
-        Path(path).write_text("")
 
     monkeypatch.setattr(sitk, "WriteImage", fail)
     with pytest.raises(RuntimeError, match="disk full"):
@@ -58,77 +55,97 @@ def test_a_dataset_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert list((tmp_path / "raw").iterdir()) == []
 
 
-def test_progress_shows_epochs_and_cases(capsys: pytest.CaptureFixture[str]) -> None:
-    epochs, cases = Progress(3, "epoch"), Progress(1, "case")
-    for line in (
-        "2026-01-01 10:00:00.000000: Epoch 0 \n",
-        "2026-01-01 10:00:01.000000: train_loss -0.12 \n",
-        "2026-01-01 10:00:01.000000: Pseudo dice [np.float32(0.5), np.float32(0.7)] \n",
-        "2026-01-01 10:00:01.000000: Epoch time: 12.3 s \n",
-        "something else\n",
-        "predicting case_1\n",
-    ):
-        epochs.see(line)
-    cases.see("done with case_1\n")
-    assert capsys.readouterr().out.splitlines() == [
-        "    epoch   1 of 3: loss -0.12, pseudo Dice 0.600, 12.3 s",
-        "    predicting case_1",
-        "    case   1 of 1: case_1",
-    ]
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script in the place of nnU-Net's commands, but for the evaluation's; predictions are the
+    references."""
+    script = """#!/bin/sh
+    name=$(ls nnUNet_raw)
+    echo "Preprocessing $name"
+    case $0 in *preprocess)
+        mkdir -p nnUNet_preprocessed/$name
+        echo '[{"val": ["phantom_001"]}]' > nnUNet_preprocessed/$name/splits_final.json;;
+    *train)
+        model=nnUNet_results/$name/STUNetTrainer_tiny__nnUNetPlans__3d_fullres
+        mkdir -p $model
+        cp nnUNet_raw/$name/dataset.json $model
+        plans='{"image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager"}'
+        echo $plans > $model/plans.json
+        echo "2026-01-01 10:00:01.000000: train_loss -0.12 "
+        echo "2026-01-01 10:00:01.000000: Pseudo dice [np.float32(0.5), np.float32(0.7)] "
+        echo "2026-01-01 10:00:01.000000: Epoch time: 12.3 s "
+        eval "$END";;
+    *predict)
+        mkdir predictions && cp held_out/labels/* predictions && echo done with phantom_001;;
+    esac
+    """
+    for name in ("plan_and_preprocess", "train", "predict"):
+        (tmp_path / f"nnUNetv2_{name}").write_text(script)
+        (tmp_path / f"nnUNetv2_{name}").chmod(0o755)
+
+    def find(name: str) -> str:
+        return find_command(name) if "evaluate" in name else str(tmp_path / name)
+
+    monkeypatch.setattr(run, "find_command", find)
+    return tmp_path / "my demo"
 
 
-def test_a_failing_command_ends_the_demo_with_its_last_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+FACTS = "train_loss -0.12, Pseudo dice [0.5, 0.7], Epoch time: 12.3 s"
+TINY = ("--size", "tiny", "--epochs", "3")
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit 3", 1), ("sleep 0.3; kill -INT $PPID", 130)])
+def test_a_demo_that_fails_or_is_interrupted_says_how_to_start_again(
+    commands: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: str,
+    code: int,
 ) -> None:
-    with pytest.raises(PluginError, match=r"(?s)exit code 2.*invalid int value.*log: "):
-        run_stock(["nnUNetv2_preprocess", "-d", "x"], tmp_path, os.environ, 0, "")
-
-    def fail(*_: object) -> None:
-        run_stock(["nnUNetv2_preprocess", "-d", "x"], tmp_path, os.environ, 0, "")
-
-    monkeypatch.setattr("stunet_plugin.demo.run._Run.run", fail)
-    out = tmp_path / "my demo"
-    assert run_demo(Demo(size="tiny", device="cpu", epochs=3, out=str(out))) == 1
-    command = capsys.readouterr().err.splitlines()[-1].partition("&& ")[2]
-    given = ["--size", "tiny", "--epochs", "3", "--out", str(out), "--device", "cpu"]
-    assert shlex.split(command) == ["stunet", "demo", *given]
-
-
-def start(out: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start a small demo without any of nnU-Net's variables."""
-    nnunet = ("nnUNet_", "STUNET_")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(nnunet)}
-    options = ["--size", "tiny", "--epochs", "1", "--device", "cpu", "--out", out, *arguments]
-    return subprocess.Popen(
-        [find_command("stunet"), "demo", *map(str, options)],
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
-        cwd=out.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    monkeypatch.setenv("END", f"{end}; sleep 60")
+    monkeypatch.setattr(run, "write_dataset", lambda folder: write_dataset(folder, 2))
+    given = [*TINY, "--out", str(commands), "--device", "cpu"]
+    assert main(["demo", *given]) == code
+    told, errors = capsys.readouterr()
+    assert "    Preprocessing Dataset999_StunetDemo\n" in told
+    last = errors.splitlines()[-1]
+    assert f"rm -r '{commands}' && " in last
+    assert shlex.split(last.partition("&& ")[2]) == ["stunet", "demo", *given]
+    if code == 1:
+        assert told.endswith(f"    epoch   1 of 3: {FACTS}\n")
+        assert "nnUNetv2_train ended with exit code 3. Its last lines:\n    Prepro" in errors
 
 
-def test_an_interrupted_demo_says_to_start_again(tmp_path: Path) -> None:
-    process = start(tmp_path / "demo")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "nnUNetv2_plan_and_preprocess" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert f"Start again: rm -r {tmp_path / 'demo'} && stunet demo --size tiny" in errors
+def test_a_users_dataset_with_regions(commands: Path, nnunet_folders: Path, stunet: Stunet) -> None:
+    raw = nnunet_folders / "nnUNet_raw" / "Dataset077_Mine"
+    write_dataset(raw, num_cases=5)
+    regions = {"background": 0, "abdomen": [1, 2, 3, 4, 5], "vessel": [4], "ignore": 6}
+    change_json(raw / "dataset.json", labels=regions, regions_class_order=[1, 4])
+    before = snapshot(raw)
+    told = stunet("demo --device cpu --dataset 77 --out", commands, *TINY)
+    assert f"    epoch   1 of 3: {FACTS}\n" in told
+    assert "    case   1 of 1: done with phantom_001\n" in told
+    assert "nnUNetv2_evaluate_folder" in told
+    assert f"{'phantom_001':<11}    1.000   1.000 1.000" in told
+    assert (commands / "overlay.png").is_file()
+    assert snapshot(raw) == before
 
 
 @pytest.mark.slow
 def test_the_whole_run(tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "work" / "demo"
-    home.mkdir()
-    out.parent.mkdir()
-    process = start(out, HOME=str(home))
-    output, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
+    for folder in (home, out.parent):
+        folder.mkdir()
+    clean = {x: y for x, y in os.environ.items() if not x.startswith(("nnUNet", "STUNET"))}
+    words = ["--size", "tiny", "--epochs", "1", "--device", "cpu", "--out", str(out)]
+    told = subprocess.run(
+        [find_command("stunet"), "demo", *words],
+        env={**clean, "HOME": str(home)},
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for text in (
         "This takes about 2 minutes",
         "$ nnUNetv2_train 999 3d_fullres 0 -tr STUNetTrainer_tiny",
@@ -136,27 +153,10 @@ def test_the_whole_run(tmp_path: Path) -> None:
         "mean Dice",
         "Everything is in",
     ):
-        assert text in output
+        assert text in told
     assert (out / "overlay.png").stat().st_size > 10_000
-    assert [path.name for path in out.parent.iterdir()] == ["demo"]
+    assert os.listdir(out.parent) == ["demo"]
     assert [path for path in home.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.slow
-def test_a_users_dataset_with_regions(phantoms: Workspace, tmp_path: Path) -> None:
-    raw = tmp_path / "raw" / "Dataset077_Mine"
-    shutil.copytree(phantoms.dataset_folder(phantoms.raw), raw)
-    description = json.loads((raw / "dataset.json").read_text())
-    regions = {"background": 0, "abdomen": [1, 2, 3, 4, 5], "vessel": [4], "ignore": 6}
-    changes = {"labels": regions, "regions_class_order": [1, 4]}
-    (raw / "dataset.json").write_text(json.dumps({**description, **changes}))
-    before = sorted(path for path in raw.rglob("*"))
-    process = start(tmp_path / "demo", "--dataset", 77, nnUNet_raw=str(raw.parent))
-    output, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    assert "nnUNetv2_evaluate_folder" in output
-    assert "abdomen" in output
-    assert sorted(path for path in raw.rglob("*")) == before
 
 
 def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +174,10 @@ def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dataset": -1}, "--dataset -1"),
         ({"dataset": 3}, "splits into 5 folds, .* has only 3 labelled cases"),
         ({"dataset": 4}, "no dataset.json"),
-        ({"dataset": int(PHANTOM_ID)}, f"--dataset {PHANTOM_ID}: .*found 0"),
+        ({"dataset": 901}, "--dataset 901: .*found 0"),
     ):
-        given = {"out": str(tmp_path / "x"), "size": "tiny", "device": "cpu", **options}
+        given: dict[str, Any] = {"out": str(tmp_path / "x"), "size": "tiny", "device": "cpu"}
         with pytest.raises(PluginError, match=message):
-            run_demo(Demo(**given))  # type: ignore[arg-type]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "raw"]
-    assert list(thesis.parent.iterdir()) == [thesis]
-    monkeypatch.delenv("nnUNet_raw")
-    with pytest.raises(PluginError, match="export nnUNet_raw="):
-        run_demo(Demo(dataset=5, device="cpu", out=str(tmp_path / "x")))
+            run.run_demo(Demo(**{**given, **options}))
+    assert sorted(os.listdir(tmp_path)) == ["mine", "raw"]
+    assert thesis.read_text() == "important"
