@@ -156,6 +156,26 @@ class NetworkWeights:
         kept = {name: value for name, value in self.tensors.items() if HEADS not in name}
         return replace(self, tensors=kept, outputs=0)
 
+    def with_input_channels(self, channels: int, stem: str | None) -> NetworkWeights:
+        """Return the weights for another number of image channels.
+
+        With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M:
+
+        * ``repeat``: m itself, as the authors of STU-Net do. N copies of an image give N / M times
+          the old response. The instance norm behind conv1 takes that factor out again; the shortcut
+          has no norm, so its share in the first block grows by it.
+        * ``mean``: m * M / N, as nnU-Net's loader of nnssl weights does. N copies of an image give
+          exactly the old response, in both convolutions.
+
+        With N = M nothing changes, whatever the choice.
+        """
+        old, adapted = self.input_channels, dict(self.tensors)
+        factor = old / channels if (stem or self.default_stem) == "mean" else 1.0
+        for name in self.input_weights if old != channels else ():
+            kernel = adapted[name].mean(dim=1, keepdim=True) * factor
+            adapted[name] = kernel.repeat(1, channels, *([1] * DIMENSIONS))
+        return replace(self, tensors=adapted)
+
     def training_argument(self, name: str, kind: type) -> Any:
         """Return what an nnU-Net v2 checkpoint keeps of its trainer's arguments (``plans``,
         ``dataset_json``, ``configuration``) as plain Python, None where it has none of this kind.
@@ -163,6 +183,17 @@ class NetworkWeights:
         arguments = self.checkpoint.get("init_args")
         value = plain_dict(arguments).get(name) if isinstance(arguments, dict) else None
         return plain_copy(value, f"{name} in the checkpoint") if isinstance(value, kind) else None
+
+    def check_finite(self, path: Path) -> None:
+        """Raise unless every weight is a finite number; takes no memory beside the tensors."""
+        ends = ((name, end) for name, x in self.tensors.items() for end in x.aminmax())
+        broken = list(dict.fromkeys(name for name, end in ends if not end.isfinite()))
+        if broken:
+            raise PluginError(
+                f"{path} is refused: {len(broken)} of {len(self.tensors)} tensors hold NaN or"
+                f" infinite values (for example {broken[0]}). The file is damaged, or its training"
+                " had diverged: take another copy or an earlier checkpoint."
+            )
 
     def check_shapes(self) -> None:
         """Raise unless names and shapes are those of the network that the weights claim to be."""
@@ -173,23 +204,18 @@ class NetworkWeights:
         }
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected]
-        if missing:
-            raise PluginError(
-                f"{len(missing)} of {len(expected)} tensors are missing (for example {missing[0]})."
-            )
-        if extra:
-            network = self.misfm.name if self.misfm else "an STU-Net"
-            raise PluginError(
-                f"{len(extra)} tensors are no part of {network} (for example {extra[0]})."
-            )
-        wrong = [name for name, shape in expected.items() if self.tensors[name].shape != shape]
-        if wrong:
-            name = wrong[0]
-            raise PluginError(
-                f"{len(wrong)} of {len(expected)} tensors have the wrong shape for widths"
-                f" {list(self.features)} (for example {name}: {tuple(self.tensors[name].shape)},"
-                f" expected {expected[name]})."
-            )
+        wrong = [
+            f"{name}: {tuple(self.tensors[name].shape)}, expected {shape}"
+            for name, shape in expected.items()
+            if name not in missing and self.tensors[name].shape != shape
+        ]
+        for found, what in (
+            (missing, f"of {len(expected)} tensors are missing"),
+            (extra, f"tensors are no part of {self.misfm.name if self.misfm else 'an STU-Net'}"),
+            (wrong, f"tensors have the wrong shape for widths {list(self.features)}"),
+        ):
+            if found:
+                raise PluginError(f"{len(found)} {what} (for example {found[0]}).")
 
 
 def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) -> NetworkWeights:
@@ -295,23 +321,6 @@ def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
             )
         plain[name] = tensor
     return plain
-
-
-def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise unless every weight is a finite number; takes no memory beside the tensors."""
-    import torch
-
-    broken = [
-        name
-        for name, tensor in tensors.items()
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
-    ]
-    if broken:
-        raise PluginError(
-            f"{path} is refused: {len(broken)} of {len(tensors)} tensors hold NaN or infinite"
-            f" values (for example {broken[0]}). The file is damaged, or its training had diverged:"
-            " take another copy or an earlier checkpoint."
-        )
 
 
 def check_convolutions(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:

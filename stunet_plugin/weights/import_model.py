@@ -26,13 +26,12 @@ from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder
-from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, check_finite, read_weights
-from stunet_plugin.weights.input_channels import adapt_input_channels
+from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import Source, find_source, published_facts
 from stunet_plugin.weights.output_labels import choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
-from stunet_plugin.weights.read_plans import choose_plan
 from stunet_plugin.weights.safe_loading import check_integrity
+from stunet_plugin.weights.source_plan import choose_plan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
@@ -93,20 +92,10 @@ def _write(options: Import, source: Source, weights: NetworkWeights, model: _Mod
         print(f"Already there: {model.folder} holds this very import. Nothing was written.")
         return
     check_integrity(source.checkpoint)
-    check_finite(weights.tensors, source.checkpoint)
-    tensors = adapt_input_channels(
-        model.weights.tensors,
-        weights.input_weights,
-        options.in_channels or weights.input_channels,
-        options.stem or weights.default_stem,
-    )
-    save = partial(
-        model_folder.save_checkpoint,
-        tensors=tensors,
-        trainer=weights.trainer,
-        init_args=model.init_args,
-        mirroring=model.mirroring,
-    )
+    weights.check_finite(source.checkpoint)
+    channels = options.in_channels or weights.input_channels
+    written = model.weights.with_input_channels(channels, options.stem)
+    save = partial(model_folder.save_checkpoint, written, model.init_args, model.mirroring)
     model_folder.write_model_folder(model.folder, record, {**model.files, file: save}, file)
 
 

@@ -12,8 +12,8 @@ from stunet_plugin.weights.identify import NetworkWeights, Origin, read_weights
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.model_folder import PROVENANCE
 from stunet_plugin.weights.output_labels import choose_labels
-from stunet_plugin.weights.read_plans import find_plan, read_plans_file
 from stunet_plugin.weights.safe_loading import FileFormat, recognise
+from stunet_plugin.weights.source_plan import find_plan, read_plans_file
 
 
 def inspect(given: str) -> int:

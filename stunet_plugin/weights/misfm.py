@@ -16,7 +16,6 @@ from stunet_plugin.weights.identify import (
     check_convolutions,
     plain_tensors,
 )
-from stunet_plugin.weights.input_channels import MEAN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +131,7 @@ def _measure(
         features=features,
         input_weights=(_STEM,),
         # PCT-Net's batch norms have learned the stem's response; FMUNet's residuals pass it on.
-        default_stem=MEAN,
+        default_stem="mean",
         outputs=outputs,
         entry={**entry, "arch_kwargs": entry["arch_kwargs"] | changed},
     )

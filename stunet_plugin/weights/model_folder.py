@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.utils.files import flush, read_json, sha256_of
-from stunet_plugin.weights.identify import COUNTER
+from stunet_plugin.weights.identify import COUNTER, NetworkWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,32 +199,31 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def save_checkpoint(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    trainer: str,
+    weights: NetworkWeights,
     init_args: Mapping[str, Any],
     mirroring: tuple[int, ...] | None,
+    path: Path,
 ) -> None:
     """Write an nnU-Net v2 checkpoint without a training behind it: plain Python and tensors, so
     that it loads with ``weights_only=True``.
 
     Args:
-        path: of the file.
-        tensors: the network's.
-        trainer, init_args: name of the trainer that builds the network, and its arguments.
+        weights: whose trainer builds the network.
+        init_args: of that trainer.
         mirroring: axes that prediction may mirror.
+        path: of the file.
     """
     import torch
 
     content = {
-        "network_weights": {name: _compact(name, tensor) for name, tensor in tensors.items()},
+        "network_weights": {name: _compact(name, x) for name, x in weights.tensors.items()},
         "optimizer_state": None,
         "grad_scaler_state": None,
         "logging": {},
         "_best_ema": None,
         "current_epoch": 0,
-        "init_args": dict(init_args),
-        "trainer_name": trainer,
+        "init_args": init_args,
+        "trainer_name": weights.trainer,
         "inference_allowed_mirroring_axes": mirroring,
     }
     torch.save(content, path)

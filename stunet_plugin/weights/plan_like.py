@@ -21,8 +21,7 @@ from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import find_model
-from stunet_plugin.weights.read_plans import find_plan
-from stunet_plugin.weights.source_plan import CT, SourcePlan
+from stunet_plugin.weights.source_plan import CT, SourcePlan, find_plan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.plan_like import PlanLike

@@ -16,7 +16,7 @@ import pickletools
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -29,10 +29,7 @@ from stunet_plugin.errors import PluginError
 
 MAX_PLANS_BYTES = 16 * 1024**2
 """Published plans take under 2 kB; those of a large dataset, which list every image, some MB."""
-
-MINIMUM_TORCH = (2, 6)
-_MAX_DEPTH = 50
-_MAX_VALUES = 2_000_000
+_MAX_DEPTH, _MAX_VALUES = 50, 2_000_000
 
 
 class FileFormat(Enum):
@@ -48,31 +45,19 @@ class FileFormat(Enum):
 _DOWNLOAD_AGAIN = "Download it again and compare its size with what the download page says"
 # The number that torch.save wrote first before 1.6 (0x1950a86a20f9469cfc6c), as pickle writes it.
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
-_OTHER_FILES = (
-    (
-        rb"\s*<(!doctype|html|head|\?xml|!--)|(?s:.{,1024})<html",
-        "a web page (HTML), which a failed download leaves. Open the address in a browser, or take"
-        " the file from hf://ziyanhuang/STU-Net",
-    ),
-    (
-        rb"(?s:.{257})ustar",
-        "a tar archive (torch's format before 0.1.10 is one too). Unpack it, or save it again with"
-        " a newer torch",
-    ),
-    (
-        rb"(?s:.{344})n[+i]1\0",
-        "a NIfTI image, not a checkpoint. Images are for nnUNetv2_predict -i",
-    ),
-    (rb"\x1f\x8b", "a gzip archive: unpack it first"),
-    (rb"7z\xbc\xaf", "a 7z archive: unpack it first"),
-    (rb"Rar!", "a rar archive: unpack it first"),
-    (rb"\x89HDF", "an HDF5 file, which no release of STU-Net uses"),
-    (
-        rb"version https://git-lfs",
-        "a Git LFS pointer, not the file that it points to: fetch that with `git lfs pull`",
-    ),
-    (rb"\s*\{", "text (JSON), often the error message of a download"),
+_HTML = (
+    "a web page (HTML), which a failed download leaves. Open the address in a browser, or take the"
+    " file from hf://ziyanhuang/STU-Net"
 )
+_TAR = "a tar archive (torch's format before 0.1.10 is one too): unpack it, or save it again"
+_OTHER_FILES = {
+    rb"\s*<(!doctype|html|head|\?xml|!--)|(?s:.{,1024})<html": _HTML,
+    rb"(?s:.{257})ustar": _TAR,
+    rb"(?s:.{344})n[+i]1\0": "a NIfTI image. Images are for nnUNetv2_predict -i",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!": "a gzip, 7z or rar archive: unpack it first",
+    rb"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
+    rb"\s*\{": "text (JSON), often the error message of a download",
+}
 """How other files begin, and what they are."""
 
 
@@ -82,38 +67,27 @@ def recognise(path: Path) -> FileFormat:
     Raises:
         PluginError: none of the known ones, truncated, or a zip archive that torch did not write.
     """
-    if path.is_dir():
-        raise PluginError(
-            f"{path} is a folder. Name the checkpoint file in it, such as {path}/base_ep4k.model."
-        )
     try:
         with path.open("rb") as file:
             head = file.read(4096)
-    except FileNotFoundError as error:
-        raise PluginError(f"{path}: there is no such file.") from error
     except OSError as error:
-        raise PluginError(f"{path} cannot be read ({error.strerror}).") from error
-    if not head:
-        raise PluginError(f"{path} is empty. {_DOWNLOAD_AGAIN}.")
+        reason = (error.strerror or "").lower()
+        raise PluginError(f"{path} cannot be read: {reason}. Name a checkpoint file.") from error
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         _check_torch_zip(path)
         return FileFormat.TORCH_ZIP
     if _LEGACY_MAGIC in head[:64]:
         return FileFormat.TORCH_LEGACY
-    if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+    if re.match(rb"\x80[\x02-\x05]", head):
         return FileFormat.PICKLE
     start = head.removeprefix(b"\xef\xbb\xbf")
     with contextlib.suppress(zlib.error):
         # An image may be packed, an archive is what it is.
         unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head)
         start = unpacked if unpacked[345:348] in (b"+1\0", b"i1\0") else head
-    for pattern, description in _OTHER_FILES:
-        if re.match(pattern, start, re.IGNORECASE):
-            raise PluginError(f"{path} is {description}.")
-    raise PluginError(
-        f"{path} is no checkpoint: it starts with {head[:16]!r}. Expected a file written by"
-        f" torch.save (nnU-Net v1 .model, nnU-Net v2 .pth). {_DOWNLOAD_AGAIN}."
-    )
+    found = (x for pattern, x in _OTHER_FILES.items() if re.match(pattern, start, re.IGNORECASE))
+    other = f"neither a torch file nor a pickle: it starts with {head[:16]!r}. {_DOWNLOAD_AGAIN}"
+    raise PluginError(f"{path} is {next(found, other) if head else f'empty. {_DOWNLOAD_AGAIN}'}.")
 
 
 def check_integrity(path: Path) -> None:
@@ -129,13 +103,11 @@ def check_integrity(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_zip(path: Path) -> Any:
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
-        if isinstance(error, PluginError):
-            raise
         raise PluginError(
             f"{path} begins like a zip-format torch file, but is truncated or damaged ({error};"
             f" {path.stat().st_size} bytes are there). {_DOWNLOAD_AGAIN}."
@@ -149,23 +121,24 @@ def _check_torch_zip(path: Path) -> None:
     names = [entry.filename for entry in entries]
     top = names[0].partition("/")[0] if names else ""
     outside = [x for x in names if re.search(r"^/|\\|:", x) or ".." in PurePosixPath(x).parts]
-    reason = ""
+    packed = [x for x in entries if x.compress_type != zipfile.ZIP_STORED or x.flag_bits & 1]
     if outside:
         reason = f"its entry {outside[0]!r} points outside of the archive"
     elif len(set(names)) != len(names):
         reason = "it names the same entry twice"
     elif f"{top}/data.pkl" not in names or not all(x.startswith(f"{top}/") for x in names):
-        raise PluginError(
-            f"{path} is a zip archive, but no torch file ({len(names)} entries, for example"
-            f" {names[:3]}). If it holds a model folder, unpack it and name the checkpoint in it;"
-            " models of nnU-Net v2 are installed with nnUNetv2_install_pretrained_model_from_zip."
+        reason = (
+            f"it is a zip archive, but no torch file ({len(names)} entries, for example"
+            f" {names[:3]}). A model folder is unpacked first, or installed with"
+            " nnUNetv2_install_pretrained_model_from_zip"
         )
     elif any(x == f"{top}/constants.pkl" or x.startswith(f"{top}/code/") for x in names):
         reason = "it is a TorchScript program, which is code"
-    elif any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-        reason = "entries are compressed or encrypted"
-    if reason:
-        raise PluginError(f"{path} is refused: {reason}. Expected a file written by torch.save.")
+    elif packed:
+        reason = "entries are compressed or encrypted, which torch never does"
+    else:
+        return
+    raise PluginError(f"{path} is refused: {reason}.")
 
 
 # --- checkpoints
@@ -186,10 +159,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     import torch
 
-    if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < MINIMUM_TORCH:
+    if torch.__version__ < "2.6":
         raise PluginError(
-            "Reading checkpoints safely needs torch 2.6 or newer, this is"
-            f" {torch.__version__}. Run: pip install --upgrade 'torch>=2.6'"
+            f"Reading checkpoints safely needs torch 2.6 or newer, this is {torch.__version__}."
+            " Run: pip install --upgrade 'torch>=2.6'"
         )
     allowed: list[Any] = [(stand_in, ".".join(name)) for name, stand_in in _SCALARS.items()]
     mapped = file_format is FileFormat.TORCH_ZIP
@@ -219,11 +192,8 @@ def load_plans_pickle(path: Path) -> dict[str, Any]:
 
 
 def plain_copy(value: Any, where: str) -> Any:
-    """Copy what a checkpoint holds beside its tensors as plain Python.
-
-    Raises:
-        PluginError: it holds anything but containers, numbers and text, or is nested without end.
-    """
+    """Copy what a checkpoint holds beside its tensors as plain Python: containers, numbers and
+    text; refuse anything else."""
     with _refusing(where):
         return _plain(value, _MAX_DEPTH, [0])
 
@@ -240,7 +210,7 @@ def _as_dict(value: Any, path: Path, what: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _refusing(what: object) -> Any:
+def _refusing(what: object) -> Iterator[None]:
     """Turn what a reader raises into a sentence; torch's own advice to trust the file must not be
     passed on."""
     try:
@@ -342,8 +312,8 @@ class _Array:
     """Stands for a numpy array; ``values`` are nested lists once the pickle has handed the content
     over."""
 
-    def __init__(self, values: Any = ()) -> None:
-        self.values = values
+    def __init__(self, array: np.ndarray | None = None) -> None:
+        self.values: Any = [] if array is None else array.tolist()
 
     def __setstate__(self, state: Any) -> None:
         # numpy: (version, shape, dtype, whether Fortran order, bytes).
@@ -378,27 +348,17 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
 
 def _array(data: object, dtype: object, shape: object, order: object) -> np.ndarray:
     data = bytes(data) if isinstance(data, bytearray) else data
-    if not isinstance(dtype, _Dtype):
-        raise UnpicklingError("a numpy value without a type")
-    if not isinstance(data, bytes):
-        raise UnpicklingError("numpy arrays of objects are not allowed")
-    if not isinstance(shape, tuple) or any(not isinstance(size, int) or size < 0 for size in shape):
-        raise UnpicklingError(f"impossible shape {shape!r} of a numpy array")
-    if len(data) != prod(shape) * dtype.numpy.itemsize:
-        raise UnpicklingError(f"a numpy array of shape {shape} that holds {len(data)} bytes")
-    return np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+        raise UnpicklingError("numpy arrays of objects or without a type are not allowed")
+    sizes = shape if isinstance(shape, tuple) else ()
+    possible = shape == sizes and all(isinstance(size, int) and size >= 0 for size in sizes)
+    if not possible or len(data) != prod(sizes) * dtype.numpy.itemsize:
+        raise UnpicklingError(f"a numpy array of shape {shape!r} that holds {len(data)} bytes")
+    return np.frombuffer(data, dtype.numpy).reshape(sizes, order="F" if order == "F" else "C")
 
 
 def _scalar(dtype: object, data: object) -> Any:
     return _array(data, dtype, (), "C").item()
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _from_buffer(data: object, dtype: object, shape: object, order: object) -> _Array:
-    return _Array(_array(data, dtype, shape, order).tolist())
 
 
 _CORES = ("numpy.core", "numpy._core")  # numpy 2 renamed it; files of both exist
@@ -413,9 +373,9 @@ _CALLABLE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): dict,
     **{(x, kind.__name__): kind for x in ("builtins", "__builtin__") for kind in (set, frozenset)},
     ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): _reconstruct,
-    **{(f"{core}.multiarray", "_reconstruct"): _reconstruct for core in _CORES},
-    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in _CORES},
+    ("numpy", "ndarray"): lambda *_: _Array(),
+    **{(f"{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in _CORES},
+    **{(f"{core}.numeric", "_frombuffer"): lambda *x: _Array(_array(*x)) for core in _CORES},
 }
 _STAND_INS = {name: _StandIn(function) for name, function in _CALLABLE.items()}
 """All that the plans of nnU-Net v1 may call."""

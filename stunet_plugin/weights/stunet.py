@@ -23,7 +23,6 @@ from stunet_plugin.weights.identify import (
     check_convolutions,
     plain_tensors,
 )
-from stunet_plugin.weights.input_channels import REPEAT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +92,7 @@ def _measure(
         plans_like=f"STUNetPlans_like_{preset.name if preset else 'model'}",
         features=features,
         input_weights=(firsts[0], "encoder.stages.0.0.shortcut.weight"),
-        default_stem=REPEAT,  # as the authors do
+        default_stem="repeat",  # as the authors do
         outputs=int(tensors[last_head].shape[0]),
         entry={
             "network_class_name": STUNET_CLASS,

@@ -24,8 +24,8 @@ from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
 from stunet_plugin.weights.identify import Origin
 from stunet_plugin.weights.locate import Source, published_facts
-from stunet_plugin.weights.read_plans import choose_plan
 from stunet_plugin.weights.safe_loading import load_plans_pickle
+from stunet_plugin.weights.source_plan import choose_plan
 from stunet_plugin.weights.stunet import read_stunet
 
 import import_helpers as helpers

@@ -21,8 +21,8 @@ import torch
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.weights.identify import read_weights
-from stunet_plugin.weights.read_plans import read_plans_file
 from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickle
+from stunet_plugin.weights.source_plan import read_plans_file
 
 import import_helpers as helpers
 from conftest import Stunet
@@ -111,7 +111,7 @@ def image(path: Path) -> None:
         (bytes(257) + b"ustar", "tar archive"),
         (b"\x00" * 100, "starts with"),
         (Path.unlink, "no such file"),
-        (lambda path: (path.unlink(), path.mkdir()), "folder"),
+        (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
         ([1, 2], "list"),
         ({"weights": torch.ones(2)}, "weights"),
         (LIGHTNING, "Lightning"),
