@@ -91,48 +91,54 @@ class Workspace:
     def run(
         self, command: str, *arguments: object, check: bool = True, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command; a keyword sets a variable, None removes it."""
+        """Run a command; a keyword sets a variable, None removes it.
+
+        Stock commands but predictions run in this process, their workers as threads: processes
+        would spend most of their time on imports.
+        """
         # Training without worker processes is quicker for a handful of iterations; nnU-Net's
         # planners need at least one.
-        workers = {"nnUNet_n_proc_DA": "0" if command == "nnUNetv2_train" else "1"}
-        variables: dict[str, str | None] = {**self.environment, **workers, **environment}
-        result = subprocess.run(
-            [find_command(command), *map(str, arguments)],
-            env={key: value for key, value in variables.items() if value is not None},
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
+        workers = "0" if command == "nnUNetv2_train" else "1"
+        variables = {**self.environment, "nnUNet_n_proc_DA": workers, **environment}
+        here = command.startswith("nnUNetv2_") and "predict" not in command
+        run = self._run_here if here else self._run_process
+        result = run([command, *map(str, arguments)], variables)
         if check and result.returncode != 0:
-            output = f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
-            pytest.fail(f"{command} {arguments} ended with {result.returncode}:\n{output}")
+            said = f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+            pytest.fail(f"{result.args} ended with {result.returncode}:\n{said}")
         return result
 
-    def call(
-        self, command: str, *arguments: object, check: bool = True, **environment: str | None
+    def _run_process(
+        self, words: list[str], variables: dict[str, str | None]
     ) -> subprocess.CompletedProcess[str]:
-        """Run a stock command in this process, its workers as threads: processes would spend most
-        of their time on imports."""
-        (entry,) = importlib.metadata.entry_points(group="console_scripts", name=command)
-        words, out = [command, *map(str, arguments)], io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
-            self.in_this_process(patch, **{"nnUNet_n_proc_DA": "0", **environment})
+        environment = {key: value for key, value in variables.items() if value is not None}
+        words = [find_command(words[0]), *words[1:]]
+        where: dict[str, Any] = {"env": environment, "cwd": self.root, "stdin": subprocess.DEVNULL}
+        return subprocess.run(words, capture_output=True, text=True, **where)
+
+    def _run_here(
+        self, words: list[str], variables: dict[str, str | None]
+    ) -> subprocess.CompletedProcess[str]:
+        (entry,) = importlib.metadata.entry_points(group="console_scripts", name=words[0])
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            self.in_this_process(patch, variables)
             patch.setattr(sys, "argv", words)
             patch.setattr(multiprocessing, "cpu_count", lambda: 1)
             threads = SimpleNamespace(Pool=ThreadPool)
             patch.setattr(multiprocessing, "get_context", lambda _=None: threads)
             try:
-                code = int(bool(entry.load()()))
+                entry.load()()
             except (Exception, SystemExit):
                 traceback.print_exc()
                 code = 1
-        assert code == 0 or not check, out.getvalue()[-5000:]
-        return subprocess.CompletedProcess(words, code, out.getvalue(), "")
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
-    def in_this_process(self, patch: pytest.MonkeyPatch, **environment: str | None) -> None:
+    def in_this_process(
+        self, patch: pytest.MonkeyPatch, variables: dict[str, str | None] | None = None
+    ) -> None:
         """Set the variables here, for calls of nnU-Net's Python interface."""
-        for key, value in {**self.environment, **environment}.items():
+        for key, value in (variables or self.environment).items():
             if value is None:
                 patch.delenv(key, raising=False)
             elif key.startswith(("nnUNet_", "STUNET_")):
@@ -236,7 +242,7 @@ def phantoms(
             first = new_workspace("phantoms_unfinished")
             write_dataset(first.raw / f"Dataset{PHANTOM_ID}_Phantoms", num_cases=6, seed=1)
             what = ("-d", PHANTOM_ID, "-c", "2d", "3d_fullres", "-npfp", 1, "-np", 1)
-            first.call("nnUNetv2_plan_and_preprocess", *what, nnUNet_n_proc_DA="1")
+            first.run("nnUNetv2_plan_and_preprocess", *what)
             first.root.rename(common / "phantoms")
     workspace = new_workspace("phantoms_copy")
     shutil.copytree(common / "phantoms", workspace.root, dirs_exist_ok=True)

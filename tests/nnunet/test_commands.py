@@ -34,7 +34,7 @@ def train(
     **settings: Any,
 ) -> CompletedProcess[str]:
     words = (PHANTOM_ID, configuration, fold, "-tr", trainer, "-device", "cpu", *more)
-    return workspace.call("nnUNetv2_train", *words, **settings)
+    return workspace.run("nnUNetv2_train", *words, **settings)
 
 
 def load(checkpoint: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_prediction_equals_validation_also_after_export_and_install(
     trained.run("nnUNetv2_predict", "-i", images, "-o", tmp_path / "p", *model, *PREDICT)
     assert_same(tmp_path / "p", fold / "validation")
     archive = tmp_path / "model.zip"
-    trained.call("nnUNetv2_export_model_to_zip", "-o", archive, *model, "-f", 0)
+    trained.run("nnUNetv2_export_model_to_zip", "-o", archive, *model, "-f", 0)
     other = new_workspace("installed")
     other.run("nnUNetv2_install_pretrained_model_from_zip", archive)
     words = ("-i", images, "-o", tmp_path / "p2", "-m", other.model(TRAINER), *PREDICT)
@@ -138,7 +138,7 @@ def test_fine_tuning_loads_everything_but_the_heads(trained: Workspace, fold: Pa
 def test_best_configuration_is_found_among_ours(trained: Workspace) -> None:
     train(trained, "2d", 0, TRAINER, "--npz", STUNET_ITERATIONS="1")
     words = ("-p", "nnUNetPlans", "-c", "2d", FULLRES, "-tr", TRAINER, "-f", 0, "-np", 1)
-    trained.call("nnUNetv2_find_best_configuration", PHANTOM_ID, *words)
+    trained.run("nnUNetv2_find_best_configuration", PHANTOM_ID, *words)
     information = trained.dataset_folder(trained.results) / "inference_information.json"
     assert TRAINER in json.dumps(json.loads(information.read_text())["considered_models"])
 
