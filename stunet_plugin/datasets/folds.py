@@ -52,14 +52,9 @@ def balanced_folds(
 
 
 def own_folds(folder: Path, cases: Collection[str]) -> tuple[list[list[str]] | None, str]:
-    """Return the cases that each fold of a dataset's own ``splits_final.json`` validates on, and
-    what to say of it: None and "" where there is none, None and why where it cannot be kept.
-
-    Args:
-        folder: the dataset in nnUNet_raw; splits in nnUNet_preprocessed, which training reads, come
-            first.
-        cases: of the dataset.
-    """
+    """Return the cases that each fold of a dataset's own ``splits_final.json`` validates on (that
+    in nnUNet_preprocessed, which training reads, comes first), and what to say of it: None and ""
+    where there is none, None and why where it cannot be kept."""
     root = os.environ.get(PREPROCESSED)
     places = [Path(root, folder.name, SPLITS)] if root else []
     file = next((x for x in (*places, folder / SPLITS) if x.is_file()), None)

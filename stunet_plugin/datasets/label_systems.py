@@ -1,10 +1,8 @@
 """Label systems: which label value means which class, and how two of them meet.
 
-A class is known by its canonical name, so ``postcava``, ``IVC`` and ``inferior vena cava`` are one.
-It may have several label values (a group, or a region of nnU-Net), and may be made up of smaller
-ones: a system with both kidneys apart has ``kidney``, too. Published systems are data
-(``stunet_plugin/data/label_systems.json``); a user's own is a JSON or YAML file, or a
-``dataset.json`` of nnU-Net.
+A class is known by its canonical name (``IVC`` is ``inferior_vena_cava``). It may have several
+label values (a group, or a region of nnU-Net), and may be made up of smaller ones: a system with
+both kidneys apart has ``kidney``, too. Published systems are in ``data/label_systems.json``.
 """
 
 from __future__ import annotations
@@ -61,15 +59,10 @@ class LabelSystem:
     def from_table(cls, content: Mapping[str, Any], name: str) -> LabelSystem:
         """Take a label system in the form of nnU-Net's ``dataset.json``.
 
-        Args:
-            content: ``labels`` is a table of names and values (or lists of values), or of values
-                and names, or a list of names with the values 1, 2, ...; ``groups``, if given, a
-                table of names and the names of labels that make them up. Classes may share values
-                only as groups do, or with nnU-Net's ``regions_class_order``.
-            name: for messages, unless the content has one.
-
-        Raises:
-            PluginError: labels that overlap or are none, groups of labels that do not exist.
+        ``labels`` is a table of names and values (or lists of values), or of values and names, or a
+        list of names with the values 1, 2, ...; ``groups``, if given, a table of names and the
+        names of labels that make them up. Classes may share values only as groups do, or with
+        nnU-Net's ``regions_class_order``; PluginError otherwise.
         """
         name = str(content.get("name", name)) if "labels" in content else name
         where = f"Label system {name}"
@@ -96,8 +89,7 @@ class LabelSystem:
         return cls(name, {**labels, **groups}, ignore[0] if ignore else None)
 
     def find(self, name: str) -> tuple[int, ...] | None:
-        """Return the label values of a class, made up of smaller ones where need be; None if it is
-        not in the system."""
+        """Return the label values of a class, made up of smaller ones where need be, or None."""
         known = canonical_name(name)
         if known in self.classes:
             return self.classes[known]
@@ -111,10 +103,8 @@ class LabelSystem:
         """Like :meth:`find`, but raise PluginError where the class is not in the system."""
         found = self.find(name)
         if found is None:
-            raise PluginError(
-                f"Label system {self.name} has no class {name!r}; its classes are:"
-                f" {few(list(self.classes), 30)}."
-            )
+            known = few(list(self.classes), 30)
+            raise PluginError(f"{self.name} has no class {name!r}; its classes are: {known}.")
         return found
 
     @property
@@ -129,14 +119,12 @@ class LabelSystem:
         return labels == values[0] if len(values) == 1 else np.isin(labels, values)
 
     def overlapping(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """Return the pairs of classes that share label values, so that one array cannot show
-        both."""
+        """Return the pairs of classes that share label values."""
         sets = {name: set(self.values_of(name)) for name in names}
         return [(one, other) for one, other in combinations(sets, 2) if sets[one] & sets[other]]
 
     def without_counterpart(self, classes: Iterable[str]) -> list[str]:
-        """Return the system's classes that have label values which none of the given classes
-        covers."""
+        """Return the system's classes with label values that none of the given ones covers."""
         covered = {value for name in classes for value in self.find(name) or ()}
         return [name for name, values in self.classes.items() if not covered.issuperset(values)]
 
@@ -176,23 +164,16 @@ def published_facts() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def published_classes() -> frozenset[str]:
-    """Return the canonical names of all classes of the published systems, with those made up of
-    smaller ones."""
+    """Return the canonical names of all classes of the published systems."""
     facts = published_facts()
     systems = [LabelSystem.from_table(table, name) for name, table in facts["systems"].items()]
     return frozenset(facts["compositions"]).union(*(system.classes for system in systems))
 
 
 def load_label_system(source: str | Path) -> LabelSystem:
-    """Return a label system by its published name, or from a file.
-
-    Args:
-        source: a name (case, hyphens and underscores do not matter), a JSON or YAML file, or a
-            folder with a ``dataset.json`` (an nnU-Net dataset or model).
-
-    Raises:
-        PluginError: no such name or file, or not a label system.
-    """
+    """Return a label system by its published name (case, hyphens and underscores do not matter),
+    from a JSON or YAML file, or from a folder with a ``dataset.json``; raise PluginError if there
+    is none."""
     systems: dict[str, Any] = published_facts()["systems"]
     known = {_plain(name): name for name in systems}
     if isinstance(source, str) and _plain(source) in known:
@@ -244,18 +225,17 @@ def _check_labels_file(table: Mapping[str, Any], where: str) -> None:
     nnU-Net may have any."""
     if any(key in table for key in DATASET_ENTRIES):
         return
-    if "labels" in table:
-        check_entries(table, LABEL_ENTRIES, where)
-        return
-    # Without it, the file is the table of classes itself, and these cannot be classes.
-    odd = {
+    # Without 'labels', the file is the table of classes itself, and these cannot be classes.
+    entries = {
         key: value
         for key, value in table.items()
-        if isinstance(value, Mapping) or (is_list(value) and not all(map(is_integer, value)))
+        if "labels" in table
+        or isinstance(value, Mapping)
+        or (is_list(value) and not all(map(is_integer, value)))
     }
-    check_entries(odd, LABEL_ENTRIES, where)
-    if odd:
-        raise PluginError(f"{where}: there is {next(iter(odd))!r}, but no entry 'labels'.")
+    check_entries(entries, LABEL_ENTRIES, where)
+    if entries and "labels" not in table:
+        raise PluginError(f"{where}: there is {next(iter(entries))!r}, but no entry 'labels'.")
 
 
 def _named_values(labels: Any, where: str) -> dict[str, tuple[int, ...]]:
@@ -326,7 +306,6 @@ def check_regions(table: Mapping[str, Any], where: str) -> None:
         )
     ):
         raise PluginError(
-            f"{where}: regions_class_order {order} does not fit its regions {table['labels']}. Each"
-            " value must be one of its region's, and of no later region's. Correct its dataset.json"
-            " and train again."
+            f"{where}: regions_class_order {order} does not fit {table['labels']}: each value must"
+            " be one of its region's, of no later one's. Correct dataset.json and train again."
         )

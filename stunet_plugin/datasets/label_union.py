@@ -59,15 +59,12 @@ def unite(
     not_shown: Sequence[Collection[str]],
 ) -> tuple[LabelSystem, list[LabelMapping]]:
     """Return the label system of the joint dataset, with an ignore label if one is needed, and what
-    the labels of each dataset become.
+    the labels of each dataset become; raise PluginError if classes overlap or nobody has one.
 
     Args:
         systems: of the datasets.
         wanted: classes to learn; None takes all.
         not_shown: per dataset, classes that its images do not show, so that their absence is known.
-
-    Raises:
-        PluginError: no dataset has a wanted class, or classes overlap.
     """
     known = _smallest_classes(systems)
     classes = known if wanted is None else list(dict.fromkeys(map(canonical_name, wanted)))
@@ -81,9 +78,8 @@ def unite(
         if overlaps:
             one, other = overlaps[0]
             raise PluginError(
-                f"{one!r} and {other!r} overlap in {system.name}, and a voxel has one label. Say"
-                " what to learn with --classes: the larger class, or the smaller ones (where a"
-                " dataset has the larger one alone, it then becomes ignore)."
+                f"{one!r} and {other!r} overlap in {system.name}. Choose with --classes: the larger"
+                " one, or the smaller ones (the larger one alone then becomes ignore)."
             )
     joint = LabelSystem.numbered("joint", classes, ignore=True)
     mappings = [

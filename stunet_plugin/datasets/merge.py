@@ -57,12 +57,8 @@ class Part:
 
 
 def run_merge(options: MergeDatasets) -> int:
-    """Merge, say what was done, and return 0.
-
-    Raises:
-        PluginError: wrong input; nothing was written, or the same command resumes once the input
-            is fixed.
-    """
+    """Merge, say what was done, and return 0; raise PluginError for wrong input, and the same
+    command resumes once that is fixed."""
     merge = _Merge(options)
     if not merge.target.is_there(merge.settings):
         print("\n".join(merge.describe()), flush=True)
@@ -100,20 +96,12 @@ class _Merge:
         """Return the names of the channels, which decide how nnU-Net normalises them."""
         given, found = self.options.channel_names, [part.raw.channels for part in self.parts]
         count = self._common("number of channels", [len(names) for names in found])
-        if given is not None:
-            if len(given) != count:
-                raise PluginError(
-                    f"--channel-names names {len(given)} channel(s), the datasets have {count}."
-                )
-            return tuple(given)
-        if len({tuple(map(str.casefold, names)) for names in found}) > 1:
-            listed = "; ".join(f"{x.name}: {', '.join(x.raw.channels)}" for x in self.parts)
-            raise PluginError(
-                f"The datasets call their channels differently ({listed}). If they are of one kind,"
-                " say how to call them: --channel-names (nnU-Net normalises by it: 'CT', or any"
-                " other)."
-            )
-        return found[0]
+        if given is None:
+            what = "channels (if they are of one kind, say how to call them: --channel-names)"
+            self._common(what, [tuple(map(str.casefold, names)) for names in found])
+        elif len(given) != count:
+            raise PluginError(f"--channel-names must name {count} channel(s), not {len(given)}.")
+        return tuple(given or found[0])
 
     def _check(self) -> None:
         classes = ", ".join(self.joint.classes)
@@ -132,15 +120,11 @@ class _Merge:
                     " would become ignore. Leave it out, or say which of them its images do not"
                     " show (--not-shown)."
                 )
-            for name in part.not_shown:
-                if name not in self.joint.classes:
-                    raise PluginError(f"--not-shown: {name!r} is none of the classes {classes}.")
+            if unknown := set(part.not_shown) - set(self.joint.classes):
+                raise PluginError(f"--not-shown: {unknown.pop()!r} is none of {classes}.")
             for file in (x for case in part.raw.cases for x in (*case.images, case.label)):
                 if not file.name.endswith(self.ending):
-                    raise PluginError(
-                        f"{file} of {part.name} does not end in {self.ending}, as its dataset.json"
-                        " says."
-                    )
+                    raise PluginError(f"{file} does not end in {self.ending}, as {part.name} says.")
 
     def describe(self) -> Iterator[str]:
         """Say in lines what will become of each dataset."""
@@ -149,15 +133,15 @@ class _Merge:
         for part, mapping in self.pairs:
             training = ", training only" if part.train_only else ""
             yield f"{part.name} ({part.system.name}): {len(part.raw.cases)} cases{training}"
-            if mapping.missing:
-                yield f"  does not annotate: {', '.join(mapping.missing)}"
-            if mapping.hidden_in:
-                hidden = ", ".join(mapping.hidden_in)
-                yield f"  become ignore, as they may hold one of these: {hidden}"
+            for what, names in (
+                ("does not annotate", mapping.missing),
+                ("become ignore, as they may hold one of these", mapping.hidden_in),
+                ("left out", mapping.left_out),
+            ):
+                if names:
+                    yield f"  {what}: {', '.join(names)}"
             if mapping.background_ignored:
                 yield "  becomes ignore, as they may be anywhere in it: all that is left out"
-            if mapping.left_out:
-                yield f"  left out: {', '.join(mapping.left_out)}"
             folds, what = part.own_folds
             if what and not part.train_only:
                 yield f"  {what}" if folds else f"  {what}, so its cases are split at random"
@@ -180,11 +164,7 @@ class _Merge:
         }
 
     def write(self) -> None:
-        """Make the dataset, or complete one that an interrupted run began.
-
-        Raises:
-            PluginError: images or label maps that cannot be used; the others stay finished.
-        """
+        """Make the dataset, or complete one that an interrupted run began."""
         tasks = [(*pair, case) for pair in self.pairs for case in pair[0].raw.cases]
         with self.target.begun(self.settings):
             problems = []
@@ -194,9 +174,8 @@ class _Merge:
                 except ImageError as error:
                     problems.append(str(error))
             if problems:
-                raise PluginError(
-                    f"{len(problems)} cases cannot be used.\n{few_lines(problems, 10)}"
-                )
+                listed = few_lines(problems, 10)
+                raise PluginError(f"{len(problems)} cases cannot be used.\n{listed}")
             splits = self._split()
             if splits:
                 write_atomically(self.target.unfinished / SPLITS, json.dumps(splits, indent=1))
@@ -281,19 +260,14 @@ class _Merge:
 
 
 def _find_parts(options: MergeDatasets) -> list[Part]:
-    """Find the datasets with their label systems; options that name a dataset do so as on the
-    command line."""
+    """Find the datasets; options name them as the command line does."""
     given = [text.partition("=") for text in options.datasets]
     folders = [find_raw(name) for name, _, _ in given]
     names = [folder.name for folder in folders]
-    if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise PluginError(
-            f"Name at least two datasets to merge, each once, not {', '.join(names)}. Their names"
-            " tell their cases apart."
-        )
-    by_text = {
-        x: name for (text, _, _), name in zip(given, names, strict=True) for x in (text, name)
-    }
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise PluginError(f"Name at least two datasets, each once, not {', '.join(names)}.")
+    by_text = dict(zip((text for text, _, _ in given), names, strict=True))
+    by_text |= {name: name for name in names}
 
     def named(text: str, option: str) -> str:
         if text not in by_text:
@@ -305,8 +279,8 @@ def _find_parts(options: MergeDatasets) -> list[Part]:
         dataset, _, classes = text.partition("=")
         if not classes:
             raise PluginError(f"--not-shown must be DATASET=CLASS[,CLASS], not {text!r}.")
-        absent = map(canonical_name, classes.split(","))
-        not_shown.setdefault(named(dataset, "--not-shown"), []).extend(absent)
+        hidden = not_shown.setdefault(named(dataset, "--not-shown"), [])
+        hidden += map(canonical_name, classes.split(","))
     train_only = [named(text, "--train-only") for text in options.train_only]
     parts = []
     for folder, (_, _, labels) in zip(folders, given, strict=True):
@@ -314,11 +288,9 @@ def _find_parts(options: MergeDatasets) -> list[Part]:
         if labels:
             system = load_label_system(labels)
         elif "regions_class_order" in raw.description and options.classes is None:
-            raise PluginError(
-                f"{raw.name} has regions, which overlap. Say which classes to learn: --classes"
-            )
+            raise PluginError(f"{raw.name} has regions, which overlap. Choose classes: --classes")
         else:
             system = LabelSystem.from_table(raw.description, raw.name)
-        hidden = tuple(not_shown.get(raw.name, ()))
-        parts.append(Part(raw, system, hidden, raw.name in train_only))
+        absent = tuple(not_shown.get(raw.name, ()))
+        parts.append(Part(raw, system, absent, raw.name in train_only))
     return parts

@@ -28,19 +28,10 @@ SETTINGS, SETTINGS_HASH = "settings.json", "settings_sha256"
 
 
 class NewDataset:
-    """``DatasetXXX_NAME`` that is to be made.
+    """``DatasetXXX_NAME`` that is to be made in the folder ``unfinished``; raises PluginError if
+    that is no name, or the ID is another dataset's.
 
-    Args:
-        dataset_id, name: of the dataset.
-        provenance: name of the JSON file that says what it was made of.
-        copy: copy files instead of linking them.
-
-    Attributes:
-        folder: its place in nnUNet_raw.
-        unfinished: where it is made.
-
-    Raises:
-        PluginError: bad ID or name, nnUNet_raw is not set, or the ID is taken by another dataset.
+    ``provenance`` names the JSON file that says what it was made of.
     """
 
     def __init__(self, dataset_id: int, name: str, provenance: str, copy: bool) -> None:
@@ -54,10 +45,7 @@ class NewDataset:
     def _refuse(self, name: str) -> None:
         roots = [x for x in (RAW, PREPROCESSED, RESULTS) if os.environ.get(x)]
         there = " and ".join(x for x in roots if Path(os.environ[x], name).is_dir())
-        raise PluginError(
-            f"-d {self.dataset_id} is taken: {there} has {name}. Choose another. Nothing was"
-            " written."
-        )
+        raise PluginError(f"-d {self.dataset_id} is taken: {there} has {name}. Choose another.")
 
     def is_there(self, settings: Mapping[str, Any]) -> bool:
         """Whether a run with the same settings has made it already, which is said; raise
@@ -71,12 +59,8 @@ class NewDataset:
 
     @contextlib.contextmanager
     def begun(self, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Make the unfinished folder, or resume one that was left with the same settings.
-
-        Raises:
-            PluginError: it was left by a run with other settings, another run is writing to it, or
-                it cannot be written to.
-        """
+        """Make the unfinished folder, or resume one that was left with the same settings; raise
+        PluginError if it was left with others, another run has it, or it cannot be written to."""
         for part in (IMAGES, LABELS, RECORDS):
             (self.unfinished / part).mkdir(parents=True, exist_ok=True)
         with lock(self.unfinished / ".lock", f"run is making {self.folder.name}"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from stunet_plugin.commands.pseudo_label import PseudoLabel
 
 PROVENANCE = "pseudo_labels.json"
-CHANNELS, REGIONS = ("channel_names", "modality"), "regions_class_order"
-KEPT_ENTRIES = (*CHANNELS, REGIONS, "overwrite_image_reader_writer", "file_ending")
+KEPT_ENTRIES = ("channel_names", "modality", "overwrite_image_reader_writer", "file_ending")
+KEPT_ENTRIES += ("regions_class_order",)
 """Of the model's dataset.json, for that of the new dataset."""
 
 
@@ -48,30 +47,23 @@ class Rule:
 
     def reasons_against(self, confidence: float | None, volume: float) -> list[str]:
         """Return why a class is not kept (confidence None: it is not predicted at all)."""
-        found = []
         # Comparisons are such that what is not a number is never confident.
-        least = self.min_confidence
+        least, low, high = self.min_confidence, self.min_mm3, self.max_mm3
+        found = []
         if least is not None and confidence is not None and not confidence >= least:
             found.append(f"mean confidence {confidence:.3f} below {least:g}")
-        if self.min_mm3 is not None and not volume >= self.min_mm3:
-            found.append(f"{volume:.0f} mm3, less than {self.min_mm3:g}")
-        if self.max_mm3 is not None and not volume <= self.max_mm3:
-            found.append(f"{volume:.0f} mm3, more than {self.max_mm3:g}")
+        if low is not None and not volume >= low:
+            found.append(f"{volume:.0f} mm3, less than {low:g}")
+        if high is not None and not volume <= high:
+            found.append(f"{volume:.0f} mm3, more than {high:g}")
         return found
 
 
 @dataclass(frozen=True)
 class ConfidenceFilter:
-    """The rules for a dataset.
-
-    Attributes:
-        system: label system of the model.
-        ignore: the ignore label's value.
-        ignore_below: least confidence of a voxel, None asks for none.
-        rules: canonical class name to its rule.
-        drop_cases: leave out a case with a class that is not kept, instead of ignoring the class
-            there.
-    """
+    """The rules for a dataset: least confidence of a voxel (None asks for none), and a rule by
+    canonical class name; ``drop_cases`` leaves out a case with a class that is not kept, instead of
+    ignoring the class there."""
 
     system: LabelSystem
     ignore: int
@@ -84,9 +76,9 @@ class ConfidenceFilter:
         return self.ignore_below is not None or (bool(self.rules) and not self.drop_cases)
 
     def apply(self, prediction: Prediction) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the labels (z, y, x) with the ignore label where the prediction is not kept, and
-        what became of the case: why it is left out (else ""), the share of ignored voxels, and its
-        classes; their sizes and mean confidences are those of the whole prediction."""
+        """Return the labels (z, y, x), ignored where the prediction is not kept, and why the case
+        is left out (else ""), its share of ignored voxels, and its classes; their sizes and mean
+        confidences are those of the whole prediction."""
         labels, confidence = prediction.labels, prediction.confidence
         doubtful = np.zeros(labels.shape, bool)
         if self.ignore_below is not None:
@@ -116,23 +108,15 @@ class ConfidenceFilter:
 def parse_rules(
     system: LabelSystem, confidences: Sequence[str], sizes: Sequence[str]
 ) -> dict[str, Rule]:
-    """Return the rule of each class that has one.
-
-    Args:
-        system: the classes that there are.
-        confidences: each ``P`` (for all classes) or ``CLASS=P``.
-        sizes: each ``CLASS=MIN:MAX`` in mm3, of which one may be empty.
-
-    Raises:
-        PluginError: an unknown class, or no such number.
-    """
+    """Return the rule of each class that has one, from confidences ``P`` (for all classes) or
+    ``CLASS=P`` and sizes ``CLASS=MIN:MAX`` (mm3, either may be empty)."""
     fields: dict[str, dict[str, float | None]] = {}
 
     def rule_of(name: str, where: str) -> dict[str, float | None]:
         found = canonical_name(name)
         if found not in system.classes:
             classes = ", ".join(system.classes)
-            raise PluginError(f"{where}: the model has no class {name!r}. Its classes: {classes}.")
+            raise PluginError(f"{where}: no class {name!r} in the model. It has: {classes}.")
         return fields.setdefault(found, {})
 
     for text in sorted(confidences, key=lambda text: "=" in text):
@@ -165,29 +149,20 @@ def _number(text: str, most: float, wrong: str) -> float:
 
 
 def run_pseudo_label(options: PseudoLabel) -> int:
-    """Predict, filter, and make the dataset; return 0, or 1 if a class is all but lost.
-
-    Raises:
-        PluginError: wrong input, or no case is left; the same command resumes where it stopped.
-    """
+    """Predict, filter, and make the dataset; return 0, or 1 if a class is all but lost. After a
+    PluginError (wrong input, no case left) the same command resumes where it stopped."""
     return _PseudoLabelling(options).run()
 
 
 class _PseudoLabelling:
-    """One run; the constructor checks everything but the images and writes nothing."""
+    """One run; the constructor checks all but the images."""
 
     def __init__(self, options: PseudoLabel) -> None:
         self.options = options
         self.target = NewDataset(options.dataset_id, options.name, PROVENANCE, options.copy)
         self.min_share = _probability(str(options.min_share), "--min-share")
-        self.model = model = Model(
-            Path(options.model),
-            options.folds,
-            options.checkpoint,
-            options.step_size,
-            options.mirroring,
-            choose_device(options.device),
-        )
+        how = (options.step_size, options.mirroring, choose_device(options.device))
+        self.model = model = Model(Path(options.model), options.folds, options.checkpoint, *how)
         self.ending = str(model.dataset["file_ending"])
         where = f"the model {model.folder.name}"
         system = LabelSystem.from_table(model.dataset, where)
@@ -222,24 +197,18 @@ class _PseudoLabelling:
         target, model = self.target, self.model
         if target.is_there(self.settings):
             return self._warn(read_json(target.folder / PROVENANCE)["cases"])
-        folds = ", ".join(model.folds)
-        print(
-            f"{len(self.cases)} cases; {model.folder.name}, fold(s) {folds}; into {target.folder}"
-        )
+        print(f"{len(self.cases)} cases; {model.folder.name}, fold(s) {', '.join(model.folds)}")
         print("Checking the images ...", flush=True)
         left = [case for case in self.cases if not target.record_of(case).is_file()]
         model.check(self.cases[case] for case in left)
         with target.begun(self.settings):
             for case in tqdm(left, unit="case"):
-                self._label(case, self.cases[case])
+                self._label(case)
             records = {case: read_json(target.record_of(case)) for case in self.cases}
             kept = self._say(records)
             if not kept:
                 shutil.rmtree(target.unfinished)
-                raise PluginError(
-                    "No case is left, so no dataset was made. Ask for less (--min-confidence,"
-                    " --size)."
-                )
+                raise PluginError("No case is left. Ask for less (--min-confidence, --size).")
             target.finish(self._description(kept), self._provenance(records))
         number = self.options.dataset_id
         target.say_written(
@@ -249,16 +218,17 @@ class _PseudoLabelling:
         )
         return self._warn(records)
 
-    def _label(self, case: str, images: tuple[Path, ...]) -> None:
+    def _label(self, case: str) -> None:
         """Predict one case and write what is kept of it, its record last."""
+        images = self.cases[case]
         prediction = self.model.predict(images)
         labels, record = self.filter.apply(prediction)
         if not record["left_out"]:
             self.target.add_images(case, images, self.ending)
             file = self.target.label_of(case, self.ending)
             write_labels(self.model.reader, labels, prediction.properties, file)
-        record = {"images": list(map(str, images)), **record}
-        write_atomically(self.target.record_of(case), json.dumps(record))
+        text = json.dumps({"images": list(map(str, images)), **record})
+        write_atomically(self.target.record_of(case), text)
 
     def _say(self, records: Mapping[str, Mapping[str, Any]]) -> int:
         """Print what became of the cases; return how many are kept."""
@@ -274,11 +244,10 @@ class _PseudoLabelling:
     def _warn(self, records: Mapping[str, Mapping[str, Any]]) -> int:
         """Warn of classes that too few cases show; return the exit code."""
         kept = [record for record in records.values() if not record["left_out"]]
-        lost = []
-        for name in self.filter.system.classes:
-            count = sum(record["classes"][name]["kept"] > 0 for record in kept)
-            if not count or count < self.min_share * len(kept):
-                lost.append(f"{name} in {count}")
+        classes = self.filter.system.classes
+        counts = {x: sum(record["classes"][x]["kept"] > 0 for record in kept) for x in classes}
+        least = max(1, self.min_share * len(kept))
+        lost = [f"{name} in {count}" for name, count in counts.items() if count < least]
         if not lost:
             return 0
         print(
@@ -312,16 +281,14 @@ class _PseudoLabelling:
 
 def _find_images(given: str, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
     """Return the images of each case: of a folder of them, or of a dataset in nnUNet_raw."""
-    path = Path(given).absolute()
-    folder = path if path.is_dir() and not given.isdigit() else find_raw(given)
+    folder = find_raw(given)
     folder = folder / "imagesTr" if (folder / "imagesTr").is_dir() else folder
     cases = list_images(folder, ending, channels)
     if not cases:
-        others = sorted({"".join(Path(file).suffixes[-2:]) for file in os.listdir(folder)} - {""})
+        others = sorted({"".join(file.suffixes[-2:]) for file in folder.iterdir()} - {""})
         there = f" (it has files that end in {', '.join(others[:5])})" if others else ""
         raise PluginError(
-            f"-i {folder} has no images CASE_0000{ending}, which the model reads{there}. Name them"
-            " so, and convert other formats."
+            f"-i {folder} has no images CASE_0000{ending}, as the model reads{there}. Name them so."
         )
     return cases
 

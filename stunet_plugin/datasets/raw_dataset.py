@@ -31,13 +31,8 @@ class Case:
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A dataset and its training cases.
-
-    Attributes:
-        folder: in nnUNet_raw or elsewhere.
-        description: content of its ``dataset.json``, checked.
-        cases: in the order of their names, each with labels.
-    """
+    """A dataset: its ``dataset.json``, checked, and its training cases in the order of their
+    names."""
 
     folder: Path
     description: dict[str, Any] = field(repr=False)
@@ -87,11 +82,8 @@ def find_raw(given: str) -> Path:
 
 
 def read_raw(folder: Path) -> RawDataset:
-    """Read a dataset's description and list its cases.
-
-    Raises:
-        PluginError: no dataset, or a case lacks an image or its labels.
-    """
+    """Read a dataset's description and list its cases; raise PluginError if it is none, or a case
+    lacks an image or its labels."""
     file = folder / "dataset.json"
     if not file.is_file():
         raise PluginError(f"{folder} is no dataset of nnU-Net: it has no dataset.json.")
@@ -109,10 +101,8 @@ def read_raw(folder: Path) -> RawDataset:
         cases = [Case(x, images[x], folder / "labelsTr" / f"{x}{ending}") for x in images]
     lacking = [case.label for case in cases if not case.label.is_file()]
     if lacking:
-        raise PluginError(
-            f"{folder.name}: {len(lacking)} of {len(cases)} cases have no labels (for example"
-            f" {lacking[0]})."
-        )
+        count = f"{len(lacking)} of {len(cases)} cases have no labels"
+        raise PluginError(f"{folder.name}: {count} (for example {lacking[0]}).")
     if not cases:
         raise PluginError(f"{folder} has no cases: no images *_0000{ending} in imagesTr.")
     return RawDataset(folder, description, tuple(cases))
@@ -150,12 +140,8 @@ def _listed_cases(folder: Path, description: dict[str, Any], file: Path) -> list
 
 
 def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
-    """Return the images of a folder by case, in the order of their names: one file per channel,
-    or fewer where one picture may have several (colours).
-
-    Raises:
-        PluginError: the folder is not there, or a case has not one file for each channel.
-    """
+    """Return the images of a folder by case, in the order of their names: one file per channel, or
+    fewer where a picture may have several (colours); raise PluginError if a case lacks one."""
     if not folder.is_dir():
         raise PluginError(f"{folder} is not a folder.")
     found: dict[str, dict[int, Path]] = {}
@@ -178,8 +164,5 @@ def new_raw_folder(dataset_id: int, name: str) -> Path:
     if not 1 <= dataset_id <= 999:
         raise PluginError(f"-d must be from 1 to 999, not {dataset_id}.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise PluginError(
-            f"-n may hold letters, digits, '_', '-', '.', and starts with one of the first two, not"
-            f" {name!r}."
-        )
+        raise PluginError(f"-n must be letters, digits, then also '_', '-', '.', not {name!r}.")
     return root / f"Dataset{dataset_id:03d}_{name}"

@@ -47,14 +47,13 @@ class Plan:
         return f"{self.plans.get('plans_name', 'plans')}, {self.configuration}"
 
     def check(self, where: str) -> None:
-        """Raise a PluginError unless the configuration is there and its network takes images
-        alone."""
+        """Raise PluginError unless the configuration is there and takes images alone."""
         check_configuration(self.plans, self.configuration, where)
         first = self.chosen.previous_stage_name
         if first is not None:
             raise PluginError(
-                f"{self.configuration} of {where} is the second stage of a cascade, which also"
-                f" takes the first stage's segmentation. Rank {first} instead: -c {first}"
+                f"{self.configuration} of {where} is the second stage of a cascade. Rank the first:"
+                f" -c {first}"
             )
 
 
@@ -78,8 +77,7 @@ class Candidate:
             if mismatches:
                 raise PluginError(
                     f"{self.name}: the weights in {self.file} do not fit the network of"
-                    f" {self.plan.name}: {mismatches}. Give the plans that you would fine-tune them"
-                    " with (-p), or leave -p out to take their own."
+                    f" {self.plan.name}: {mismatches}. Choose other plans (-p), or leave -p out."
                 )
             own = {name for name in network.state_dict() if HEADS not in name}
             kept = {name: value for name, value in weights.items() if name in own}
@@ -115,16 +113,8 @@ class Candidate:
 
 
 def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candidate]:
-    """Return the candidates that a user names.
-
-    Args:
-        given: weights, random ones for every network among the others, or random ones of a
-            trainer's network.
-        target: the plan that all are to be fine-tuned with; None takes each model's own.
-
-    Raises:
-        PluginError: a file is no checkpoint of nnU-Net v2, or has no plan.
-    """
+    """Return the candidates that a user names, with the target's plan or (None) their own; raise
+    PluginError if a file is no checkpoint of nnU-Net v2, or has no plan."""
     found = []
     for one in given:
         if one.trainer and target is not None:
@@ -146,31 +136,26 @@ def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     weights = checkpoint.get("network_weights")
     if not isinstance(weights, Mapping) or not checkpoint.get("trainer_name"):
         raise PluginError(
-            f"{file} is no checkpoint of nnU-Net v2. Published STU-Net, PCT-Net and FMUNet weights"
-            " become one with `stunet import`; `stunet inspect` says what a file is."
+            f"{file} is no checkpoint of nnU-Net v2. Published weights become one with `stunet"
+            " import`; `stunet inspect` says what a file is."
         )
     return checkpoint, dict(weights)
 
 
 def _own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:
-    """Return the plan that a model was trained with: ``plans.json`` of its folder, or what its
-    checkpoint keeps."""
+    """Return the plan of a model: ``plans.json`` of its folder, or what its checkpoint keeps."""
     arguments = checkpoint.get("init_args") or {}
     beside = file.parent.parent / "plans.json"
     plans = read_json(beside) if beside.is_file() else arguments.get("plans")
     if not isinstance(plans, dict) or not plans.get("configurations"):
-        raise PluginError(
-            f"{file} has no plan of its own (weights of a pretext task, perhaps). Give the"
-            " dataset's plans: -p PLANS"
-        )
+        raise PluginError(f"{file} has no plan of its own. Give the dataset's plans: -p PLANS")
     plan = Plan(plans, str(arguments.get("configuration", "")))
     plan.check(str(file))
     return plan
 
 
 def _random_ones(found: list[Candidate], name: str) -> list[Candidate]:
-    """Return one candidate with random weights for each network among the others, where images are
-    prepared in one way."""
+    """Return one candidate with random weights for each network and preparation of images."""
     different: dict[Any, Candidate] = {}
     for candidate in found:
         if candidate.file is not None:

@@ -25,24 +25,18 @@ level (as published)."""
 
 
 def samples_of_levels(levels: int) -> list[int]:
-    """Return the number of sampled voxels per class and case of each level, the coarsest first:
-    100, 200, 400."""
+    """Return the sampled voxels per class and case of each level, the coarsest first."""
     return [max(FINEST_SAMPLES >> step, FEWEST_SAMPLES) for step in range(levels)][::-1]
 
 
 def sample_voxels(
     segmentation: np.ndarray, labels: Sequence[int], case: str, seed: int
 ) -> dict[int, np.ndarray]:
-    """Draw voxels of each label, without replacement; labels that the case lacks are left out.
+    """Draw voxels of each label of a segmentation (z, y, x), without replacement; labels that it
+    lacks are left out.
 
     The draw depends on seed, case and label alone, so that every network is asked about the same
     voxels.
-
-    Args:
-        segmentation: (z, y, x).
-        labels: values to draw from.
-        case: its name.
-        seed: of all draws.
 
     Returns:
         Label to indices (voxel, 3), at most ``FINEST_SAMPLES``, in random order: the first ones
@@ -131,8 +125,7 @@ def _interpolate(features: Tensor, places: Tensor) -> np.ndarray:
 def _window_starts(
     points: np.ndarray, size: Sequence[int], patch: Sequence[int], step: float
 ) -> np.ndarray:
-    """For each point (point, 3) the first corner of the window that has it nearest to its
-    middle."""
+    """For each point (point, 3) the first corner of the window that has it nearest its middle."""
     # Along an axis with windows of one voxel (the slices of 2D networks) every voxel has its own.
     grid = compute_steps_for_sliding_window(tuple(size), tuple(patch), step)
     nearest = []

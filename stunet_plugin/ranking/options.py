@@ -60,15 +60,8 @@ class Named:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the options name, found and checked.
-
-    Attributes:
-        candidates: the weights.
-        raw: the labelled dataset.
-        preprocessed: its folder in nnUNet_preprocessed, None if it has none.
-        cases: to look at, in the order of their names.
-        plans: those given with -p, which have the configuration; None where none are given.
-    """
+    """What the options name: weights, the labelled dataset and its folder in nnUNet_preprocessed
+    (if it has one), the cases to look at in their order, and the plans given with -p."""
 
     candidates: tuple[Named, ...]
     raw: RawDataset
@@ -78,19 +71,13 @@ class Inputs:
 
 
 def find_inputs(options: Rank) -> Inputs:
-    """Check the options and find what they name.
-
-    Raises:
-        PluginError: anything in them is wrong, or a file, dataset, case or plan that they name is
-            not there.
-    """
+    """Check the options and find what they name; raise PluginError for the first slip."""
     if not 0 < options.step_size <= 1:
         raise PluginError(f"--step-size must be above 0 and at most 1, not {options.step_size:g}.")
-    least = {"seed": 0, "levels": 1, "cases": FEWEST_CASES}
-    for name, least_value in least.items():
+    for name, least in (("seed", 0), ("levels", 1), ("cases", FEWEST_CASES)):
         value = getattr(options, name)
-        if value is not None and value < least_value:
-            raise PluginError(f"--{name} must be at least {least_value}, not {value}.")
+        if value is not None and value < least:
+            raise PluginError(f"--{name} must be at least {least}, not {value}.")
     for name, file in (("--json", options.json), ("--figure", options.figure)):
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise PluginError(f"{name} {file}: there is no folder {Path(file).parent}.")
@@ -115,8 +102,8 @@ def _check_candidates(candidates: tuple[Named, ...], options: Rank) -> None:
         raise PluginError(f"Two candidates are called {twice[0]}. Give them names: NAME=PATH")
     if len(names) < 2 or not any(one.path or one.trainer for one in candidates):
         raise PluginError(
-            f"A ranking needs at least two candidates. Name other weights, or add '{RANDOM}', which"
-            f" takes the network of the others ({RANDOM}:TRAINER -p PLANS that of a trainer)."
+            f"A ranking needs at least two candidates. Name other weights, or add '{RANDOM}' to"
+            f" some, or '{RANDOM}:TRAINER' with -p PLANS."
         )
 
 
@@ -129,10 +116,7 @@ def _choose_cases(raw: RawDataset, options: Rank) -> tuple[str, ...]:
             hint = did_you_mean(name, known)
             raise PluginError(f"--names: {raw.name} has no case {name}.{hint}")
     if len(names) < FEWEST_CASES:
-        raise PluginError(
-            f"{len(names)} labelled case(s) of {raw.name} make no pair; at least {FEWEST_CASES} are"
-            " needed, better ten."
-        )
+        raise PluginError(f"{len(names)} labelled case(s) make no pair. Take two, better ten.")
     if options.names is not None:
         return tuple(names)
     drawn = np.random.default_rng(options.seed).permutation(len(known))[: options.cases]
@@ -148,8 +132,7 @@ def _read_plans(raw: RawDataset, folder: Path | None, options: Rank) -> dict[str
         there = f" It has: {', '.join(others)}." if others else ""
         raise PluginError(
             f"-p {options.plans}: {raw.name} has no such plans in {PREPROCESSED}.{there} Plan it"
-            " (nnUNetv2_plan_and_preprocess, `stunet plan` or `stunet plan-like`), or leave -p"
-            " out: each model then sees the images as in its own training."
+            " (`stunet plan`), or leave -p out: each model then takes its own."
         )
     plans = read_json(file)
     check_configuration(plans, options.configuration, f"-p {options.plans}")

@@ -33,8 +33,7 @@ DEFAULT_LEVELS = 3
 
 @dataclass
 class LevelFeatures:
-    """What is kept of the features of one level: Gaussians per class, and a mean vector per
-    case."""
+    """What is kept of a level: Gaussians per class, and a mean vector per case."""
 
     classes: dict[int, list[Gaussian]] = field(default_factory=dict)
     means: list[np.ndarray] = field(default_factory=list)
@@ -79,11 +78,7 @@ class Result:
 
 
 def run_rank(options: Rank, inputs: Inputs) -> int:
-    """Rank, and print the table; return 0.
-
-    Raises:
-        PluginError: wrong input; nothing was written.
-    """
+    """Rank, and print the table; return 0. A PluginError (wrong input) comes before any writing."""
     # What nnU-Net and the networks have to say is no part of the result.
     with contextlib.redirect_stdout(sys.stderr):
         target, results, alike = _rank(options, inputs)
@@ -116,16 +111,14 @@ def _rank(options: Rank, inputs: Inputs) -> tuple[Target, list[Result], list[lis
         expected = len(candidate.plan.chosen.normalization_schemes)
         if expected != len(raw.channels):
             raise PluginError(
-                f"{raw.name} has {len(raw.channels)} channel(s) ({', '.join(raw.channels)}), the"
-                f" plan {candidate.plan.name} is for {expected}. Give the dataset's own plans: -p"
-                " PLANS"
+                f"{raw.name} has {len(raw.channels)} channel(s), the plan {candidate.plan.name} is"
+                f" for {expected}. Give the dataset's own plans: -p PLANS"
             )
     fewest = min(candidates, key=lambda candidate: candidate.levels)
     levels = options.levels or min(DEFAULT_LEVELS, fewest.levels)
     if levels > fewest.levels:
         raise PluginError(
-            f"--levels must be from 1 to {fewest.levels}, the segmentation heads that {fewest.name}"
-            f" has, not {levels}."
+            f"--levels must be from 1 to {fewest.levels} for {fewest.name}, not {levels}."
         )
     target = Target(raw, inputs.cases, inputs.preprocessed)
     print(
@@ -167,12 +160,8 @@ def _score(
 
 
 def ranking_table(results: Sequence[Result], alike: Sequence[Sequence[str]]) -> str:
-    """Return the ranking as aligned text: score, score per level from coarse to fine, name.
-
-    Args:
-        results: the best first.
-        alike: names of the candidates with one architecture, for each architecture.
-    """
+    """Return the ranking, the best first, as aligned text: score, score per level from coarse to
+    fine, name; and :func:`same_networks`."""
     steps = range(len(results[0].levels))[::-1]
     names = "  ".join(f"{f'level 1/{2**step}':>9}" for step in steps)
     lines = [f"{'rank':>4}  {'CCFV':>8}  {names}  weights"]
@@ -181,16 +170,10 @@ def ranking_table(results: Sequence[Result], alike: Sequence[Sequence[str]]) -> 
         cells = "  ".join(f"{_number(level.score):>9}" for level in result.levels)
         lines.append(f"{place:>4}  {_number(result.score):>8}  {cells}  {result.candidate.name}")
     if any(result.score is None for result in results):
-        lines.append(
-            "n/a: features that do not vary, or are not finite: weights that are broken, or random"
-            " behind batch norm."
-        )
+        lines.append("n/a: features that do not vary, or are not finite (broken weights).")
     if len(alike) > 1:
         groups = " | ".join(", ".join(names) for names in alike)
-        lines.append(
-            f"These are {len(alike)} architectures, across which scores hardly compare. Compare"
-            f" within each: {groups}"
-        )
+        lines.append(f"These are {len(alike)} architectures; compare within each: {groups}")
     return "\n".join(lines)
 
 
@@ -251,9 +234,6 @@ def _report(
 
 def _level_report(level: LevelScore, target: Target) -> dict[str, Any]:
     distances = {target.labels[label]: x for label, x in level.class_distances.items()}
-    finite = {"consistency": level.consistency, "energy": level.energy}
-    return {
-        "score": level.score,
-        **{name: value if np.isfinite(value) else None for name, value in finite.items()},
-        "class_distances": distances,
-    }
+    numbers = {"consistency": level.consistency, "energy": level.energy}
+    finite = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+    return {"score": level.score, **finite, "class_distances": distances}

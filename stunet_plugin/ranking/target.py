@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,14 @@ class Target:
     chosen: tuple[str, ...]
     preprocessed: Path | None = None
 
-    @property
+    @cached_property
     def _manager(self) -> LabelManager:
         description = self.raw.description
         try:
             return LabelManager(description["labels"], description.get("regions_class_order"))
         except Exception as error:  # it has several
             raise PluginError(
-                f"{self.raw.folder}/dataset.json: nnU-Net cannot use these labels"
-                f" ({last_line(error)})."
+                f"nnU-Net cannot use the labels of {self.raw.folder} ({last_line(error)})."
             ) from error
 
     @property
@@ -52,10 +52,8 @@ class Target:
         return {int(x): single.get(int(x), f"label {x}") for x in self._manager.all_labels}
 
     def cases(self, plan: Plan) -> Iterator[tuple[str, Tensor, np.ndarray]]:
-        """Yield name, image (channel, z, y, x) and labels (z, y, x), prepared as the plan says.
-
-        Where nnU-Net has preprocessed the dataset with this very plan, its files are read.
-        """
+        """Yield name, image (channel, z, y, x) and labels (z, y, x), prepared as the plan says, by
+        nnU-Net before where it has preprocessed the dataset with this very plan."""
         ready = self._preprocessed_cases(plan)
         by_name = {case.name: case for case in self.raw.cases}
         for name in self.chosen:

@@ -289,7 +289,7 @@ def test_refusals(folders: Path, stunet: Stunet) -> None:
         ("--step-size 0", "--step-size"),
         ("--size heart=1:2", "no class 'heart'"),
         ("-i ./nothing_there", "nothing_there is not a folder"),
-        ("-i none", "no images CASE_0000.nii.gz, which the model reads (it has files that end in"),
+        ("-i none", "no images CASE_0000.nii.gz, as the model reads (it has files that end in"),
     ):
         assert message in stunet.refuse(LABEL, words), words
     (folders / "images" / "a_0001.nii.gz").touch()
