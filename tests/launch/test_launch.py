@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +129,18 @@ def test_wrong_arguments_and_machines_are_refused(
 def test_torchruns_last_lines_say_why(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    file = tmp_path / "error.json"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    try:
-        code = launch.main([*WORDS, *arguments.split()])
-    except SystemExit as error:
-        code = int(error.code or 0)
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+    # The second cannot be written, which does not hide what is printed.
+    for file in (tmp_path / "error.json", tmp_path / "gone" / "error.json"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        try:
+            code = launch.main([*WORDS, *arguments.split()])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        assert code == 2
+    told = str(tmp_path / "error.json")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=told)
     assert message in ChildFailedError("launch", {0: failure}).format_msg()
-    assert (code, failure.timestamp > 0) == (2, True)
-    # An error file that cannot be written does not hide what is printed.
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
-    assert launch.main([*WORDS, "first"]) == 2
+    assert failure.timestamp > 0
 
 
 @pytest.mark.parametrize(
@@ -246,50 +245,30 @@ def test_the_launcher_knows_nnunets_arguments(
     assert theirs <= {name for action in actions for name in action.option_strings}
 
 
-@pytest.fixture
-def in_group_of_one(nnunet_environment: Workspace) -> Iterator[Callable[[str], Any]]:
-    """Make a trainer in a process group of one."""
-
-    def build(name: str) -> Any:
-        plans = {**nnunet_environment.plans(), "continue_training": False}
-        plans["configurations"]["3d_fullres"].update(patch_size=[32, 32, 32], batch_size=2)
-        trainer = getattr(trainers, name)(plans, "3d_fullres", 0, DATASET, CPU)
-        trainer.initialize()
-        return trainer
-
-    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
-    yield build
-    distributed.destroy_process_group()
-
-
 def test_batch_norm_under_ddp(
-    in_group_of_one: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Synchronised on CUDA, where the running statistics are then the same everywhere and need not
-    be sent."""
-    trainer = in_group_of_one("PCTNetTrainer")
-    batch_norm, synchronised = torch.nn.modules.batchnorm._BatchNorm, torch.nn.SyncBatchNorm
-    assert not any(isinstance(module, synchronised) for module in trainer.network.modules())
-    assert not trainer.network._check_sync_bufs_pre_fwd()
-    network = trainer._bare_network()
-    parameters = dict(network.named_parameters())
-    trainer.device = torch.device("cuda", 0)
-    replaced = "stunet_plugin.trainers.distributed_trainer.DistributedDataParallel"
-    monkeypatch.setattr(replaced, lambda network, **_: network)
-    converted = trainer._replicate(network)
-    norms = [module for module in converted.modules() if isinstance(module, batch_norm)]
-    assert norms
-    assert all(isinstance(module, synchronised) for module in norms)
+    be sent; in a process group of one."""
+    plans = {**nnunet_environment.plans(), "continue_training": False}
+    plans["configurations"]["3d_fullres"].update(patch_size=[32, 32, 32], batch_size=2)
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        trainer = trainers.PCTNetTrainer(plans, "3d_fullres", 0, DATASET, CPU)
+        trainer.initialize()
+        assert not trainer.network._check_sync_bufs_pre_fwd()
+        network = trainer._bare_network()
+        trainer.device = torch.device("cuda", 0)
+        replaced = "stunet_plugin.trainers.distributed_trainer.DistributedDataParallel"
+        monkeypatch.setattr(replaced, lambda network, **_: network)
+        parameters = dict(network.named_parameters())
+        norms = [isinstance(x, torch.nn.SyncBatchNorm) for x in network.modules()]
+        converted = trainer._replicate(network)
+    finally:
+        distributed.destroy_process_group()
+    assert not any(norms)
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    after = [module for module in converted.modules() if isinstance(module, batch_norm)]
+    assert after
+    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in after)
     assert all(parameter is parameters[name] for name, parameter in converted.named_parameters())
-
-
-def test_only_the_first_process_prints_and_writes(
-    in_group_of_one: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = in_group_of_one("FMUNetTrainer")
-    trainer.local_rank = 1
-    capsys.readouterr()
-    trainer.print_to_log_file("once is enough")
-    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "checkpoint.pth").exists()
