@@ -1,9 +1,6 @@
-"""Identification of the network in a checkpoint, from its keys and shapes alone.
-
-Sizes, channels and outputs come from the weights, so a file's name and its metadata cannot disagree
-with them. The tensors are checked against the network that they claim to be. What is particular to
-a network is in ``stunet.py`` and ``misfm.py``.
-"""
+"""Identification of the network in a checkpoint, from its keys and shapes alone, so that a file's
+name and its metadata cannot disagree with them. What is particular to a network is in ``stunet.py``
+and ``misfm.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, few
 from stunet_plugin.networks.anisotropy import AnisotropyMode
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import Strides
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DIMENSIONS = 3
-"""All weights that are read here are of networks in 3D."""
 COUNTER = ".num_batches_tracked"
 """End of the names of the batches that a batch norm has seen; integers, unlike other tensors."""
 HEADS = ".seg_layers."
@@ -51,22 +47,16 @@ class Origin(Enum):
 _V1, _V2, _PYMIC = "state_dict", "network_weights", "model_state_dict"
 _WRITERS = {_V2: "nnU-Net v2", _V1: "nnU-Net v1", _PYMIC: "PyMIC"}
 """Entries that hold the weights, and who names them so."""
-
-_PUBLISHED_STEM = "conv_blocks_context.0.0.conv1.weight"
-_SIGNATURES: tuple[tuple[Origin, str, tuple[str, ...]], ...] = (
-    (Origin.V1, _V1, (_PUBLISHED_STEM,)),
-    (Origin.V2_PORT, _V2, (_PUBLISHED_STEM,)),
-    (Origin.PCTNET, _PYMIC, ("embeddings.0.proj.weight",)),
-    (Origin.FMUNET, _PYMIC, ("project.weight", "encoder.en_conv0.conv_list.0.0.weight")),
-    (Origin.OWN, _V2, ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.shortcut.weight")),
-    (Origin.OWN_PCTNET, _V2, ("encoder.stages.2.2.transformer.blocks.0.attention.qkv.weight",)),
-    (
-        Origin.OWN_FMUNET,
-        _V2,
-        ("encoder.stages.0.1.units.0.conv.weight", "decoder.bottom.units.0.conv.weight"),
-    ),
+_SIGNATURES = (
+    (Origin.V1, _V1, "conv_blocks_context.0.0.conv1.weight"),
+    (Origin.V2_PORT, _V2, "conv_blocks_context.0.0.conv1.weight"),
+    (Origin.PCTNET, _PYMIC, "embeddings.0.proj.weight"),
+    (Origin.FMUNET, _PYMIC, "encoder.en_conv0.conv_list.0.0.weight"),
+    (Origin.OWN, _V2, "encoder.stages.0.0.shortcut.weight"),
+    (Origin.OWN_PCTNET, _V2, "encoder.stages.2.2.transformer.blocks.0.attention.qkv.weight"),
+    (Origin.OWN_FMUNET, _V2, "decoder.bottom.units.0.conv.weight"),
 )
-"""Where each origin keeps its weights, and names that only this network has."""
+"""Where each origin keeps its weights, and a name that only this network has."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +64,12 @@ class NetworkWeights:
     """Weights of a network under this plugin's names.
 
     Attributes:
-        origin: who wrote them.
         checkpoint: all that the file holds, untrusted.
         tensors: name to tensor; those of a zip-format file are still mapped to it.
         title: network, size, widths, for people.
         preset: the published network; None for an STU-Net of no published size.
         published_size: whether the trainer builds these widths and depths from any plan.
         mode: anisotropy mode of a PCT-Net or FMUNet.
-        trainer: that builds this network.
         plans_like: name of the plans that `stunet plan-like` makes for it.
         features: channels per stage, full resolution first.
         input_weights: names of the tensors (width, channels, *kernel) that read the image channels.
@@ -157,17 +145,13 @@ class NetworkWeights:
         return replace(self, tensors=kept, outputs=0)
 
     def with_input_channels(self, channels: int, stem: str | None) -> NetworkWeights:
-        """Return the weights for another number of image channels.
+        """Return the weights for another number of image channels; N = M changes nothing.
 
         With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M:
-
-        * ``repeat``: m itself, as the authors of STU-Net do. N copies of an image give N / M times
-          the old response. The instance norm behind conv1 takes that factor out again; the shortcut
-          has no norm, so its share in the first block grows by it.
-        * ``mean``: m * M / N, as nnU-Net's loader of nnssl weights does. N copies of an image give
-          exactly the old response, in both convolutions.
-
-        With N = M nothing changes, whatever the choice.
+        ``repeat``: m itself, as the authors of STU-Net do. N copies of an image give N / M times
+        the old response; the instance norm behind conv1 takes that factor out again, the shortcut
+        has no norm, so its share in the first block grows by it. ``mean``: m * M / N, as nnU-Net's
+        loader of nnssl weights does. N copies of an image give exactly the old response.
         """
         old, adapted = self.input_channels, dict(self.tensors)
         factor = old / channels if (stem or self.default_stem) == "mean" else 1.0
@@ -219,16 +203,12 @@ class NetworkWeights:
 
 
 def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) -> NetworkWeights:
-    """Read the network out of a checkpoint.
+    """Read the network out of a checkpoint; refuse unknown networks and misfits.
 
     Args:
         path: of the file.
         mode: anisotropy mode, see :func:`stunet_plugin.weights.misfm.read_misfm`.
         any_mode: read a file that holds all modes by mode 0, where only sizes matter.
-
-    Raises:
-        PluginError: no network that is known; missing, unknown or misshapen tensors; a mode for a
-            network that has none.
     """
     from stunet_plugin.weights.misfm import PRESETS, read_misfm
     from stunet_plugin.weights.stunet import read_stunet
@@ -250,25 +230,24 @@ def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[s
     (``module.`` of data parallel training, ``_orig_mod.`` of torch.compile, a Lightning module's).
     """
     lightning = "pytorch-lightning_version" in checkpoint
-    for origin, entry, names in _SIGNATURES:
+    for origin, entry, name in _SIGNATURES:
         weights = checkpoint.get(_V1 if lightning else entry)
         if not isinstance(weights, dict):
             continue
-        weights, prefix = strip_prefix(plain_dict(weights), names)
-        if all(name in weights for name in names):
+        weights, prefix = strip_prefix(plain_dict(weights), (name,))
+        if name in weights:
             if prefix:
                 wrapper = " (Lightning checkpoint)" if lightning else ""
                 print(f"Prefix:       {prefix!r} stripped from all names{wrapper}")
             return origin, weights
-    found = f"its entries are {', '.join(map(str, list(checkpoint)[:8])) or 'none'}"
+    found = f"its entries are {few(list(map(str, checkpoint)))}"
     for entry, writer in _WRITERS.items():
         if isinstance(weights := checkpoint.get(entry), dict):
-            names = tuple(str(name) for name in list(plain_dict(weights))[:2])
             trainer = checkpoint.get("trainer_name")
             by = f" of the trainer {trainer}" if isinstance(trainer, str) else ""
             found = (
-                f"a {'Lightning' if lightning else writer} checkpoint{by} with {len(weights)}"
-                f" tensors such as {', '.join(names) or 'none'}"
+                f"a {'Lightning' if lightning else writer} checkpoint{by} with the tensors"
+                f" {few(list(map(str, plain_dict(weights))), 2)}"
             )
             break
     raise PluginError(f"{path} is a torch file, but holds no network that is known here: {found}.")
@@ -290,28 +269,21 @@ def strip_prefix(
 
 
 def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the bare tensors, without what a file may have attached to them.
-
-    Raises:
-        PluginError: something else than a tensor of floating-point numbers (a counter: of integers)
-            that the file holds in full.
-    """
+    """Return the bare tensors, without what a file may have attached to them; refuse all but
+    tensors of floating-point numbers (counters: of integers) that the file holds in full."""
     import torch
 
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     plain = {}
     for name, value in weights.items():
-        if not isinstance(name, str):
-            raise PluginError(f"{name!r} is no name of a tensor, which is text.")
-        if type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise PluginError(f"{name} is a {type(value).__name__}, not a tensor.")
+        if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise PluginError(f"{name!r} is a {type(value).__name__}, not a tensor with a name.")
         tensor = torch.Tensor.detach(value)
         allowed = (torch.int64,) if name.endswith(COUNTER) else floats
         strided = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not strided or tensor.dtype not in allowed:
             raise PluginError(
-                f"{name} is no plain tensor of floating-point numbers ({tensor.dtype},"
-                f" {tensor.layout}, {tensor.device})."
+                f"{name} is no plain tensor of floating-point numbers, but {tensor.dtype}."
             )
         # Strides of zero repeat one value: a small file would be written as a huge one.
         size = tensor.numel() * tensor.element_size()
@@ -325,14 +297,9 @@ def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def check_convolutions(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise unless these tensors are there, as weights of convolutions in 3D."""
-    missing = [name for name in names if name not in tensors]
-    if missing:
+    wrong = [x for x in names if x not in tensors or tensors[x].ndim != DIMENSIONS + 2]
+    if wrong:
         raise PluginError(
-            f"{len(missing)} tensors that tell its sizes are missing (for example {missing[0]})."
+            f"{len(wrong)} tensors that tell its sizes are missing, or not of a convolution with"
+            f" {DIMENSIONS} axes (for example {wrong[0]})."
         )
-    for name in names:
-        if tensors[name].ndim != DIMENSIONS + 2:
-            raise PluginError(
-                f"{name} has the shape {tuple(tensors[name].shape)}; expected a convolution with"
-                f" {DIMENSIONS} axes."
-            )

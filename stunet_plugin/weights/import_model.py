@@ -28,7 +28,7 @@ from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import Source, find_source, published_facts
-from stunet_plugin.weights.output_labels import choose_labels
+from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 from stunet_plugin.weights.safe_loading import check_integrity
 from stunet_plugin.weights.source_plan import choose_plan
@@ -45,8 +45,6 @@ class _Model:
     """What an import writes.
 
     Attributes:
-        folder: the model folder.
-        weights: to write, without the heads of a pretext task.
         plan, labels: where they come from, for the record.
         init_args: of the trainer in the checkpoint.
         mirroring: axes that prediction may mirror.
@@ -76,6 +74,8 @@ def import_checkpoint(options: Import) -> int:
         raise PluginError(f"--in-channels must be at least 1, not {options.in_channels}.")
     source = find_source(options.source)
     weights = read_weights(source.checkpoint, options.mode)
+    print(f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}")
+    print(f"Network:      {weights.description}")
     make = _pretext_model if _is_pretext(options, source, weights) else _segmentation_model
     model = make(options, source, weights)
     _write(options, source, weights, model)
@@ -101,11 +101,10 @@ def _write(options: Import, source: Source, weights: NetworkWeights, model: _Mod
 
 def _segmentation_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:
     plan = choose_plan(source, weights, options)
-    labels = choose_labels(source, weights, plan, options.labels)
+    labels, origin = choose_labels(source, weights, plan, options.labels)
     plan.check_network(weights)
-    labels.check_outputs(weights.outputs)
-    _print_source(source, weights)
-    print(f"Plan:         {plan.origin}: {plan.summary()}\nLabels:       {labels.origin}")
+    check_labels(labels, origin, weights.outputs)
+    print(f"Plan:         {plan.origin}: {plan.summary()}\nLabels:       {origin}")
     name = published_facts()["dataset_name"] if plan.published else _name_of_file(source)
     dataset_name = model_folder.dataset_folder_name(options.dataset_id, options.name or name)
     folder = _folder(options, dataset_name, f"{weights.trainer}__{PLANS_NAME}__{CONFIGURATION}")
@@ -119,7 +118,7 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
             " cases here."
         ),
         "channel_names": {str(channel): name for channel, name in enumerate(plan.channel_names)},
-        **labels.to_dataset(),
+        **labels,
         "numTraining": 0,
         "file_ending": plan.file_ending,
     }
@@ -135,7 +134,7 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
         folder,
         weights,
         plan.origin,
-        labels.origin,
+        origin,
         {
             "plans": plans,
             "configuration": CONFIGURATION,
@@ -161,7 +160,6 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
 
 def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:
     """Return weights of a pretext task without their heads, for ``-pretrained_weights``."""
-    _print_source(source, weights)
     print(
         f"Heads:        left out: {weights.outputs} outputs of a pretext task (a segmentation model"
         " has --spacing and --patch-size)"
@@ -243,11 +241,6 @@ def _record(
             "python": platform.python_version(),
         },
     }
-
-
-def _print_source(source: Source, weights: NetworkWeights) -> None:
-    print(f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}")
-    print(f"Network:      {weights.description}")
 
 
 def _name_of_file(source: Source) -> str:

@@ -57,9 +57,9 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
     plan = find_plan(source, weights)
     yield "plan", f"{plan.summary()} ({plan.origin})" if plan else _no_plan(weights)
     if weights.outputs:
-        labels = choose_labels(source, weights, plan, None)
-        names = list(labels.values)
-        yield "labels", f"{len(names)}: {few(names, 12)} ({labels.origin})"
+        labels, origin = choose_labels(source, weights, plan)
+        names = list(labels["labels"])
+        yield "labels", f"{len(names)}: {few(names, 12)} ({origin})"
     yield from _provenance(path)
 
 

@@ -35,11 +35,7 @@ class Source(NamedTuple):
 
 
 def find_source(given: str) -> Source:
-    """Find the file, downloading it where it is on the hub.
-
-    Raises:
-        PluginError: no such address, no hub client, or a failed download.
-    """
+    """Find the file, downloading it where it is on the hub."""
     if given.startswith(HUB_PREFIX):
         return _download(given)
     if given.startswith(("http://", "https://")):
@@ -54,11 +50,7 @@ def find_source(given: str) -> Source:
 
 
 def find_model(given: str) -> Source:
-    """Return the checkpoint file, or that of the first fold in a model folder.
-
-    Raises:
-        PluginError: no such file, or a folder without a checkpoint.
-    """
+    """Return the checkpoint file, or that of the first fold in a model folder."""
     path = Path(given).expanduser()
     if not path.is_dir():
         return find_source(given)

@@ -50,9 +50,6 @@ def read_misfm(
         checkpoint, path: as loaded, and its file.
         mode: anisotropy mode. A PyMIC checkpoint of PCT-Net holds all three, so it needs one; all
             others hold one, which their kernels tell, so None will do.
-
-    Raises:
-        PluginError: unknown mode; missing, unknown or misshapen tensors.
     """
     name = PRESETS[origin].name
     if mode is not None:

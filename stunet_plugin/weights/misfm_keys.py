@@ -30,15 +30,11 @@ Value = TypeVar("Value")
 def _translate(
     published: Mapping[str, Tensor], modules: Mapping[str, str], network: str
 ) -> dict[str, Tensor]:
-    """Return our names and tensors for published parameters and buffers.
+    """Return our names and tensors for published parameters and buffers; ``modules`` has our name
+    of every published module.
 
     The published networks concatenate (skip, upsampled) and normalise then; ours normalise the two
     and concatenate then, so such a norm comes apart into two halves.
-
-    Args:
-        published: their state dict.
-        modules: our name of every published module.
-        network: what the message calls the published network.
     """
     translated = {}
     for key, value in published.items():
@@ -63,12 +59,8 @@ def _check_known(key: str, modules: Mapping[str, str], network: str) -> None:
 
 
 def _numbered(pairs: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
-    """Return table entries for the modules of published sequences that have parameters.
-
-    Args:
-        pairs: their name of a sequence to ours.
-        names: position in the sequence to our name.
-    """
+    """Return table entries for the modules of published sequences that have parameters: their name
+    of the sequence to ours, position in it to our name."""
     return {
         f"{published}.{position}": f"{ours}.{name}"
         for published, ours in pairs.items()
@@ -150,11 +142,7 @@ _UNUSED = re.compile(
 
 
 def used_in(published: Mapping[str, Value], mode: int) -> dict[str, Value]:
-    """Return what one mode uses of a published state dict, under the published names.
-
-    Raises:
-        PluginError: no such mode, or a name is not one of the published PCT-Net's.
-    """
+    """Return what one mode uses of a published state dict, under the published names."""
     chosen = _PCTNET_MODULES[get_mode(mode).number]
     kept = [key for key in published if not _UNUSED.fullmatch(str(key))]
     for key in kept:
@@ -164,11 +152,7 @@ def used_in(published: Mapping[str, Value], mode: int) -> dict[str, Value]:
 
 def translate_pctnet(published: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
     """Return the tensors that one mode uses, under our names. Only the relative position tables
-    change.
-
-    Raises:
-        PluginError: no such mode, or a name is not one of the published PCT-Net's.
-    """
+    change."""
     modules = _PCTNET_MODULES[get_mode(mode).number]
     translated = _translate(used_in(published, mode), modules, "PCT-Net")
     for key, value in translated.items():
@@ -197,11 +181,7 @@ def published_rows(window: int) -> Tensor:
 
 
 def window_of_table(rows: int) -> int:
-    """Return the window that a table with so many rows was built for.
-
-    Raises:
-        PluginError: no window has as many rows.
-    """
+    """Return the window that a table with so many rows was built for."""
     window = (round(rows ** (1 / 3)) + 1) // 2
     if rows < 1 or (2 * window - 1) ** 3 != rows:
         raise PluginError(
@@ -221,9 +201,6 @@ def resample_table(table: Tensor, window: int) -> Tensor:
     Args:
         table: (rows, heads), one row per offset in our order.
         window: that the result is for.
-
-    Raises:
-        PluginError: the number of rows belongs to no window.
     """
     known = window_of_table(table.shape[0])
     offsets = torch.arange(1 - window, window).clamp(1 - known, known - 1) + known - 1
@@ -233,11 +210,7 @@ def resample_table(table: Tensor, window: int) -> Tensor:
 
 
 def translate_table(table: Tensor, window: int) -> Tensor:
-    """Return a published table as ours for full windows of ``window``.
-
-    Raises:
-        PluginError: the number of rows belongs to no window, or to a larger one.
-    """
+    """Return a published table as ours for full windows of ``window``; refuse larger ones."""
     known = window_of_table(table.shape[0] if table.ndim else 0)
     if known > window:
         raise PluginError(
@@ -276,9 +249,5 @@ _FMUNET_MODULES = _fmunet_modules()
 
 
 def translate_fmunet(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors under our names; nothing is copied.
-
-    Raises:
-        PluginError: a name is not one of the published FMUNet's.
-    """
+    """Return the same tensors under our names; nothing is copied."""
     return _translate(published, _FMUNET_MODULES, "FMUNet")

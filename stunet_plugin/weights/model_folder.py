@@ -43,12 +43,8 @@ def dataset_folder_name(dataset_id: int, name: str) -> str:
 
 
 def results_folder(dataset_name: str) -> Path:
-    """Return the dataset's folder in nnUNet_results.
-
-    Raises:
-        PluginError: nnUNet_results is not set, or another dataset has this ID (nnU-Net would then
-            find neither).
-    """
+    """Return the dataset's folder in nnUNet_results; with two datasets of one ID nnU-Net would find
+    neither."""
     results = os.environ.get(RESULTS)
     if not results:
         raise PluginError(
@@ -70,16 +66,8 @@ def results_folder(dataset_name: str) -> Path:
 def is_there(
     target: Path, record: Mapping[str, Any], files: Files, checkpoint: str, force: bool
 ) -> bool:
-    """Return whether the folder is that of the very same import, whole and unchanged.
-
-    Args:
-        target: the model folder.
-        record, files, checkpoint: as :func:`write_model_folder` would write them.
-        force: an import may be replaced.
-
-    Raises:
-        PluginError: something else is there, which may not be replaced.
-    """
+    """Return whether the folder is that of the very same import, whole and unchanged; refuse what
+    may not be replaced. The arguments are those of :func:`write_model_folder`."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     file = target / PROVENANCE
@@ -90,11 +78,8 @@ def is_there(
         )
     try:
         there = read_json(file)
-        known, found = (
-            {*there["files"], PROVENANCE},
-            f"{there['source']} (SHA-256 {there['sha256']})",
-        )
-        found += f", imported {there['date']}"
+        known = {*there["files"], PROVENANCE}
+        found = "{source} (SHA-256 {sha256}), imported {date}".format(**there)
     except (PluginError, KeyError, TypeError) as error:
         raise PluginError(f"{file} is damaged. Move {target} away and import again.") from error
     present = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
@@ -136,9 +121,6 @@ def write_model_folder(
         record: of the import; the list of files and the checkpoint's hash are added.
         files: what to write.
         checkpoint: which of them is the checkpoint.
-
-    Raises:
-        PluginError: the place cannot be written to.
     """
     made = [folder for folder in target.parents if not folder.exists()]
     temporary = None
@@ -205,14 +187,7 @@ def save_checkpoint(
     path: Path,
 ) -> None:
     """Write an nnU-Net v2 checkpoint without a training behind it: plain Python and tensors, so
-    that it loads with ``weights_only=True``.
-
-    Args:
-        weights: whose trainer builds the network.
-        init_args: of that trainer.
-        mirroring: axes that prediction may mirror.
-        path: of the file.
-    """
+    that it loads with ``weights_only=True``. ``mirroring``: axes that prediction may mirror."""
     import torch
 
     content = {

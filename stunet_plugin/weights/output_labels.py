@@ -1,9 +1,8 @@
-"""Names of a network's outputs, in the order of the outputs."""
+"""Labels of a network's outputs, as ``dataset.json`` has them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,109 +18,86 @@ _MAX_NAME = 200
 _MAX_VALUE = 2**16 - 1  # predictions are written with 16 bits
 
 
-@dataclass(frozen=True)
-class Labels:
-    """The label part of a ``dataset.json``.
-
-    Attributes:
-        values: name to label value, or to the values of a region, the background first.
-        regions_class_order: label value that each region is written as; None without regions.
-        origin: where the names come from, for people.
-    """
-
-    values: Mapping[str, int | list[int]]
-    regions_class_order: list[int] | None
-    origin: str
-
-    @classmethod
-    def from_names(cls, names: Sequence[str], origin: str) -> Labels:
-        """Take the names in the order of the outputs, the background first."""
-        if not names or names[0] != BACKGROUND:
-            raise PluginError(
-                f"Labels ({origin}) must start with output 0, {BACKGROUND!r}, not with"
-                f" {names[0] if names else ''!r}."
-            )
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise PluginError(
-                f"Labels ({origin}): {twice[0]!r} stands twice. Every output needs its own name."
-            )
-        return cls({name: value for value, name in enumerate(names)}, None, origin)
-
-    @classmethod
-    def from_dataset(cls, dataset: Mapping[str, Any], origin: str) -> Labels:
-        """Take ``labels`` and ``regions_class_order`` of a ``dataset.json``."""
-        labels, order = dataset.get("labels"), dataset.get("regions_class_order")
-        if not isinstance(labels, Mapping) or not labels or not all(map(_is_entry, labels.items())):
-            raise PluginError(
-                f"{origin}: labels must be a table of names and label values (or lists of them, for"
-                " regions)."
-            )
-        if order is not None and (not is_list(order) or not all(map(is_integer, order))):
-            raise PluginError(f"{origin}: regions_class_order must be a list of label values.")
-        values = {
-            name: [int(one) for one in value] if is_list(value) else int(value)
-            for name, value in labels.items()
-        }
-        return cls(values, None if order is None else [int(value) for value in order], origin)
-
-    @classmethod
-    def from_option(cls, given: Sequence[str]) -> Labels:
-        """Read ``--labels``: names in order, or one JSON file, which is a ``dataset.json``, a table
-        {name: value}, or one {"0": name, "1": name, ...}."""
-        if len(given) != 1:
-            return cls.from_names(given, "--labels")
-        path = Path(given[0])
-        content = read_json(path)
-        if "labels" in content:
-            return cls.from_dataset(content, path.name)
-        if not content or not all(name.isdigit() for name in content):
-            return cls.from_dataset({"labels": content}, path.name)
-        ordered = [content.get(str(value)) for value in range(len(content))]
-        if not all(isinstance(name, str) and 0 < len(name) <= _MAX_NAME for name in ordered):
-            raise PluginError(f"{path}: expected names for the values 0 to {len(content) - 1}.")
-        return cls.from_names([str(name) for name in ordered], path.name)
-
-    def check_outputs(self, outputs: int) -> None:
-        """Raise unless nnU-Net gives a network for these labels exactly so many outputs."""
-        from nnunetv2.utilities.label_handling.label_handling import LabelManager
-
-        try:
-            manager = LabelManager(dict(self.values), self.regions_class_order)
-            heads = manager.num_segmentation_heads
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise PluginError(
-                f"Labels ({self.origin}): nnU-Net does not take them: {error}"
-            ) from error
-        if heads != outputs:
-            raise PluginError(
-                f"The weights have {outputs} outputs, background included, but the labels"
-                f" ({self.origin}) are {heads}. Name all outputs in their order: --labels"
-                f" {BACKGROUND} NAME NAME ... (or a JSON file)."
-            )
-        if not manager.has_regions and list(map(int, manager.all_labels)) != list(range(outputs)):
-            raise PluginError(
-                f"Labels ({self.origin}): values must be 0 to {outputs - 1} without gaps."
-            )
-
-    def to_dataset(self) -> dict[str, Any]:
-        """Return the entries for a ``dataset.json``."""
-        order = self.regions_class_order
-        regions = {} if order is None else {"regions_class_order": order}
-        return {"labels": dict(self.values), **regions}
-
-
 def choose_labels(
-    source: Source, weights: NetworkWeights, plan: SourcePlan | None, given: Sequence[str] | None
-) -> Labels:
-    """Return the labels: ``--labels``, the checkpoint's own, the published ones, or numbers."""
-    if given:
-        return Labels.from_option(given)
-    if dataset := weights.training_argument("dataset_json", dict):
-        return Labels.from_dataset(dataset, f"dataset_json in {source.checkpoint.name}")
-    if plan and plan.published:
-        return Labels.from_names(published_facts()["labels"], "the published label order")
+    source: Source,
+    weights: NetworkWeights,
+    plan: SourcePlan | None,
+    given: Sequence[str] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Return ``labels``, with ``regions_class_order`` where there are regions, and where they come
+    from: ``--labels``, the checkpoint, the published order, or numbers."""
     names = [BACKGROUND, *(f"class_{value}" for value in range(1, weights.outputs))]
-    return Labels.from_names(names, "numbered, as the source has no names; give them with --labels")
+    origin = "numbered, as the source has no names; give them with --labels"
+    if given and len(given) == 1:
+        origin = Path(given[0]).name
+        return _from_file(read_json(Path(given[0])), origin), origin
+    if given:
+        names, origin = list(given), "--labels"
+    elif dataset := weights.training_argument("dataset_json", dict):
+        origin = f"dataset_json in {source.checkpoint.name}"
+        return _from_dataset(dataset, origin), origin
+    elif plan and plan.published:
+        names, origin = published_facts()["labels"], "the published label order"
+    return _from_names(names, origin), origin
+
+
+def check_labels(labels: dict[str, Any], origin: str, outputs: int) -> None:
+    """Raise unless nnU-Net gives a network for these labels exactly so many outputs."""
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    try:
+        manager = LabelManager(labels["labels"], labels.get("regions_class_order"))
+        heads = manager.num_segmentation_heads
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise PluginError(f"Labels ({origin}): nnU-Net does not take them: {error}") from error
+    if heads != outputs:
+        raise PluginError(
+            f"The weights have {outputs} outputs, background included, but the labels ({origin})"
+            f" are {heads}. Name all outputs in their order: --labels {BACKGROUND} NAME NAME ..."
+            " (or a JSON file)."
+        )
+    if not manager.has_regions and list(map(int, manager.all_labels)) != list(range(outputs)):
+        raise PluginError(f"Labels ({origin}): values must be 0 to {outputs - 1} without gaps.")
+
+
+def _from_names(names: Sequence[Any], origin: str) -> dict[str, Any]:
+    """Take names in the order of the outputs."""
+    twice = [name for name in names if names.count(name) > 1]
+    if names[0] != BACKGROUND or twice:
+        raise PluginError(
+            f"Labels ({origin}) must start with output 0, {BACKGROUND!r}, and every output needs"
+            f" its own name. Change {[*twice, names[0]][0]!r}."
+        )
+    return {"labels": {name: value for value, name in enumerate(names)}}
+
+
+def _from_file(content: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Take a ``dataset.json``, a table {name: value}, or one {"0": name, "1": name, ...}."""
+    if "labels" in content:
+        return _from_dataset(content, origin)
+    if not content or not all(name.isdigit() for name in content):
+        return _from_dataset({"labels": content}, origin)
+    ordered = [content.get(str(value)) for value in range(len(content))]
+    if not all(isinstance(name, str) and 0 < len(name) <= _MAX_NAME for name in ordered):
+        raise PluginError(f"{origin}: expected names for the values 0 to {len(content) - 1}.")
+    return _from_names(ordered, origin)
+
+
+def _from_dataset(dataset: dict[str, Any], origin: str) -> dict[str, Any]:
+    labels, order = dataset.get("labels"), dataset.get("regions_class_order")
+    if not isinstance(labels, dict) or not labels or not all(map(_is_entry, labels.items())):
+        raise PluginError(
+            f"{origin}: labels must be a table of names and label values (or lists of them, for"
+            " regions)."
+        )
+    if order is not None and (not is_list(order) or not all(map(is_integer, order))):
+        raise PluginError(f"{origin}: regions_class_order must be a list of label values.")
+    values = {
+        name: [int(one) for one in value] if is_list(value) else int(value)
+        for name, value in labels.items()
+    }
+    regions = {} if order is None else {"regions_class_order": [int(value) for value in order]}
+    return {"labels": values, **regions}
 
 
 def _is_entry(entry: tuple[object, Any]) -> bool:

@@ -30,11 +30,7 @@ _INTENSITIES = "foreground_intensity_properties_per_channel"
 
 
 def plan_like(options: PlanLike) -> int:
-    """Write the plan, and say what to run next.
-
-    Raises:
-        PluginError: model or dataset are not there or do not fit, or the name is taken.
-    """
+    """Write the plan, and say what to run next."""
     source = find_model(options.model)
     weights = read_weights(source.checkpoint, any_mode=True)
     model = find_plan(source, weights)
@@ -43,7 +39,8 @@ def plan_like(options: PlanLike) -> int:
     if weights.poolings:
         model = replace(model, poolings=weights.poolings)
     folder = _find_preprocessed(options.dataset)
-    base, dataset = (_read(folder / f"{x}.json", options) for x in (PLANS_NAME, "dataset"))
+    files = folder / f"{PLANS_NAME}.json", folder / "dataset.json"
+    base, dataset = (Fields(read_json(file), str(file)) for file in files)
     name = options.name or weights.plans_like
     target = _check_name(folder, name, options.force)
     plans = _make_plans(model, weights, base, dataset, name)
@@ -98,36 +95,21 @@ def _find_preprocessed(dataset_id: int) -> Path:
         raise PluginError(
             f"{PREPROCESSED} is not set. Set it: export {PREPROCESSED}=/path/to/{PREPROCESSED}"
         )
-    found = sorted(path for path in Path(root).glob(f"Dataset{dataset_id:03d}_*") if path.is_dir())
+    found = list(Path(root).glob(f"Dataset{dataset_id:03d}_*/{PLANS_NAME}.json"))
     if len(found) != 1:
         raise PluginError(
-            f"Expected one Dataset{dataset_id:03d}_* in {root}, found {len(found)}. Plan the"
-            f" dataset first: nnUNetv2_extract_fingerprint -d {dataset_id} &&"
-            f" nnUNetv2_plan_experiment -d {dataset_id}"
+            f"Expected one Dataset{dataset_id:03d}_*/{PLANS_NAME}.json in {root}, found"
+            f" {len(found)}. Plan the dataset first: nnUNetv2_extract_fingerprint -d {dataset_id}"
+            f" && nnUNetv2_plan_experiment -d {dataset_id}"
         )
-    return found[0]
-
-
-def _read(path: Path, options: PlanLike) -> Fields:
-    if not path.is_file():
-        raise PluginError(
-            f"{path} is missing. Plan the dataset first: nnUNetv2_plan_experiment -d"
-            f" {options.dataset}"
-        )
-    return Fields(read_json(path), str(path))
+    return found[0].parent
 
 
 def _make_plans(
     model: SourcePlan, weights: NetworkWeights, base: Fields, dataset: Fields, name: str
 ) -> dict[str, Any]:
-    """Return the content of the plans file.
-
-    Args:
-        model: plan of the pretrained model.
-        weights: whose architecture the plan carries.
-        base, dataset: ``nnUNetPlans.json`` and ``dataset.json`` of the dataset.
-        name: of the new plan.
-    """
+    """Return the content of the plans file; ``base`` and ``dataset`` are ``nnUNetPlans.json`` and
+    ``dataset.json`` of the dataset."""
     key = "channel_names" if "channel_names" in dataset else "modality"
     channels = len(dataset.per_channel(key))
     settings = set(zip(model.normalization, model.mask_for_norm, strict=True))

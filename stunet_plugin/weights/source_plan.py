@@ -319,16 +319,12 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
     normalization = tuple(known.get(str(scheme), ZSCORE) for scheme in schemes.values())
     # v1 has statistics for CT alone, and None for datasets without CT.
     properties = Fields(plans.get("dataset_properties", None) or {}, where)
-    statistics = properties.get("intensityproperties", None)
-    table = (
-        Fields({"intensities": statistics}, where).per_channel("intensities") if statistics else {}
-    )
+    given = bool(properties.get("intensityproperties", None))
+    table = Fields(properties.per_channel("intensityproperties") if given else {}, where)
     return SourcePlan(
         origin=where,
         poolings=stage.strides("pool_op_kernel_sizes", DIMENSIONS),
-        intensities=_intensities(
-            Fields(table, f"{where}, intensities"), normalization, INTENSITIES
-        ),
+        intensities=_intensities(table, normalization, INTENSITIES),
         batch_dice=bool(batch_dice),
         **_common(plans, stage, normalization, _names(plans.per_channel("modalities", schemes))),
     )
@@ -347,10 +343,8 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
         strides = chosen.fields("architecture").fields("arch_kwargs").strides("strides", DIMENSIONS)
     else:
         strides = chosen.strides("pool_op_kernel_sizes", DIMENSIONS)
-    if any(step != 1 for step in strides[0]):
-        raise PluginError(
-            f"{where}: the first stage's stride must be all ones, not {list(strides[0])}."
-        )
+    if set(strides[0]) != {1}:
+        raise PluginError(f"{where}: the first stage's stride must be all ones, not {strides[0]}.")
     schemes = chosen.per_channel("normalization_schemes")
     normalization = tuple(Fields(schemes, where).choice(x, NORMALIZATIONS) for x in schemes)
     key = "foreground_intensity_properties_per_channel"
@@ -375,12 +369,7 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
 def _common(
     plans: Fields, chosen: Fields, normalization: tuple[str, ...], names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Return what both versions have.
-
-    Args:
-        plans, chosen: the whole file, and its stage or configuration.
-        normalization, names: one per channel.
-    """
+    """Return what both versions have in the whole file or the chosen stage or configuration."""
     # v1 keeps the masks beside the stages, v2 in the configuration.
     holder = chosen if "use_mask_for_norm" in chosen else plans
     channels = {str(channel): False for channel in range(len(normalization))}

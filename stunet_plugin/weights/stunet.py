@@ -46,9 +46,6 @@ def read_stunet(
     Args:
         origin, weights: as identified in the checkpoint.
         checkpoint, path: as loaded, and its file.
-
-    Raises:
-        PluginError: missing, unknown or misshapen tensors.
     """
     try:
         translated = weights if origin is Origin.OWN else translate_state_dict(weights)
@@ -120,11 +117,7 @@ def _depths(part: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def translate_key(key: str) -> str:
-    """Return our name of a published parameter.
-
-    Raises:
-        PluginError: the name is not one of the published STU-Net's.
-    """
+    """Return our name of a published parameter; refuse what the published STU-Net lacks."""
     for pattern, replacement in _RULES.items():
         if isinstance(key, str) and (match := re.fullmatch(pattern, key)):
             return match.expand(replacement).replace(".conv3.", ".shortcut.")
@@ -136,11 +129,7 @@ def translate_key(key: str) -> str:
 
 
 def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
-    """Return the same tensors under our names; nothing is copied.
-
-    Raises:
-        PluginError: a name is unknown, or two names lead to the same parameter.
-    """
+    """Return the same tensors under our names; nothing is copied."""
     translated = {translate_key(key): value for key, value in published.items()}
     if len(translated) != len(published):
         raise PluginError("The checkpoint names the same parameter twice.")
