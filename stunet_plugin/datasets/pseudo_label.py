@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from stunet_plugin.commands.pseudo_label import PseudoLabel
 
 PROVENANCE = "pseudo_labels.json"
-KEPT_ENTRIES = ("channel_names", "modality", "overwrite_image_reader_writer", "file_ending")
-KEPT_ENTRIES += ("regions_class_order",)
+KEPT_ENTRIES = (
+    *("channel_names", "modality", "regions_class_order"),
+    *("overwrite_image_reader_writer", "file_ending"),
+)
 """Of the model's dataset.json, for that of the new dataset."""
 
 

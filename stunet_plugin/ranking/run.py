@@ -19,7 +19,7 @@ from stunet_plugin.ranking.candidates import Candidate, Plan, find_candidates
 from stunet_plugin.ranking.ccfv import MINIMUM_SAMPLES, Gaussian, LevelScore, score_level
 from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
 from stunet_plugin.ranking.options import FEWEST_CASES, Inputs
-from stunet_plugin.ranking.target import Target
+from stunet_plugin.ranking.target import class_names, prepared_cases
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.figures import plain_style, save_atomically
 from stunet_plugin.utils.files import write_atomically
@@ -81,13 +81,13 @@ def run_rank(options: Rank, inputs: Inputs) -> int:
     """Rank, and print the table; return 0. A PluginError (wrong input) comes before any writing."""
     # What nnU-Net and the networks have to say is no part of the result.
     with contextlib.redirect_stdout(sys.stderr):
-        target, results, alike = _rank(options, inputs)
+        results, alike = _rank(options, inputs)
     print(ranking_table(results, alike))
     if options.json is not None:
-        report = json.dumps(_report(options, target, results, alike), indent=1)
+        report = json.dumps(_report(options, inputs, results, alike), indent=1)
         write_atomically(Path(options.json), f"{report}\n")
     if options.figure is not None:
-        save_ranking(results, target.raw.name, Path(options.figure))
+        save_ranking(results, inputs.raw.name, Path(options.figure))
     return 0
 
 
@@ -99,7 +99,7 @@ def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _rank(options: Rank, inputs: Inputs) -> tuple[Target, list[Result], list[list[str]]]:
+def _rank(options: Rank, inputs: Inputs) -> tuple[list[Result], list[list[str]]]:
     """Score all candidates; return them with the best first, and their names by architecture.
     Progress goes to stderr."""
     device, raw = torch.device(choose_device(options.device)), inputs.raw
@@ -120,39 +120,39 @@ def _rank(options: Rank, inputs: Inputs) -> tuple[Target, list[Result], list[lis
         raise PluginError(
             f"--levels must be from 1 to {fewest.levels} for {fewest.name}, not {levels}."
         )
-    target = Target(raw, inputs.cases, inputs.preprocessed)
     print(
-        f"{raw.name}: {len(target.chosen)} of {len(raw.cases)} cases, {len(candidates)} candidates,"
+        f"{raw.name}: {len(inputs.cases)} of {len(raw.cases)} cases, {len(candidates)} candidates,"
         f" {levels} levels",
         flush=True,
     )
     results = []
     for candidate in candidates:
-        result = _score(candidate, target, levels, options, device)
+        result = _score(candidate, inputs, levels, options, device)
         results.append(result)
         print(f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)", flush=True)
     # Without a score last; equal ones as they were given.
     results.sort(key=lambda x: np.inf if x.score is None else -x.score)
-    return target, results, same_networks(candidates)
+    return results, same_networks(candidates)
 
 
 def _score(
-    candidate: Candidate, target: Target, levels: int, options: Rank, device: torch.device
+    candidate: Candidate, inputs: Inputs, levels: int, options: Rank, device: torch.device
 ) -> Result:
     """Run the network over the cases, one in memory at a time."""
     started = time.monotonic()
-    network = candidate.build(len(target.raw.channels), options.seed).to(device)
+    network = candidate.build(len(inputs.raw.channels), options.seed).to(device)
     collected = [LevelFeatures() for _ in range(levels)]
     patch, step = candidate.plan.chosen.patch_size, options.step_size
-    for case, image, segmentation in target.cases(candidate.plan):
-        voxels = sample_voxels(segmentation, list(target.labels), case, options.seed)
+    labels = list(class_names(inputs.raw))
+    for case, image, segmentation in prepared_cases(inputs, candidate.plan):
+        voxels = sample_voxels(segmentation, labels, case, options.seed)
         if set(voxels) - {BACKGROUND}:
             features = read_features(network, image, voxels, patch, step, levels)
             for level, of_case in zip(collected, features, strict=True):
                 level.add(of_case)
     if all(level.finite for level in collected) and not collected[-1].compared:
         raise PluginError(
-            f"No class has {MINIMUM_SAMPLES} voxels in two of the cases {', '.join(target.chosen)},"
+            f"No class has {MINIMUM_SAMPLES} voxels in two of the cases {', '.join(inputs.cases)},"
             " so nothing can be compared. Take more cases (--cases), or others (--seed)."
         )
     scores = tuple(level.score(options) for level in collected)
@@ -206,13 +206,14 @@ def save_ranking(results: Sequence[Result], dataset: str, path: Path) -> None:
 
 
 def _report(
-    options: Rank, target: Target, results: Sequence[Result], alike: Sequence[Sequence[str]]
+    options: Rank, inputs: Inputs, results: Sequence[Result], alike: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
     left_out = ("json", "figure", "weights", "names")
+    names = class_names(inputs.raw)
     return {
         "method": "CCFV, arXiv:2307.11958",
-        "dataset": target.raw.name,
-        "cases": list(target.chosen),
+        "dataset": inputs.raw.name,
+        "cases": list(inputs.cases),
         "samples": samples_of_levels(len(results[0].levels)),
         "options": {key: x for key, x in asdict(options).items() if key not in left_out},
         "by_architecture": alike,
@@ -224,7 +225,7 @@ def _report(
                 "file": None if (file := result.candidate.file) is None else str(file.absolute()),
                 "trainer": result.candidate.trainer,
                 "plan": result.candidate.plan.name,
-                "levels": [_level_report(level, target) for level in result.levels],
+                "levels": [_level_report(level, names) for level in result.levels],
                 "seconds": round(result.seconds, 1),
             }
             for rank, result in enumerate(results, start=1)
@@ -232,8 +233,8 @@ def _report(
     }
 
 
-def _level_report(level: LevelScore, target: Target) -> dict[str, Any]:
-    distances = {target.labels[label]: x for label, x in level.class_distances.items()}
+def _level_report(level: LevelScore, names: Mapping[int, str]) -> dict[str, Any]:
+    distances = {names[label]: x for label, x in level.class_distances.items()}
     numbers = {"consistency": level.consistency, "energy": level.energy}
     finite = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
     return {"score": level.score, **finite, "class_distances": distances}

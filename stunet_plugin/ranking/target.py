@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,89 +16,80 @@ from torch import Tensor
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
+from stunet_plugin.ranking.options import Inputs
 from stunet_plugin.utils import images
 from stunet_plugin.utils.geometry import can_be_turned, on_grid_of
 from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, ending_of
 
 
-@dataclass(frozen=True)
-class Target:
-    """A dataset, the names of its cases that are looked at, and its folder in nnUNet_preprocessed
-    (None if it has none)."""
+def class_names(raw: RawDataset) -> dict[int, str]:
+    """Return label values with names, background included and the ignore label left out; regions
+    count by their labels."""
+    entries = raw.description["labels"].items()
+    single = {value: name for name, value in entries if isinstance(value, int)}
+    return {int(x): single.get(int(x), f"label {x}") for x in _label_manager(raw).all_labels}
 
-    raw: RawDataset
-    chosen: tuple[str, ...]
-    preprocessed: Path | None = None
 
-    @cached_property
-    def _manager(self) -> LabelManager:
-        description = self.raw.description
-        try:
-            return LabelManager(description["labels"], description.get("regions_class_order"))
-        except Exception as error:  # it has several
-            raise PluginError(
-                f"nnU-Net cannot use the labels of {self.raw.folder} ({last_line(error)})."
-            ) from error
+def _label_manager(raw: RawDataset) -> LabelManager:
+    try:
+        return LabelManager(raw.description["labels"], raw.description.get("regions_class_order"))
+    except Exception as error:  # it has several
+        raise PluginError(
+            f"nnU-Net cannot use the labels of {raw.folder} ({last_line(error)})."
+        ) from error
 
-    @property
-    def labels(self) -> dict[int, str]:
-        """Label values to names, background included and the ignore label left out; regions count
-        by their labels."""
-        entries: dict[str, Any] = self.raw.description["labels"]
-        single = {value: name for name, value in entries.items() if isinstance(value, int)}
-        return {int(x): single.get(int(x), f"label {x}") for x in self._manager.all_labels}
 
-    def cases(self, plan: Plan) -> Iterator[tuple[str, Tensor, np.ndarray]]:
-        """Yield name, image (channel, z, y, x) and labels (z, y, x), prepared as the plan says, by
-        nnU-Net before where it has preprocessed the dataset with this very plan."""
-        ready = self._preprocessed_cases(plan)
-        by_name = {case.name: case for case in self.raw.cases}
-        for name in self.chosen:
-            if ready is not None:
-                data, segmentation, _, _ = ready.load_case(name)
-            else:
-                data, segmentation = self._prepare(by_name[name], plan)
-            image = np.ascontiguousarray(data[:], dtype=np.float32)
-            yield name, torch.from_numpy(image), np.asarray(segmentation[0])
+def prepared_cases(inputs: Inputs, plan: Plan) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+    """Yield name, image (channel, z, y, x) and labels (z, y, x), prepared as the plan says, by
+    nnU-Net before where it has preprocessed the dataset with this very plan."""
+    ready = _preprocessed(inputs, plan)
+    by_name = {case.name: case for case in inputs.raw.cases}
+    for name in inputs.cases:
+        if ready is not None:
+            data, segmentation, _, _ = ready.load_case(name)
+        else:
+            data, segmentation = _prepare(by_name[name], inputs.raw, plan)
+        image = np.ascontiguousarray(data[:], dtype=np.float32)
+        yield name, torch.from_numpy(image), np.asarray(segmentation[0])
 
-    def _prepare(self, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        """Return image and labels (channel, z, y, x), read strictly and preprocessed."""
-        reader, chosen = plan.manager.image_reader_writer_class(), plan.chosen
-        ignore = self._manager.ignore_label
-        declared = {0, *map(int, self._manager.all_labels), *([] if ignore is None else [ignore])}
-        try:
-            image, properties = images.read_images(case.images, reader, len(self.raw.channels))
-            labels = images.read_label_array(case.label, reader, declared).labels
-            labels = _in_order_of(case, reader, labels)
-            if labels.shape != image.shape[1:]:
-                size = f"{labels.shape}, its image {image.shape[1:]}"
-                raise ImageError(case.label, "not of its image's size", size)
-            given = (image, labels[None].astype(np.float32), properties)
-            preprocessor = chosen.preprocessor_class(verbose=False)
-            with contextlib.redirect_stdout(None):
-                data, segmentation, _ = preprocessor.run_case_npy(
-                    *given, plan.manager, chosen, self.raw.description
-                )
-        except Exception as error:  # whatever a preprocessor raises
-            reason = str(error) if isinstance(error, PluginError) else last_line(error)
-            raise PluginError(
-                f"Case {case.name} of {self.raw.name} cannot be prepared: {reason} Or take others:"
-                " --names"
-            ) from error
-        return data, segmentation
 
-    def _preprocessed_cases(self, plan: Plan) -> Any:
-        """Return nnU-Net's dataset of preprocessed cases, None where it is not there or lacks one
-        of ours."""
-        # Of another dataset's plan the identifier may be the same, the data are not.
-        if self.preprocessed is None or plan.plans.get("dataset_name") != self.raw.name:
-            return None
-        folder = self.preprocessed / plan.chosen.data_identifier
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return None
-        kind = infer_dataset_class(str(folder))
-        complete = set(self.chosen) <= set(kind.get_identifiers(str(folder)))
-        return kind(str(folder)) if complete else None
+def _preprocessed(inputs: Inputs, plan: Plan) -> Any:
+    """Return nnU-Net's dataset of preprocessed cases, None where it lacks one of ours."""
+    # Of another dataset's plan the identifier may be the same, the data are not.
+    if inputs.preprocessed is None or plan.plans.get("dataset_name") != inputs.raw.name:
+        return None
+    folder = inputs.preprocessed / plan.chosen.data_identifier
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    kind = infer_dataset_class(str(folder))
+    complete = set(inputs.cases) <= set(kind.get_identifiers(str(folder)))
+    return kind(str(folder)) if complete else None
+
+
+def _prepare(case: Case, raw: RawDataset, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Return image and labels (channel, z, y, x), read strictly and preprocessed."""
+    reader, chosen = plan.manager.image_reader_writer_class(), plan.chosen
+    ignore = _label_manager(raw).ignore_label
+    declared = {0, *class_names(raw), *([] if ignore is None else [ignore])}
+    try:
+        image, properties = images.read_images(case.images, reader, len(raw.channels))
+        labels = images.read_label_array(case.label, reader, declared).labels
+        labels = _in_order_of(case, reader, labels)
+        if labels.shape != image.shape[1:]:
+            size = f"{labels.shape}, its image {image.shape[1:]}"
+            raise ImageError(case.label, "not of its image's size", size)
+        given = (image, labels[None].astype(np.float32), properties)
+        preprocessor = chosen.preprocessor_class(verbose=False)
+        with contextlib.redirect_stdout(None):
+            data, segmentation, _ = preprocessor.run_case_npy(
+                *given, plan.manager, chosen, raw.description
+            )
+    except Exception as error:  # whatever a preprocessor raises
+        reason = str(error) if isinstance(error, PluginError) else last_line(error)
+        raise PluginError(
+            f"Case {case.name} of {raw.name} cannot be prepared: {reason} Or take others: --names"
+        ) from error
+    return data, segmentation
 
 
 def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from stunet_plugin.datasets.raw_dataset import RawDataset
 from stunet_plugin.ranking.candidates import Candidate, Plan
 from stunet_plugin.ranking.ccfv import LevelScore
 from stunet_plugin.ranking.run import Result, ranking_table, same_networks
-from stunet_plugin.ranking.target import Target
+from stunet_plugin.ranking.target import class_names
 
 from conftest import Stunet
 from dataset_helpers import change_json, read_array, write_array
@@ -206,8 +206,8 @@ def test_labels_in_another_orientation_than_the_image(
 def test_regions_and_the_ignore_label() -> None:
     labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     description = {"labels": labels, "regions_class_order": [1, 2]}
-    target = Target(RawDataset(Path("Dataset001_X"), description, ()), ())
-    assert target.labels == {0: "background", 1: "label 1", 2: "core"}
+    raw = RawDataset(Path("Dataset001_X"), description, ())
+    assert class_names(raw) == {0: "background", 1: "label 1", 2: "core"}
 
 
 def test_other_architectures_are_pointed_out(folders: Path) -> None:
