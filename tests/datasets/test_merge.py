@@ -158,9 +158,6 @@ def test_labels_that_are_almost_whole_numbers_are_written_as_such(
     ("file", "make", "message"),
     [
         ("labelsTr/case1", lambda x: np.where(x == 2, 7, x), "undeclared label values (7 ("),
-        ("labelsTr/case1", lambda x: x + np.float32(0.3), "not a label map"),
-        ("labelsTr/case1", lambda x: np.stack([x, x], -1), "several values per voxel"),
-        ("labelsTr/case1", lambda x: np.stack([x, x]), "more than three axes"),
         ("labelsTr/case1", lambda x: x[:5], "not of its image's size"),
         ("imagesTr/case1_0000", lambda x: np.where(x == x.max(), np.nan, x), "1 of 990 voxels"),
     ],
@@ -177,18 +174,16 @@ def test_files_that_are_refused(
     assert not (raw / "Dataset020_Merged").exists()
 
 
-@pytest.mark.parametrize("copy", ["", "--copy"])
-def test_spacing_of_tif_travels(raw: Path, stunet: Stunet, copy: str) -> None:
-    shutil.rmtree(raw / "Dataset002_B")
-    for folder in (raw / "Dataset001_A", write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 2)):
-        for file in folder.glob("*Tr/*.nii.gz"):
-            tifffile.imwrite(file.with_name(file.name.replace(".nii.gz", ".tif")), read_array(file))
+def test_spacing_of_tif_travels(raw: Path, stunet: Stunet) -> None:
+    write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 2)
+    for name, labels in (("Dataset001_A", LIVER_SPLEEN), ("Dataset003_C", SPLEEN_LIVER)):
+        for file in (raw / name).glob("*Tr/*.nii.gz"):
+            tifffile.imwrite(str(file).replace(".nii.gz", ".tif"), read_array(file))
             file.unlink()
-            name = file.name.replace("_0000.nii.gz", "").replace(".nii.gz", "")
-            file.with_name(f"{name}.json").write_text('{"spacing": [3, 2, 1]}')
-        labels = SPLEEN_LIVER if "C" in folder.name else LIVER_SPLEEN
-        change_json(folder / "dataset.json", file_ending=".tif", labels=labels)
-    stunet(f"{MERGE} 1 3", copy)
+            stem = file.name.replace("_0000.nii.gz", "").replace(".nii.gz", "")
+            file.with_name(f"{stem}.json").write_text('{"spacing": [3, 2, 1]}')
+        change_json(raw / name / "dataset.json", file_ending=".tif", labels=labels)
+    stunet(f"{MERGE} 1 3")
     merged = raw / "Dataset020_Merged"
     names = [f"001_A_case{n}" for n in range(4)] + [f"003_C_case{n}" for n in range(2)]
     for part in ("imagesTr", "labelsTr"):
@@ -197,31 +192,30 @@ def test_spacing_of_tif_travels(raw: Path, stunet: Stunet, copy: str) -> None:
     assert not list(merged.rglob(".partial*"))
 
 
-@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
-def test_voxels_of_detached_headers_travel(raw: Path, stunet: Stunet, ending: str) -> None:
-    more = {"ending": ending, "overwrite_image_reader_writer": "SimpleITKIO"}
+def test_voxels_of_detached_headers_travel(raw: Path, stunet: Stunet) -> None:
+    more = {"ending": ".mhd", "overwrite_image_reader_writer": "SimpleITKIO"}
     write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 2, **more)
     write_dataset(raw / "Dataset004_D", SPLEEN_LIVER, 2, **more)
     stunet(f"{MERGE} 3 4")
     shutil.move(raw / "Dataset020_Merged", raw.parent / "moved")
-    for part, name in (("imagesTr", "003_C_case1_0000"), ("labelsTr", "004_D_case0")):
-        old = read_array(raw / f"Dataset{name[:5]}" / part / f"{name[6:]}{ending}")
-        expected = np.array([0, 2, 1])[old] if part == "labelsTr" else old
-        new = raw.parent / "moved" / part / f"{name}{ending}"
-        assert np.array_equal(read_array(new), expected)
+    for old, new, table in (
+        ("Dataset003_C/imagesTr/case1_0000", "imagesTr/003_C_case1_0000", None),
+        ("Dataset004_D/labelsTr/case0", "labelsTr/004_D_case0", np.array([0, 2, 1])),
+    ):
+        expected = read_array(raw / f"{old}.mhd")
+        found = read_array(raw.parent / "moved" / f"{new}.mhd")
+        assert np.array_equal(found, expected if table is None else table[expected])
 
 
 def test_pictures_in_colours(raw: Path, stunet: Stunet) -> None:
     """One file per case with three channels, as nnU-Net reads them."""
-    for number in (3, 4):
-        folder = raw / f"Dataset{number:03d}_P"
-        for part in ("imagesTr", "labelsTr"):
-            (folder / part).mkdir(parents=True)
+    for folder in (raw / "Dataset003_P", raw / "Dataset004_P"):
         for case in range(3):
             picture = np.random.default_rng(case).integers(0, 255, (16, 16, 3)).astype(np.uint8)
-            io.imsave(folder / f"imagesTr/r{case}_0000.png", picture, check_contrast=False)
             mask = (picture[..., 0] > 99).astype(np.uint8)
-            io.imsave(folder / f"labelsTr/r{case}.png", mask, check_contrast=False)
+            for name, array in ((f"imagesTr/r{case}_0000", picture), (f"labelsTr/r{case}", mask)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                io.imsave(folder / f"{name}.png", array, check_contrast=False)
         content = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
         labels = {"background": 0, "vessel": 1}
         (folder / "dataset.json").write_text(json.dumps({**content, "labels": labels}))

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import tifffile
 import torch
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet_plugin.cli import main
 from stunet_plugin.datasets.label_systems import LabelSystem, check_regions
@@ -87,17 +85,12 @@ def test_odd_confidences_absent_classes_and_regions() -> None:
     assert labels == [0, 0, 9, 9, 9, 9, 9, 9]
 
 
-@pytest.mark.parametrize(
-    ("order", "fits"),
-    [([1, 2], True), (None, True), ([3, 5], False), ([2, 1], False), ([2, 2], False), ([1], False)],
-)
-def test_an_order_of_regions_whose_values_are_others(order: Any, fits: bool) -> None:
-    table = {"labels": REGIONS, **({} if order is None else {"regions_class_order": order})}
-    if fits:
-        check_regions(table, "model")
-    else:
+def test_an_order_of_regions_whose_values_are_others() -> None:
+    for order in ([1, 2], None):
+        check_regions({"labels": REGIONS, "regions_class_order": order}, "model")
+    for order in ([3, 5], [2, 1], [2, 2], [1], 5):
         with pytest.raises(PluginError, match="regions_class_order"):
-            check_regions(table, "model")
+            check_regions({"labels": REGIONS, "regions_class_order": order}, "model")
 
 
 def test_rules_as_users_write_them() -> None:
@@ -154,24 +147,20 @@ def test_predictions_of_nnunet_become_a_dataset(
     stunet(LABEL, "--ignore-below 0.5 --copy --allow-missing")
     dataset = folders / DATASET
     files = ["dataset.json", "imagesTr", "labelsTr", "pseudo_labels.json"]
-    assert sorted(path.name for path in dataset.iterdir()) == files
+    assert sorted(os.listdir(dataset)) == files
     description = json.loads((dataset / "dataset.json").read_text())
     assert description["labels"] == {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}
-    assert LabelManager(description["labels"], None).ignore_label == 3
     assert (description["numTraining"], description["file_ending"]) == (3, ".nii.gz")
-
     predictor = load_model(folders / "model", monkeypatch)
     predictor.use_gaussian, predictor.tile_step_size = True, 1.0
     reader = predictor.plans_manager.image_reader_writer_class()
     record = json.loads((dataset / "pseudo_labels.json").read_text())
     for case in CASES:
         image = folders / "images" / f"{case}_0000.nii.gz"
-        array, properties = reader.read_images([str(image)])
-        expected, probabilities = predictor.predict_single_npy_array(
-            array, properties, None, None, True
-        )
+        given = reader.read_images([str(image)])
+        expected, probabilities = predictor.predict_single_npy_array(*given, None, None, True)
         confidence = probabilities.max(0)
-        reader.write_seg(np.where(confidence < 0.5, 3, expected), "expected.nii.gz", properties)
+        reader.write_seg(np.where(confidence < 0.5, 3, expected), "expected.nii.gz", given[1])
         found = dataset / "labelsTr" / f"{case}.nii.gz"
         assert np.array_equal(read_array(found), read_array(Path("expected.nii.gz")))
         assert 0 < (read_array(found) == 3).mean() < 1
@@ -179,17 +168,13 @@ def test_predictions_of_nnunet_become_a_dataset(
         entry = record["cases"][case]
         assert entry["ignored"] == pytest.approx((confidence < 0.5).mean())
         assert entry["images"] == [str(image)]
-        for name, value in (("liver", 1), ("spleen", 2)):
-            mask = expected == value
-            assert entry["classes"][name]["mm3"] == pytest.approx(mask.sum() * 6.75)
-            if mask.any():
-                mean = pytest.approx(confidence[mask].mean(), rel=1e-4)
-                assert entry["classes"][name]["confidence"] == mean
+        liver = entry["classes"]["liver"]
+        assert liver["mm3"] == pytest.approx((expected == 1).sum() * 6.75)
+        assert liver["confidence"] == pytest.approx(confidence[expected == 1].mean(), rel=1e-4)
         copied = dataset / "imagesTr" / image.name
         assert copied.read_bytes() == image.read_bytes()
         assert not copied.is_symlink()
-    assert record["folds"] == ["0"]
-    assert len(record["checkpoints"]["fold_0"]) == 64
+    assert (record["folds"], len(record["checkpoints"]["fold_0"])) == (["0"], 64)
     assert snapshot(folders / "images") == before
 
 
@@ -222,51 +207,30 @@ def test_interrupted_and_resumed(
     assert "-d 910 is taken" in stunet.refuse(LABEL, "--copy")
 
 
-def test_classes_that_are_lost_are_a_warning_and_exit_code_1(
+def test_lost_classes_are_a_warning_and_exit_code_1(
     folders: Path, stunet: Stunet, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A dataset in nnUNet_raw as input.
     (folders / "nnUNet_raw" / "Dataset900_Scans").mkdir()
     (folders / "images").rename(folders / "nnUNet_raw" / "Dataset900_Scans" / "imagesTr")
-    words = LABEL.replace("images", "900") + " --min-confidence 1"
-    assert main(words.split()) == 1
+    words = LABEL.replace("images", "900").split()
+    assert main([*words, "--size", "liver=1e9:", "--drop-cases"]) == 2
+    told = capsys.readouterr()
+    assert "0 of 3 cases are kept.\n  left out: a: liver: " in told.out
+    assert "No case is left" in told.err
+    assert os.listdir(folders / "nnUNet_raw") == ["Dataset900_Scans"]
+    words += ["--min-confidence", "1"]
+    assert main(words) == 1
     told = capsys.readouterr()
     assert "3 of 3 cases are kept" in told.out
     assert "liver in 0, spleen in 0" in told.err
-    assert "WARNING" in stunet(words, code=1)
-    stunet(words, "--allow-missing")
+    assert "WARNING" in stunet(*words, code=1)
+    stunet(*words, "--allow-missing")
 
 
-def test_cases_that_are_left_out(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*LABEL.split(), "--size", "liver=1e9:", "--drop-cases"]) == 2
-    told = capsys.readouterr()
-    assert "0 of 3 cases are kept" in told.out
-    assert "left out: a: liver: " in told.out
-    assert "No case is left" in told.err
-    assert list((folders / "nnUNet_raw").iterdir()) == []
-
-
-@pytest.mark.parametrize("copy", ["", "--copy"])
-def test_spacing_of_tif_travels(folders: Path, stunet: Stunet, copy: str) -> None:
-    change_json(folders / "model" / "plans.json", image_reader_writer="Tiff3DIO")
-    change_json(folders / "model" / "dataset.json", file_ending=".tif")
-    for case in CASES:
-        image = folders / "images" / f"{case}_0000.nii.gz"
-        tifffile.imwrite(image.with_name(f"{case}_0000.tif"), read_array(image))
-        image.with_name(f"{case}.json").write_text('{"spacing": [3, 1.5, 1.5]}')
-    stunet(LABEL, "--allow-missing", copy)
-    for part in ("imagesTr", "labelsTr"):
-        files = sorted((folders / DATASET / part).glob("*.json"))
-        assert [file.stem for file in files] == [*CASES]
-        assert all(json.loads(x.read_text()) == {"spacing": [3, 1.5, 1.5]} for x in files)
-    assert not list((folders / DATASET).rglob(".partial*"))
-
-
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
 def test_damaged_images_stop_before_anything_is_predicted(
-    folders: Path, stunet: Stunet, reader: str, monkeypatch: pytest.MonkeyPatch
+    folders: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change_json(folders / "model" / "plans.json", image_reader_writer=reader)
     monkeypatch.setattr(Model, "predict", None)
     good, bad = folders / "images" / "a_0000.nii.gz", folders / "images" / "z_0000.nii.gz"
     array = read_array(good)
@@ -292,15 +256,11 @@ def test_refusals(folders: Path, stunet: Stunet) -> None:
         ("-i none", "no images CASE_0000.nii.gz, as the model reads (it has files that end in"),
     ):
         assert message in stunet.refuse(LABEL, words), words
-    (folders / "images" / "a_0001.nii.gz").touch()
-    assert "case a has 2 image(s), expected a_0000.nii.gz" in stunet.refuse(LABEL)
-    (folders / "images" / "a_0001.nii.gz").unlink()
-    description = (folders / "model" / "dataset.json").read_text()
     regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3}
-    more = {"labels": regions, "regions_class_order": [4, 5, 6]}
-    change_json(folders / "model" / "dataset.json", **more)
+    description = Path("model/dataset.json").read_text()
+    change_json(Path("model/dataset.json"), labels=regions, regions_class_order=[4, 5, 6])
     assert "regions_class_order" in stunet.refuse(LABEL)
-    (folders / "model" / "dataset.json").write_text(description)
+    Path("model/dataset.json").write_text(description)
     file = folders / "model" / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=True)
     torch.save({**checkpoint, "trainer_name": "VolumeFusionTrainer_STUNet_tiny"}, file)
