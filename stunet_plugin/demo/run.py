@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 EMBEDDED_NAME = "Dataset999_StunetDemo"
 DEFAULT_EPOCHS, ITERATIONS_PER_EPOCH, VAL_ITERATIONS_PER_EPOCH = 10, 15, 2
 CPU_MINUTES = {"tiny": 0.1, "small": 0.3, "base": 1.0, "large": 7.0, "huge": 20.0}
-"""Of an epoch of the embedded dataset on two cores."""
 OTHER_MINUTES = 2
-"""Of planning, prediction and evaluation."""
+"""Of an epoch of the embedded dataset on two cores; of all but training."""
 FOLD = "0"
 OVERLAY_ROWS = 3
 PROCESSES = min(os.cpu_count() or 1, 8)
@@ -55,28 +54,27 @@ class CommandFailedError(PluginError):
 
 
 def run_demo(options: Demo) -> int:
-    """Run all steps and return an exit code: 1 if a command of nnU-Net failed.
-
-    Raises:
-        PluginError: wrong input.
-        KeyboardInterrupt: with how to start again.
-    """
+    """Run all steps and return an exit code: 1 if a command of nnU-Net failed; a PluginError is for
+    wrong input, a KeyboardInterrupt says how to start again."""
     if options.epochs is not None and options.epochs < 1:
         raise PluginError(f"--epochs must be at least 1, not {options.epochs}.")
-    if not options.out.strip():
-        raise PluginError("--out is empty. Name a folder; everything is written there.")
     find_host()
     folder = Path(options.out).resolve()
     options = replace(options, device=choose_device(options.device), out=str(folder))
-    source = _user_dataset(options.dataset) if options.dataset is not None else None
+    source = None
+    if options.dataset is not None:
+        source = read_raw(find_raw(str(options.dataset)).resolve())
+        if len(source.cases) < FOLDS:
+            raise PluginError(
+                f"nnU-Net splits into {FOLDS} folds, {source.folder} has only {len(source.cases)}"
+                " labelled cases."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise PluginError(f"{folder} is not empty. Remove it, or choose another with --out.")
     except OSError as error:
-        raise PluginError(
-            f"Cannot write to {folder} ({error.strerror}). Choose another folder with --out."
-        ) from error
+        raise PluginError(f"Cannot write to {folder} ({error.strerror}). Choose --out.") from error
     started = time.monotonic()
     given = [(f"--{name}", str(value)) for name, value in vars(options).items() if value]
     command = shlex.join(["stunet", "demo", *chain.from_iterable(given)])
@@ -91,19 +89,6 @@ def run_demo(options: Demo) -> int:
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes on {options.device}. Everything is in {folder}")
     return 0
-
-
-def _user_dataset(dataset_id: int) -> RawDataset:
-    try:
-        dataset = read_raw(find_raw(str(dataset_id)).resolve())
-    except PluginError as error:
-        raise PluginError(f"--dataset {dataset_id}: {error}") from error
-    if len(dataset.cases) < FOLDS:
-        raise PluginError(
-            f"--dataset {dataset_id}: nnU-Net splits into {FOLDS} folds, {dataset.folder} has only"
-            f" {len(dataset.cases)} labelled cases."
-        )
-    return dataset
 
 
 class _Run:
@@ -122,13 +107,10 @@ class _Run:
 
     def run(self) -> None:
         minutes = OTHER_MINUTES + CPU_MINUTES[self.size] * self.epochs
-        on = "two cores" if self.device == "cpu" else "the CPU, a few on a GPU"
-        print(
-            f"Trains {self.epochs} epochs on {self.source.name}; the bar says how long that takes."
-            if self.source
-            else f"This takes about {minutes:.0f} minutes on {on}.",
-            f"Logs: {self.folder / 'logs'}",
-        )
+        told = f"This takes about {minutes:.0f} minutes on two cores, a few on a GPU."
+        if self.source:
+            told = f"Trains {self.epochs} epochs on {self.source.name}; see the bar."
+        print(told, f"Logs: {self.folder / 'logs'}")
         for number, step in enumerate((self.data, self.train, self.predict, self.evaluate), 1):
             print(f"\n[{number}/4] {(step.__doc__ or '').rstrip('.')}", flush=True)
             step()
@@ -241,8 +223,7 @@ class _Run:
         }
 
     def _stock(self, words: str, *more: str, total: int = 0, unit: str = "") -> None:
-        """Run a command, with a bar of epochs or cases (0 for none) and its output in
-        ``logs/COMMAND.log``."""
+        """Run a command, with a bar of epochs or cases and its output in logs/COMMAND.log."""
         command = [*words.split(), *more]
         log = self.folder / "logs" / f"{command[0]}.log"
         log.parent.mkdir(exist_ok=True)
@@ -268,15 +249,15 @@ class _Run:
                     file.write(line)
                     file.flush()
                     # nnU-Net's log lines: "<date> <time>: <text>".
-                    text = line.strip().partition(": ")[2] if line[:2] == "20" else line.strip()
+                    text = re.sub(r"^20\S+ \S+: ", "", line.strip())
                     if text.startswith((*FACTS, *COUNTED)):
                         facts.append(re.sub(r"np\.float\d+\((.*?)\)", r"\1", text))
                     elif text.startswith(SHOWN) and "%|" not in text:
                         tqdm.write(f"    {text}", file=sys.stdout)
                     if text.startswith(COUNTED):
                         done += 1
-                        told = f"{unit} {done:>3} of {total}: {', '.join(facts)}"
-                        tqdm.write(f"    {told}", file=sys.stdout)
+                        told = f"    {unit} {done:>3} of {total}: {', '.join(facts)}"
+                        tqdm.write(told, file=sys.stdout)
                         bar.update()
                         facts.clear()
                 code = process.wait()
@@ -290,7 +271,5 @@ class _Run:
                 raise
         if code != 0:
             tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
-            raise CommandFailedError(
-                f"{command[0]} ended with exit code {code}. Its last lines:\n    {tail}\n"
-                f"The whole log: {log}"
-            )
+            told = f"{command[0]} ended with exit code {code}. Its last lines:"
+            raise CommandFailedError(f"{told}\n    {tail}\nThe whole log: {log}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,21 +189,6 @@ def test_spacing_of_tif_travels(raw: Path, stunet: Stunet) -> None:
         spacings = {x.stem: json.loads(x.read_text()) for x in (merged / part).glob("*.json")}
         assert spacings == {name: {"spacing": [3, 2, 1]} for name in names}
     assert not list(merged.rglob(".partial*"))
-
-
-def test_voxels_of_detached_headers_travel(raw: Path, stunet: Stunet) -> None:
-    more = {"ending": ".mhd", "overwrite_image_reader_writer": "SimpleITKIO"}
-    write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 2, **more)
-    write_dataset(raw / "Dataset004_D", SPLEEN_LIVER, 2, **more)
-    stunet(f"{MERGE} 3 4")
-    shutil.move(raw / "Dataset020_Merged", raw.parent / "moved")
-    for old, new, table in (
-        ("Dataset003_C/imagesTr/case1_0000", "imagesTr/003_C_case1_0000", None),
-        ("Dataset004_D/labelsTr/case0", "labelsTr/004_D_case0", np.array([0, 2, 1])),
-    ):
-        expected = read_array(raw / f"{old}.mhd")
-        found = read_array(raw.parent / "moved" / f"{new}.mhd")
-        assert np.array_equal(found, expected if table is None else table[expected])
 
 
 def test_pictures_in_colours(raw: Path, stunet: Stunet) -> None:
