@@ -4,7 +4,6 @@ names that are nearly right."""
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import registration
 from stunet_plugin.nnunet.commands import find_command
-from stunet_plugin.nnunet.registration import BRIDGES, registered
+from stunet_plugin.nnunet.registration import BRIDGE_NAME, BRIDGES, registered
 from stunet_plugin.nnunet.registry import Registry
 
 from conftest import PHANTOM_ID, Stunet, Workspace
@@ -137,53 +136,10 @@ def test_names_of_others_get_none(name: str) -> None:
 
 # --- installed
 
-
-class Installation:
-    """A virtual environment that sees this one's packages, with an nnunetv2 of its own."""
-
-    def __init__(self, root: Path, repository: Path) -> None:
-        self.source = root / "source"
-        left_out = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "results")
-        shutil.copytree(repository, self.source, ignore=left_out)
-        venv.create(root / "venv", with_pip=False, symlinks=True)
-        self.python = root / "venv" / "bin" / "python"
-        site = next((root / "venv" / "lib").glob("python*/site-packages"))
-        outside = [path for path in sys.path if path.endswith("-packages")]
-        (site / "outside.pth").write_text("\n".join(outside))
-        self.host = site / "nnunetv2"
-        left_out = shutil.ignore_patterns(registration.BRIDGE_NAME, "__pycache__")
-        shutil.copytree(nnunetv2.__path__[0], self.host, ignore=left_out)
-
-    def pip(self, *arguments: object) -> None:
-        command = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
-        subprocess.run([*map(str, command)], check=True)
-
-    def run(self, workspace: Workspace, command: str, *arguments: object) -> str:
-        """Run a command with the Python of this environment, without nnUNet_extTrainer."""
-        script = self.python.parent / command
-        found = str(script) if script.is_file() else find_command(command)
-        training = "0" if command == "nnUNetv2_train" else "1"
-        variables = {**workspace.environment, "nnUNet_n_proc_DA": training}
-        del variables["nnUNet_extTrainer"]
-        words = [self.python, found, *map(str, arguments)]
-        result = subprocess.run(
-            words, env=variables, cwd=workspace.root, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    def look_up(self, trainer: str, without_plugin: bool = False) -> subprocess.CompletedProcess:
-        """Ask nnU-Net for a trainer; print its module."""
-        code = (
-            "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f;"
-            " print(f(sys.argv[1]).__module__)"
-        )
-        hide = "sys.modules['stunet_plugin'] = None;" if without_plugin else ""
-        command = [self.python, "-c", f"import sys; {hide} {code}", trainer]
-        variables = {**os.environ, "PYTHONPATH": ""}
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=self.source.parent, env=variables
-        )
+LOOK_UP = (
+    "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find;"
+    " print(find(sys.argv[1]).__module__)"
+)
 
 
 @pytest.mark.slow
@@ -191,30 +147,46 @@ class Installation:
 def test_installed_registered_found_and_gone(
     phantoms: Workspace, tmp_path: Path, repository: Path, editable: bool
 ) -> None:
-    installation = Installation(tmp_path, repository)
-    how = ["-e"] if editable else []
-    installation.pip("install", "--no-deps", "--no-build-isolation", *how, installation.source)
-    installation.run(phantoms, "stunet", "register")
-    assert registered(installation.host) == {"trainers": "registered", "planners": "registered"}
-    found = installation.look_up("STUNetTrainer_huge_ft").stdout
-    assert found.startswith("stunet_plugin.trainers")
+    """In a virtual environment that sees this one's packages, with an nnunetv2 of its own."""
+    names = (".git", ".venv*", "build", "*.egg-info", "results", BRIDGE_NAME, "__pycache__")
+    left_out = shutil.ignore_patterns(*names)
+    source = shutil.copytree(repository, tmp_path / "source", ignore=left_out)
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    outside = [path for path in sys.path if path.endswith("-packages")]
+    (site / "outside.pth").write_text("\n".join(outside))
+    host = shutil.copytree(nnunetv2.__path__[0], site / "nnunetv2", ignore=left_out)
+    variables = {**phantoms.environment, "nnUNet_n_proc_DA": "1", "PYTHONPATH": ""}
+    del variables["nnUNet_extTrainer"]
+
+    def run(*words: object, code: int = 0) -> str:
+        command = [str(python), *map(str, words)]
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, env=variables, cwd=tmp_path, text=True, **both)
+        assert done.returncode == code, done.stdout
+        return str(done.stdout)
+
+    pip = ("-m", "pip", "--python", python)
+    how = ("--no-deps", "--no-build-isolation", *(["-e"] if editable else []))
+    subprocess.run([sys.executable, *pip, "install", *how, source], check=True)
+    run(python.parent / "stunet", "register")
+    assert registered(host) == {"trainers": "registered", "planners": "registered"}
+    found = run("-c", f"import sys; {LOOK_UP}", "STUNetTrainer_huge_ft")
+    assert "stunet_plugin.trainers" in found
     if editable:  # the rest is the same
         return
-    data = ("-d", PHANTOM_ID)
-    installation.run(phantoms, "nnUNetv2_plan_experiment", *data, "-pl", "STUNetPlanner_tiny")
-    plans = ("STUNetPlans_tiny", "-c", "3d_fullres", "-np", 1)
-    installation.run(phantoms, "nnUNetv2_preprocess", *data, "-plans_name", *plans)
-    output = installation.run(
-        *(phantoms, "nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, "-tr", "STUNetTrainer_tiny"),
-        *("-p", "STUNetPlans_tiny", "-device", "cpu", "--disable_checkpointing"),
-    )
+    planning = ("-d", PHANTOM_ID, "-pl", "STUNetPlanner_tiny")
+    run(find_command("nnUNetv2_plan_experiment"), *planning)
+    plans = ("-plans_name", "STUNetPlans_tiny", "-c", "3d_fullres", "-np", 1)
+    run(find_command("nnUNetv2_preprocess"), "-d", PHANTOM_ID, *plans)
+    training = (PHANTOM_ID, "3d_fullres", 0, "-tr", "STUNetTrainer_tiny", "-p", "STUNetPlans_tiny")
+    output = run(find_command("nnUNetv2_train"), *training, "-device", "cpu")
     assert "Pseudo dice" in output
 
     # Once the plugin is gone the bridge is silent: stock trainers are found past it, ours are not.
-    installation.pip("uninstall", "-y", "stunet-plugin")
-    stock = installation.look_up("nnUNetTrainer_5epochs", without_plugin=True)
-    assert stock.returncode == 0, stock.stderr
-    assert "stunet" not in stock.stderr.lower()
-    ours = installation.look_up("STUNetTrainer_base", without_plugin=True)
-    assert ours.returncode != 0
-    assert "Could not find requested nnunet trainer STUNetTrainer_base" in ours.stderr
+    subprocess.run([sys.executable, *pip, "uninstall", "-y", "stunet-plugin"], check=True)
+    gone = f"import sys; sys.modules['stunet_plugin'] = None; {LOOK_UP}"
+    assert "stunet" not in run("-c", gone, "nnUNetTrainer_5epochs").lower()
+    ours = run("-c", gone, "STUNetTrainer_base", code=1)
+    assert "Could not find requested nnunet trainer STUNetTrainer_base" in ours
