@@ -1,14 +1,12 @@
 """Activation checkpointing of an STU-Net: chosen by the free memory, or when memory runs out.
 
-Both settings that save memory cost the same time, one more forward pass; the estimate of
-``stunet_plugin.networks.memory`` says which of them needs less. So there is one step to go down:
-from keeping everything to the leaner of the two.
+Both settings that save memory cost one more forward pass, so there is one step to go down: to the
+leaner of the two, by the estimate of ``stunet_plugin.networks.memory``.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,23 +64,20 @@ class CheckpointingTrainer(PluginTrainer):
     def estimates(self) -> dict[str, float]:
         """Return the estimated peak of a training step of this process in bytes, per setting."""
         shape, patch_size = self._shape(), self.configuration_manager.patch_size
-        mixed_precision = self.device.type == "cuda"
+        step = patch_size, self.batch_size, self.device.type == "cuda"
         processes = world_size() if self.sharded else 1
         # Volume Fusion pretrains with Adam.
         values = ADAM_VALUES if isinstance(self.optimizer, torch.optim.Adam) else SGD_VALUES
         return {
-            setting: shape.training_memory(
-                patch_size, self.batch_size, mixed_precision, setting, processes, values
-            ).total
+            setting: shape.training_memory(*step, setting, processes, values).total
             for setting in SETTINGS
         }
 
     def _choose(self) -> str:
         available = available_bytes(self.device)
         if available is None:
-            self.print_to_log_file(
-                f"Activation checkpointing: {OFF}, since the free memory is known on CUDA only."
-            )
+            why = "since the free memory is known on CUDA only"
+            self.print_to_log_file(f"Activation checkpointing: {OFF}, {why}.")
             return OFF
         estimates = self.estimates()
         # Processes that share a network have to compute alike.
@@ -105,25 +100,15 @@ class CheckpointingTrainer(PluginTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net's; one of the first steps that runs out of memory is repeated with activation
-        checkpointing.
-
-        The forward or backward pass ran out, before the optimizer's step, so weights and momentum
-        are unchanged and nothing is lost.
-
-        Raises:
-            torch.OutOfMemoryError: no setting needs less, or it is set by the user; the log says
-                what to do.
-        """
+        checkpointing. Nothing is lost: that was before the optimizer's step."""
         self._optimizer_has_begun = False
         try:
             result: dict[str, Any] = super().train_step(batch)
         except torch.cuda.OutOfMemoryError as error:  # its name in every torch that nnU-Net takes
             setting, advice = self._next_setting()
             if setting is None:
-                now = self._bare_network().checkpointing
-                self.print_to_log_file(
-                    f"\nOut of memory with activation checkpointing {now}. {advice}\n"
-                )
+                now = f"activation checkpointing {self._bare_network().checkpointing}"
+                self.print_to_log_file(f"\nOut of memory with {now}. {advice}\n")
                 raise
             self.print_to_log_file(f"\nOut of memory in step {self._steps_made + 1}: {error}")
         else:
@@ -136,30 +121,26 @@ class CheckpointingTrainer(PluginTrainer):
 
     def _next_setting(self) -> tuple[str | None, str]:
         """Return the setting to continue with, or None and what to do instead."""
-        if self._optimizer_has_begun:
-            return None, (
-                "It was the optimizer's step, which has no activations. Take a smaller size, or"
-                f" {SHARD.variable}=1."
-            )
         estimates, now = self.estimates(), self._bare_network().checkpointing
         best = leanest(estimates)
+        if self._optimizer_has_begun:
+            advice = (
+                "It was the optimizer's step, which has no activations. Take a smaller size, or"
+            )
+            return None, f"{advice} {SHARD.variable}=1."
         if now != OFF and estimates[best] >= estimates[now]:
-            return None, (
-                "No setting needs less. Plan for less memory (-gpu_memory_target), or use several"
-                f" GPUs ({SHARD.variable}=1)."
-            )
+            advice = "No setting needs less. Plan for less memory (-gpu_memory_target), or use"
+            return None, f"{advice} several GPUs ({SHARD.variable}=1)."
         if now != OFF or not self._may_step_down or self._steps_made >= FIRST_STEPS:
-            return None, (
-                f"{CHECKPOINTING.variable}={best} needs less; the same command with --c resumes"
-                " from the last checkpoint."
-            )
+            advice = f"{CHECKPOINTING.variable}={best} needs less; the same command with --c"
+            return None, f"{advice} resumes from the last checkpoint."
         return best, ""
 
     def _step_down(self, setting: str) -> None:
         self._may_step_down = False
         self.optimizer.zero_grad(set_to_none=True)
         if self.grad_scaler is not None:
-            # It may have unscaled this step's gradients, and would refuse to do so again.
+            # It may have unscaled this step's gradients, which it does once.
             scaler = torch.amp.GradScaler(self.device.type)
             scaler.load_state_dict(self.grad_scaler.state_dict())
             self.grad_scaler = scaler
@@ -173,14 +154,13 @@ class CheckpointingTrainer(PluginTrainer):
         )
 
 
-def leanest(estimates: Mapping[str, float]) -> str:
+def leanest(estimates: dict[str, float]) -> str:
     """Return the setting that needs the least memory; of equal ones the first."""
-    return min(estimates, key=lambda setting: estimates[setting])
+    return min(estimates, key=estimates.__getitem__)
 
 
 def available_bytes(device: torch.device) -> float | None:
-    """Return what this process may take of a device's memory, what it holds already included; None
-    if unknown."""
+    """Return what this process may hold of a device's memory; None if unknown."""
     if device.type != "cuda":
         return None
     return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,49 +16,28 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch.utils.hooks import RemovableHandle
 
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks import topology
 from stunet_plugin.networks.from_plan import REPLAN
-from stunet_plugin.networks.topology import (
-    Strides,
-    as_strides,
-    deep_supervision_scales,
-    num_poolings,
-)
 from stunet_plugin.options import Options
+from stunet_plugin.trainers import fine_tuning as tuning
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
-from stunet_plugin.trainers.fine_tuning import (
-    FineTuning,
-    FineTuningScheduler,
-    discard_gradients,
-    encoder_parameters,
-    parameter_groups,
-)
 from stunet_plugin.trainers.safe_trainer import read_to_resume
+from stunet_plugin.weights import pretrained
 from stunet_plugin.weights.identify import strip_prefix
-from stunet_plugin.weights.pretrained import (
-    describe_loaded,
-    describe_mismatches,
-    pretrained_weights_on_command_line,
-    read_checkpoint,
-)
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of outputs that nnU-Net gives none: without a gradient for their heads DDP stops."""
 
 
 class PluginTrainer(DistributedTrainer):
-    """Base of the trainers of this project.
+    """Base of the trainers of this project: a subclass says which network it builds
+    (:meth:`resolve_architecture`) and its published schedule.
 
-    A subclass says which network it builds (:meth:`resolve_architecture`); strides,
-    deep-supervision scales, checks and the network follow from that.
-
-    Attributes:
-        learning_rate, epochs: the trainer's published schedule.
-        iterations, val_iterations: per epoch; None leaves nnU-Net's own.
-        fine_tuning: this trainer is meant to start from ``-pretrained_weights``.
+    Iterations are per epoch (None: nnU-Net's); ``fine_tuning`` trainers are meant to start from
+    ``-pretrained_weights``.
     """
 
     learning_rate: ClassVar[float] = 1e-2
@@ -72,7 +50,7 @@ class PluginTrainer(DistributedTrainer):
     num_iterations_per_epoch: int
     num_val_iterations_per_epoch: int
     _weights_were_loaded = False
-    _prefix_hooks: Sequence[RemovableHandle] = ()
+    _prefix_hooks: tuple[Any, ...] = ()
 
     # nnU-Net reads the names of these parameters off the signature.
     def __init__(
@@ -96,16 +74,10 @@ class PluginTrainer(DistributedTrainer):
         self.num_val_iterations_per_epoch = options.whole(
             names.VAL_ITERATIONS, self.val_iterations or self.num_val_iterations_per_epoch
         )
-        self.fine_tuning_options = FineTuning(
-            options.whole(names.WARMUP_EPOCHS, 0),
-            options.whole(names.FROZEN_ENCODER_EPOCHS, 0),
-            options.fraction(names.ENCODER_RATE, 1.0),
-        )
-        self.mirroring = bool(options.whole(names.MIRRORING, 1))
+        self._options = options
         seed = options.whole(names.SEED, -1)
         if seed >= 0:
-            # The processes of a training augment differently; they start from the weights of the
-            # first.
+            # Processes augment differently; they start from the weights of the first.
             torch.manual_seed(seed + self.local_rank)
         configured = PlansManager(plans).get_configuration(configuration).configuration
         for line in (*options.lines(), *self.describe_choices(configured)):
@@ -115,11 +87,8 @@ class PluginTrainer(DistributedTrainer):
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        """Return the network for a configuration of a plan, as an ``architecture`` entry of plans.
-
-        Raises:
-            PluginError: the plan is not for this trainer.
-        """
+        """Return the network for a configuration of a plan, as an ``architecture`` entry of plans;
+        raise a PluginError if the plan is not for this trainer."""
         raise PluginError(f"{cls.__name__} is a base class; choose a trainer with `stunet list`.")
 
     @classmethod
@@ -159,35 +128,29 @@ class PluginTrainer(DistributedTrainer):
             enable_deep_supervision,
         )
 
-    def _network_strides(self) -> Strides:
+    def _network_strides(self) -> topology.Strides:
         architecture = self.resolve_architecture(self.configuration_manager.configuration)
-        return as_strides(architecture["arch_kwargs"]["strides"])
+        return topology.as_strides(architecture["arch_kwargs"]["strides"])
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """One scale per output of the network, whose strides may differ from the plan's."""
-        if not self.enable_deep_supervision:
-            return None
-        return deep_supervision_scales(self._network_strides())
+        strides = self._network_strides()
+        return topology.deep_supervision_scales(strides) if self.enable_deep_supervision else None
 
     def _build_loss(self) -> torch.nn.Module:
-        """nnU-Net's loss, its deep supervision weighted by the poolings as in the published
-        training.
-
-        nnU-Net halves the weight from output to output and gives the deepest none. Where the
-        network has more decoder stages than the plan has poolings, that rule follows the poolings:
-        the outputs below would only repeat the resolution of the one above.
-        """
+        """nnU-Net halves the weight from output to output and gives the deepest none. As published,
+        that follows the poolings where the network has more decoder stages than those."""
         loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper):
             weights = np.array(loss.weight_factors)
-            weights[max(num_poolings(self._network_strides()) - 1, 1) :] = 0
+            weights[max(topology.num_poolings(self._network_strides()) - 1, 1) :] = 0
             weights /= weights.sum()
             loss.weight_factors = tuple(float(w) or UNTRAINED_HEAD_WEIGHT for w in weights)
         return loss
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         *rest, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        if not self.mirroring:
+        if not self._options.whole(names.MIRRORING, 1):
             # The second is stored in the checkpoint, where prediction reads it.
             axes = self.inference_allowed_mirroring_axes = None
         return (*rest, axes)
@@ -195,18 +158,17 @@ class PluginTrainer(DistributedTrainer):
     # --- optimizer and schedule: nnU-Net's own, with the fine-tuning options
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        options = self.fine_tuning_options
-        optimizer = self.make_optimizer(parameter_groups(self.network, options.encoder_rate))
+        encoder_rate = self._options.fraction(names.ENCODER_RATE, 1.0)
+        optimizer = self.make_optimizer(tuning.parameter_groups(self.network, encoder_rate))
         self.guard_steps(optimizer)
-        if options.frozen_encoder_epochs:
-            optimizer.register_step_pre_hook(self._keep_frozen_encoder)
-        return optimizer, FineTuningScheduler(
-            optimizer, self.initial_lr, self.num_epochs, options.warmup_epochs
-        )
+        optimizer.register_step_pre_hook(self._keep_frozen_encoder)
+        warmup = self._options.whole(names.WARMUP_EPOCHS, 0)
+        schedule = tuning.FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
+        return optimizer, schedule
 
     def _keep_frozen_encoder(self, *_: Any) -> None:
-        if self.current_epoch < self.fine_tuning_options.frozen_encoder_epochs:
-            discard_gradients(encoder_parameters(self._bare_network()))
+        if self.current_epoch < self._options.whole(names.FROZEN_ENCODER_EPOCHS, 0):
+            tuning.discard_gradients(tuning.encoder_parameters(self._bare_network()))
 
     # --- starting
 
@@ -218,8 +180,8 @@ class PluginTrainer(DistributedTrainer):
     def _accept_prefixed_weights(self) -> None:
         """Let nnU-Net's loader of ``-pretrained_weights``, which compares names with those of the
         network, take names with a prefix, as DDP and torch.compile add it."""
-        file, network = pretrained_weights_on_command_line(sys.argv), self._bare_network()
-        prefix = _read_pretrained(file, network)[1] if file is not None else ""
+        file, network = _pretrained_file(), self._bare_network()
+        prefix = _read_pretrained(file, network)[1] if file else ""
         if not prefix:
             return
         self.print_to_log_file(f"Prefix {prefix!r} stripped from all names in {file}")
@@ -235,7 +197,7 @@ class PluginTrainer(DistributedTrainer):
         before_loading = network.register_load_state_dict_pre_hook(strip)
         # Before the hook that shards weights.
         network._load_state_dict_pre_hooks.move_to_end(before_loading.id, last=False)
-        self._prefix_hooks = [before_loading, network.register_state_dict_post_hook(add)]
+        self._prefix_hooks = before_loading, network.register_state_dict_post_hook(add)
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True
@@ -251,18 +213,18 @@ class PluginTrainer(DistributedTrainer):
         self.print_to_log_file(
             f"Network: {type(network).__name__}, {count:,} parameters, strides {strides}"
         )
-        file = pretrained_weights_on_command_line(sys.argv)
-        if self._weights_were_loaded and file is not None:
+        file = _pretrained_file()
+        if self._weights_were_loaded and file:
             weights = self.whole_weights()
             if self.local_rank == 0:
-                checkpoint, _ = _read_pretrained(file, network)
-                self.print_to_log_file(f"{describe_loaded(weights, checkpoint)} ({file})")
+                loaded = pretrained.describe_loaded(weights, _read_pretrained(file, network)[0])
+                self.print_to_log_file(f"{loaded} ({file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_banner(
                 f"{type(self).__name__} is for fine-tuning, but no pretrained weights were given:"
-                f" the network starts\nfrom random weights at a learning rate of {self.initial_lr}"
-                " that is meant for pretrained ones. Stop and add\n-pretrained_weights"
-                " /path/to/checkpoint_final.pth, or use the trainer without _ft."
+                f" it starts from random\nweights at a learning rate of {self.initial_lr}. Stop and"
+                " add -pretrained_weights /path/to/checkpoint_final.pth,\nor use the trainer"
+                " without _ft."
             )
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
@@ -293,23 +255,19 @@ class PluginTrainer(DistributedTrainer):
         cls.resolve_architecture(chosen.configuration)
         for variable in ("nnUNet_preprocessed", "nnUNet_results"):
             if not os.environ.get(variable):
-                raise PluginError(
-                    f"{variable} is not set. Set it to a folder: export"
-                    f" {variable}=/path/to/{variable}"
-                )
+                advice = f"export {variable}=/path/to/{variable}"
+                raise PluginError(f"{variable} is not set. Set it to a folder: {advice}")
+        plan = f"{manager.plans_name}, {configuration}"
         for key in ("data_identifier", "batch_size"):
             if not chosen.configuration.get(key):
-                raise PluginError(
-                    f"Configuration {configuration} of {manager.plans_name} has no {key}. Plan"
-                    " again."
-                )
+                raise PluginError(f"The plan {plan} has no {key}. {REPLAN}")
         data = Path(nnUNet_preprocessed, manager.dataset_name, chosen.data_identifier)
         if not data.is_dir() or not any(data.iterdir()):
             dataset_id = int(manager.dataset_name.removeprefix("Dataset")[:3])
             raise PluginError(
-                f"{manager.dataset_name} is not preprocessed for {manager.plans_name},"
-                f" {configuration}: no data in {data}. Run: nnUNetv2_preprocess -d {dataset_id}"
-                f" -plans_name {manager.plans_name} -c {configuration}"
+                f"{manager.dataset_name} is not preprocessed for {plan}: no data in {data}. Run:"
+                f" nnUNetv2_preprocess -d {dataset_id} -plans_name {manager.plans_name} -c"
+                f" {configuration}"
             )
         _check_writable(Path(nnUNet_results))
         channels = determine_num_input_channels(manager, chosen, dataset_json)
@@ -318,57 +276,55 @@ class PluginTrainer(DistributedTrainer):
                 network = cls.build_network_architecture(manager, chosen, channels, 1)
         except Exception as error:
             raise PluginError(
-                f"{cls.__name__} cannot build the network of {manager.plans_name}, {configuration}:"
-                f" {error} {REPLAN}"
+                f"{cls.__name__} cannot build the network of {plan}: {error} {REPLAN}"
             ) from error
         check_distribution(chosen, network)
-        file = pretrained_weights_on_command_line(sys.argv)
-        if file is not None:
-            cls._check_pretrained_weights(file, network)
+        if file := _pretrained_file():
+            # nnU-Net's loader would stop at an assertion.
+            if not Path(file).is_file():
+                raise PluginError(f"-pretrained_weights {file}: there is no such file.")
+            checkpoint, _ = _read_pretrained(file, network)
+            weights = checkpoint["network_weights"]
+            mismatches = pretrained.describe_mismatches(network, weights, heads_too=False)
+            if mismatches:
+                raise PluginError(
+                    f"-pretrained_weights {file} does not fit {cls.__name__}: it was written by"
+                    f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {mismatches}."
+                )
 
     def check_resumable(self, file: str) -> None:
         """Say why a training cannot resume from a checkpoint, before nnU-Net changes anything."""
         checkpoint = read_to_resume(file)
-        network, weights = self._bare_network(), checkpoint["network_weights"]
-        mismatches = describe_mismatches(network, weights, heads_too=True)
+        name, weights = type(self).__name__, checkpoint["network_weights"]
+        mismatches = pretrained.describe_mismatches(self._bare_network(), weights, heads_too=True)
         if mismatches:
             raise PluginError(
-                f"Cannot resume {type(self).__name__} from {file}: it holds the weights of"
+                f"Cannot resume {name} from {file}: it holds the weights of"
                 f" {checkpoint.get('trainer_name', 'another network')} and {mismatches}. Resume"
                 " with the trainer and plans that wrote it, or start again without --c."
             )
         state = checkpoint.get("optimizer_state")
         if state is None:
             raise PluginError(
-                f"Cannot resume from {file}: it holds weights only (as `stunet import` writes"
-                " them), no state of a training. Start a training from them: -tr"
-                f" {type(self).__name__.removesuffix('_ft')}_ft -pretrained_weights {file}"
+                f"Cannot resume from {file}: it holds weights only, as `stunet import` writes"
+                " them. Start a training from them: -tr"
+                f" {name.removesuffix('_ft')}_ft -pretrained_weights {file}"
             )
         groups = len(state["param_groups"])
         if groups != len(self.optimizer.param_groups):
+            had = f"{'without' if groups == 1 else 'with'} {names.ENCODER_RATE.variable}"
             raise PluginError(
-                f"Cannot resume from {file}: that training started"
-                f" {'without' if groups == 1 else 'with'} {names.ENCODER_RATE.variable}. Resume"
-                " with the same options."
+                f"Cannot resume from {file}: that training started {had}. Use the same options."
             )
 
-    @classmethod
-    def _check_pretrained_weights(cls, file: str, network: torch.nn.Module) -> None:
-        """Say what does not fit; nnU-Net's loader would stop at an assertion."""
-        if not Path(file).is_file():
-            raise PluginError(f"-pretrained_weights {file}: there is no such file.")
-        checkpoint, _ = _read_pretrained(file, network)
-        mismatches = describe_mismatches(network, checkpoint["network_weights"], heads_too=False)
-        if mismatches:
-            raise PluginError(
-                f"-pretrained_weights {file} does not fit {cls.__name__}: it was written by"
-                f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {mismatches}."
-            )
+
+def _pretrained_file() -> str | None:
+    return pretrained.pretrained_weights_on_command_line(sys.argv)
 
 
 def _read_pretrained(file: str, network: torch.nn.Module) -> tuple[dict[str, Any], str]:
     """Return the checkpoint, and the prefix that was stripped from the names of its weights."""
-    checkpoint = read_checkpoint(file, "-pretrained_weights")
+    checkpoint = pretrained.read_checkpoint(file, "-pretrained_weights")
     own_name = next(iter(network.state_dict()))
     weights, prefix = strip_prefix(checkpoint["network_weights"], (own_name,))
     return {**checkpoint, "network_weights": weights}, prefix

@@ -1,9 +1,8 @@
 """Distributed training beyond nnU-Net's: any device, any number of machines, one writer, sharding.
 
 nnU-Net takes a process's rank for the number of its GPU, which is true on one machine only, and
-knows CUDA only. The rest of its distributed training (how batch and oversampling are split, what is
-gathered, who writes checkpoints) is used as it is. ``stunet_plugin.launch`` and nnU-Net's own
-``-num_gpus`` start the processes. With one process nothing here acts.
+knows CUDA only. The rest of its distributed training is used as it is. With one process nothing
+here acts.
 """
 
 from __future__ import annotations
@@ -23,24 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.options import SHARD, Options
+from stunet_plugin.trainers import sharding
 from stunet_plugin.trainers.safe_trainer import SafeTrainer
-from stunet_plugin.trainers.sharding import (
-    Gathered,
-    accept_whole_state,
-    check_shardable,
-    gather,
-    shard,
-)
 from stunet_plugin.weights.pretrained import read_checkpoint
 
 
 class DistributedTrainer(SafeTrainer):
     """nnU-Net's trainer in one or several processes.
 
-    Attributes:
-        is_ddp: nnU-Net's name for "this is one of several processes".
-        local_rank: nnU-Net's name for the rank among all processes of all machines; 0 writes.
-        sharded: weights, gradients and momentum are sharded over the processes.
+    nnU-Net's ``is_ddp`` says that there are several, ``local_rank`` is the rank among all processes
+    of all machines (0 writes), ``sharded``: weights, gradients and momentum are.
     """
 
     sharded = False
@@ -72,9 +63,9 @@ class DistributedTrainer(SafeTrainer):
         if self.sharded:
             # The optimizer first: it would keep the whole parameters alive.
             self.optimizer = self.lr_scheduler = None
-            shard(self.network, self.device)
+            sharding.shard(self.network, self.device)
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
-            accept_whole_state(self.optimizer)
+            sharding.accept_whole_state(self.optimizer)
             self.print_to_log_file(
                 f"Weights, gradients and momentum are sharded over {world_size()} process(es)."
             )
@@ -95,8 +86,7 @@ class DistributedTrainer(SafeTrainer):
         return not self.sharded and bool(super()._do_i_compile())
 
     def _replicate(self, network: nn.Module) -> nn.Module:
-        """Wrap the network so that gradients are averaged over the processes; all start from the
-        first one's weights."""
+        """Average gradients over the processes, which start from the first one's weights."""
         devices = None
         if self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -105,14 +95,12 @@ class DistributedTrainer(SafeTrainer):
             self.print_to_log_file(
                 "Batch norm on the CPU is not synchronised: each process uses its part of a batch."
             )
-        # Not at every pass: in the final validation each process makes as many passes as its cases
-        # need. The option's name changes in torch 2.15.
+        # Buffers are not sent at every pass: in the final validation each process makes as many
+        # passes as its cases need. The option's name changes in torch 2.15.
         known = inspect.signature(DistributedDataParallel).parameters
-        new, old = "forward_sync_buffers", "broadcast_buffers"
-        options: dict[str, Any] = {new if new in known else old: False}
-        return DistributedDataParallel(
-            network, device_ids=devices, gradient_as_bucket_view=True, **options
-        )
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}
+        return DistributedDataParallel(network, device_ids=devices, **options)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self._bare_network().decoder.deep_supervision = enabled
@@ -124,8 +112,8 @@ class DistributedTrainer(SafeTrainer):
         return getattr(network, "_orig_mod", network)
 
     def load_pretrained_weights(self, file: str) -> None:
-        """Load all weights of a checkpoint but the segmentation heads', as nnU-Net's
-        ``-pretrained_weights`` does; its own loader takes the rank for the number of a GPU."""
+        """Load all weights but the segmentation heads', as nnU-Net does; its own loader takes the
+        rank for the number of a GPU."""
         if not self.was_initialized:
             self.initialize()
         network = self._bare_network()
@@ -135,13 +123,9 @@ class DistributedTrainer(SafeTrainer):
 
     # --- one writer
 
-    def print_to_log_file(
-        self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True
-    ) -> None:
+    def print_to_log_file(self, *args: Any, **how: Any) -> None:
         if self.local_rank == 0:
-            super().print_to_log_file(
-                *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
-            )
+            super().print_to_log_file(*args, **how)
 
     def plot_network_architecture(self) -> None:
         # One process alone would wait for the others in its forward pass.
@@ -154,7 +138,7 @@ class DistributedTrainer(SafeTrainer):
         if not self.is_ddp:
             super().on_train_start()
             return
-        # Otherwise every process would write the splits and the plan beside the model.
+        # The first process alone writes the splits, and the plan beside the model.
         splits = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.local_rank == 0 and self.fold != "all" and not splits.is_file():
             self.do_split()
@@ -197,8 +181,8 @@ class DistributedTrainer(SafeTrainer):
             first = self.local_rank == 0
             stand_ins = {
                 "is_ddp": False,
-                "network": Gathered(gather(self.network.state_dict(), first)),
-                "optimizer": Gathered(gather(self.optimizer.state_dict(), first)),
+                "network": sharding.gathered(self.network, first),
+                "optimizer": sharding.gathered(self.optimizer, first),
             }
         if self.local_rank == 0:
             with self._temporarily(**stand_ins):
@@ -212,8 +196,7 @@ class DistributedTrainer(SafeTrainer):
             return
         from torch.utils.serialization import config  # in the releases of torch that can shard
 
-        # Neither the device nor the host has to hold the whole state: only this process's part is
-        # read.
+        # Only this process's part is read.
         mapped: Any = config
         with (
             self._temporarily(is_ddp=False, device=torch.device("cpu")),
@@ -222,12 +205,10 @@ class DistributedTrainer(SafeTrainer):
             super().load_checkpoint(filename_or_checkpoint)
 
     def whole_weights(self) -> dict[str, Any]:
-        """Return the network's weights; those of a sharded network only in the first process (every
-        process has to call this)."""
-        weights = self._bare_network().state_dict()
-        return gather(weights, self.local_rank == 0) if self.sharded else weights
-
-    # --- validation
+        """Return the network's weights; of a sharded network only in the first process, but every
+        process has to call this."""
+        weights: dict[str, Any] = self._bare_network().state_dict()
+        return sharding.gather(weights, self.local_rank == 0) if self.sharded else weights
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         # The logits of whole images need the room.
@@ -266,24 +247,19 @@ class DistributedTrainer(SafeTrainer):
 
 def world_size() -> int:
     """Return the number of processes of this training."""
-    started = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if started else 1
+    return distributed.get_world_size() if _in_a_group() else 1
+
+
+def _in_a_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def check_distribution(configuration: ConfigurationManager, network: nn.Module) -> None:
-    """Raise if a plan's batch cannot be split over the processes, or sharding is not possible.
-
-    Args:
-        configuration: of the plan.
-        network: of the training; may be on the meta device.
-
-    Raises:
-        PluginError: with what to change.
-    """
-    started = distributed.is_available() and distributed.is_initialized()
+    """Raise if a plan's batch cannot be split over the processes, or sharding is not possible; the
+    network may be on the meta device."""
     if Options().whole(SHARD, 0):
-        check_shardable(network)
-        if not started:
+        sharding.check_shardable(network)
+        if not _in_a_group():
             raise PluginError(
                 f"{SHARD.variable}=1 shards the network over several processes, but this is one"
                 " alone. Start the training with torchrun ... -m stunet_plugin.launch"
@@ -292,12 +268,11 @@ def check_distribution(configuration: ConfigurationManager, network: nn.Module) 
     processes, batch = world_size(), configuration.batch_size
     if batch < processes:
         raise PluginError(
-            f"The plan's batch of {batch} cannot be split over {processes} processes: each needs a"
-            f" sample. Start at most {batch}, or plan a larger batch (batch_size in the plans)."
+            f"The plan's batch of {batch} cannot be split over {processes} processes. Start at most"
+            f" {batch}, or plan a larger batch (batch_size in the plans)."
         )
     if configuration.batch_dice and batch % processes:
         raise PluginError(
-            f"The plan's batch of {batch} does not split evenly over {processes} processes, which"
-            " nnU-Net's Dice over the whole batch (batch_dice in the plans file) needs. Start a"
-            f" number of processes that divides {batch}."
+            f"The plan's batch of {batch} does not split evenly over {processes} processes, as"
+            f" nnU-Net's batch_dice needs. Start a number of processes that divides {batch}."
         )

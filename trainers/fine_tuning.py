@@ -1,32 +1,15 @@
 """Fine-tuning options: warm-up, a frozen encoder, a lower learning rate for the encoder.
 
-None is published for STU-Net (the authors fine-tune everything at a tenth of the learning rate);
-all are off by default.
+None is published for STU-Net; all are off by default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """What differs from the plain schedule.
-
-    Attributes:
-        warmup_epochs: the rate rises linearly over these epochs, then follows the schedule.
-        frozen_encoder_epochs: the encoder is not trained in these first epochs.
-        encoder_rate: the encoder's learning rate as a fraction of the decoder's.
-    """
-
-    warmup_epochs: int = 0
-    frozen_encoder_epochs: int = 0
-    encoder_rate: float = 1.0
 
 
 class FineTuningScheduler(PolyLRScheduler):
@@ -48,10 +31,8 @@ class FineTuningScheduler(PolyLRScheduler):
 
 
 def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: one, or (rest, encoder) where the encoder's rate differs.
-
-    The rest comes first because nnU-Net logs the first group's learning rate.
-    """
+    """Return the optimizer's groups: one, or (rest, encoder) where the encoder's rate, a fraction
+    of the rest's, differs; nnU-Net logs the first group's learning rate."""
     if encoder_rate == 1.0:
         return [{"params": list(network.parameters())}]
     encoder = list(encoder_parameters(network))
@@ -61,7 +42,6 @@ def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict
 
 
 def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    """The parameters of what the network itself calls its encoder (``key_to_encoder``)."""
     network = getattr(network, "_orig_mod", network)
     return network.get_submodule(str(network.key_to_encoder)).parameters()
 

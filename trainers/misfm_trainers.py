@@ -1,8 +1,7 @@
 """PCTNetTrainer and FMUNetTrainer, each with ``_ft``: the networks of MIS-FM in nnU-Net's training.
 
 Paper: arXiv:2306.16925, section IV; optimizer as published, nnU-Net's epochs and schedule. The
-anisotropy mode follows from the plan's spacing and patch (``stunet_plugin.networks.anisotropy``).
-It is printed with its reason and recorded in the model's plans.json and checkpoints.
+anisotropy mode follows from the plan, is printed with its reason and recorded with the model.
 """
 
 from __future__ import annotations
@@ -51,15 +50,13 @@ class MISFMTrainer(MISFMOptimizer):
         lines = [f"{name}: {reason}"]
         if self.configuration_manager.batch_size < 2:
             lines.append(
-                f"{name} has batch norm: with a batch of 1 its statistics come from one patch at a"
-                " time, and prediction, which uses their running mean, can be off. A batch of 2 or"
-                " more is safer."
+                f"{name} has batch norm: with a batch of 1, prediction can be off, as it uses the"
+                " running mean of single patches' statistics. A batch of 2 or more is safer."
             )
         return lines
 
 
-def make_trainer(network: MISFMPreset, fine_tuning: bool) -> type[MISFMTrainer]:
-    """Make the trainer class of a network."""
+def _make_trainer(network: MISFMPreset, fine_tuning: bool) -> type[MISFMTrainer]:
     text = ", to start from pretrained weights" if fine_tuning else ""
     attributes = {
         "__doc__": f"{network.name}, as published in MIS-FM{text}.",
@@ -73,6 +70,6 @@ def make_trainer(network: MISFMPreset, fine_tuning: bool) -> type[MISFMTrainer]:
 TRAINERS = {
     trainer.__name__: trainer
     for network in MISFM_PRESETS
-    for trainer in (make_trainer(network, False), make_trainer(network, True))
+    for trainer in (_make_trainer(network, False), _make_trainer(network, True))
 }
 globals().update(TRAINERS)

@@ -1,7 +1,7 @@
 """Trainer that survives crashes: no half-written checkpoint, no NaN in the weights.
 
-nnU-Net writes a checkpoint onto the one before it, so a crash in between loses both; and only its
-gradient scaler (mixed precision on CUDA) skips steps whose gradients are not finite.
+nnU-Net writes a checkpoint onto the one before it; and only its gradient scaler (on CUDA) skips
+steps whose gradients are not finite.
 """
 
 from __future__ import annotations
@@ -63,21 +63,16 @@ class SafeTrainer(nnUNetTrainer):
             advice = f"with --c resumes from {found[0]}" if found else "starts again"
             text = f"Interrupted in epoch {self.current_epoch}. The same command {advice}."
             self.print_to_log_file(text)
-            # A new one, so that the traceback is short and ends with this.
             raise KeyboardInterrupt(text) from None
 
     def _checkpoints_to_resume_from(self) -> list[str]:
         return [name for name in TO_RESUME_FROM if Path(self.output_folder, name).is_file()]
 
-    # --- checkpoints
-
     def save_checkpoint(self, filename: str) -> None:
         """Write a checkpoint under another name, and rename it once it is whole on the disk.
 
-        If that fails (disk full), the earlier checkpoint is kept and training continues.
-
-        Raises:
-            PluginError: it is the final checkpoint.
+        If that fails (disk full), the earlier one is kept and training continues; a PluginError if
+        it is the final checkpoint.
         """
         if self.disable_checkpointing or self.local_rank != 0:
             super().save_checkpoint(filename)
@@ -86,18 +81,18 @@ class SafeTrainer(nnUNetTrainer):
         try:
             # torch.save takes an open file too, and then says what is wrong with the disk.
             _write_whole(target, super().save_checkpoint)
-        except OSError as error:
-            self._best_is_unwritten = target.name == BEST
-            self._report_unwritten(target, error)
-
-    def _report_unwritten(self, target: Path, error: OSError) -> None:
+            return
+        except OSError as caught:
+            error = caught
+        self._best_is_unwritten = target.name == BEST
         reason = os.strerror(error.errno) if error.errno else str(error)
         free = shutil.disk_usage(target.parent).free / 1e9
         text = f"Cannot write {target.name} to {target.parent} ({reason}; {free:.2f} GB free)."
         if target.name == FINAL:
-            names = (FINAL, *TO_RESUME_FROM)
-            left = next((name for name in names if (target.parent / name).is_file()), None)
-            advice = f"run the same command with --c: it resumes from {left}" if left else "retrain"
+            left = [x for x in (FINAL, *TO_RESUME_FROM) if (target.parent / x).is_file()]
+            advice = (
+                f"run the same command with --c: it resumes from {left[0]}" if left else "retrain"
+            )
             raise PluginError(f"{text} The training is over. Make room and {advice}.") from error
         kept = f"The earlier {target.name} is kept. " if target.is_file() else ""
         self.print_banner(f"{text} {kept}Training continues; make room before the next checkpoint.")
@@ -118,21 +113,16 @@ class SafeTrainer(nnUNetTrainer):
             self._best_ema = best_before
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Resume from a checkpoint; the best score is that of ``checkpoint_best``.
-
-        nnU-Net writes ``checkpoint_latest`` before it compares the epoch with the best one, so the
-        best score in there may be an older one.
-        """
+        """Resume from a checkpoint; the best score is that of ``checkpoint_best``, since nnU-Net
+        writes ``checkpoint_latest`` before it compares the epoch with the best one."""
         super().load_checkpoint(filename_or_checkpoint)
         best = Path(self.output_folder, BEST)
         if best.is_file():
             with contextlib.suppress(PluginError):  # A damaged one is replaced by the next.
                 self._best_ema = read_checkpoint(str(best), "The best checkpoint")["_best_ema"]
 
-    # --- steps
-
     def guard_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimizer skip the steps whose loss or gradients are not finite."""
+        """Make an optimizer skip steps whose loss or gradients are not finite."""
         optimizer.register_step_pre_hook(self._discard_gradients_unless_finite)
 
     def _note_loss(self, _: torch.nn.Module, __: Any, loss: torch.Tensor) -> None:
@@ -177,10 +167,9 @@ class SafeTrainer(nnUNetTrainer):
         super().on_train_epoch_end([{"loss": loss} for loss in losses])
         steps, scaler = len(losses), self.grad_scaler
         if self._skipped:
+            text = f"Skipped {self._skipped} of {steps} steps: loss or gradients not finite."
             scale = f" The gradient scale is now {scaler.get_scale():g}." if scaler else ""
-            self.print_to_log_file(
-                f"Skipped {self._skipped} of {steps} steps: loss or gradients not finite.{scale}"
-            )
+            self.print_to_log_file(text + scale)
         # A gradient scaler begins too high and skips a few of the first steps.
         limit = MOST_SKIPPED_IN_A_ROW if scaler else min(MOST_SKIPPED_IN_A_ROW, steps)
         if self.any_process(self._skipped_in_a_row >= limit):
@@ -196,19 +185,15 @@ class SafeTrainer(nnUNetTrainer):
         found = self._checkpoints_to_resume_from()
         kept = f"{Path(self.output_folder, found[0])} is good. " if found else ""
         raise PluginError(
-            f"Training stopped: the last {self._skipped_in_a_row} steps had a loss or gradients"
-            f" that are not finite. {kept}Look for NaN or infinite values in the preprocessed"
-            " images (preprocess again), or lower the learning rate; then run the same command"
-            " with --c."
+            f"Training stopped: loss or gradients of the last {self._skipped_in_a_row} steps are"
+            f" not finite. {kept}Look for NaN or infinite values in the preprocessed images, or"
+            " lower the learning rate; then run the same command with --c."
         )
 
 
 def read_to_resume(file: str) -> dict[str, Any]:
-    """Map the checkpoint that a training is to resume from into memory.
-
-    Raises:
-        PluginError: it is damaged; the message names a whole one beside it.
-    """
+    """Map the checkpoint that a training is to resume from into memory; the error for a damaged one
+    names a whole one beside it."""
     try:
         return read_checkpoint(file, "The checkpoint to resume from,")
     except PluginError as error:
@@ -216,36 +201,24 @@ def read_to_resume(file: str) -> dict[str, Any]:
         reason = f"{file} is no checkpoint or damaged ({str(error.__cause__)[:200]})"
         # nnU-Net takes the first of these that is there.
         for other in (path.with_name(name) for name in TO_RESUME_FROM if name != path.name):
-            if _is_whole(other):
-                raise PluginError(
-                    f"{reason}, but {other.name} beside it is whole: move {path.name} away, and the"
-                    " same command resumes from that."
-                ) from error
-        raise PluginError(
-            f"{reason}, and there is no other to resume from. Start again without --c."
-        ) from error
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        read_checkpoint(str(checkpoint), "The checkpoint")
-    except PluginError:
-        return False
-    return True
+            with contextlib.suppress(PluginError):
+                read_checkpoint(str(other), "The checkpoint")
+                what = f"but {other.name} beside it is whole: move {path.name} away, and the same"
+                break
+        else:
+            reason += ", and there is no other to resume from. Start again without --c."
+            raise PluginError(reason) from error
+        raise PluginError(f"{reason}, {what} command resumes from that.") from error
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process has; all of it unless it is sharded."""
-    part = getattr(value, "to_local", None)
-    return value if part is None else part()
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _write_whole(target: Path, write: Callable[[Any], None]) -> None:
-    """Write a file under another name, flush it to the disk, then rename it to ``target``.
-
-    Raises:
-        OSError: it could not be written; ``target`` is as it was, and nothing else is left.
-    """
+    """Write a file under another name, flush it to the disk, then rename it; after an OSError
+    ``target`` is as it was, and nothing else is left."""
     unfinished = target.with_name(target.name + UNFINISHED)
     try:
         with open(unfinished, "wb") as file:

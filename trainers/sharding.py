@@ -1,13 +1,14 @@
 """Sharding (FSDP2): each process of a training keeps its part of weights, gradients and momentum.
 
-torch's own ``fully_shard`` does the work. This module says what is sharded as one piece, and
-converts states between whole tensors and parts, so that checkpoints are those of nnU-Net.
+torch's ``fully_shard`` does the work; here states are converted between whole tensors and parts, so
+that checkpoints are those of nnU-Net.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +24,7 @@ MINIMUM_TORCH = "2.6"
 
 
 def check_shardable(network: nn.Module) -> None:
-    """Raise unless the network can be sharded, with this torch.
-
-    Raises:
-        PluginError: it cannot.
-    """
+    """Raise a PluginError unless the network can be sharded, with this torch."""
     if not isinstance(network, STUNet):
         raise PluginError(
             f"{SHARD.variable}=1 shards an STU-Net; {type(network).__name__} is small enough for"
@@ -45,9 +42,8 @@ def check_shardable(network: nn.Module) -> None:
 def shard(network: nn.Module, device: torch.device) -> None:
     """Shard an STU-Net over all processes, in place; the weights are those of the first process.
 
-    Each residual block is gathered when it runs and released afterwards; the decoder's other
-    convolutions and the heads are gathered once per step. The parameters are new objects, so an
-    optimizer must be made afterwards.
+    Each residual block is gathered when it runs, the rest once per step. The parameters are new
+    objects, so an optimizer must be made afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -70,14 +66,8 @@ def accept_whole_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def gather(state: Any, keep: bool) -> Any:
-    """Return nested dicts and lists with whole tensors on the CPU in place of sharded ones.
-
-    Every process has to call this, with the same state but for the parts.
-
-    Args:
-        state: of a network or an optimizer.
-        keep: this process wants the result; the others get None in place of gathered tensors.
-    """
+    """Return a state with whole tensors on the CPU in place of sharded ones, None where a process
+    does not ``keep`` them; every process has to call this."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(state, DTensor):
@@ -91,22 +81,18 @@ def gather(state: Any, keep: bool) -> Any:
     return state
 
 
-class Gathered:
-    """Takes the place of a network or an optimizer while nnU-Net writes a checkpoint."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
+def gathered(sharded: Any, keep: bool) -> SimpleNamespace:
+    """Return what stands for a network or an optimizer while nnU-Net writes a checkpoint."""
+    state = gather(sharded.state_dict(), keep)
+    return SimpleNamespace(state_dict=lambda: state)
 
 
 def _shard_tensor(whole: Any, like: Tensor) -> Any:
     """Return this process's part of a whole tensor, sharded like another of its shape."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    is_integer = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
-    if not is_integer or not isinstance(like, DTensor) or whole.shape != like.shape:
+    is_whole = isinstance(whole, Tensor) and not isinstance(whole, DTensor)
+    if not is_whole or not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     # Every process has the whole tensor, so none needs to send it.
     whole = whole.to(like.dtype)
@@ -122,7 +108,7 @@ def _shard_weights(network: nn.Module, state: dict[str, Any], prefix: str, *_: A
 def _shard_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> dict[str, Any]:
-    """States number the parameters in the order of the groups."""
+    # States number the parameters in the order of the groups.
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     known = dict(zip(numbers, parameters, strict=False))

@@ -16,15 +16,8 @@ from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a trainer's suffix changes.
-
-    Attributes:
-        suffix: of the trainer's name.
-        epochs: of the training.
-        learning_rate: at the start; nnU-Net's poly schedule lowers it.
-        fine_tuning: starts from pretrained weights.
-        iterations, val_iterations: per epoch; None leaves nnU-Net's 250 and 50.
-    """
+    """What a trainer's suffix changes; iterations are per epoch, None leaves nnU-Net's 250 and
+    50."""
 
     suffix: str
     epochs: int = 1000
@@ -46,11 +39,7 @@ SCHEDULES = (
 
 
 class STUNetTrainer(CheckpointingTrainer):
-    """Trains the plan's STU-Net; with a plan of nnU-Net's U-Net, the published default size (base).
-
-    Attributes:
-        preset: the size; None takes the plan's.
-    """
+    """Trains the plan's STU-Net, or the ``preset``; with a plan of nnU-Net's U-Net, base."""
 
     preset: ClassVar[STUNetPreset | None] = None
 
@@ -59,8 +48,7 @@ class STUNetTrainer(CheckpointingTrainer):
         return resolve(configuration, cls.preset, cls.__name__).architecture
 
 
-def make_trainer(preset: STUNetPreset | None, schedule: Schedule) -> type[STUNetTrainer]:
-    """Make the trainer class of a size (None: the plan's) and a schedule."""
+def _make_trainer(preset: STUNetPreset | None, schedule: Schedule) -> type[STUNetTrainer]:
     size = f"STU-Net {preset.name}" if preset else "STU-Net of the plan's size, or base"
     changes = asdict(schedule)
     attributes = {
@@ -75,7 +63,7 @@ def make_trainer(preset: STUNetPreset | None, schedule: Schedule) -> type[STUNet
 TRAINERS = {
     trainer.__name__: trainer
     for preset in (None, *PRESETS.values())
-    for trainer in (make_trainer(preset, schedule) for schedule in SCHEDULES)
+    for trainer in (_make_trainer(preset, schedule) for schedule in SCHEDULES)
 }
 TRAINERS["STUNetTrainer"] = STUNetTrainer
 globals().update(TRAINERS)

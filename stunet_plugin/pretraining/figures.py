@@ -15,69 +15,41 @@ if TYPE_CHECKING:
 
 
 def save_fusion_example(
-    images: np.ndarray,
-    targets: np.ndarray,
-    predictions: np.ndarray,
-    class_names: Sequence[str],
-    path: Path,
+    arrays: Sequence[np.ndarray], class_names: Sequence[str], path: Path
 ) -> None:
-    """Write a PNG, one row per sample: fused image, target and prediction, middle slice of axis 0.
-
-    Args:
-        images: first channel, (sample, *spatial) with two or three spatial axes.
-        targets, predictions: fusion classes 0..K, of the same shape.
-        class_names: of the K + 1 classes, for the legend.
-        path: of the PNG.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a PNG, a row per sample: fused image, target and prediction, the three arrays, each
+    (sample, *spatial); of three axes the middle slice of axis 0."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    arrays = [images, targets, predictions]
-    if images.ndim == 4:
-        arrays = [array[:, images.shape[1] // 2] for array in arrays]
-    classes = len(class_names)
+    if arrays[0].ndim == 4:
+        arrays = [array[:, array.shape[1] // 2] for array in arrays]
+    classes, samples = len(class_names), len(arrays[0])
     with plain_style():
-        figure = Figure(figsize=(9, 3 * len(images) + 0.5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=(9, 3 * samples + 0.5), layout="constrained")
         colours = _colour_map(classes)
         in_gray: dict[str, Any] = {"cmap": "gray"}
         in_colour = {"cmap": colours, "vmin": 0, "vmax": classes - 1, "interpolation": "nearest"}
         columns = (("fused image", in_gray), ("target", in_colour), ("prediction", in_colour))
-        axes = figure.subplots(len(images), 3, squeeze=False)
+        axes = figure.subplots(samples, 3, squeeze=False)
         for column, (array, (title, style)) in enumerate(zip(arrays, columns, strict=True)):
             for axis, sample in zip(axes[:, column], array, strict=True):
                 axis.imshow(sample, **style)
                 axis.set_title(title, fontsize=9)
                 axis.set_axis_off()
         patches = [Patch(color=colours(k), label=f"alpha {class_names[k]}") for k in range(classes)]
-        figure.legend(
-            handles=patches,
-            loc="outside lower center",
-            ncols=min(9, classes),
-            fontsize=8,
-            frameon=False,
-        )
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(9, classes))
         save_atomically(figure, path)
 
 
 def save_pretext_progress(
     log: Mapping[str, Sequence[Any]], class_names: Sequence[str], path: Path
 ) -> None:
-    """Write a PNG with losses, Dice per fusion class, learning rate and seconds per epoch.
-
-    Args:
-        log: nnU-Net's: train_losses, val_losses, dice_per_class_or_region, lrs,
-            epoch_start_timestamps, epoch_end_timestamps.
-        class_names: of the K + 1 classes, for the legend.
-        path: of the PNG.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a PNG of nnU-Net's log: losses, Dice per fusion class, learning rate, seconds."""
     from matplotlib.figure import Figure
 
     with plain_style():
         figure = Figure(figsize=(12, 8), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots(2, 2).ravel()
         titles = ("loss", "pretext Dice", "learning rate", "seconds per epoch")
         for axis, title in zip(axes, titles, strict=True):

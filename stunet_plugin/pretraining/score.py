@@ -14,15 +14,8 @@ UNLEARNED_DICE = 0.05
 
 
 def confusion_matrix(logits: Tensor, class_map: Tensor) -> Tensor:
-    """Count voxels by true and predicted class.
-
-    Args:
-        logits: (batch, class, *spatial).
-        class_map: (batch, *spatial), integers.
-
-    Returns:
-        (true class, predicted class), int64, on the CPU.
-    """
+    """Count voxels by (true class, predicted class), int64, on the CPU; logits (batch, class,
+    *spatial), class map (batch, *spatial)."""
     classes = logits.shape[1]
     pairs = class_map.flatten().long() * classes + logits.argmax(1).flatten()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
@@ -34,22 +27,11 @@ def overlap_counts(confusion: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return hits.numpy(), (confusion.sum(0) - hits).numpy(), (confusion.sum(1) - hits).numpy()
 
 
-def dice_per_class(confusion: Tensor) -> list[float]:
-    """Return the Dice of every class; NaN for one that is neither there nor predicted."""
-    hits = confusion.diagonal().double()
-    return (2 * hits / (confusion.sum(0) + confusion.sum(1))).tolist()
-
-
 def pretext_score(confusions: Sequence[Tensor], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the score over many draws, ready for a JSON.
-
-    Args:
-        confusions: one matrix per batch.
-        class_names: alpha of every class, as text.
-    """
+    """Return the score over many draws, a confusion matrix each, ready for a JSON."""
     total = torch.stack(list(confusions)).sum(0)
-    dice = dice_per_class(total)
-    means = [float(np.nanmean(dice_per_class(confusion))) for confusion in confusions]
+    dice = _dice_per_class(total)
+    means = [float(np.nanmean(_dice_per_class(confusion))) for confusion in confusions]
     alpha = torch.arange(len(total), dtype=torch.float64) / (len(total) - 1)
     error = (alpha[:, None] - alpha).abs()
     return {
@@ -69,10 +51,15 @@ def pretext_score(confusions: Sequence[Tensor], class_names: Sequence[str]) -> d
     }
 
 
+def _dice_per_class(confusion: Tensor) -> list[float]:
+    """NaN for a class that is neither there nor predicted."""
+    hits = confusion.diagonal().double()
+    return (2 * hits / (confusion.sum(0) + confusion.sum(1))).tolist()
+
+
 def unlearned_classes(dice_per_alpha: Mapping[str, float | None]) -> str:
     """Return the classes whose Dice is near 0, with it, as text; "" if all were learned."""
+    known = {name: dice for name, dice in dice_per_alpha.items() if dice is not None}
     return ", ".join(
-        f"{name} ({dice:.3f})"
-        for name, dice in dice_per_alpha.items()
-        if dice is not None and dice < UNLEARNED_DICE
+        f"{name} ({dice:.3f})" for name, dice in known.items() if dice < UNLEARNED_DICE
     )

@@ -1,9 +1,7 @@
 """Sub-volumes for Volume Fusion: random crop and resize, flips, contrast and gamma.
 
-Ranges as published (arXiv:2306.16925, section 3, and the code of PyMIC, read for facts). What
-differs: a scan smaller than the smallest published crop is padded instead of being stretched
-further; percentiles are those of a random sample of voxels; resizing aligns voxel centres rather
-than corners.
+Ranges as published (arXiv:2306.16925, section 3, and code of PyMIC). What differs: smaller scans
+are padded, percentiles are those of sampled voxels, resizing aligns voxel centres, not corners.
 """
 
 from __future__ import annotations
@@ -43,11 +41,8 @@ def sub_volume_transforms(patch_size: Sequence[int]) -> BasicTransform:
 
 
 class ResizeToPatch(ImageOnlyTransform):
-    """Resizes a crop to the patch, linearly.
-
-    An axis shorter than the smallest scale (a small scan) is enlarged as far as that scale allows,
-    then padded on both sides with each channel's minimum, which is air in most scans.
-    """
+    """Resizes a crop to the patch, linearly; an axis shorter than the smallest scale is enlarged as
+    far as that allows, then padded with each channel's minimum, which is air in most scans."""
 
     def __init__(self, patch_size: Sequence[int]) -> None:
         super().__init__()
@@ -64,23 +59,17 @@ class ResizeToPatch(ImageOnlyTransform):
         if tuple(size) == self.patch_size:
             return img
         padded = img.flatten(1).amin(dim=1).view(-1, *[1] * len(size)).repeat(1, *self.patch_size)
-        inside = padded
-        for axis, (patch, length) in enumerate(zip(self.patch_size, size, strict=True), start=1):
-            inside = inside.narrow(axis, (patch - length) // 2, length)
-        inside.copy_(img)
+        starts = [
+            (patch - length) // 2 for patch, length in zip(self.patch_size, size, strict=True)
+        ]
+        inside = (slice(at, at + length) for at, length in zip(starts, size, strict=True))
+        padded[(slice(None), *inside)] = img
         return padded
 
 
 class PercentileContrast(ImageOnlyTransform):
-    """Maps gray values piecewise linearly to 0..1, each channel by its own percentiles.
-
-    With v0 and v1 the p0-th and p1-th percentile, p0 ~ U(0.1, 2) and p1 ~ U(98, 99.9)::
-
-        [min, v0] -> [0, 0.1]      [v0, v1] -> [0.1, 0.9]      [v1, max] -> [0.9, 1]
-
-    An empty piece is left out: where many voxels have the minimum, v0 is the minimum and they
-    become 0.1.
-    """
+    """Maps gray values piecewise linearly to 0..1 (:func:`stretch`), each channel by its own
+    percentiles, drawn from the published ranges."""
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
         image, ranges = data_dict["image"], (LOW_PERCENTILE, HIGH_PERCENTILE)
@@ -103,7 +92,10 @@ class PercentileContrast(ImageOnlyTransform):
 
 
 def stretch(image: Tensor, low: float, high: float) -> Tensor:
-    """Map [min, low], [low, high] and [high, max] linearly to [0, 0.1], [0.1, 0.9] and [0.9, 1]."""
+    """Map [min, low], [low, high] and [high, max] linearly to [0, 0.1], [0.1, 0.9] and [0.9, 1].
+
+    An empty piece is left out: where many voxels have the minimum, they become 0.1.
+    """
     darkest, brightest = (float(value) for value in torch.aminmax(image))
     result = _ramp(image, darkest, low) if low > darkest else torch.ones_like(image)
     result.mul_(LOW_GRAY)
@@ -120,8 +112,7 @@ def _ramp(image: Tensor, start: float, end: float) -> Tensor:
 
 
 def draw_crop(scan_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[slice, ...]:
-    """Draw a crop inside a scan: each axis 0.7 to 1.5 times the patch's, or the whole axis where
-    that is shorter."""
+    """Draw a crop in a scan, each axis 0.7 to 1.5 times the patch's or as long as the scan's."""
     crop = []
     for patch, voxels in zip(patch_size, scan_shape, strict=True):
         length = min(max(int(np.random.uniform(*SCALE) * patch), 1), voxels)
@@ -138,15 +129,10 @@ def draw_pair(count: int) -> tuple[int, int]:
 
 
 class SubVolumeLoader(DataLoader):
-    """Loads batches of sub-volumes from cases that nnU-Net preprocessed; their labels are not read.
+    """Loads batches of sub-volumes from cases that nnU-Net preprocessed.
 
-    A batch holds ``pairs`` foregrounds and then as many backgrounds: ``data`` (2 * pairs, channel,
-    *patch), ``keys``. The two of a pair come from different cases.
-
-    Args:
-        dataset: nnU-Net's, any of its formats.
-        pairs: samples that a batch will be fused to.
-        patch_size: voxels per axis; two axes take random slices.
+    A batch holds ``pairs`` foregrounds and then as many backgrounds of other cases: ``data``
+    (2 * pairs, channel, *patch), ``keys``. Patches with two axes take random slices.
     """
 
     def __init__(self, dataset: nnUNetBaseDataset, pairs: int, patch_size: Sequence[int]) -> None:

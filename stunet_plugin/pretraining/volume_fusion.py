@@ -9,11 +9,9 @@ With K fusion classes beside the background, class map k(v) in {0, ..., K} and a
     image(v) = alpha(v) * foreground(v) + (1 - alpha(v)) * background(v)
     target(v) = k(v) = K * alpha(v)
 
-The network is trained on it as on a segmentation with K + 1 outputs. All random numbers are drawn
-in ``draw``; class maps (``class_maps``) and images (``fuse``) follow from them.
-
-What differs from the published code: sizes are fractions of the patch (the published numbers are
-for [64, 128, 128]), and a batch is fused at once, on the device of its sub-volumes.
+The network is trained on it as on a segmentation with K + 1 outputs. What differs from the
+published code: sizes are fractions of the patch (the published numbers are for [64, 128, 128]), and
+a batch is fused at once, on the device of its sub-volumes.
 
 Example::
 
@@ -42,43 +40,9 @@ INVERTED = 0.25
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """Layout of a sample: boxes in the order of painting, from voxel ``lower`` to ``upper``
-    (exclusive)."""
-
-    lower: tuple[tuple[int, ...], ...]
-    upper: tuple[tuple[int, ...], ...]
-    classes: tuple[int, ...]
-
-    def paint(self, class_map: Tensor) -> None:
-        """Write the classes into a class map of zeros, shape (*spatial), uint8."""
-        for lower, upper, fusion_class in zip(self.lower, self.upper, self.classes, strict=True):
-            class_map[tuple(map(slice, lower, upper))] = fusion_class
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Layout of a sample: tiles of one size; ``classes`` has the shape (tiles along each axis)."""
-
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-    classes: Tensor
-
-    def paint(self, class_map: Tensor) -> None:
-        tiles, inside = self.classes.to(class_map), class_map
-        for axis, (start, size) in enumerate(zip(self.offset, self.size, strict=True)):
-            tiles = tiles.repeat_interleave(size, dim=axis)
-            inside = inside.narrow(axis, start, tiles.shape[axis])
-        inside.copy_(tiles)
-
-
-@dataclass(frozen=True)
 class BlockSizes:
-    """Sizes of blocks, uniform between two fractions of each axis of the patch, in whole voxels.
-
-    Raises:
-        PluginError: fractions that are not 0 < smallest <= largest <= 1.
-    """
+    """Sizes of blocks, uniform between two fractions of each axis of the patch, in whole voxels;
+    raises a PluginError unless 0 < smallest <= largest <= 1."""
 
     smallest: Fraction
     largest: Fraction
@@ -93,11 +57,8 @@ class BlockSizes:
             )
 
     def size_range(self, patch_size: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return the smallest and the largest size in voxels, per axis.
-
-        Raises:
-            PluginError: not even the largest block has a voxel on some axis.
-        """
+        """Return the smallest and the largest size in voxels, per axis; raise a PluginError if not
+        even the largest block has a voxel."""
         patch = np.array(patch_size)
         # 0.29 * 100 is a little less than 29.
         largest = (np.multiply(self.largest, patch) + 1e-6).astype(int)
@@ -109,13 +70,6 @@ class BlockSizes:
             )
         smallest = np.rint(np.multiply(self.smallest, patch)).astype(int).clip(1, largest)
         return smallest.tolist(), largest.tolist()
-
-    def draw_sizes(
-        self, count: int, patch_size: Sequence[int], generator: torch.Generator
-    ) -> list[list[int]]:
-        """Draw the sizes of ``count`` blocks, voxels per axis."""
-        smallest, largest = self.size_range(patch_size)
-        return _integers(count, smallest, largest, generator)
 
 
 @dataclass(frozen=True)
@@ -132,18 +86,16 @@ class OverlappingBoxes(BlockSizes):
     fewest: int = 10
     most: int = 40
 
-    def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Boxes:
+    def paint(self, class_map: Tensor, classes: int, generator: torch.Generator) -> None:
+        """Draw the blocks of a sample and write their classes into its class map of zeros."""
+        patch = np.array(class_map.shape)
         count = int(torch.randint(self.fewest, self.most + 1, (), generator=generator))
-        sizes = np.array(self.draw_sizes(count, patch_size, generator))
-        last = [axis - 1 for axis in patch_size]
-        starts = np.array(_integers(count, [0] * len(last), last, generator)) - sizes // 2
-        drawn = torch.randint(1, classes + 1, (count,), generator=generator)
-        lower, upper = starts.clip(min=0), (starts + sizes).clip(max=patch_size)
-        return Boxes(
-            tuple(map(tuple, lower.tolist())),
-            tuple(map(tuple, upper.tolist())),
-            tuple(drawn.tolist()),
-        )
+        sizes = _integers(count, *self.size_range(class_map.shape), generator)
+        starts = _integers(count, 0 * patch, patch - 1, generator) - sizes // 2
+        drawn = torch.randint(1, classes + 1, (count,), generator=generator).tolist()
+        for start, size, fusion_class in zip(starts, sizes, drawn, strict=True):
+            box = tuple(map(slice, start.clip(min=0), (start + size).clip(max=patch)))
+            class_map[box] = fusion_class
 
 
 @dataclass(frozen=True)
@@ -160,18 +112,23 @@ class TiledBlocks(BlockSizes):
     largest: Fraction = 5 / 16
     foreground: float = 0.7
 
-    def draw(self, patch_size: Sequence[int], classes: int, generator: torch.Generator) -> Tiles:
-        size = self.draw_sizes(1, patch_size, generator)[0]
-        grid, margin = np.divmod(patch_size, size)
-        offset = _integers(1, [0] * len(size), margin.tolist(), generator)[0]
+    def paint(self, class_map: Tensor, classes: int, generator: torch.Generator) -> None:
+        """Draw the blocks of a sample and write their classes into its class map of zeros."""
+        size = _integers(1, *self.size_range(class_map.shape), generator)[0]
+        grid, margin = np.divmod(class_map.shape, size)
+        offset = _integers(1, 0 * margin, margin, generator)[0]
         tiles = torch.zeros(grid.tolist(), dtype=torch.uint8)
         # If there is one tile only, 70 % of it would be none.
         blended = max(int(tiles.numel() * self.foreground), 1)
         chosen = torch.randperm(tiles.numel(), generator=generator)[:blended]
         tiles.view(-1)[chosen] = torch.randint(
-            1, classes + 1, (len(chosen),), generator=generator, dtype=torch.uint8
+            1, classes + 1, (blended,), generator=generator, dtype=torch.uint8
         )
-        return Tiles(offset=tuple(offset), size=tuple(size), classes=tiles)
+        tiles = tiles.to(class_map.device)
+        for axis, (start, side) in enumerate(zip(offset.tolist(), size.tolist(), strict=True)):
+            tiles = tiles.repeat_interleave(side, dim=axis)
+            class_map = class_map.narrow(axis, start, tiles.shape[axis])
+        class_map.copy_(tiles)
 
 
 Scheme = OverlappingBoxes | TiledBlocks
@@ -181,26 +138,16 @@ DEFAULT_SCHEME = 2025
 
 
 @dataclass(frozen=True)
-class FusionDraw:
-    """All that is random in the fusion of a batch: a layout per sample, and which are inverted."""
-
-    layouts: tuple[Boxes | Tiles, ...]
-    inverted: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
 class VolumeFusion:
     """Fuses batches of sub-volume pairs.
 
     Attributes:
-        classes: K, fusion classes beside the background; 4 in every published run.
+        classes: K, fusion classes beside the background, from 1 to 255 (class maps are uint8); 4 in
+            every published run.
         scheme: how blocks are drawn.
         inverted: probability that a sample's two sub-volumes are both inverted (x to 1 - x).
         standardise: turn every channel of a fused sample to mean 0 and standard deviation 1, as
             nnU-Net's images have them, instead of the published range 0 to 1.
-
-    Raises:
-        PluginError: K is not from 1 to 255 (class maps are uint8).
     """
 
     classes: int = PUBLISHED_CLASSES
@@ -228,28 +175,15 @@ class VolumeFusion:
         Returns:
             image (batch, channel, *spatial), class map (batch, *spatial) uint8.
         """
-        drawn = self.draw(len(foreground), foreground.shape[2:], generator)
-        class_map = self.class_maps(drawn, foreground.shape[2:], foreground.device)
-        return self.fuse(foreground, background, class_map, drawn.inverted), class_map
+        class_map = self.draw_class_maps(foreground[:, 0], generator)
+        inverted = torch.rand(len(foreground), generator=generator) < self.inverted
+        return self.fuse(foreground, background, class_map, inverted.tolist()), class_map
 
-    def draw(
-        self, batch_size: int, patch_size: Sequence[int], generator: torch.Generator
-    ) -> FusionDraw:
-        """Draw all random numbers for a batch."""
-        layouts = tuple(
-            self.scheme.draw(patch_size, self.classes, generator) for _ in range(batch_size)
-        )
-        inverted = torch.rand(batch_size, generator=generator) < self.inverted
-        return FusionDraw(layouts, tuple(inverted.tolist()))
-
-    @staticmethod
-    def class_maps(drawn: FusionDraw, patch_size: Sequence[int], device: torch.device) -> Tensor:
-        """Return k of every voxel, (batch, *spatial) uint8."""
-        class_maps = torch.zeros(
-            (len(drawn.layouts), *patch_size), dtype=torch.uint8, device=device
-        )
-        for class_map, layout in zip(class_maps, drawn.layouts, strict=True):
-            layout.paint(class_map)
+    def draw_class_maps(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw k of every voxel, uint8; ``like`` gives the shape (batch, *spatial) and device."""
+        class_maps = torch.zeros_like(like, dtype=torch.uint8)
+        for class_map in class_maps:
+            self.scheme.paint(class_map, self.classes, generator)
         return class_maps
 
     def fuse(
@@ -266,10 +200,10 @@ class VolumeFusion:
             # Inverting the blend is the same as blending the inverted sub-volumes.
             images[index] = 1 - images[index]
         if self.standardise:
-            spread, mean = torch.std_mean(images.flatten(2), dim=2)
-            shape = (*spread.shape, *[1] * (images.ndim - 2))
+            axes = tuple(range(2, images.ndim))
+            spread, mean = torch.std_mean(images, dim=axes, keepdim=True)
             # A constant channel stays constant.
-            images = (images - mean.view(shape)) / spread.clamp(min=1e-6).view(shape)
+            images = (images - mean) / spread.clamp(min=1e-6)
         return images
 
     def class_names(self) -> list[str]:
@@ -278,11 +212,14 @@ class VolumeFusion:
 
 
 def _integers(
-    count: int, lowest: Sequence[int], highest: Sequence[int], generator: torch.Generator
-) -> list[list[int]]:
+    count: int,
+    lowest: Sequence[int] | np.ndarray,
+    highest: Sequence[int] | np.ndarray,
+    generator: torch.Generator,
+) -> np.ndarray:
     """Draw rows of integers, uniform from ``lowest`` to ``highest`` (included) of each column."""
-    low, high = torch.tensor(lowest), torch.tensor(highest)
+    low, high = np.array(lowest), np.array(highest)
     # In float64 a draw just below 1 cannot round up to the next integer.
-    shares = torch.rand((count, len(low)), generator=generator, dtype=torch.float64)
-    numbers: list[list[int]] = (low + shares * (high - low + 1)).long().tolist()
+    shares = torch.rand((count, len(low)), generator=generator, dtype=torch.float64).numpy()
+    numbers: np.ndarray = (low + shares * (high - low + 1)).astype(int)
     return numbers

@@ -199,7 +199,7 @@ def published(size: str) -> dict[str, Any]:
         (TINY, {"patch_size": [40, 48, 60]}, r"\[40, 48, 56\] and \[40, 48, 64\].*plans file"),
         (TINY, {"patch_size": [4, 8, 8]}, "single voxel at the deepest stage"),
         (TINY, {"data_identifier": "nowhere"}, f"nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name"),
-        (TINY, {"batch_size": None}, "has no batch_size. Plan again"),
+        (TINY, {"batch_size": None}, "has no batch_size. Fix the plans"),
         ("PCTNetTrainer", {"architecture": OTHER}, "'other.Net'.*-p PCTNetPlans"),
         ("PCTNetTrainer", {"architecture": mode(7)}, "Unknown anisotropy mode 7. Modes: 0 "),
         ("PCTNetTrainer", {"architecture": mode(None)}, "lacks its mode"),

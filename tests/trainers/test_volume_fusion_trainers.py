@@ -54,12 +54,13 @@ def test_seed_makes_the_draws_the_same(make: Make) -> None:
     assert torch.equal(*(torch.rand(3, generator=generator) for generator in draws))
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.suffix or "planned")
-def test_weights_fit_the_segmentation_trainer(nnunet_environment: Workspace, network: Any) -> None:
-    pretext = TRAINERS[f"VolumeFusionTrainer{network.suffix}"]
+@pytest.mark.parametrize("suffix", NETWORKS)
+def test_weights_fit_the_segmentation_trainer(nnunet_environment: Workspace, suffix: str) -> None:
+    network, fine_tuned_by = NETWORKS[suffix]
+    pretext = TRAINERS[f"VolumeFusionTrainer{suffix}"]
     manager = PlansManager(small_plans(nnunet_environment.plans(), pretext.__name__))
     configuration = manager.get_configuration("3d_fullres")
-    fine_tuning = trainers.TRAINERS.get(network.fine_tuned_by, network.trainer)
+    fine_tuning = trainers.TRAINERS.get(fine_tuned_by, network)
     with torch.device("meta"):
         weights = pretext.build_network_architecture(manager, configuration, 1, 5).state_dict()
         segmentation = fine_tuning.build_network_architecture(manager, configuration, 1, 3)
