@@ -59,12 +59,12 @@ def _switch(variable: str, meaning: str) -> Option:
 
 
 OPTIONS = (
-    EPOCHS := Option("STUNET_EPOCHS", "epochs, instead of the trainer's own number", 1, 1_000_000),
+    EPOCHS := Option("STUNET_EPOCHS", "epochs, instead of the trainer's own number", 1, 10**6),
     ITERATIONS := Option(
-        "STUNET_ITERATIONS", "training iterations per epoch (nnU-Net: 250)", 1, 1_000_000
+        "STUNET_ITERATIONS", "training iterations per epoch (nnU-Net: 250)", 1, 10**6
     ),
     VAL_ITERATIONS := Option(
-        "STUNET_VAL_ITERATIONS", "validation iterations per epoch (nnU-Net: 50)", 1, 1_000_000
+        "STUNET_VAL_ITERATIONS", "validation iterations per epoch (nnU-Net: 50)", 1, 10**6
     ),
     SEED := Option("STUNET_SEED", "seed of the initial weights; batches stay random", 0, 2**32 - 1),
     WARMUP_EPOCHS := Option(

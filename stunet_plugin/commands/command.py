@@ -27,20 +27,20 @@ SIZES = tuple(PRESETS)
 """Of STU-Net."""
 
 
-def required(*flags: str, heading: Heading = None, **settings: Any) -> Any:
-    """Return a field that is a required argument.
+def option(*flags: str, default: Any = None, heading: Heading = None, **settings: Any) -> Any:
+    """Return a field that is an argument with a default.
 
     Args:
         flags: such as ``-d``; none for a positional argument.
         settings: of ``argparse.ArgumentParser.add_argument``. The type is the field's.
     """
-    return field(metadata={"flags": flags, "heading": heading, "settings": settings})
-
-
-def option(*flags: str, default: Any = None, heading: Heading = None, **settings: Any) -> Any:
-    """Return a field that is an argument with a default; see ``required``."""
     metadata = {"flags": flags, "heading": heading, "settings": settings}
     return field(default=default, metadata=metadata)
+
+
+def required(*flags: str, **settings: Any) -> Any:
+    """Return a field that is a required argument; see ``option``."""
+    return option(*flags, default=MISSING, **settings)
 
 
 def flag(name: str, help: str, heading: Heading = None, default: bool = False) -> Any:

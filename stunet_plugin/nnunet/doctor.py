@@ -9,7 +9,7 @@ import platform
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ def findings(trainer: str, ours: Callable[[], Iterable[str]]) -> Iterator[Findin
     yield from _gpus()
     yield from _user()
     for name, value in ((name, os.environ.get(name)) for name in (*FOLDERS, EXTERNAL, *PROCESSES)):
-        if value is None and name not in FOLDERS:
+        if (value is None and name in PROCESSES) or (not value and name == EXTERNAL):
             continue
         yield _processes(name, value or "") if name in PROCESSES else _folder(name, value or "")
     try:
@@ -110,11 +110,8 @@ def _lookup(name: str, ours: Callable[[], Iterable[str]]) -> Finding:
     """Ask nnU-Net itself for a trainer, as its commands do."""
     silent = io.StringIO()
     try:
-        with ExitStack() as quiet:
+        with redirect_stdout(silent), redirect_stderr(silent), warnings.catch_warnings():
             # nnU-Net imports all its trainers on the way, and some of their libraries complain.
-            quiet.enter_context(redirect_stdout(silent))
-            quiet.enter_context(redirect_stderr(silent))
-            quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
