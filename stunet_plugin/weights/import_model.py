@@ -36,7 +36,6 @@ from stunet_plugin.weights.source_plan import choose_plan
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
 
-PRETEXT = "pretext"
 INTENSITIES = "foreground_intensity_properties_per_channel"
 
 
@@ -63,11 +62,7 @@ class _Model:
 
 
 def import_checkpoint(options: Import) -> int:
-    """Import a checkpoint, and say what to run next.
-
-    Raises:
-        PluginError: with what is wrong and what to do; no output is left.
-    """
+    """Import a checkpoint, and say what to run next; wrong input leaves nothing."""
     if options.fold != "all" and not options.fold.isdigit():
         raise PluginError(f"--fold must be a number or 'all', not {options.fold!r}.")
     if options.in_channels is not None and options.in_channels < 1:
@@ -106,8 +101,8 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
     check_labels(labels, origin, weights.outputs)
     print(f"Plan:         {plan.origin}: {plan.summary()}\nLabels:       {origin}")
     name = published_facts()["dataset_name"] if plan.published else _name_of_file(source)
-    dataset_name = model_folder.dataset_folder_name(options.dataset_id, options.name or name)
-    folder = _folder(options, dataset_name, f"{weights.trainer}__{PLANS_NAME}__{CONFIGURATION}")
+    model_name = f"{weights.trainer}__{PLANS_NAME}__{CONFIGURATION}"
+    dataset_name, folder = model_folder.find_place(options, name, model_name)
     plan = plan.with_channels(options.in_channels or plan.channels)
     plans = plan.to_plans(weights, dataset_name)
     resolve(plans["configurations"][CONFIGURATION], weights.preset, weights.trainer)
@@ -123,6 +118,7 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
         "file_ending": plan.file_ending,
     }
     note = "imported by `stunet import`; the training that wrote these weights left no such file"
+    summary = {"note": note, "metric_per_case": [], "mean": {}}
     fingerprint = {
         "note": note,
         "spacings": [list(plan.spacing)],
@@ -148,11 +144,7 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
             # Without these three nnUNetv2_export_model_to_zip stops.
             "dataset_fingerprint.json": fingerprint,
             f"fold_{options.fold}/progress.png": _save_progress,
-            f"fold_{options.fold}/validation/summary.json": {
-                "note": note,
-                "metric_per_case": [],
-                "mean": {},
-            },
+            f"fold_{options.fold}/validation/summary.json": summary,
         },
         _advice(options, folder, weights),
     )
@@ -165,9 +157,8 @@ def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> 
         " has --spacing and --patch-size)"
     )
     number = weights.mode.number if weights.mode else 0
-    name = options.name or f"{_name_of_file(source)}_mode{number}"
-    dataset_name = model_folder.dataset_folder_name(options.dataset_id, name)
-    folder = _folder(options, dataset_name, f"{weights.trainer}__{PRETEXT}__mode{number}")
+    name, model_name = f"{_name_of_file(source)}_mode{number}", f"__pretext__mode{number}"
+    _, folder = model_folder.find_place(options, name, weights.trainer + model_name)
     return _Model(
         folder,
         weights.without_heads(),
@@ -185,31 +176,25 @@ def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> boo
 
     They are if the user says so (``--pretext``), or if a PyMIC checkpoint has the pretext task's
     five outputs and the user gives neither a plan nor labels, which a segmentation model needs.
-
-    Raises:
-        PluginError: that cannot be told, or the options contradict each other.
     """
     file, pymic = source.checkpoint, weights.origin.pymic
     if VOLUME_FUSION_ENTRY in (weights.training_argument("dataset_json", dict) or {}):
         trainer = reprlib.repr(weights.checkpoint.get("trainer_name"))
         raise PluginError(
             f"{file} is from pretraining with Volume Fusion (trainer {trainer}) and segments"
-            " nothing. There is nothing to import: fine-tune with -pretrained_weights"
-            f" {shlex.quote(str(file))}"
+            f" nothing. Fine-tune with it as it is: -pretrained_weights {shlex.quote(str(file))}"
         )
     segments = any((options.plans, options.spacing, options.patch_size, options.labels))
     if options.pretext and weights.outputs and (segments or not pymic):
         raise PluginError(
-            "--pretext is for PyMIC checkpoints whose outputs mean nothing outside of pretraining,"
-            " so it goes with neither --plans, --spacing, --patch-size nor --labels. Leave one or"
-            " the other out."
+            "--pretext is for PyMIC checkpoints whose outputs mean nothing: leave it out, or"
+            " --plans, --spacing, --patch-size and --labels."
         )
     if pymic and not segments and not options.pretext and weights.outputs != PRETEXT_OUTPUTS:
         raise PluginError(
             f"{file} has {weights.outputs} outputs, and a {weights.origin.value} does not say what"
-            " they are. If it segments, say how its images were prepared: --spacing Z Y X"
-            " --patch-size Z Y X (or --plans FILE), and --labels background NAME ... If it was"
-            " pretrained and you want to fine-tune it: --pretext."
+            " they are. If it segments: --spacing Z Y X --patch-size Z Y X (or --plans FILE), and"
+            " --labels background NAME ... If it was pretrained and you fine-tune it: --pretext."
         )
     return weights.outputs == 0 or (pymic and not segments)
 
@@ -245,12 +230,6 @@ def _record(
 
 def _name_of_file(source: Source) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", source.checkpoint.stem).lstrip("_-") or "imported"
-
-
-def _folder(options: Import, dataset_name: str, model_name: str) -> Path:
-    if options.out:
-        return Path(options.out).expanduser().absolute()
-    return model_folder.results_folder(dataset_name).absolute() / model_name
 
 
 def _advice(

@@ -17,11 +17,7 @@ from stunet_plugin.weights.source_plan import find_plan, read_plans_file
 
 
 def inspect(given: str) -> int:
-    """Print what is known, one line per fact.
-
-    Raises:
-        PluginError: the file is no checkpoint, or one that is refused.
-    """
+    """Print what is known, one line per fact."""
     for name, text in _facts(given):
         print(f"{name + ':':<13}{text}")
     return 0

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PRESETS: dict[Origin, MISFMPreset] = {
-    Origin.PCTNET: PCTNET,
-    Origin.OWN_PCTNET: PCTNET,
-    Origin.FMUNET: FMUNET,
-    Origin.OWN_FMUNET: FMUNET,
+    **dict.fromkeys((Origin.PCTNET, Origin.OWN_PCTNET), PCTNET),
+    **dict.fromkeys((Origin.FMUNET, Origin.OWN_FMUNET), FMUNET),
 }
 
 # Our modules whose convolutions show the width of each level, those whose kernels show the mode,

@@ -1,6 +1,6 @@
 """Parameter names of the published PCT-Net and FMUNet, translated to ours.
 
-Pure functions from a state dict to a state dict. Published names (PyMIC checkpoints; m anisotropy
+Published names (PyMIC checkpoints; m anisotropy
 mode, l level, u unit) of PCT-Net: ``embeddings.m.{proj,conv0,conv1,down1,down2}``,
 ``pyramid_ct.{down3,down4,convtrans_{e2,e3,e4,d3,d2},up3,up4,out_conv2,out_conv3}``,
 ``pred_heads.m.{up1,up2,conv0,conv1,out_conv0,out_conv1}``; a file holds the stems and heads of all

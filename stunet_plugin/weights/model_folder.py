@@ -20,6 +20,8 @@ from stunet_plugin.weights.identify import COUNTER, NetworkWeights
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stunet_plugin.commands.import_ import Import
+
 PROVENANCE = "provenance.json"
 _SHA256 = "checkpoint_sha256"
 _CIRCUMSTANCES = ("source", "file", "date", "versions")
@@ -30,37 +32,40 @@ Files = Mapping[str, "dict[str, Any] | Callable[[Path], None]"]
 """Path within the folder to the content of a JSON file, or to what writes another one."""
 
 
-def dataset_folder_name(dataset_id: int, name: str) -> str:
-    """Return ``DatasetXXX_NAME``, which nnU-Net must be able to take apart again."""
-    if not 1 <= dataset_id <= 999:
-        raise PluginError(f"--dataset-id must be from 1 to 999, not {dataset_id}.")
+def find_place(options: Import, name: str, model_name: str) -> tuple[str, Path]:
+    """Return ``DatasetXXX_NAME``, which nnU-Net must be able to take apart again, and the model
+    folder: ``--out``, or one in nnUNet_results.
+
+    Args:
+        options: of the command; its name is taken before ``name``.
+        name, model_name: of the dataset, and of the folder below that of the dataset.
+    """
+    name, number, results = options.name or name, options.dataset_id, os.environ.get(RESULTS)
+    if not 1 <= number <= 999:
+        raise PluginError(f"--dataset-id must be from 1 to 999, not {number}.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise PluginError(
             "--name may hold letters, digits, '_', '-' and '.', and starts with a letter or digit,"
             f" not {name!r}."
         )
-    return f"Dataset{dataset_id:03d}_{name}"
-
-
-def results_folder(dataset_name: str) -> Path:
-    """Return the dataset's folder in nnUNet_results; with two datasets of one ID nnU-Net would find
-    neither."""
-    results = os.environ.get(RESULTS)
+    dataset_name = f"Dataset{number:03d}_{name}"
+    if options.out:
+        return dataset_name, Path(options.out).expanduser().absolute()
     if not results:
         raise PluginError(
             f"{RESULTS} is not set. Set it (export {RESULTS}=/path/to/{RESULTS}), or choose a"
             " folder with --out."
         )
-    prefix = dataset_name[: len("Dataset000")]
+    # With two datasets of one ID nnU-Net would find neither.
     for variable in (RESULTS, RAW, PREPROCESSED):
-        for path in sorted(Path(os.environ.get(variable) or results).glob(f"{prefix}*")):
+        for path in Path(os.environ.get(variable) or results).glob(f"Dataset{number:03d}*"):
             if path.is_dir() and path.name != dataset_name:
                 raise PluginError(
                     f"{variable} has {path.name}, so {dataset_name} would be a second dataset with"
                     " the same ID. Choose another --dataset-id, or the same name: --name"
                     f" {path.name.partition('_')[2]}."
                 )
-    return Path(results, dataset_name)
+    return dataset_name, Path(results, dataset_name, model_name).absolute()
 
 
 def is_there(
@@ -114,13 +119,8 @@ def write_model_folder(
     """Write all files into a new folder beside the target, then give it the target's name.
 
     A crash leaves the target as it was. A folder that is there is set aside first, put back if the
-    renaming fails, and deleted last.
-
-    Args:
-        target: the model folder.
-        record: of the import; the list of files and the checkpoint's hash are added.
-        files: what to write.
-        checkpoint: which of them is the checkpoint.
+    renaming fails, and deleted last. The list of files and the hash of the ``checkpoint``, which is
+    one of them, are added to the record.
     """
     made = [folder for folder in target.parents if not folder.exists()]
     temporary = None
@@ -162,21 +162,19 @@ def _write(path: Path, content: dict[str, Any] | Callable[[Path], None]) -> None
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        if target.exists():
-            target.rmdir()
-        os.rename(temporary, target)
-        return
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY)) / target.name
     try:
-        os.rename(target, aside)
+        if target.exists():
+            os.rename(target, aside)
         try:
             os.rename(temporary, target)
         except BaseException:
-            os.rename(aside, target)
+            if aside.exists():
+                os.rename(aside, target)
             raise
     finally:
-        if target.exists():
+        # Not where the old folder could not be put back.
+        if target.exists() or not aside.exists():
             shutil.rmtree(aside.parent, ignore_errors=True)
 
 

@@ -52,9 +52,10 @@ def plan_like(options: PlanLike) -> int:
     write_atomically(target, json.dumps(plans, indent=4) + "\n")
 
     given, channels = weights.input_channels, len(configuration["normalization_schemes"])
+    print(f"Written:      {target}")
     print(
-        f"Written:      {target}\nPreprocess:   nnUNetv2_preprocess -d {options.dataset}"
-        f" -plans_name {name} -c {CONFIGURATION}"
+        f"Preprocess:   nnUNetv2_preprocess -d {options.dataset} -plans_name {name}"
+        f" -c {CONFIGURATION}"
     )
     if channels != given:
         print(
@@ -177,19 +178,9 @@ def _check_name(folder: Path, name: str, force: bool) -> Path:
         )
     identifier = f"{name}_{CONFIGURATION}"
     for other in sorted(folder.glob("*.json")):
-        if other != target and identifier in _data_identifiers(other):
+        if other != target and f'"{identifier}"' in other.read_text(errors="replace"):
             raise PluginError(
                 f"{other} already names its data {identifier}, which would be overwritten. Choose"
                 " another --name."
             )
     return target
-
-
-def _data_identifiers(file: Path) -> set[str]:
-    """Return the data identifiers of a plans file, none if it is another JSON file."""
-    try:
-        configurations = read_json(file).get("configurations")
-    except PluginError:
-        return set()
-    entries = configurations.values() if isinstance(configurations, dict) else ()
-    return {str(entry.get("data_identifier")) for entry in entries if isinstance(entry, dict)}

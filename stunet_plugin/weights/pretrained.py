@@ -39,14 +39,9 @@ def read_checkpoint(file: str, what: str) -> dict[str, Any]:
 def describe_mismatches(
     network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool
 ) -> str:
-    """Describe how weights differ from the network in names and shapes, and what to do; empty if
-    they fit.
-
-    Args:
-        network: to load them into; may be on the meta device.
-        weights: of a checkpoint.
-        heads_too: compare the segmentation heads as well, which fine-tuning leaves out.
-    """
+    """Describe how weights of a checkpoint differ from the network (which may be on the meta
+    device) in names and shapes, and what to do; empty if they fit. ``heads_too``: compare the
+    segmentation heads as well, which fine-tuning leaves out."""
     own = {
         name: tuple(value.shape)
         for name, value in network.state_dict().items()
@@ -94,13 +89,8 @@ def describe_mismatches(
 
 
 def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any]) -> str:
-    """Say in one line what a network has loaded from a checkpoint; nnU-Net prints a page of names.
-
-    Args:
-        own: weights of the network after loading, before the first step. One counts as loaded if it
-            equals the checkpoint's.
-        checkpoint: of nnU-Net v2.
-    """
+    """Say in one line what a network has loaded from a checkpoint, where nnU-Net prints a page.
+    ``own``: its weights before the first step; what equals the checkpoint's counts as loaded."""
     given = checkpoint["network_weights"]
     left = [
         name

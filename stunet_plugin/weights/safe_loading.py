@@ -62,11 +62,7 @@ _OTHER_FILES = {
 
 
 def recognise(path: Path) -> FileFormat:
-    """Return the format of a file; nothing is unpickled, and its name counts for nothing.
-
-    Raises:
-        PluginError: none of the known ones, truncated, or a zip archive that torch did not write.
-    """
+    """Return the format of a file; nothing is unpickled, and its name counts for nothing."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -96,10 +92,7 @@ def check_integrity(path: Path) -> None:
         with _open_zip(path) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise PluginError(
-                f"{path} is damaged: the checksum of its part {damaged} is wrong."
-                f" {_DOWNLOAD_AGAIN}."
-            )
+            raise PluginError(f"{path}: the checksum of {damaged} is wrong. {_DOWNLOAD_AGAIN}.")
 
 
 @contextlib.contextmanager
@@ -145,12 +138,8 @@ def _check_torch_zip(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a torch checkpoint onto the CPU; tensors of a zip-format file stay mapped to the file.
-
-    Raises:
-        PluginError: no torch checkpoint, damaged, or it asks for anything beside tensors, numbers,
-            text and containers.
-    """
+    """Read a torch checkpoint of tensors, numbers, text and containers onto the CPU; tensors of a
+    zip-format file stay mapped to the file."""
     file_format = recognise(path)
     if file_format is FileFormat.PICKLE:
         raise PluginError(
@@ -173,11 +162,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_plans_pickle(path: Path) -> dict[str, Any]:
     """Read the pickled plans of nnU-Net v1 as plain Python: numpy arrays become nested lists, numpy
-    scalars numbers, OrderedDicts dicts.
-
-    Raises:
-        PluginError: not a pickle, damaged, too large, or it asks for anything else.
-    """
+    scalars numbers, OrderedDicts dicts."""
     if recognise(path) is not FileFormat.PICKLE:
         raise PluginError(f"{path} is no pickle. Expected the NAME.model.pkl of nnU-Net v1.")
     if path.stat().st_size > MAX_PLANS_BYTES:
@@ -277,14 +262,11 @@ def _check_opcodes(content: bytes) -> None:
     unpickler take gigabytes."""
     for opcode, argument, position in pickletools.genops(content):
         if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            if (module, name) not in _STAND_INS:
-                raise UnpicklingError(_forbidden(f"{module}.{name}"))
+            name = str(argument)
+            if tuple(name.split(" ", 1)) not in _STAND_INS:
+                raise UnpicklingError(_forbidden(name.replace(" ", ".", 1)))
         if _FORBIDDEN.fullmatch(opcode.name):
-            raise UnpicklingError(
-                f"its instruction {opcode.name} at byte {position} makes objects, which plans never"
-                " need"
-            )
+            raise UnpicklingError(f"its {opcode.name} at byte {position} makes objects")
         if _MEMO.fullmatch(opcode.name) and int(argument or 0) > len(content):
             raise UnpicklingError("it is built to take all memory")
 

@@ -8,7 +8,7 @@ by us, so no plan can make nnU-Net import a module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,7 @@ class SourcePlan:
         poolings: strides of the stages after the first, not yet fitted to the network.
         normalization, mask_for_norm, channel_names, intensities: one per channel; intensities are
             foreground statistics by nnU-Net's names, empty where the plan has none.
-        median_shape: of the training images after resampling; None where unknown.
-        resampling: the six ``resampling_*`` entries.
+        median_shape: of the training images after resampling.
         published: these are the plan and labels of the published weights.
     """
 
@@ -97,8 +96,7 @@ class SourcePlan:
         if len(full) != stages:
             raise PluginError(
                 f"The weights have {stages} stages, so {stages - 1} poolings, but the plan"
-                f" ({self.origin}) has {len(self.poolings)}. Give the plan that they were trained"
-                " with (--plans), or --strides."
+                f" ({self.origin}) has {len(self.poolings)}. Give --plans or --strides."
             )
         return full
 
@@ -108,8 +106,7 @@ class SourcePlan:
         if self.channels != weights.input_channels:
             raise PluginError(
                 f"The weights take {weights.input_channels} image channels, but the plan"
-                f" ({self.origin}) has {self.channels}. Give the plan that they were trained with:"
-                " --plans FILE."
+                f" ({self.origin}) has {self.channels}. Give the plan of the training: --plans FILE."
             )
         check_patch_size(
             self.patch_size,
@@ -256,7 +253,10 @@ def _with_options(plan: SourcePlan, options: Import) -> SourcePlan:
     if options.patch_size is not None:
         changes["patch_size"] = fields.positives("--patch-size", DIMENSIONS, whole=True)
     if options.strides is not None:
-        changes["poolings"] = _parse_strides(options.strides)
+        rows = [[int(x) if x.isdecimal() else x for x in row.split(",")] for row in options.strides]
+        steps = Fields({"--strides": rows}, "the command line").strides("--strides", DIMENSIONS)
+        # Plans of v2 have a first entry of ones.
+        changes["poolings"] = steps[1:] if set(steps[0]) == {1} else steps
     if changes:
         changes["origin"] = f"{plan.origin}, with options" if plan.origin else "the command line"
     if options.mask_for_norm:
@@ -266,17 +266,6 @@ def _with_options(plan: SourcePlan, options: Import) -> SourcePlan:
         if options.reader.startswith("Nibabel") and plan.file_ending not in NIFTI_ENDINGS:
             changes["file_ending"] = NIFTI_ENDINGS[0]
     return replace(plan, **changes)
-
-
-def _parse_strides(texts: Sequence[str]) -> Strides:
-    """Read ``2,2,2`` and the like; a first entry of ones (v2 plans have one) is left out."""
-    rows = []
-    for text in texts:
-        parts = text.split(",")
-        if len(parts) != DIMENSIONS or not all(x.strip().isdigit() and int(x) > 0 for x in parts):
-            raise PluginError(f"--strides takes one entry such as 2,2,2 per pooling, not {text!r}.")
-        rows.append(tuple(int(part) for part in parts))
-    return tuple(rows[1:] if rows[0] == (1,) * DIMENSIONS else rows)
 
 
 # --- files
@@ -300,8 +289,8 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
     plans = Fields(content.get("plans", content), where)
     if "plans_per_stage" not in plans:
         raise PluginError(
-            f"{where} has no 'plans_per_stage', so spacing and patch size are unknown (the"
-            " published plans.pkl lacks them too). Take the .model.pkl of the checkpoint."
+            f"{where} has no 'plans_per_stage', so spacing and patch size are unknown, as in the"
+            " published plans.pkl. Take the .model.pkl of the checkpoint."
         )
     # Arguments of the trainer: the fifth is batch_dice, the sixth the stage.
     trainer = content.get("init")
@@ -356,12 +345,7 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
         intensities=_intensities(table, normalization, {name: name for name in INTENSITIES}),
         batch_dice=chosen.boolean("batch_dice", False),
         reader=plans.choice("image_reader_writer", READERS, READERS[0]),
-        resampling={
-            key: chosen.choice(key, _RESAMPLING_FUNCTIONS, default)
-            if isinstance(default, str)
-            else _plain_options(chosen.fields(key, default))
-            for key, default in RESAMPLING.items()
-        },
+        resampling={key: _resampling(chosen, key) for key in RESAMPLING},
         **_common(plans, chosen, normalization, tuple(f"channel_{x}" for x in schemes)),
     )
 
@@ -393,6 +377,18 @@ def _common(
         "transpose_backward": plans.permutation("transpose_backward", DIMENSIONS),
         "median_shape": chosen.positives(median, DIMENSIONS, whole=False) if median else None,
     }
+
+
+def _resampling(fields: Fields, key: str) -> Any:
+    """Return the name of a resampling function, or its keyword arguments."""
+    if isinstance(default := RESAMPLING[key], str):
+        return fields.choice(key, _RESAMPLING_FUNCTIONS, default)
+    options = fields.fields(key, default)
+    for name, value in options.values.items():
+        plain = value is None or isinstance(value, (bool, str)) or is_number(value)
+        if not isinstance(name, str) or not plain:
+            raise options.wrong(name, "a number, text, true, false or null")
+    return dict(options.values)
 
 
 def _with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> SourcePlan:
@@ -439,12 +435,3 @@ def _intensities(
         wanted = {name: given for name, given in names.items() if scheme == CT or given in entry}
         found.append({name: entry.number(given) for name, given in wanted.items()})
     return tuple(found)
-
-
-def _plain_options(options: Fields) -> dict[str, Any]:
-    """Keyword arguments of a resampling function: numbers, text, true, false or nothing."""
-    for name, value in options.values.items():
-        plain = value is None or isinstance(value, (bool, str)) or is_number(value)
-        if not isinstance(name, str) or not plain:
-            raise options.wrong(name, "a number, text, true, false or null")
-    return dict(options.values)

@@ -116,21 +116,17 @@ def _depths(part: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def translate_key(key: str) -> str:
-    """Return our name of a published parameter; refuse what the published STU-Net lacks."""
-    for pattern, replacement in _RULES.items():
-        if isinstance(key, str) and (match := re.fullmatch(pattern, key)):
-            return match.expand(replacement).replace(".conv3.", ".shortcut.")
-    raise PluginError(
-        f"{key!r} is not a parameter of the published STU-Net (expected conv_blocks_context,"
-        " upsample_layers, conv_blocks_localization or seg_outputs). Is this the checkpoint of"
-        " another network?"
-    )
-
-
 def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
     """Return the same tensors under our names; nothing is copied."""
-    translated = {translate_key(key): value for key, value in published.items()}
-    if len(translated) != len(published):
-        raise PluginError("The checkpoint names the same parameter twice.")
+    translated = {}
+    for key, value in published.items():
+        found = ((re.fullmatch(pattern, str(key)), ours) for pattern, ours in _RULES.items())
+        name = next((match.expand(ours) for match, ours in found if match), None)
+        if name is None:
+            raise PluginError(
+                f"{key!r} is not a parameter of the published STU-Net (expected"
+                " conv_blocks_context, upsample_layers, conv_blocks_localization or seg_outputs)."
+                " Is this the checkpoint of another network?"
+            )
+        translated[name.replace(".conv3.", ".shortcut.")] = value
     return translated
