@@ -207,22 +207,27 @@ def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) ->
 
     Args:
         path: of the file.
-        mode: anisotropy mode, see :func:`stunet_plugin.weights.misfm.read_misfm`.
-        any_mode: read a file that holds all modes by mode 0, where only sizes matter.
+        mode: anisotropy mode, for a file that holds all.
+        any_mode: read such a file by mode 0, where only sizes matter.
     """
     from stunet_plugin.weights.misfm import PRESETS, read_misfm
     from stunet_plugin.weights.stunet import read_stunet
 
     checkpoint = load_checkpoint(path)
     origin, weights = _identify(checkpoint, path)
-    if origin in PRESETS:
-        mode = 0 if any_mode and origin is Origin.PCTNET else mode
-        return read_misfm(origin, checkpoint, weights, path, mode)
-    if mode is not None:
-        raise PluginError(
-            f"{path} is a {origin.value}, which has no anisotropy modes. Leave --mode out."
-        )
-    return read_stunet(origin, checkpoint, weights, path)
+    if any_mode and origin is Origin.PCTNET:
+        mode = 0
+    try:
+        if origin in PRESETS:
+            found = read_misfm(origin, checkpoint, weights, mode)
+        elif mode is None:
+            found = read_stunet(origin, checkpoint, weights)
+        else:
+            raise PluginError("it has no anisotropy modes. Leave --mode out.")
+        found.check_shapes()
+    except PluginError as error:
+        raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
+    return found
 
 
 def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[str, Any]]:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks import fmunet, pctnet
 from stunet_plugin.networks.anisotropy import MODE_PURPOSES, MODES, NUM_LEVELS, get_mode
 from stunet_plugin.networks.presets import FMUNET, PCTNET, MISFMPreset
-from stunet_plugin.weights.identify import (
-    HEADS,
-    NetworkWeights,
-    Origin,
-    check_convolutions,
-    plain_tensors,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from stunet_plugin.weights import identify, misfm_keys
+from stunet_plugin.weights.identify import HEADS, Origin
 
 PRESETS: dict[Origin, MISFMPreset] = {
     **dict.fromkeys((Origin.PCTNET, Origin.OWN_PCTNET), PCTNET),
@@ -35,66 +27,35 @@ _LAST_HEAD = f"decoder.seg_layers.{NUM_LEVELS - 2}.conv.weight"
 
 
 def read_misfm(
-    origin: Origin,
-    checkpoint: Mapping[str, Any],
-    weights: dict[str, Any],
-    path: Path,
-    mode: int | None,
-) -> NetworkWeights:
-    """Read a PCT-Net or an FMUNet.
+    origin: Origin, checkpoint: Mapping[str, Any], weights: dict[str, Any], wanted: int | None
+) -> identify.NetworkWeights:
+    """Read sizes and mode off names and shapes of weights that were identified in a checkpoint.
 
-    Args:
-        origin, weights: as identified in the checkpoint.
-        checkpoint, path: as loaded, and its file.
-        mode: anisotropy mode. A PyMIC checkpoint of PCT-Net holds all three, so it needs one; all
-            others hold one, which their kernels tell, so None will do.
+    A PyMIC checkpoint of PCT-Net holds all three anisotropy modes, so one must be wanted; all
+    others hold one, which their kernels tell.
     """
-    name = PRESETS[origin].name
-    if mode is not None:
-        get_mode(mode)
-    elif origin is Origin.PCTNET:
-        raise PluginError(
-            f"{path} is a {origin.value}, which holds the stems and heads of all three anisotropy"
-            f" modes. Choose yours with --mode: {MODE_PURPOSES}. {name}Trainer prints the mode that"
-            " it takes for a plan."
-        )
-    try:
-        found = _measure(origin, checkpoint, _translate(origin, weights, mode))
-        found.check_shapes()
-    except PluginError as error:
-        raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
-    if mode is not None and found.mode != get_mode(mode):
-        raise PluginError(
-            f"{path} is of {found.title.partition(' (')[0]}, not {mode}. Leave --mode out."
-        )
-    return found
-
-
-def _translate(origin: Origin, weights: dict[str, Any], mode: int | None) -> dict[str, Tensor]:
-    """Return the tensors under our names; of a PyMIC checkpoint of PCT-Net, those of one mode."""
-    from stunet_plugin.weights import misfm_keys
-
-    if origin is Origin.PCTNET and mode is not None:
-        used = plain_tensors(misfm_keys.used_in(weights, mode))
-        return misfm_keys.translate_pctnet(used, mode)
-    tensors = plain_tensors(weights)
-    return misfm_keys.translate_fmunet(tensors) if origin is Origin.FMUNET else tensors
-
-
-def _measure(
-    origin: Origin, checkpoint: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> NetworkWeights:
-    """Read sizes and mode off names and shapes."""
-    from stunet_plugin.networks import fmunet, pctnet
-
     preset, is_pctnet = PRESETS[origin], PRESETS[origin] is PCTNET
+    if wanted is not None:
+        get_mode(wanted)
+    if origin is Origin.PCTNET and wanted is None:
+        raise PluginError(
+            "it holds the stems and heads of all three anisotropy modes. Choose yours with --mode:"
+            f" {MODE_PURPOSES}. PCTNetTrainer prints the mode that it takes for a plan."
+        )
+    if origin is Origin.PCTNET and wanted is not None:
+        used = identify.plain_tensors(misfm_keys.used_in(weights, wanted))
+        tensors = misfm_keys.translate_pctnet(used, wanted)
+    else:
+        tensors = identify.plain_tensors(weights)
+    if origin is Origin.FMUNET:
+        tensors = misfm_keys.translate_fmunet(tensors)
     outputs = int(tensors[_LAST_HEAD].shape[0]) if _LAST_HEAD in tensors else 0
     levels = range(1, NUM_LEVELS)
     widths = (_STEM, *(f"encoder.stages.{level}.{_FIRST[preset]}" for level in levels))
     kernels = (_STEM, f"encoder.stages.1.{_KERNEL[preset]}")
     tables = [f"encoder.stages.{level}.{_TABLE}" for level in levels[1:]] if is_pctnet else []
     heads = [name for name in tensors if HEADS in name]
-    check_convolutions(tensors, (*widths, *kernels, *((_LAST_HEAD,) if heads else ())))
+    identify.check_convolutions(tensors, (*widths, *kernels, *((_LAST_HEAD,) if heads else ())))
     given = tuple(tuple(tensors[name].shape[2:]) for name in kernels)
     mode = next((mode for mode in MODES if mode.kernel_sizes[:2] == given), None)
     if mode is None:
@@ -102,6 +63,8 @@ def _measure(
             f"the kernels of its first two levels are {list(map(list, given))}, which are those of"
             " no mode."
         )
+    if wanted not in (None, mode.number):
+        raise PluginError(f"it is of mode {mode.number}, not {wanted}. Leave --mode out.")
     features = tuple(int(tensors[name].shape[0]) for name in widths)
     found = [tensors[name] for name in tables if name in tensors]
     num_heads = tuple(int(table.shape[1]) for table in found if table.ndim == 2)
@@ -113,7 +76,7 @@ def _measure(
         changed["num_heads"] = list(num_heads)
     size = " of no published size" if changed else ""
     entry = preset.architecture(mode)
-    return NetworkWeights(
+    return identify.NetworkWeights(
         origin=origin,
         checkpoint=checkpoint,
         tensors=tensors,

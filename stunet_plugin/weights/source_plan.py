@@ -106,7 +106,7 @@ class SourcePlan:
         if self.channels != weights.input_channels:
             raise PluginError(
                 f"The weights take {weights.input_channels} image channels, but the plan"
-                f" ({self.origin}) has {self.channels}. Give the plan of the training: --plans FILE."
+                f" ({self.origin}) has {self.channels}. Give that of the training: --plans FILE."
             )
         check_patch_size(
             self.patch_size,

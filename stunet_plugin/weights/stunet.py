@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import STUNET_CLASS
 from stunet_plugin.networks.presets import find_preset
-from stunet_plugin.weights.identify import (
-    DIMENSIONS,
-    NetworkWeights,
-    Origin,
-    check_convolutions,
-    plain_tensors,
-)
+from stunet_plugin.weights import identify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,27 +32,11 @@ _RULES = {
 
 
 def read_stunet(
-    origin: Origin, checkpoint: Mapping[str, Any], weights: dict[str, Any], path: Path
-) -> NetworkWeights:
-    """Read an STU-Net.
-
-    Args:
-        origin, weights: as identified in the checkpoint.
-        checkpoint, path: as loaded, and its file.
-    """
-    try:
-        translated = weights if origin is Origin.OWN else translate_state_dict(weights)
-        found = _measure(origin, checkpoint, plain_tensors(translated))
-        found.check_shapes()
-    except PluginError as error:
-        raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
-    return found
-
-
-def _measure(
-    origin: Origin, checkpoint: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> NetworkWeights:
-    """Read sizes off names and shapes."""
+    origin: identify.Origin, checkpoint: Mapping[str, Any], weights: dict[str, Any]
+) -> identify.NetworkWeights:
+    """Read sizes off names and shapes of weights that were identified in a checkpoint."""
+    translated = weights if origin is identify.Origin.OWN else translate_state_dict(weights)
+    tensors = identify.plain_tensors(translated)
     blocks, decoder_blocks = _depths("encoder", tensors), _depths("decoder", tensors)
     stages, steps = len(blocks), len(decoder_blocks)
     heads = sum(x.startswith("decoder.seg_layers.") and x.endswith(".weight") for x in tensors)
@@ -70,14 +47,14 @@ def _measure(
         )
     firsts = tuple(f"encoder.stages.{i}.0.conv1.weight" for i in range(stages))
     last_head = f"decoder.seg_layers.{stages - 2}.weight"
-    check_convolutions(tensors, (*firsts, last_head))
+    identify.check_convolutions(tensors, (*firsts, last_head))
     features = tuple(int(tensors[name].shape[0]) for name in firsts)
     preset = find_preset(features, blocks)
     if preset and decoder_blocks != preset.blocks_per_stage[:-1]:
         preset = None
     name = f"STU-Net {preset.name}" if preset else "an STU-Net of no published size"
-    kernel = [3] * DIMENSIONS
-    return NetworkWeights(
+    kernel = [3] * identify.DIMENSIONS
+    return identify.NetworkWeights(
         origin=origin,
         checkpoint=checkpoint,
         tensors=tensors,
@@ -96,7 +73,7 @@ def _measure(
             "arch_kwargs": {
                 "n_stages": stages,
                 "features_per_stage": list(features),
-                "conv_op": f"torch.nn.modules.conv.Conv{DIMENSIONS}d",
+                "conv_op": f"torch.nn.modules.conv.Conv{identify.DIMENSIONS}d",
                 "kernel_sizes": [kernel] * stages,
                 "strides": [],
                 "n_blocks_per_stage": list(blocks),

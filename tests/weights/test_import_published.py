@@ -119,7 +119,8 @@ def test_published_large_and_huge_are_recognised(size: str) -> None:
         name: torch.empty(x.shape) for name, x in helpers.published_weights(network).items()
     }
     file = Path(f"{size}_ep4k.model")
-    weights = read_stunet(Origin.V1, helpers.v1_checkpoint(reserved), reserved, file)
+    weights = read_stunet(Origin.V1, helpers.v1_checkpoint(reserved), reserved)
+    weights.check_shapes()
     assert weights.trainer == f"STUNetTrainer_{size}"
     assert f"{get_preset(size).parameters:,} parameters" in weights.description
     plan = choose_plan(Source(str(file), file, None), weights, Import(str(file)))
