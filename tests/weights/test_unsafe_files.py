@@ -279,9 +279,9 @@ def damaged(content: bytes, seed: int) -> bytes:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_checkpoints_are_refused_or_read_right(legacy: bool, tiny: Path) -> None:
-    content, read = helpers.v1_checkpoint(helpers.published_weights(helpers.make_network())), 0
+    content = helpers.v1_checkpoint(helpers.published_weights(helpers.make_network()))
     torch.save(content, tiny, _use_new_zipfile_serialization=not legacy)
-    whole = tiny.read_bytes()
+    whole, read = tiny.read_bytes(), 0
     for seed in range(60):
         tiny.write_bytes(damaged(whole, seed))
         with contextlib.suppress(PluginError):
@@ -290,13 +290,14 @@ def test_damaged_checkpoints_are_refused_or_read_right(legacy: bool, tiny: Path)
     assert read < 54
 
 
-@pytest.mark.parametrize("kind", ["json", "pkl"])
-def test_damaged_plans_are_refused_or_read_right(kind: str, stunet: Stunet, tiny: Path) -> None:
-    sources = {"json": stunet.model(tiny) / "plans.json", "pkl": tiny.with_name("tiny.model.pkl")}
-    whole, file = sources[kind].read_bytes(), stunet.folder / f"plans.{kind}"
+@pytest.mark.parametrize("name", ["models/model_0/plans.json", "source/tiny.model.pkl"])
+def test_damaged_plans_are_refused_or_read_right(name: str, stunet: Stunet, tiny: Path) -> None:
+    stunet.model(tiny)
+    file = stunet.folder / name
+    whole = file.read_bytes()
     for seed in range(150):
         file.write_bytes(damaged(whole, seed))
         with contextlib.suppress(PluginError):
             plan = read_plans_file(file)
             assert len(plan.spacing) == len(plan.patch_size) == 3
-            assert all(value > 0 for value in (*plan.spacing, *plan.patch_size))
+            assert min(*plan.spacing, *plan.patch_size) > 0
