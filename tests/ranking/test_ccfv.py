@@ -4,7 +4,6 @@ formula."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -108,19 +107,3 @@ def test_features_that_do_not_vary_or_are_broken_have_no_score() -> None:
     assert score_level({1: still}, [np.ones(2)] * 2).score is None
     broken = [gaussian([np.nan], [0]), gaussian([0], [1])]
     assert score_level({1: broken}, [np.array([np.nan]), np.zeros(1)]).score is None
-
-
-def test_the_whole_score_agrees_with_a_plain_computation() -> None:
-    rng = np.random.default_rng(3)
-    cases = [
-        {label: rng.normal(label, 1 + 0.1 * case, size=(80, 5)) for label in (0, 1, 2)}
-        for case in range(4)
-    ]
-    distances = [
-        [plain_distance(a[label], b[label]) for a, b in combinations(cases, 2)] for label in (1, 2)
-    ]
-    means = [np.concatenate(list(case.values())).mean(0) for case in cases]
-    variety = np.mean([1 / np.sqrt(np.sum((a - b) ** 2) + 1e-3) for a, b in combinations(means, 2)])
-    classes = {label: [Gaussian.fit(case[label]) for case in cases] for label in (1, 2)}
-    expected = np.log(variety / np.mean(distances))
-    assert score_level(classes, means).score == pytest.approx(expected, rel=1e-9)
