@@ -10,6 +10,8 @@ import torch
 
 from stunet_plugin import trainers
 from stunet_plugin.networks.anisotropy import get_mode
+from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.presets import get_preset
 
 Make = Callable[..., Any]
 PATCH = [16, 32, 32]
@@ -27,27 +29,22 @@ FAMILIES = (
     "VolumeFusionTrainer",
     "VolumeFusionTrainer_STUNet_tiny",
     "VolumeFusionTrainer_PCTNet",
-    "VolumeFusionTrainer_FMUNet",
 )
 """A trainer of each kind; those of the networks' other sizes and schedules differ in numbers."""
 
 
 def stunet(strides: list[list[int]] = STRIDES, width: int = 2) -> dict[str, Any]:
     """Return the architecture entry of a narrow STU-Net with these strides."""
-    stages, axes = len(strides), len(strides[0])
-    return {
-        "network_class_name": "stunet_plugin.networks.stunet.STUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": [width * min(2**stage, 4) for stage in range(stages)],
-            "conv_op": f"torch.nn.modules.conv.Conv{axes}d",
-            "kernel_sizes": [[3] * axes] * stages,
-            "strides": strides,
-            "n_blocks_per_stage": [1] * stages,
-            "n_blocks_per_stage_decoder": [1] * (stages - 1),
-        },
-        "_kw_requires_import": ["conv_op"],
-    }
+    architecture, stages = stunet_architecture(get_preset("tiny"), strides), len(strides)
+    architecture["arch_kwargs"].update(
+        n_stages=stages,
+        features_per_stage=[width * min(2**stage, 4) for stage in range(stages)],
+        kernel_sizes=[[3] * len(strides[0])] * stages,
+        strides=strides,
+        n_blocks_per_stage=[1] * stages,
+        n_blocks_per_stage_decoder=[1] * (stages - 1),
+    )
+    return architecture
 
 
 def misfm(network: str, mode: int = 1) -> dict[str, Any]:

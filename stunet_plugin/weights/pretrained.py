@@ -118,7 +118,7 @@ def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
     one it is; the command line is the only place where a trainer can read it without patching
     nnU-Net.
     """
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument == "-pretrained_weights":
             return following
         if argument.startswith("-pretrained_weights="):

@@ -77,13 +77,9 @@ def test_mistyped_names_get_a_hint(given: str, meant: str | None, capsys: Any) -
     [
         ("STUNetTrainer", 1e-2, 1000, "SGD"),
         ("STUNetTrainer_tiny_ft", 1e-3, 1000, "SGD"),
-        ("STUNetTrainer_base_ep2k", 1e-2, 2000, "SGD"),
         ("STUNetTrainer_huge_ep4k", 1e-2, 4000, "SGD"),
         ("PCTNetTrainer", 1e-3, 1000, "Adam"),
-        ("FMUNetTrainer_ft", 1e-3, 1000, "Adam"),
-        ("VolumeFusionTrainer", 1e-3, 1000, "Adam"),
         ("VolumeFusionTrainer_STUNet_small", 1e-3, 1000, "Adam"),
-        ("VolumeFusionTrainer_FMUNet", 1e-3, 1000, "Adam"),
     ],
 )
 def test_published_hyper_parameters(name: str, rate: float, epochs: int, optimizer: str) -> None:
@@ -124,11 +120,11 @@ def train(trainer: Any) -> None:
     trainer.run_training()
 
 
-def predict(model: Path, channels: int = 1) -> np.ndarray:
+def predict(model: Path, channels: int = 1, spacing: tuple[float, ...] | None = None) -> np.ndarray:
     predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
     image = np.random.default_rng(0).normal(0, 300, (channels, 20, 36, 40)).astype(np.float32)
-    spacing = predictor.configuration_manager.spacing
+    spacing = spacing or predictor.configuration_manager.spacing
     properties = {"spacing": [4.0, *spacing] if len(spacing) == 2 else spacing}
     return predictor.predict_single_npy_array(image, properties)
 
@@ -152,7 +148,7 @@ def check_trains_resumes_and_predicts(make: Make, name: str, **how: Any) -> None
     assert segmentation.max() < len(resumed.dataset_json["labels"])
 
 
-@every_family
+@pytest.mark.parametrize("name", ["STUNetTrainer", "VolumeFusionTrainer_STUNet_tiny"])
 def test_trains_resumes_and_predicts(make: Make, name: str) -> None:
     check_trains_resumes_and_predicts(make, name)
 
@@ -192,6 +188,12 @@ def regions(new_workspace: Any, phantoms: Workspace) -> Workspace:
     for part in ("imagesTr", "labelsTr"):
         (raw / part).mkdir(parents=True)
     random = np.random.default_rng(0)
+
+    def write(values: np.ndarray, like: Any, file: Path) -> None:
+        image = sitk.GetImageFromArray(values)
+        image.CopyInformation(like)
+        sitk.WriteImage(image, str(file))
+
     for file in sorted((source / "labelsTr").iterdir()):
         labels = sitk.ReadImage(str(file))[:, :, ::2]
         case = file.name.removesuffix(".nii.gz")
@@ -199,14 +201,11 @@ def regions(new_workspace: Any, phantoms: Workspace) -> Workspace:
         values = sitk.GetArrayFromImage(labels)
         values = np.where(values <= 2, values, 0).astype(np.uint8)
         values[::3] = 3
-        with_ignore = sitk.GetImageFromArray(values)
-        with_ignore.CopyInformation(labels)
-        sitk.WriteImage(with_ignore, str(raw / "labelsTr" / file.name))
+        write(values, labels, raw / "labelsTr" / file.name)
         for channel in range(4):
             noise = random.normal(0, 30, values.shape).astype(np.float32)
-            noisy = sitk.GetImageFromArray(sitk.GetArrayFromImage(image) + channel * noise)
-            noisy.CopyInformation(image)
-            sitk.WriteImage(noisy, str(raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz"))
+            noisy = sitk.GetArrayFromImage(image) + channel * noise
+            write(noisy, image, raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz")
     description = {
         "channel_names": {str(channel): "MRI" for channel in range(4)},
         "labels": {"background": 0, "whole": [1, 2], "part": [2], "ignore": 3},
@@ -221,13 +220,20 @@ def regions(new_workspace: Any, phantoms: Workspace) -> Workspace:
 
 
 @pytest.mark.slow
-@every_family
-@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+@pytest.mark.parametrize(
+    ("name", "configuration"),
+    [
+        ("STUNetTrainer", "2d"),
+        ("STUNetTrainer", "3d_fullres"),
+        ("PCTNetTrainer", "3d_fullres"),
+        ("FMUNetTrainer", "3d_fullres"),
+        ("VolumeFusionTrainer", "2d"),
+        ("VolumeFusionTrainer_PCTNet", "3d_fullres"),
+    ],
+)
 def test_four_channels_regions_and_ignore_label(
     make: Make, regions: Workspace, monkeypatch: Any, name: str, configuration: str
 ) -> None:
-    if configuration == "2d" and ("PCTNet" in name or "FMUNet" in name):
-        pytest.skip("a 3D network")
     monkeypatch.setenv("nnUNet_preprocessed", str(regions.preprocessed))
     dataset = json.loads((regions.raw / "Dataset902_Regions" / "dataset.json").read_text())
     how = {"workspace": regions, "dataset": dataset, "dataset_id": "902"}
@@ -235,7 +241,7 @@ def test_four_channels_regions_and_ignore_label(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["STUNetTrainer", "PCTNetTrainer", "FMUNetTrainer"])
+@pytest.mark.parametrize("name", ["STUNetTrainer", "PCTNetTrainer"])
 def test_stock_commands_train_resume_and_predict(phantoms: Workspace, name: str) -> None:
     plans = {**small_plans(phantoms.plans(), name), "plans_name": f"Small{name}"}
     file = phantoms.dataset_folder(phantoms.preprocessed) / f"Small{name}.json"
@@ -289,10 +295,7 @@ def test_cascade(phantoms: Workspace) -> None:
 def test_models_of_the_version_before_predict_the_same(nnunet_environment: Workspace) -> None:
     model = DATA / "STUNetTrainer__EarlierPlans__3d_fullres"
     expected = sitk.GetArrayFromImage(sitk.ReadImage(str(model / "prediction.nii.gz")))
-    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (0,))
-    image = np.random.default_rng(0).normal(0, 300, (1, 20, 36, 40)).astype(np.float32)
-    found = predictor.predict_single_npy_array(image, {"spacing": [5.0, 5.0, 5.0]})
+    found = predict(model, spacing=(5.0, 5.0, 5.0))
     assert (found == expected).mean() > 0.999
     assert len(np.unique(found)) == len(np.unique(expected)) > 3
 

@@ -41,18 +41,19 @@ def step(trainer: Any, seed: int) -> float:
 def assert_same_training(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Two checkpoints hold plain tensors of the same names and shapes, and nearly the same
     values."""
-    for name, value in first["network_weights"].items():
-        assert type(second["network_weights"][name]) is torch.Tensor
-        torch.testing.assert_close(second["network_weights"][name], value, rtol=1e-4, atol=1e-5)
-    states = first["optimizer_state"], second["optimizer_state"]
-    assert [group["params"] for group in states[0]["param_groups"]] == [
-        group["params"] for group in states[1]["param_groups"]
+    parts = [(one["network_weights"], one["optimizer_state"]) for one in (first, second)]
+    groups = [[group["params"] for group in states["param_groups"]] for _, states in parts]
+    assert groups[0] == groups[1]
+    assert parts[0][1]["state"]
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    for one, other in zip(parts[0], parts[1], strict=True):
+        plain, sharded = one.get("state", one), other.get("state", other)
+        torch.testing.assert_close(dict(sharded), dict(plain), **close)
+    tensors = [
+        *parts[1][0].values(),
+        *(x["momentum_buffer"] for x in parts[1][1]["state"].values()),
     ]
-    assert states[0]["state"].keys() == states[1]["state"].keys() != set()
-    for number, values in states[0]["state"].items():
-        other = states[1]["state"][number]["momentum_buffer"]
-        assert type(other) is torch.Tensor
-        torch.testing.assert_close(other, values["momentum_buffer"], rtol=1e-3, atol=1e-4)
+    assert {type(value) for value in tensors} == {torch.Tensor}
 
 
 def test_steps_checkpoints_and_predictions_are_those_of_a_plain_training(
@@ -85,15 +86,14 @@ def test_steps_checkpoints_and_predictions_are_those_of_a_plain_training(
         )
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
 def test_pretrained_weights_go_into_a_sharded_network(
-    make: Make, group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+    make: Make, group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = str(tmp_path / "pretrained.pth")
     plain = started(make(options=PLAIN))
     plain.save_checkpoint(file)
     content = torch.load(file, weights_only=False)
-    weights = {prefix + name: value for name, value in content["network_weights"].items()}
+    weights = {f"module.{name}": value for name, value in content["network_weights"].items()}
     torch.save({**content, "network_weights": weights}, file)
     monkeypatch.setattr("sys.argv", ["launch", "-pretrained_weights", file])
     trainer = make(options=SHARDED)
@@ -128,19 +128,16 @@ def test_pretraining_is_sharded_too(make: Make, group_of_one: None) -> None:
     assert Path(trainer.output_folder, "volume_fusion_epoch_0000.png").is_file()
 
 
-def test_what_cannot_be_sharded_is_refused(make: Make, group_of_one: None) -> None:
-    with pytest.raises(PluginError, match=r"FMUNet is small enough.*Unset STUNET_SHARD"):
-        make("FMUNetTrainer", options=SHARDED)
-
-
 def test_one_process_cannot_shard(make: Make) -> None:
     with pytest.raises(PluginError, match=r"this is one alone.*torchrun .* -m stunet_plugin.laun"):
         make(options=SHARDED)
 
 
-def test_a_batch_that_cannot_be_split_is_refused(
+def test_what_cannot_be_sharded_or_split_is_refused(
     make: Make, group_of_one: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(PluginError, match=r"FMUNet is small enough.*Unset STUNET_SHARD"):
+        make("FMUNetTrainer", options=SHARDED)
     monkeypatch.setattr(distributed_trainer, "world_size", lambda: 3)
     with pytest.raises(PluginError, match="batch of 2 cannot be split over 3.*Start at most 2"):
         make(options=PLAIN)
