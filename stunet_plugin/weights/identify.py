@@ -175,8 +175,8 @@ class NetworkWeights:
         if broken:
             raise PluginError(
                 f"{path} is refused: {len(broken)} of {len(self.tensors)} tensors hold NaN or"
-                f" infinite values (for example {broken[0]}). The file is damaged, or its training"
-                " had diverged: take another copy or an earlier checkpoint."
+                f" infinite values (for example {broken[0]}). The file is damaged or its training"
+                " diverged: take another copy or an earlier checkpoint."
             )
 
     def check_shapes(self) -> None:
@@ -287,9 +287,7 @@ def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
         allowed = (torch.int64,) if name.endswith(COUNTER) else floats
         strided = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not strided or tensor.dtype not in allowed:
-            raise PluginError(
-                f"{name} is no plain tensor of floating-point numbers, but {tensor.dtype}."
-            )
+            raise PluginError(f"{name} is no plain tensor of floats, but {tensor.dtype}.")
         # Strides of zero repeat one value: a small file would be written as a huge one.
         size = tensor.numel() * tensor.element_size()
         if size == 0 or size > tensor.untyped_storage().nbytes():

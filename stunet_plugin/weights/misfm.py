@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import fmunet, pctnet
 from stunet_plugin.networks.anisotropy import MODE_PURPOSES, MODES, NUM_LEVELS, get_mode
@@ -35,21 +37,7 @@ def read_misfm(
     others hold one, which their kernels tell.
     """
     preset, is_pctnet = PRESETS[origin], PRESETS[origin] is PCTNET
-    if wanted is not None:
-        get_mode(wanted)
-    if origin is Origin.PCTNET and wanted is None:
-        raise PluginError(
-            "it holds the stems and heads of all three anisotropy modes. Choose yours with --mode:"
-            f" {MODE_PURPOSES}. PCTNetTrainer prints the mode that it takes for a plan."
-        )
-    if origin is Origin.PCTNET and wanted is not None:
-        used = identify.plain_tensors(misfm_keys.used_in(weights, wanted))
-        tensors = misfm_keys.translate_pctnet(used, wanted)
-    else:
-        tensors = identify.plain_tensors(weights)
-    if origin is Origin.FMUNET:
-        tensors = misfm_keys.translate_fmunet(tensors)
-    outputs = int(tensors[_LAST_HEAD].shape[0]) if _LAST_HEAD in tensors else 0
+    tensors = _translate(origin, weights, wanted)
     levels = range(1, NUM_LEVELS)
     widths = (_STEM, *(f"encoder.stages.{level}.{_FIRST[preset]}" for level in levels))
     kernels = (_STEM, f"encoder.stages.1.{_KERNEL[preset]}")
@@ -90,6 +78,21 @@ def read_misfm(
         input_weights=(_STEM,),
         # PCT-Net's batch norms have learned the stem's response; FMUNet's residuals pass it on.
         default_stem="mean",
-        outputs=outputs,
+        outputs=int(tensors[_LAST_HEAD].shape[0]) if heads else 0,
         entry={**entry, "arch_kwargs": entry["arch_kwargs"] | changed},
     )
+
+
+def _translate(origin: Origin, weights: dict[str, Any], wanted: int | None) -> dict[str, Tensor]:
+    if wanted is not None:
+        get_mode(wanted)
+    if origin is not Origin.PCTNET:
+        tensors = identify.plain_tensors(weights)
+        return misfm_keys.translate_fmunet(tensors) if origin is Origin.FMUNET else tensors
+    if wanted is None:
+        raise PluginError(
+            "it holds the stems and heads of all three anisotropy modes. Choose yours with --mode:"
+            f" {MODE_PURPOSES}. PCTNetTrainer prints the mode that it takes for a plan."
+        )
+    used = identify.plain_tensors(misfm_keys.used_in(weights, wanted))
+    return misfm_keys.translate_pctnet(used, wanted)

@@ -1,13 +1,8 @@
 """Parameter names of the published PCT-Net and FMUNet, translated to ours.
 
-Published names (PyMIC checkpoints; m anisotropy
-mode, l level, u unit) of PCT-Net: ``embeddings.m.{proj,conv0,conv1,down1,down2}``,
-``pyramid_ct.{down3,down4,convtrans_{e2,e3,e4,d3,d2},up3,up4,out_conv2,out_conv3}``,
-``pred_heads.m.{up1,up2,conv0,conv1,out_conv0,out_conv1}``; a file holds the stems and heads of all
-three modes around one pyramid. Of FMUNet: ``project``, ``out_layers.L``,
-``encoder.{en_convL.conv_list.U,downL.down}``,
-``decoder.{upcatL.up,upcatL.conv,de_convL.conv_list.U}``. In each follow the positions of
-norms, activations and convolutions.
+Published names are those of PyMIC checkpoints; in each follow the positions of norms, activations
+and convolutions. A file of PCT-Net holds the stems (``embeddings.MODE``) and heads
+(``pred_heads.MODE``) of all three anisotropy modes around one pyramid.
 """
 
 from __future__ import annotations
@@ -30,8 +25,7 @@ Value = TypeVar("Value")
 def _translate(
     published: Mapping[str, Tensor], modules: Mapping[str, str], network: str
 ) -> dict[str, Tensor]:
-    """Return our names and tensors for published parameters and buffers; ``modules`` has our name
-    of every published module.
+    """Return our names and tensors; ``modules`` has our name of every published module.
 
     The published networks concatenate (skip, upsampled) and normalise then; ours normalise the two
     and concatenate then, so such a norm comes apart into two halves.
@@ -173,10 +167,8 @@ def published_rows(window: int) -> Tensor:
     kept the offsets apart. So offsets share rows, and most rows are never read. We keep the
     function by giving each offset the row that it read.
     """
-    shifted = torch.arange(2 * window - 1)
-    index = (
-        shifted[:, None, None] * (3 * window - 1) + shifted[:, None] * (2 * window - 1) + shifted
-    )
+    shifted, rows = torch.arange(2 * window - 1), 2 * window - 1
+    index = shifted[:, None, None] * (3 * window - 1) + shifted[:, None] * rows + shifted
     return index.flatten()
 
 
@@ -185,8 +177,7 @@ def window_of_table(rows: int) -> int:
     window = (round(rows ** (1 / 3)) + 1) // 2
     if rows < 1 or (2 * window - 1) ** 3 != rows:
         raise PluginError(
-            f"A relative position table has (2 * window - 1)^3 rows; {rows} is none of 1, 27, 125,"
-            " 343, 729, 1331."
+            f"A relative position table has (2w - 1)^3 rows; {rows} is none of 1, 27, 125, 343."
         )
     return window
 
@@ -196,11 +187,7 @@ def resample_table(table: Tensor, window: int) -> Tensor:
 
     An offset in voxels means the same in windows of all sizes, so a smaller table is the middle of
     a larger one, exactly. A larger one takes, for the offsets that the smaller did not know, the
-    row of the nearest offset that it did.
-
-    Args:
-        table: (rows, heads), one row per offset in our order.
-        window: that the result is for.
+    row of the nearest offset that it did. Tables are (rows, heads), one row per offset.
     """
     known = window_of_table(table.shape[0])
     offsets = torch.arange(1 - window, window).clamp(1 - known, known - 1) + known - 1
@@ -213,12 +200,8 @@ def translate_table(table: Tensor, window: int) -> Tensor:
     """Return a published table as ours for full windows of ``window``; refuse larger ones."""
     known = window_of_table(table.shape[0] if table.ndim else 0)
     if known > window:
-        raise PluginError(
-            f"Its attention windows are {known} voxels long; this PCT-Net has windows of {window}"
-            " at most."
-        )
-    by_offset = table[published_rows(known).to(table.device)]
-    return resample_table(by_offset, window)
+        raise PluginError(f"Its attention windows are {known} voxels long, more than {window}.")
+    return resample_table(table[published_rows(known).to(table.device)], window)
 
 
 # --- FMUNet

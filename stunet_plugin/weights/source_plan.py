@@ -300,10 +300,7 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
     stage = Fields(stages[number], f"{where}, stage {number}")
     schemes = plans.per_channel("normalization_schemes")
     if "CT2" in schemes.values():
-        raise PluginError(
-            f"{where} normalises with 'CT2' (a z-score within the clipping range), which nnU-Net v2"
-            " does not have."
-        )
+        raise PluginError(f"{where} normalises with 'CT2', which nnU-Net v2 does not have.")
     known = {"CT": CT, "noNorm": "NoNormalization"}
     normalization = tuple(known.get(str(scheme), ZSCORE) for scheme in schemes.values())
     # v1 has statistics for CT alone, and None for datasets without CT.
@@ -315,7 +312,7 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
         poolings=stage.strides("pool_op_kernel_sizes", DIMENSIONS),
         intensities=_intensities(table, normalization, INTENSITIES),
         batch_dice=bool(batch_dice),
-        **_common(plans, stage, normalization, _names(plans.per_channel("modalities", schemes))),
+        **_common(plans, stage, normalization, plans.per_channel("modalities", schemes)),
     )
 
 
@@ -324,10 +321,7 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
     plans = Fields(content, where)
     chosen = _resolve_configuration(plans, configuration)
     if "previous_stage" in chosen:
-        raise PluginError(
-            f"{where}, {configuration} is the second stage of a cascade, which cannot be imported"
-            " on its own."
-        )
+        raise PluginError(f"{chosen.where} is the second stage of a cascade, no use on its own.")
     if "architecture" in chosen:
         strides = chosen.fields("architecture").fields("arch_kwargs").strides("strides", DIMENSIONS)
     else:
@@ -346,12 +340,12 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
         batch_dice=chosen.boolean("batch_dice", False),
         reader=plans.choice("image_reader_writer", READERS, READERS[0]),
         resampling={key: _resampling(chosen, key) for key in RESAMPLING},
-        **_common(plans, chosen, normalization, tuple(f"channel_{x}" for x in schemes)),
+        **_common(plans, chosen, normalization, {x: f"channel_{x}" for x in schemes}),
     )
 
 
 def _common(
-    plans: Fields, chosen: Fields, normalization: tuple[str, ...], names: tuple[str, ...]
+    plans: Fields, chosen: Fields, normalization: tuple[str, ...], names: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what both versions have in the whole file or the chosen stage or configuration."""
     # v1 keeps the masks beside the stages, v2 in the configuration.
@@ -371,7 +365,7 @@ def _common(
         "patch_size": chosen.positives("patch_size", DIMENSIONS, whole=True),
         "batch_size": chosen.integer("batch_size", 1),
         "normalization": normalization,
-        "channel_names": names,
+        "channel_names": tuple(str(name)[:50] for name in names.values()),
         "mask_for_norm": tuple(Fields(masks, plans.where).boolean(channel) for channel in masks),
         "transpose_forward": plans.permutation("transpose_forward", DIMENSIONS),
         "transpose_backward": plans.permutation("transpose_backward", DIMENSIONS),
@@ -395,8 +389,8 @@ def _with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> S
     """Take channel names and the images' file ending from a ``dataset.json``, where it has them."""
     fields = Fields(dataset, where)
     key = "channel_names" if "channel_names" in fields else "modality"
-    if key in fields and len(names := _names(fields.per_channel(key))) == plan.channels:
-        plan = replace(plan, channel_names=names)
+    if key in fields and len(names := fields.per_channel(key)) == plan.channels:
+        plan = replace(plan, channel_names=tuple(str(name)[:50] for name in names.values()))
     ending = fields.get("file_ending", plan.file_ending)
     if plan.reader.startswith("Nibabel") and ending not in NIFTI_ENDINGS:
         ending = NIFTI_ENDINGS[0]
@@ -406,15 +400,10 @@ def _with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> S
     return replace(plan, file_ending=ending)
 
 
-def _names(table: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(name)[:50] for name in table.values())
-
-
 def _resolve_configuration(plans: Fields, name: str) -> Fields:
     """Follow ``inherits_from``, as nnU-Net does."""
     configurations = plans.fields("configurations")
-    merged: dict[str, Any] = {}
-    following: Any = name
+    merged, following = dict[str, Any](), name
     for _ in range(5):
         current = configurations.fields(following)
         merged = {**current.values, **merged}
