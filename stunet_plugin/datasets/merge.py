@@ -141,7 +141,7 @@ class _Merge:
                 if names:
                     yield f"  {what}: {', '.join(names)}"
             if mapping.background_ignored:
-                yield "  becomes ignore, as they may be anywhere in it: all that is left out"
+                yield "  become ignore, as they may be anywhere there: background, what is left out"
             folds, what = part.own_folds
             if what and not part.train_only:
                 yield f"  {what}" if folds else f"  {what}, so its cases are split at random"

@@ -207,11 +207,17 @@ class _PseudoLabelling:
             for case in tqdm(left, unit="case"):
                 self._label(case)
             records = {case: read_json(target.record_of(case)) for case in self.cases}
-            kept = self._say(records)
+            kept = [record for record in records.values() if not record["left_out"]]
+            print(f"{len(kept)} of {len(records)} cases are kept.")
+            for case, record in records.items():
+                if record["left_out"]:
+                    print(f"  left out: {case}: {record['left_out']}")
             if not kept:
                 shutil.rmtree(target.unfinished)
                 raise PluginError("No case is left. Ask for less (--min-confidence, --size).")
-            target.finish(self._description(kept), self._provenance(records))
+            if self.filter.may_ignore:
+                print(f"  ignored: {np.mean([x['ignored'] for x in kept]):.1%} of their voxels")
+            target.finish(self._description(len(kept)), self._provenance(records))
         number = self.options.dataset_id
         target.say_written(
             "2d" if model.configuration == "2d" else CONFIGURATION,
@@ -231,17 +237,6 @@ class _PseudoLabelling:
             write_labels(self.model.reader, labels, prediction.properties, file)
         text = json.dumps({"images": list(map(str, images)), **record})
         write_atomically(self.target.record_of(case), text)
-
-    def _say(self, records: Mapping[str, Mapping[str, Any]]) -> int:
-        """Print what became of the cases; return how many are kept."""
-        kept = [record for record in records.values() if not record["left_out"]]
-        print(f"{len(kept)} of {len(records)} cases are kept.")
-        for case, record in records.items():
-            if record["left_out"]:
-                print(f"  left out: {case}: {record['left_out']}")
-        if self.filter.may_ignore and kept:
-            print(f"  ignored: {np.mean([x['ignored'] for x in kept]):.1%} of their voxels")
-        return len(kept)
 
     def _warn(self, records: Mapping[str, Mapping[str, Any]]) -> int:
         """Warn of classes that too few cases show; return the exit code."""
