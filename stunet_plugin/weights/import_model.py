@@ -1,8 +1,7 @@
 """Import of published weights: a checkpoint becomes a model folder of nnU-Net v2.
 
-PyMIC checkpoints say neither how images were prepared nor what outputs mean. Those that MIS-FM
-publishes were trained on Volume Fusion, whose outputs mean nothing to anyone else: their heads are
-left out, as stock ``-pretrained_weights`` would.
+PyMIC checkpoints say neither how images were prepared nor what outputs mean. Those of MIS-FM were
+trained on Volume Fusion, whose outputs mean nothing elsewhere: their heads are left out.
 """
 
 from __future__ import annotations

@@ -40,16 +40,16 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
     yield "network", weights.description
     if weights.origin is Origin.PCTNET:
         yield "modes", f"it holds all: choose one with `stunet import --mode N`. {MODE_PURPOSES}"
-    checkpoint = weights.checkpoint
-    trainer, iterations = checkpoint.get("trainer_name"), checkpoint.get("iteration")
-    epoch = checkpoint.get("epoch", checkpoint.get("current_epoch"))
-    if isinstance(trainer, str):
-        yield "trainer", trainer[:80]
-    # An import writes epoch 0: it does not know better.
-    if isinstance(epoch, int) and epoch > 0:
-        yield "epochs", str(epoch)
-    if isinstance(iterations, int):
-        yield "iterations", str(iterations)
+    for name, key in (
+        ("trainer", "trainer_name"),
+        ("epochs", "epoch"),
+        ("epochs", "current_epoch"),
+        ("iterations", "iteration"),
+    ):
+        value = weights.checkpoint.get(key)
+        # An import writes epoch 0: it does not know better.
+        if isinstance(value, (str, int)) and value:
+            yield name, str(value)[:80]
     plan = find_plan(source, weights)
     yield "plan", f"{plan.summary()} ({plan.origin})" if plan else _no_plan(weights)
     if weights.outputs:

@@ -85,8 +85,7 @@ def _download(given: str) -> Source:
         client = importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
         raise PluginError(
-            "hf:// addresses need the package huggingface_hub. Run: pip install huggingface_hub (or"
-            " download the file yourself and give its path)."
+            "hf:// addresses need huggingface_hub. Run: pip install huggingface_hub"
         ) from error
     repository, revision, file = match.groups()
 
@@ -99,9 +98,8 @@ def _download(given: str) -> Source:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         address = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
         raise PluginError(
-            f"{given} could not be downloaded ({reason}). Check the spelling and the network and"
-            f" run the same command again, which resumes; or download {address} by hand and give"
-            " its path."
+            f"{given} could not be downloaded ({reason}). Check spelling and network and run the"
+            f" command again, which resumes; or give the path of {address}, downloaded by hand."
         ) from error
     try:
         return Source(given, checkpoint, get(file + PLANS_SUFFIX))

@@ -146,8 +146,7 @@ def write_model_folder(
         if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
             reason = getattr(error, "strerror", None) or "the disk may be full"
             raise PluginError(
-                f"Cannot write {target} ({reason}). Nothing was left there. Make room, or choose"
-                " another place: --out."
+                f"Cannot write {target} ({reason}). Make room, or choose another place: --out."
             ) from None
         raise
 

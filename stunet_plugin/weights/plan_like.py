@@ -79,14 +79,10 @@ def _without_plan(options: PlanLike, weights: NetworkWeights) -> str:
         f" {CONFIGURATION} -pl {network.planner}"
     )
     if weights.outputs == 0:
-        return (
-            f"It holds weights of a pretext task, which go with any plan of {network.name} in mode"
-            f" {weights.mode.number}: {own}"
-        )
+        return f"It was pretrained and fits any plan in mode {weights.mode.number}: {own}"
     return (
-        "If it segments, import it with the spacing and patch of its training (stunet import"
-        f" {model} --spacing Z Y X --patch-size Z Y X) and name the folder that this writes. If it"
-        f" was pretrained without labels, {own}"
+        f"If it segments: stunet import {model} --spacing Z Y X --patch-size Z Y X, and name the"
+        f" folder that this writes. If it was pretrained without labels, {own}"
     )
 
 

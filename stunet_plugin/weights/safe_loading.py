@@ -1,10 +1,8 @@
-"""Safe loading of untrusted checkpoints and plans: the format is told from the content, and nothing
-in a file can run code.
+"""Safe loading of untrusted checkpoints and plans: nothing in a file can run code.
 
 Tensors come through ``torch.load(weights_only=True)`` with numpy's scalars as the one addition,
 plans of nnU-Net v1 through an unpickler that knows containers, numbers, text and numeric arrays.
-numpy's own unpickling functions trust what they are given (an object dtype unpickles anything), so
-stand-ins take their place: numeric types only, sizes checked, Python numbers out.
+numpy's own unpickling functions trust what they are given, so stand-ins take their place.
 """
 
 from __future__ import annotations

@@ -191,8 +191,7 @@ def choose_plan(source: Source, weights: NetworkWeights, options: Import) -> Sou
             mask_for_norm=(False,) * channels,
             channel_names=tuple(f"channel_{channel}" for channel in range(channels)),
             intensities=({},) * channels,
-            # PyMIC reads images as they lie in the file; TotalSegmentator's, which STU-Net was
-            # trained on, are all RAS.
+            # PyMIC reads images as they lie in the file; those that STU-Net saw are all RAS.
             reader=AS_IN_FILE if weights.origin.pymic else READERS[0],
         )
     if plan is None:
@@ -200,10 +199,9 @@ def choose_plan(source: Source, weights: NetworkWeights, options: Import) -> Sou
         if not dictated:
             needed += " --strides 2,2,2 2,2,2 ... (one per pooling)"
         raise PluginError(
-            f"{source.checkpoint} does not say how its images were prepared: it has no plan, no"
-            f" {source.checkpoint.name}{PLANS_SUFFIX} is beside it, and it is none of the published"
-            f" TotalSegmentator weights. Give {needed}, or --plans FILE (plans.json of nnU-Net v2,"
-            " or the .pkl of v1)."
+            f"{source.checkpoint} has no plan, no {source.checkpoint.name}{PLANS_SUFFIX} beside it,"
+            f" and is none of the published TotalSegmentator weights. Give {needed}, or --plans"
+            " FILE (plans.json of nnU-Net v2, or the .pkl of v1)."
         )
     plan = _with_options(plan, options)
     return replace(plan, poolings=dictated) if dictated else plan
@@ -289,8 +287,8 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
     plans = Fields(content.get("plans", content), where)
     if "plans_per_stage" not in plans:
         raise PluginError(
-            f"{where} has no 'plans_per_stage', so spacing and patch size are unknown, as in the"
-            " published plans.pkl. Take the .model.pkl of the checkpoint."
+            f"{where} has no 'plans_per_stage', as the published plans.pkl. Take the .model.pkl of"
+            " the checkpoint, which has spacing and patch size."
         )
     # Arguments of the trainer: the fifth is batch_dice, the sixth the stage.
     trainer = content.get("init")
