@@ -47,6 +47,6 @@ class Unlabeled(Command):
     )
 
     def run(self) -> int:
-        from stunet_plugin.unlabeled.run import UnlabeledOptions, run_unlabeled
+        from stunet_plugin.unlabeled.run import run_unlabeled
 
-        return run_unlabeled(UnlabeledOptions.from_arguments(self))
+        return run_unlabeled(self)

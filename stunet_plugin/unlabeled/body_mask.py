@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy import ndimage
 
-from stunet_plugin.unlabeled.names import CT
+from stunet_plugin.unlabeled.checks import CT
 
 WORKING_SPACING = 3.0
 """Millimetres; blocks are as many whole voxels as fit."""

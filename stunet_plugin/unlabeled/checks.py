@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stunet_plugin.unlabeled.names import CT, MR
-
+CT, MR = MODALITIES = "CT", "MR"
 MINIMUM_SIZE = 5
 """Voxels on every axis; an image of one slice is no volume, and one of a few has nothing to learn
 from in 3D."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.names import CT
+from stunet_plugin.unlabeled.checks import CT
 
 CT_WINDOW = (-1000.0, 400.0)
 MR_PERCENTILES = (0.5, 99.5)

@@ -12,8 +12,14 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 
-from stunet_plugin.unlabeled.names import CANNOT_OPEN, SCAN_ENDINGS
-
+NIFTI_GZ, NIFTI, NRRD, METAIMAGE, METAIMAGE_HEADER = ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"
+SCAN_ENDINGS = (NIFTI_GZ, NIFTI, NRRD, METAIMAGE, METAIMAGE_HEADER)
+DATASET_ENDINGS = (NIFTI_GZ, METAIMAGE, NRRD, NIFTI)
+"""Where a folder holds as many of two kinds, the first here wins."""
+EXCLUDED = ("labelsTr", "labelsTs", "gt_segmentations")
+"""Folders of labels in nnU-Net's layout."""
+CANNOT_OPEN = "cannot be opened"
+"""A reason that the next run looks at again."""
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 DICOM_MAGIC_AT, DICOM_MAGIC = 128, b"DICM"
 DICOM_TRIALS = 3

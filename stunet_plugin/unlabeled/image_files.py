@@ -10,8 +10,15 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.discovery import FILE, Source, scan_ending
-from stunet_plugin.unlabeled.names import METAIMAGE, METAIMAGE_HEADER, NIFTI, NIFTI_GZ
+from stunet_plugin.unlabeled.discovery import (
+    FILE,
+    METAIMAGE,
+    METAIMAGE_HEADER,
+    NIFTI,
+    NIFTI_GZ,
+    Source,
+    scan_ending,
+)
 from stunet_plugin.unlabeled.reading import Scan
 from stunet_plugin.utils.files import copy_file, flush, guarded, link_or_copy
 from stunet_plugin.utils.geometry import Geometry

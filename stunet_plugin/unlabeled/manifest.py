@@ -15,11 +15,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stunet_plugin.unlabeled.names import DUPLICATE
-
 CASE, SKIPPED, FAILED, FOLDER = "case", "skipped", "failed", "folder"
 """A case of the data set; unusable; not usable this time (tried again at the next run); a DICOM
 folder that is done."""
+
+DUPLICATE = "duplicate"
+"""Reason: the same voxels as a case, which the record names."""
 
 
 @dataclass(frozen=True)

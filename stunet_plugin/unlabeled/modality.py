@@ -10,16 +10,18 @@ from itertools import islice
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.unlabeled.checks import MODALITIES
 from stunet_plugin.unlabeled.dataset import Choice
-from stunet_plugin.unlabeled.discovery import Source, Tally, walk
-from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER
-from stunet_plugin.unlabeled.names import (
+from stunet_plugin.unlabeled.discovery import (
     DATASET_ENDINGS,
     METAIMAGE,
     METAIMAGE_HEADER,
-    MODALITIES,
     SCAN_ENDINGS,
+    Source,
+    Tally,
+    walk,
 )
+from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER
 from stunet_plugin.unlabeled.prepare_case import probe, record_of
 from stunet_plugin.utils.workers import run_ordered
 

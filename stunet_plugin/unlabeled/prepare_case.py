@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 from stunet_plugin.unlabeled.body_mask import body_mask
 from stunet_plugin.unlabeled.checks import (
+    MODALITIES,
     UnreachableError,
     UnusableError,
     check_modality,
@@ -25,7 +26,6 @@ from stunet_plugin.unlabeled.dicom import series_of
 from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source
 from stunet_plugin.unlabeled.image_files import is_in_place, place_image, write_image
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, SKIPPED, Record
-from stunet_plugin.unlabeled.names import MODALITIES
 from stunet_plugin.unlabeled.reading import Scan, read_scan
 from stunet_plugin.utils.files import OutputError
 

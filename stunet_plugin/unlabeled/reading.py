@@ -18,8 +18,14 @@ import SimpleITK as sitk
 
 from stunet_plugin.errors import last_line
 from stunet_plugin.unlabeled.checks import UnreachableError, UnusableError, check_header
-from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source, scan_ending
-from stunet_plugin.unlabeled.names import CANNOT_OPEN, NIFTI, NIFTI_GZ
+from stunet_plugin.unlabeled.discovery import (
+    CANNOT_OPEN,
+    DICOM_SERIES,
+    NIFTI,
+    NIFTI_GZ,
+    Source,
+    scan_ending,
+)
 from stunet_plugin.utils.geometry import Geometry
 
 GZIP_MAGIC = b"\x1f\x8b"

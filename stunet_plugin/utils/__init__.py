@@ -1,1 +1,1 @@
-"""Files, geometry, workers, progress, validation, figures and devices."""
+"""Files, geometry, workers, validation, figures and devices."""

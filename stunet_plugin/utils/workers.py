@@ -1,9 +1,7 @@
-"""Worker processes that may die: one task at a time each, results in the order of the tasks, a
-bounded number under way.
+"""Worker processes that may die: one task at a time each, results in the order of the tasks.
 
-``multiprocessing.Pool`` waits for ever for the result of a worker that was killed, and
-``concurrent.futures`` gives up all its workers. Scans come from everywhere, and a library that
-crashes on one of them, or takes all the memory, must cost that scan alone.
+``multiprocessing.Pool`` waits for ever for a worker that was killed, ``concurrent.futures`` gives
+up all its workers, and pebble the whole run if one dies while it takes its task.
 """
 
 from __future__ import annotations
@@ -15,14 +13,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
 
 from stunet_plugin.errors import PluginError
-
-Task = TypeVar("Task")
-Value = TypeVar("Value")
 
 TIME_LIMIT = 3600.0
 """Seconds for one task."""
@@ -32,40 +26,37 @@ TASKS_PER_PROCESS = 8
 """How many tasks ahead of the first unfinished one may be under way or done."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the clock."""
-_READY = "ready"
-"""A worker's first message. One that dies before it never will work, which must not be taken for
-the fault of a scan."""
+_READY = ("ready",)
+"""A worker's first message: one that dies before it cannot work at all."""
 
 
-@dataclass
-class Finished(Generic[Task, Value]):
-    """A task with its result, or with the reason why there is none."""
+class Finished(NamedTuple):
+    """A task with its result, or with the reason why there is none (then ``value`` is None)."""
 
-    task: Task
-    value: Value | None
+    task: Any
+    value: Any
     failure: str = ""
 
 
-@dataclass
-class _Slot(Generic[Task, Value]):
-    task: Task
-    finished: Finished[Task, Value] | None = None
-    children: list[_Slot[Task, Value]] = field(default_factory=list)
+class _Slot:
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.finished: Finished | None = None
+        self.children: list[_Slot] = []
 
 
 def run_ordered(
-    tasks: Iterator[Task],
-    work: Callable[[Task], Value],
+    tasks: Iterator[Any],
+    work: Callable[[Any], Any],
     processes: int,
-    further: Callable[[Value], Sequence[Task]] = lambda _: (),
+    further: Callable[[Any], Sequence[Any]] = lambda _: (),
     time_limit: float = TIME_LIMIT,
-) -> Generator[Finished[Task, Value], None, None]:
+) -> Generator[Finished, None, None]:
     """Run tasks in worker processes and yield their results in the order of the tasks.
 
     Args:
         tasks: taken from as workers become free.
-        work: what to do; it is sent to other processes, so it must be a function of a module, or a
-            partial of one. It must not return None.
+        work: a function of a module, or a partial of one; it must not return None.
         processes: how many.
         further: tasks that a result brings with it; their results come just before it.
         time_limit: seconds after which a worker is stopped.
@@ -73,149 +64,72 @@ def run_ordered(
     Raises:
         PluginError: no worker can be started.
     """
-    run = _Run[Any, Any](tasks, work, processes, further, time_limit)
+    workers = [_Worker(work, time_limit) for _ in range(processes)]
+    slots: deque[_Slot] = deque()
+    waiting: deque[_Slot] = deque()
+    more = True
     try:
-        yield from run.results()
+        while more or slots:
+            for worker in workers:
+                room = more and len(slots) < processes * TASKS_PER_PROCESS
+                if worker.slot is None and not waiting and room:
+                    task = next(tasks, None)
+                    more = task is not None
+                    if more:
+                        waiting.append(_Slot(task))
+                        slots.append(waiting[0])
+                if worker.slot is None and waiting:
+                    worker.start(waiting.popleft())
+            while slots and (first := slots[0]).finished is not None:
+                slots.popleft()
+                if first.children:
+                    slots.extendleft(reversed([*first.children, first]))
+                    first.children = []
+                else:
+                    yield first.finished
+            for worker in _heard(workers):
+                slot = worker.slot
+                finished = worker.answer()
+                if slot is not None and finished is not None:
+                    slot.finished = finished
+                    if finished.value is not None:
+                        slot.children = [_Slot(task) for task in further(finished.value)]
+                        waiting.extendleft(reversed(slot.children))
     finally:
-        run.stop()
-
-
-class _Run(Generic[Task, Value]):
-    def __init__(
-        self,
-        tasks: Iterator[Task],
-        work: Callable[[Task], Value],
-        processes: int,
-        further: Callable[[Value], Sequence[Task]],
-        time_limit: float,
-    ) -> None:
-        self.tasks, self.further, self.time_limit = tasks, further, time_limit
-        self.workers: list[_Worker] = [_Worker(work) for _ in range(processes)]
-        self.window = processes * TASKS_PER_PROCESS
-        self.slots: deque[_Slot[Task, Value]] = deque()
-        self.waiting: deque[_Slot[Task, Value]] = deque()
-        self.exhausted = False
-
-    def results(self) -> Iterator[Finished[Task, Value]]:
-        while True:
-            self._fill()
-            yield from self._ready()
-            if not self.slots and self.exhausted:
-                return
-            self._wait()
-
-    def stop(self) -> None:
-        for worker in self.workers:
+        for worker in workers:
             worker.stop()
 
-    def _fill(self) -> None:
-        """Give every free worker a task."""
-        for worker in self.workers:
-            if worker.slot is not None:
-                continue
-            if not self.waiting and not self.exhausted and len(self.slots) < self.window:
-                try:
-                    slot: _Slot[Task, Value] = _Slot(next(self.tasks))
-                except StopIteration:
-                    self.exhausted = True
-                else:
-                    self.slots.append(slot)
-                    self.waiting.append(slot)
-            if not self.waiting:
-                return
-            worker.start(self.waiting.popleft())
 
-    def _ready(self) -> Iterator[Finished[Task, Value]]:
-        while self.slots and self.slots[0].finished is not None:
-            slot = self.slots.popleft()
-            if slot.children:
-                children, slot.children = slot.children, []
-                self.slots.extendleft(reversed([*children, slot]))
-                continue
-            assert slot.finished is not None
-            yield slot.finished
-
-    def _wait(self) -> None:
-        busy = [worker for worker in self.workers if worker.slot is not None]
-        by_handle: dict[Any, _Worker] = {}
-        for worker in busy:
-            by_handle[worker.connection] = by_handle[worker.sentinel] = worker
-        ready = (
-            {id(by_handle[handle]) for handle in wait(list(by_handle), timeout=LOOK_EVERY)}
-            if busy
-            else set()
-        )
-        for worker in busy:
-            if id(worker) in ready:
-                self._collect(worker)
-            elif worker.ready and worker.seconds() > self.time_limit:
-                worker.stop()
-                self._finish(worker, None, f"took longer than {self.time_limit:g} s")
-            elif not worker.ready and worker.seconds() > START_LIMIT:
-                raise PluginError(
-                    f"A worker process was not ready after {START_LIMIT:g} s. Is the machine"
-                    " overloaded?"
-                )
-
-    def _collect(self, worker: _Worker) -> None:
-        try:
-            # A worker that ended may have sent its result before.
-            message = worker.connection.recv() if worker.connection.poll() else None
-        except (EOFError, OSError):
-            message = None
-        if message == _READY:
-            worker.ready, worker.since = True, time.monotonic()
-        elif message is not None:
-            self._finish(worker, *message)
-        elif worker.ready:
-            self._finish(worker, None, f"worker process {worker.epitaph()}")
-        else:
-            raise PluginError(f"A worker process could not be started: it {worker.epitaph()}.")
-
-    def _finish(self, worker: _Worker, value: Value | None, failure: str) -> None:
-        slot, worker.slot = worker.slot, None
-        assert slot is not None
-        slot.finished = Finished(slot.task, value, failure)
-        if value is not None:
-            slot.children = [_Slot(task) for task in self.further(value)]
-            self.waiting.extendleft(reversed(slot.children))
+def _heard(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Wait for busy workers; return those that said something, ended or took too long."""
+    busy = [worker for worker in workers if worker.slot is not None]
+    handles = [handle for x in busy for handle in (x.connection, x.process.sentinel)]
+    ready = wait(handles, timeout=LOOK_EVERY) if busy else []
+    return [x for x in busy if x.late or x.connection in ready or x.process.sentinel in ready]
 
 
 class _Worker:
-    """One worker process at a time, started when there is work, replaced when it died."""
+    """One process at a time, started when there is work, replaced when it died."""
 
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        self.work = work
-        self.slot: _Slot[Any, Any] | None = None
-        self.since = 0.0
-        self.ready = False
+    def __init__(self, work: Callable[[Any], Any], time_limit: float) -> None:
+        self.work, self.time_limit = work, time_limit
+        self.slot: _Slot | None = None
         self.process: Any = None
-        self.connection: Connection
 
-    @property
-    def sentinel(self) -> int:
-        sentinel: int = self.process.sentinel
-        return sentinel
-
-    def start(self, slot: _Slot[Any, Any]) -> None:
-        if self.process is None or not self.process.is_alive():
-            self._spawn()
-        try:
-            self.connection.send(slot.task)
-        except OSError:
-            # It died since it was asked.
-            self._spawn()
-            self.connection.send(slot.task)
+    def start(self, slot: _Slot) -> None:
+        for _ in range(2):
+            if self.process is None or not self.process.is_alive():
+                self._spawn()
+            try:
+                self.connection.send(slot.task)
+                break
+            except OSError:  # it died since it was asked
+                self.stop()
         self.slot, self.since = slot, time.monotonic()
-
-    def seconds(self) -> float:
-        """How long the worker has been at its task, or starting."""
-        return time.monotonic() - self.since
 
     def _spawn(self) -> None:
         self.stop()
-        # Not fork: what the parent has loaded (ITK) runs threads, which a fork would leave behind
-        # in the middle of something.
+        # Not fork: what the parent has loaded (ITK) runs threads, which a fork would break.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.work), daemon=True)
@@ -223,14 +137,45 @@ class _Worker:
         theirs.close()
         self.ready = False
 
-    def epitaph(self) -> str:
-        """What ended the process."""
-        self.process.join(timeout=5)
+    @property
+    def late(self) -> bool:
+        limit = self.time_limit if self.ready else START_LIMIT
+        return time.monotonic() - self.since > limit
+
+    def answer(self) -> Finished | None:
+        """Return what became of the task; None while the process starts."""
+        assert self.slot is not None
+        message: Any = None
+        try:
+            # A process that ended may have sent its result before.
+            if self.connection.poll():
+                message = self.connection.recv()
+        except (EOFError, OSError):
+            pass
+        if message == _READY:
+            self.ready, self.since = True, time.monotonic()
+            return None
+        if message is None:
+            message = None, self._end()
+        task, self.slot = self.slot.task, None
+        return Finished(task, *message)
+
+    def _end(self) -> str:
+        """Stop the process; return what ended it."""
+        late = self.late
+        if not late:
+            self.process.join(timeout=5)
         code = self.process.exitcode
-        if code is None or code >= 0:
-            return f"ended with exit code {code}"
-        name = signal.Signals(-code).name
-        return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        self.stop()
+        how = f"ended with exit code {code}"
+        if late:
+            how = f"took longer than {self.time_limit if self.ready else START_LIMIT:g} s"
+        elif code is not None and code < 0:
+            name = signal.Signals(-code).name
+            how = f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        if not self.ready:
+            raise PluginError(f"A worker process could not be started: it {how}.")
+        return f"worker process {how}"
 
     def stop(self) -> None:
         if self.process is not None:
@@ -240,8 +185,8 @@ class _Worker:
             self.process = None
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
-    """The worker: take a task, send (value, failure), until the parent closes the pipe."""
+def _serve(connection: Any, work: Callable[[Any], Any]) -> None:
+    """Take a task, send (value, failure), until the parent closes the pipe."""
     # Ctrl-C reaches the whole group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Libraries in C complain on the terminal about files that we list ourselves.
@@ -255,14 +200,9 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer = (work(task), "")
+            answer = work(task), ""
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            answer = (
-                None,
-                (
-                    f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}, line"
-                    f" {place.lineno})"
-                ),
-            )
+            where = f"{os.path.basename(place.filename)}, line {place.lineno}"
+            answer = None, f"{type(error).__name__}: {error} ({where})"
         connection.send(answer)

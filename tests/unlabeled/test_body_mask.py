@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from stunet_plugin.unlabeled.body_mask import block_means, body_mask, mr_threshold, otsu
-from stunet_plugin.unlabeled.names import CT, MR
+from stunet_plugin.unlabeled.checks import CT, MR
 
 
 def thorax(spacing: tuple[float, float, float]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

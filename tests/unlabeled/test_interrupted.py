@@ -100,7 +100,7 @@ def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
             errors,
         )
         if sign == signal.SIGINT:
-            assert b"What is finished can be used" in errors
+            assert b"The same command resumes where it stopped." in errors
             description = json.loads((killed / "dataset.json").read_text())
             assert description["numTraining"] == len(list((killed / "imagesTr").iterdir()))
         for image in (killed / "imagesTr").iterdir():

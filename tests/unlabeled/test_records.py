@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.unlabeled.checks import MR
 from stunet_plugin.unlabeled.dataset import Choice, Dataset
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
-from stunet_plugin.unlabeled.names import MR
 from stunet_plugin.unlabeled.prepare_case import Prepared
-from stunet_plugin.utils.progress import Progress, in_words
 from stunet_plugin.utils.workers import run_ordered
 
 # --- workers
@@ -304,14 +303,3 @@ def test_one_writer_at_a_time(dataset: Dataset) -> None:
             pass
     with dataset.locked():
         pass
-
-
-def test_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = Progress(1000)
-    progress.known, progress.seen, progress.cases, progress.skipped = 100, 300, 290, 10
-    assert (
-        progress.line(60.0).strip()
-        == "400 of 1000: 290 new cases, 10 left out; 5.0/s, about 2 min left"
-    )
-    assert in_words(45) == "45 s"
-    assert in_words(7200) == "2 h 00 min"

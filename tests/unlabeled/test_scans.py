@@ -12,6 +12,8 @@ import pytest
 import SimpleITK as sitk
 
 from stunet_plugin.unlabeled.checks import (
+    CT,
+    MR,
     UnusableError,
     check_modality,
     check_tag,
@@ -21,7 +23,6 @@ from stunet_plugin.unlabeled.checks import (
 from stunet_plugin.unlabeled.dicom import series_of
 from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source, Tally, walk
 from stunet_plugin.unlabeled.image_files import HEADER, place_image, write_image
-from stunet_plugin.unlabeled.names import CT, MR
 from stunet_plugin.unlabeled.prepare_case import case_name
 from stunet_plugin.unlabeled.reading import read_scan
 from stunet_plugin.utils.files import LINK, OutputError, link_or_copy
