@@ -176,7 +176,7 @@ def checkpointed(blocks: int, outputs: int) -> dict[str, int]:
     for setting in SETTINGS:
         found[setting] = checkpointed_peak(shape, arguments, setting)
         estimate = shape.training_memory(PATCH, 1, mixed_precision=False, checkpointing=setting)
-        found[f"{setting}, estimated"] = estimate.total
+        found[f"{setting}, estimated"] = estimate
     return found
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -29,6 +29,8 @@ from stunet_plugin.options import SHARE_DATA, Options
 
 MIN_BATCH_SIZE = 2
 
+P = TypeVar("P", bound="PluginPlanner")
+
 
 class PluginPlanner(ExperimentPlanner):
     """Base of the planners of this project.
@@ -39,19 +41,9 @@ class PluginPlanner(ExperimentPlanner):
     Args:
         gpu_memory_target_in_gb: what a training step may take; None is the network's default.
         plans_name: None is the planner's own name for them.
-        dataset_name_or_id, preprocessor_name, overwrite_target_spacing, suppress_transpose:
-            nnU-Net's own.
-
-    Attributes:
-        network_name: what messages call the network.
-        default_plans_name: the planner's own name for its plans.
-        default_memory_gb: of the memory target.
-
-    Raises:
-        PluginError: the memory target is too small for this network, or an argument makes no sense.
     """
 
-    network_name: ClassVar[str]
+    network_name: ClassVar[str]  # in messages
     default_plans_name: ClassVar[str]
     default_memory_gb: ClassVar[float]
 
@@ -71,7 +63,7 @@ class PluginPlanner(ExperimentPlanner):
                 f"-gpu_memory_target must be a number of gigabytes above 0, not {target}."
             )
         spacing = overwrite_target_spacing
-        if spacing is not None and not all(0 < step < np.inf for step in spacing):
+        if not all(0 < step < np.inf for step in spacing or ()):
             raise PluginError(
                 f"-overwrite_target_spacing takes three millimetres above 0, not {list(spacing)}."
             )
@@ -89,8 +81,7 @@ class PluginPlanner(ExperimentPlanner):
         # reference / estimate * reference_batch as the batch. With an estimate in bytes of a batch
         # of two, the target in bytes and a reference batch of two, that reads: shrink until a batch
         # of two fits.
-        self.UNet_reference_val_corresp_bs_2d = MIN_BATCH_SIZE
-        self.UNet_reference_val_corresp_bs_3d = MIN_BATCH_SIZE
+        self.UNet_reference_val_corresp_bs_2d = self.UNet_reference_val_corresp_bs_3d = 2
         self.UNet_reference_val_corresp_GB = self.UNet_vram_target_GB
         self._target_bytes = self.UNet_vram_target_GB * GIGABYTE
         self.UNet_reference_val_2d = self.UNet_reference_val_3d = self._target_bytes
@@ -104,12 +95,8 @@ class PluginPlanner(ExperimentPlanner):
         patch_size: Sequence[int],
         host_strides: Sequence[Sequence[int]],
     ) -> tuple[list[int], dict[str, Any]]:
-        """Return the patch size and the ``architecture`` entry for what nnU-Net would plan.
-
-        Args:
-            spacing: of the configuration, mm, in the plan's axis order.
-            patch_size, host_strides: that nnU-Net's planner has in mind.
-        """
+        """Return the patch size and the ``architecture`` entry for the spacing (mm), patch size and
+        strides that nnU-Net would plan."""
         raise NotImplementedError
 
     def training_bytes(
@@ -120,7 +107,7 @@ class PluginPlanner(ExperimentPlanner):
         input_channels: int,
         output_channels: int,
     ) -> float:
-        """Return the estimated peak of a training step."""
+        """Return the estimated peak of a training step in bytes."""
         raise NotImplementedError
 
     def advice_for_small_memory(self) -> str:
@@ -176,8 +163,7 @@ class PluginPlanner(ExperimentPlanner):
         return plan
 
     def _batch_size(self, plan: dict[str, Any], dataset_voxels: float) -> int:
-        """Return the largest batch that fits: nnU-Net's share of the dataset at most, two at
-        least."""
+        """The largest batch that fits: nnU-Net's share of the dataset at most, two at least."""
         channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
         patch, outputs = plan["patch_size"], len(self.dataset_json["labels"])
         two, three = (
@@ -189,8 +175,7 @@ class PluginPlanner(ExperimentPlanner):
         if share < fits:
             print(
                 f"{self.network_name}: a batch of {fits} would fit {self.UNet_vram_target_GB:g} GB,"
-                f" but nnU-Net allows {max(share, MIN_BATCH_SIZE)} (5 % of the voxels of the"
-                f" dataset, and at least {MIN_BATCH_SIZE})."
+                f" but nnU-Net allows {max(share, 2)} (5 % of the dataset's voxels, at least 2)."
             )
         return max(min(fits, share), MIN_BATCH_SIZE)
 
@@ -215,21 +200,17 @@ class PluginPlanner(ExperimentPlanner):
 
         With ``STUNET_SHARE_DATA=1`` it is that of nnUNetPlans where this plan preprocesses alike,
         as with nnU-Net's ResEnc planners.
-
-        Raises:
-            PluginError: it is shared, there, and about to be preprocessed again.
         """
-        own = f"{self.plans_identifier}_{configuration_name}"
-        standard = self.preprocessor_name == "DefaultPreprocessor"
-        if (
-            not Options().whole(SHARE_DATA, 0)
-            or configuration_name not in ("2d", "3d_fullres")
-            or not standard
-            or not np.allclose(
+        alike = (
+            Options().whole(SHARE_DATA, 0)
+            and configuration_name in ("2d", "3d_fullres")
+            and self.preprocessor_name == "DefaultPreprocessor"
+            and np.allclose(
                 self._host_spacing(configuration_name), _spacing(self, configuration_name)
             )
-        ):
-            return own
+        )
+        if not alike:
+            return f"{self.plans_identifier}_{configuration_name}"
         shared = f"{PLANS_NAME}_{configuration_name}"
         folder = Path(nnUNet_preprocessed, self.dataset_name, shared)
         preprocesses = Path(sys.argv[0]).stem == "nnUNetv2_plan_and_preprocess"
@@ -257,3 +238,17 @@ def _spacing(planner: ExperimentPlanner, configuration_name: str) -> np.ndarray:
     transpose, _ = planner.determine_transpose()
     spacing = np.asarray(planner.determine_fullres_target_spacing())[transpose]
     return spacing[1:] if configuration_name == "2d" else spacing
+
+
+def named_planner(
+    name: str, base: type[P], network: str, plans: str, gigabytes: float, **attributes: Any
+) -> type[P]:
+    """Make the planner class of one network, as nnU-Net finds it by name."""
+    described = {
+        "__doc__": f"Plans ``{plans}``, {gigabytes:g} GB by default.",
+        "__module__": base.__module__,
+        "network_name": network,
+        "default_plans_name": plans,
+        "default_memory_gb": gigabytes,
+    }
+    return type(name, (base,), described | attributes)

@@ -14,7 +14,7 @@ from stunet_plugin.networks.anisotropy import DIMENSIONS, USE_FOR_2D, get_mode
 from stunet_plugin.networks.from_plan import fitting_patch
 from stunet_plugin.networks.memory import traced_training_memory
 from stunet_plugin.networks.presets import MISFM_PRESETS, MISFMPreset
-from stunet_plugin.plans.base_planner import PluginPlanner
+from stunet_plugin.plans.base_planner import PluginPlanner, named_planner
 
 
 class MISFMPlanner(PluginPlanner):
@@ -67,25 +67,15 @@ def _training_bytes(
     input_channels: int,
     output_channels: int,
 ) -> float:
-    values = network.architecture(get_mode(mode)).values()
+    values = *network.architecture(get_mode(mode)).values(), input_channels, output_channels
     with torch.device("meta"):
-        built = get_network_from_plans(
-            *values, input_channels, output_channels, deep_supervision=True
-        )
-    return traced_training_memory(built, input_channels, patch_size, batch_size).total
+        built = get_network_from_plans(*values, deep_supervision=True)
+    return traced_training_memory(built, input_channels, patch_size, batch_size)
 
 
 def make_planner(network: MISFMPreset) -> type[MISFMPlanner]:
-    """Make the planner class of a network."""
-    attributes = {
-        "__doc__": f"Plans ``{network.plans}``, {network.gpu_memory_gb:g} GB by default.",
-        "__module__": __name__,
-        "network_record": network,
-        "network_name": network.name,
-        "default_plans_name": network.plans,
-        "default_memory_gb": network.gpu_memory_gb,
-    }
-    return type(network.planner, (MISFMPlanner,), attributes)
+    names = network.name, network.plans, network.gpu_memory_gb
+    return named_planner(network.planner, MISFMPlanner, *names, network_record=network)
 
 
 PLANNERS = {planner.__name__: planner for planner in map(make_planner, MISFM_PRESETS)}

@@ -14,15 +14,8 @@ if TYPE_CHECKING:
 
 
 def plan(options: Plan) -> int:
-    """Extract fingerprints where they are missing, plan, and say what to run next.
-
-    Raises:
-        PluginError: unknown planner, unknown dataset, nnU-Net's variables not set.
-    """
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprint_dataset,
-        plan_experiment_dataset,
-    )
+    """Extract fingerprints where they are missing, plan, and say what to run next."""
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
@@ -30,11 +23,9 @@ def plan(options: Plan) -> int:
 
     if options.processes < 1:
         raise PluginError(f"-np must be at least 1, not {options.processes}.")
-    planner, spacing = PLANNERS.find(options.planner), options.overwrite_target_spacing
-    for variable, path in (
-        ("nnUNet_raw", nnUNet_raw),
-        ("nnUNet_preprocessed", nnUNet_preprocessed),
-    ):
+    planner = PLANNERS.find(options.planner)
+    paths = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed}
+    for variable, path in paths.items():
         if not path.is_set():
             raise PluginError(f"{variable} is not set. Run: export {variable}=/path/to/{variable}")
     names = {}
@@ -47,12 +38,12 @@ def plan(options: Plan) -> int:
             ) from error
         _check_raw(Path(nnUNet_raw.get(), names[dataset]))
     for dataset, name in names.items():
-        extract_fingerprint_dataset(dataset, num_processes=options.processes, clean=False)
-        plans, identifier = plan_experiment_dataset(
+        api.extract_fingerprint_dataset(dataset, num_processes=options.processes, clean=False)
+        plans, identifier = api.plan_experiment_dataset(
             dataset,
             planner,
             gpu_memory_target_in_gb=options.gpu_memory_target,
-            overwrite_target_spacing=spacing,
+            overwrite_target_spacing=options.overwrite_target_spacing,
             overwrite_plans_name=options.overwrite_plans_name,
         )
         chosen = CONFIGURATION if CONFIGURATION in plans["configurations"] else "2d"

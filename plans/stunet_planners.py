@@ -11,7 +11,7 @@ from stunet_plugin.networks.memory import STUNetShape
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset
 from stunet_plugin.networks.topology import as_strides
 from stunet_plugin.options import CHECKPOINTING, Options
-from stunet_plugin.plans.base_planner import PluginPlanner
+from stunet_plugin.plans.base_planner import PluginPlanner, named_planner
 
 
 class STUNetPlanner(PluginPlanner):
@@ -42,7 +42,7 @@ class STUNetPlanner(PluginPlanner):
         wish = Options().word(CHECKPOINTING)
         return shape.training_memory(
             patch_size, batch_size, checkpointing=OFF if wish in (None, AUTO) else wish
-        ).total
+        )
 
     def advice_for_small_memory(self) -> str:
         names = list(PRESETS)
@@ -51,16 +51,8 @@ class STUNetPlanner(PluginPlanner):
 
 
 def make_planner(preset: STUNetPreset) -> type[STUNetPlanner]:
-    """Make the planner class of a size."""
-    attributes = {
-        "__doc__": f"Plans ``STUNetPlans_{preset.name}``, {preset.gpu_memory_gb:g} GB by default.",
-        "__module__": __name__,
-        "preset": preset,
-        "network_name": f"STU-Net {preset.name}",
-        "default_plans_name": f"STUNetPlans_{preset.name}",
-        "default_memory_gb": preset.gpu_memory_gb,
-    }
-    return type(f"STUNetPlanner_{preset.name}", (STUNetPlanner,), attributes)
+    names = f"STU-Net {preset.name}", f"STUNetPlans_{preset.name}", preset.gpu_memory_gb
+    return named_planner(f"STUNetPlanner_{preset.name}", STUNetPlanner, *names, preset=preset)
 
 
 PLANNERS = {planner.__name__: planner for planner in map(make_planner, PRESETS.values())}

@@ -69,7 +69,7 @@ class CheckpointingTrainer(PluginTrainer):
         # Volume Fusion pretrains with Adam.
         values = ADAM_VALUES if isinstance(self.optimizer, torch.optim.Adam) else SGD_VALUES
         return {
-            setting: shape.training_memory(*step, setting, processes, values).total
+            setting: shape.training_memory(*step, setting, processes, values)
             for setting in SETTINGS
         }
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.residual_block import ResidualBlock
-from stunet_plugin.networks.stunet import STUNet
+from stunet_plugin.networks.stunet import ResidualBlock, STUNet
 from stunet_plugin.options import SHARD
 
 MINIMUM_TORCH = "2.6"

@@ -58,7 +58,7 @@ def size_table(options: List) -> str:
     for preset in PRESETS.values():
         shape = STUNetShape.of_preset(preset, strides, channels, classes)
         peaks = [
-            shape.training_memory(options.patch_size, batch, checkpointing=setting).total / GIGABYTE
+            shape.training_memory(options.patch_size, batch, checkpointing=setting) / GIGABYTE
             for setting in SETTINGS
         ]
         tera = shape.multiply_adds(options.patch_size) / 1e12

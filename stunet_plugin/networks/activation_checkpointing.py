@@ -31,7 +31,6 @@ def checkpointed(
 
     Args:
         module: what ``forward`` runs; its batch norms count the batch once.
-        forward: a function of tensors and of the module's parameters.
         random: it draws random numbers, which then repeat; False saves time where it draws none.
     """
     import torch

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stunet_plugin.networks.base_unet import BaseUNet
 from stunet_plugin.networks.fmunet import ResidualLevel
 from stunet_plugin.networks.pctnet import PCTBlock
-from stunet_plugin.networks.preactivation_unet import PreActivation, Stem
-from stunet_plugin.networks.residual_block import ResidualBlock, activate
-from stunet_plugin.networks.stunet import STUNet, STUNetDecoder
+from stunet_plugin.networks.preactivation_unet import Decoder, PreActivation, Stem
+from stunet_plugin.networks.stunet import ResidualBlock, STUNetDecoder, activate
 from stunet_plugin.networks.window_attention import WindowAttention, WindowTransformer
 
 SLAB_ELEMENTS = 1 << 18
@@ -34,6 +34,8 @@ SMALLEST_IMAGE = 48**3
 """Voxels of an image below which everything is small enough as it is."""
 SMALLEST_MAP = 16**3
 """Voxels of a feature map below which STU-Net's convolutions are faster with the channels first."""
+
+Act = Callable[[Tensor], Tensor]
 
 
 def applies(network: nn.Module, image: Tensor) -> bool:
@@ -58,24 +60,20 @@ def _mixed_precision() -> bool:
         return torch.is_autocast_cpu_enabled()
 
 
-def predict(network: Any, image: Tensor) -> Tensor | list[Tensor]:
-    """Return ``network(image)``.
-
-    Args:
-        network: an STU-Net, a PCT-Net or an FMUNet.
-        image: (batch, channel, depth, height, width), a size that the network takes.
-    """
+def predict(network: BaseUNet, x: Tensor) -> Tensor | list[Tensor]:
+    """Return ``network(x)``."""
     skips: list[Tensor] = []
-    x = image
     for stage in network.encoder.stages:
         x = run(stage, x)
         skips.append(x)
     del x
-    decode = _decode_stunet if isinstance(network, STUNet) else _decode_preactivation
-    return decode(network.decoder, skips)
+    decoder = network.decoder
+    steps = _decode_stunet if isinstance(decoder, STUNetDecoder) else _decode_preactivation
+    outputs = steps(decoder, skips)
+    return outputs[::-1] if decoder.deep_supervision else outputs[0]
 
 
-def _decode_stunet(decoder: STUNetDecoder, skips: list[Tensor]) -> Tensor | list[Tensor]:
+def _decode_stunet(decoder: STUNetDecoder, skips: list[Tensor]) -> list[Tensor]:
     x = skips.pop()
     outputs: list[Tensor] = []
     for conv, stage, head in zip(
@@ -85,10 +83,10 @@ def _decode_stunet(decoder: STUNetDecoder, skips: list[Tensor]) -> Tensor | list
         x = run(stage, x, True)
         if decoder.deep_supervision or not skips:
             outputs.append(head(x).contiguous())
-    return outputs[::-1] if decoder.deep_supervision else outputs[0]
+    return outputs
 
 
-def _decode_preactivation(decoder: Any, skips: list[Tensor]) -> Tensor | list[Tensor]:
+def _decode_preactivation(decoder: Decoder, skips: list[Tensor]) -> list[Tensor]:
     x = run(decoder.bottom, skips.pop())
     outputs: list[Tensor] = []
     for up, merge, block, head in zip(
@@ -99,7 +97,7 @@ def _decode_preactivation(decoder: Any, skips: list[Tensor]) -> Tensor | list[Te
         x = run(block, run(merge, parts), True)
         if decoder.deep_supervision or not skips:
             outputs.append(run(head, x, not skips).contiguous())
-    return outputs[::-1] if decoder.deep_supervision else outputs[0]
+    return outputs
 
 
 # --- the modules that have another way than their forward
@@ -107,11 +105,7 @@ def _decode_preactivation(decoder: Any, skips: list[Tensor]) -> Tensor | list[Te
 
 @functools.singledispatch
 def run(module: Any, x: Any, overwrite: bool = False) -> Tensor:
-    """Return ``module(x)``.
-
-    Args:
-        overwrite: nothing else reads ``x`` afterwards.
-    """
+    """Return ``module(x)``; with ``overwrite``, nothing else reads ``x`` afterwards."""
     result: Tensor = module(x)
     return result
 
@@ -126,7 +120,7 @@ def _(module: nn.Sequential, x: Tensor, overwrite: bool = False) -> Tensor:
 
 @run.register
 def _(block: ResidualBlock, x: Tensor, overwrite: bool = False) -> Tensor:
-    stride = block.conv1.stride
+    stride: Any = block.conv1.stride
     if prod(x.shape[2:]) < SMALLEST_MAP * prod(stride):
         return block(x.contiguous())
 
@@ -136,7 +130,15 @@ def _(block: ResidualBlock, x: Tensor, overwrite: bool = False) -> Tensor:
         return convolve(block.shortcut, slab) if projects else slab
 
     y = norm_and_activation([block.norm1], activate, [convolve(block.conv1, x)], overwrite=True)
-    return norm_sum_activation(block.norm2, activate, convolve(block.conv2, y), shortcut)
+    y = convolve(block.conv2, y)
+    scale, shift = scale_and_shift(block.norm2, y)
+    length = slab_length(y, 2)
+    for start in range(0, y.shape[2], length):
+        slab = y[:, :, start : start + length]
+        total = torch.addcmul(shift, slab, scale)
+        total += shortcut(start, start + length)
+        slab.copy_(activate(total))
+    return y
 
 
 @run.register
@@ -215,53 +217,22 @@ def slab_length(x: Tensor, axis: int) -> int:
 
 
 def norm_and_activation(
-    norms: Sequence[nn.Module],
-    act: Callable[[Tensor], Tensor],
-    inputs: list[Tensor],
-    overwrite: bool,
+    norms: Sequence[nn.Module], act: Act, inputs: list[Tensor], overwrite: bool
 ) -> Tensor:
     """Return ``act(norm(x))`` of all inputs, concatenated along the channels; empties the list.
 
-    Args:
-        norms: batch or instance norm, one per input.
-        act: any activation, element by element.
-        overwrite: a single input may be overwritten with the result.
+    ``overwrite``: a single input may be overwritten with the result.
     """
-    if len(inputs) == 1 and overwrite:
-        result = channels_last(inputs[0])
-    else:
-        result = _empty(inputs[0], sum(x.shape[1] for x in inputs))
-    places = result.split([x.shape[1] for x in inputs], 1)
-    for norm, x, place in zip(norms, inputs, places, strict=True):
+    widths = [x.shape[1] for x in inputs]
+    in_place = overwrite and len(inputs) == 1
+    result = channels_last(inputs[0]) if in_place else _empty(inputs[0], sum(widths))
+    for norm, x, place in zip(norms, inputs, result.split(widths, 1), strict=True):
         scale, shift = scale_and_shift(norm, x)
         length = slab_length(x, 2)
         for read, write in zip(x.split(length, 2), place.split(length, 2), strict=True):
             write.copy_(act(torch.addcmul(shift, read, scale)))
     inputs.clear()
     return result
-
-
-def norm_sum_activation(
-    norm: nn.Module,
-    act: Callable[[Tensor], Tensor],
-    x: Tensor,
-    shortcut: Callable[[int, int], Tensor],
-) -> Tensor:
-    """Overwrite ``x`` with ``act(norm(x) + shortcut)`` and return it.
-
-    Args:
-        act: any activation, element by element; may overwrite its input.
-        x: feature map, channels last.
-        shortcut: from a range of ``x``'s depth to what is added there.
-    """
-    scale, shift = scale_and_shift(norm, x)
-    length = slab_length(x, 2)
-    for start in range(0, x.shape[2], length):
-        slab = x[:, :, start : start + length]
-        total = torch.addcmul(shift, slab, scale)
-        total += shortcut(start, start + length)
-        slab.copy_(act(total))
-    return x
 
 
 def scale_and_shift(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:

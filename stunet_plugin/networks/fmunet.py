@@ -16,17 +16,15 @@ from collections.abc import Sequence
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.anisotropy import Triple
+from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple
+from stunet_plugin.networks.base_unet import Encoder, per_stage
 from stunet_plugin.networks.instance_norm import InstanceNorm
 from stunet_plugin.networks.preactivation_unet import (
     Decoder,
-    Encoder,
     PreActivation,
     PreActivationUNet,
+    SameConv,
     Stem,
-    padding,
-    per_level,
 )
 
 FEATURES = (32, 64, 128, 256, 512)
@@ -51,7 +49,7 @@ def unit(
         [InstanceNorm(in_channels) for _ in range(inputs)],
         # In place is safe: the norm keeps its input, not its output.
         nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
-        nn.Conv3d(inputs * in_channels, out_channels, kernel_size, stride, padding(kernel_size)),
+        SameConv(inputs * in_channels, out_channels, kernel_size, stride),
         dropout,
     )
 
@@ -106,24 +104,22 @@ class FMUNet(PreActivationUNet):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__(input_channels, num_classes, mode, strides)
-        features = per_level("features_per_stage", features_per_stage, integers=True)
-        dropout = per_level("dropout_per_stage", dropout_per_stage)
+        features = per_stage("features_per_stage", features_per_stage, NUM_LEVELS)
+        dropout = per_stage("dropout_per_stage", dropout_per_stage, NUM_LEVELS, integers=False)
         kernels = self.mode.kernel_sizes
-        levels = range(len(features))
 
-        def residual_level(level: int) -> ResidualLevel:
+        def block(level: int) -> ResidualLevel:
             return ResidualLevel(features[level], kernels[level], dropout[level])
 
-        def down(level: int) -> nn.Module:
-            """Into a level; its convolution has the kernel of the level above."""
+        def stage(level: int) -> nn.Sequential:
             if level == 0:
-                return Stem(input_channels, features[0], kernels[0])
-            return unit(
-                features[level - 1], features[level], kernels[level - 1], self.strides[level]
-            )
+                return nn.Sequential(Stem(input_channels, features[0], kernels[0]), block(0))
+            # Down into a level with the kernel of the level above.
+            widths = features[level - 1], features[level]
+            down = unit(*widths, kernels[level - 1], self.mode.strides[level])
+            return nn.Sequential(down, block(level))
 
         def up(level: int) -> nn.Sequential:
-            """From the level below."""
             scale = tuple(float(step) for step in self.strides[level + 1])
             return nn.Sequential(
                 unit(features[level + 1], features[level], (1, 1, 1)),
@@ -131,31 +127,17 @@ class FMUNet(PreActivationUNet):
             )
 
         self.encoder = Encoder(
-            (nn.Sequential(down(level), residual_level(level)) for level in levels),
-            features,
-            self.mode,
+            map(stage, range(NUM_LEVELS)), features, nn.Conv3d, kernels, self.strides
         )
-        steps = levels[-2::-1]
+        steps = range(NUM_LEVELS)[-2::-1]
         self.decoder = Decoder(
-            bottom=residual_level(levels[-1]),
+            bottom=block(NUM_LEVELS - 1),
             ups=map(up, steps),
-            merges=(
-                unit(features[level], features[level], kernels[level], inputs=2) for level in steps
-            ),
-            blocks=map(residual_level, steps),
-            heads=(unit(features[level], num_classes, kernels[level]) for level in steps),
+            merges=(unit(features[i], features[i], kernels[i], inputs=2) for i in steps),
+            blocks=map(block, steps),
+            heads=(unit(features[i], num_classes, kernels[i]) for i in steps),
             deep_supervision=deep_supervision,
         )
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(batch, input_channels, *spatial) to (batch, num_classes, *spatial), or a list of four,
-        levels 0 to 3, full resolution first."""
-        if tuple(x.shape[2:]) == self.mode.reduction:
-            raise PluginError(
-                f"{self._name}: the patch {list(x.shape[2:])} leaves a single voxel at the deepest"
-                " level, where instance norm has nothing to normalise. Double at least one axis."
-            )
-        return super().forward(x)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

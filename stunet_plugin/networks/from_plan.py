@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks import presets
 from stunet_plugin.networks.anisotropy import (
     DIMENSIONS,
     USE_FOR_2D,
@@ -19,15 +20,9 @@ from stunet_plugin.networks.anisotropy import (
     choose_mode,
     get_mode,
 )
-from stunet_plugin.networks.presets import (
-    DEFAULT_SIZE,
-    PRESETS,
-    MISFMPreset,
-    STUNetPreset,
-    find_preset,
-    get_preset,
-)
+from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import (
+    Strides,
     as_strides,
     check_patch_size,
     published_strides,
@@ -75,42 +70,38 @@ def resolve(
             f"patch_size in the plan of {who} must be a list of integers, not {patch!r}. {REPLAN}"
         )
     if isinstance(network, MISFMPreset):
-        return _resolve_misfm(configuration, architecture, network, who)
-    return _resolve_stunet(patch, architecture, network, who)
-
-
-def _resolve_stunet(
-    patch: Sequence[int], architecture: Mapping[str, Any], preset: STUNetPreset | None, who: str
-) -> Resolved:
-    planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
-    if planned == STUNET_CLASS:
-        needed = ("strides", "features_per_stage", "n_blocks_per_stage")
-        missing = [name for name in needed if name not in kwargs]
-        if missing:
-            raise PluginError(
-                f"The STU-Net in the plan of {who} lacks {', '.join(missing)}. {REPLAN}"
-            )
-        if preset is not None:
-            _check_size(kwargs, preset, who)
-        resolved = dict(architecture)
-    elif planned.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
-        resolved = stunet_architecture(preset or get_preset(DEFAULT_SIZE), kwargs["strides"])
+        resolved, strides = _resolve_misfm(configuration, network, who)
+        advice = f"Plan with -pl {network.planner}, or set patch_size in the plans file."
     else:
-        raise _other_network(
-            who, planned, "STUNetPlanner_<size> (-p STUNetPlans_<size>)", "nnUNetResEncUNetLPlans, "
-        )
-    strides = as_strides(resolved["arch_kwargs"]["strides"])
-    advice = (
-        "Set patch_size in the plans file to one of them, or plan again with"
-        " nnUNetv2_plan_experiment."
-    )
+        resolved, strides = _resolve_stunet(architecture, network, who)
+        advice = "Set patch_size in the plans file to one of them, or plan again."
     check_patch_size(patch, strides, f"The network of {who}", advice)
-    if tuple(patch) == total_stride(strides):
+    if tuple(patch) == total_stride(strides) and network is not presets.PCTNET:
         raise PluginError(
             f"Patch size {list(patch)} leaves a single voxel at the deepest stage of {who}, and"
             " instance norm cannot train on one. Double at least one axis in the plans file."
         )
-    return Resolved(resolved)
+    return resolved
+
+
+def _resolve_stunet(
+    architecture: Mapping[str, Any], preset: STUNetPreset | None, who: str
+) -> tuple[Resolved, Strides]:
+    planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
+    if planned == STUNET_CLASS:
+        needed = ("strides", "features_per_stage", "n_blocks_per_stage")
+        if missing := [name for name in needed if name not in kwargs]:
+            raise PluginError(f"The plan of {who} lacks {', '.join(missing)}. {REPLAN}")
+        if preset is not None:
+            _check_size(kwargs, preset, who)
+        resolved = dict(architecture)
+    elif planned.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
+        size = preset or presets.get_preset(presets.DEFAULT_SIZE)
+        resolved = stunet_architecture(size, kwargs["strides"])
+    else:
+        ours = "STUNetPlanner_<size> (-p STUNetPlans_<size>)"
+        raise _other_network(who, planned, ours)
+    return Resolved(resolved), as_strides(resolved["arch_kwargs"]["strides"])
 
 
 def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> None:
@@ -121,75 +112,56 @@ def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> No
     if (features, blocks) == (preset.features_per_stage, preset.blocks_per_stage):
         published = stunet_architecture(preset, kwargs["strides"])["arch_kwargs"]
         for name in ("n_stages", "kernel_sizes", "n_blocks_per_stage_decoder"):
-            if kwargs.get(name) != published[name] and kwargs.get(name) not in (3, preset.blocks):
+            if kwargs.get(name) not in (published[name], 3, preset.blocks):
                 raise PluginError(
                     f"{who} trains the published STU-Net {preset.name}, but the plan has {name}"
                     f" {kwargs.get(name)}, not {published[name]}, and published weights would not"
                     " fit. Use -tr STUNetTrainer to train it as planned."
                 )
         return
-    planned = find_preset(features, blocks)
+    planned = presets.find_preset(features, blocks)
     description = f"STU-Net {planned.name}" if planned else f"widths {features}, blocks {blocks}"
     trainer = who.replace(preset.name, planned.name, 1) if planned else "STUNetTrainer"
     raise PluginError(
         f"{who} trains STU-Net {preset.name} (widths {list(preset.features_per_stage)}), but the"
         f" plan is for {description}. Use -tr {trainer} with this plan, or"
         f" -p STUNetPlans_{preset.name} with this trainer (planner STUNetPlanner_{preset.name})."
-        f" Sizes: {', '.join(PRESETS)}."
     )
 
 
 def _resolve_misfm(
-    configuration: Mapping[str, Any],
-    architecture: Mapping[str, Any],
-    network: MISFMPreset,
-    who: str,
-) -> Resolved:
-    patch, spacing = configuration["patch_size"], configuration.get("spacing")
-    if len(patch) != DIMENSIONS:
-        raise PluginError(
-            f"{who} cannot train a configuration with patch size {list(patch)}. {USE_FOR_2D}"
-        )
+    configuration: Mapping[str, Any], network: MISFMPreset, who: str
+) -> tuple[Resolved, Strides]:
+    architecture, patch = configuration["architecture"], configuration["patch_size"]
     planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
+    if len(patch) != DIMENSIONS:
+        raise PluginError(f"{who} cannot train with patch size {list(patch)}. {USE_FOR_2D}")
     if planned == network.class_name:
         if "mode" not in kwargs:
             raise PluginError(f"The {network.name} in the plan of {who} lacks its mode. {REPLAN}")
         mode, reason = get_mode(kwargs["mode"]), f"Mode {kwargs['mode']}, as the plan says."
         # Widths and the like that somebody set in the plans file are kept.
         kwargs = {**kwargs, **network.architecture(mode)["arch_kwargs"]}
-        resolved = {**architecture, "arch_kwargs": kwargs}
-    elif planned.startswith(HOST_ARCHITECTURES):
-        if not isinstance(spacing, (list, tuple, np.ndarray)):
-            raise PluginError(
-                f"spacing in the plan of {who} must be a list of millimetres, not {spacing!r}."
-                f" {REPLAN}"
-            )
-        mode, reason = choose_mode([float(step) for step in spacing], patch)
-        resolved = network.architecture(mode)
-    else:
+        return Resolved({**architecture, "arch_kwargs": kwargs}, reason), mode.strides
+    if not planned.startswith(HOST_ARCHITECTURES):
         raise _other_network(who, planned, f"{network.planner} (-p {network.plans})")
-    advice = (
-        f"Plan with -pl {network.planner}, which makes {network.plans} of such sizes, or set"
-        " patch_size in the plans file."
-    )
-    check_patch_size(patch, mode.strides, f"{network.name} in mode {mode.number}", advice)
-    return Resolved(resolved, reason)
+    spacing = configuration.get("spacing")
+    if not isinstance(spacing, (list, tuple, np.ndarray)):
+        raise PluginError(f"spacing in the plan of {who} must be a list, not {spacing!r}. {REPLAN}")
+    mode, reason = choose_mode([float(step) for step in spacing], patch)
+    return Resolved(network.architecture(mode), reason), mode.strides
 
 
-def _other_network(who: str, planned: str, ours: str, more: str = "") -> PluginError:
+def _other_network(who: str, planned: str, ours: str) -> PluginError:
     return PluginError(
         f"{who} cannot use a plan for the network {planned or '(none named)'!r}. Allowed: plans of"
-        f" nnU-Net's own planners (-p nnUNetPlans, {more}...) and of {ours}."
+        f" nnU-Net's own planners (-p nnUNetPlans, ...) and of {ours}."
     )
 
 
 def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the ``architecture`` entry of a plans file for a size of STU-Net.
-
-    Args:
-        preset: the size.
-        strides: of a plan; cut or padded to the published six stages.
-    """
+    """Return the ``architecture`` entry of a plans file for a size of STU-Net; a plan's strides are
+    cut or padded to the published six stages."""
     fitted = published_strides(strides)
     dimensions = len(fitted[0])
     return {

@@ -1,8 +1,8 @@
 """Memory of a training step, with parameters and FLOPs: nothing is computed or allocated.
 
-One account (:class:`TrainingMemory`) of what a step of nnU-Net takes. What the forward pass keeps
-is counted by arithmetic for STU-Net, which ``stunet list`` prints without torch (the tests hold it
-against the network), and for any other network by tracing it on the meta device.
+What the forward pass keeps is counted by arithmetic for STU-Net, which ``stunet list`` prints
+without torch (the tests hold it against the network), and for any other network by tracing it on
+the meta device.
 """
 
 from __future__ import annotations
@@ -51,74 +51,49 @@ BACKWARD_MAPS_STUNET, BACKWARD_MAPS = 5, 4
 CUDA_CONTEXT_BYTES = 1.0 * GIGABYTE
 
 
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Estimated peak of a training step in bytes, by what takes it.
+def _peak(
+    parameters: int,
+    activations: float,
+    backward: float,
+    logits: float,
+    optimizer_values: int,
+    mixed_precision: bool = True,
+    recomputed: float = 0,
+    processes: int = 1,
+) -> float:
+    """Return the peak in bytes of a training step with these numbers of elements, all of a whole
+    batch.
 
-    Attributes:
-        parameters: weights, gradients, optimizer.
+    Args:
         activations: kept from the forward to the backward pass.
-        loss: while it is computed.
-        backward: gradients of activations.
-        context: of CUDA.
-        recomputed: activations that exist a second time at once, and the logits, which are what
-            the loss has left by then.
+        backward: gradients of activations that exist at once.
+        mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU,
+            without a CUDA context.
+        recomputed: activations that exist a second time at once.
+        processes: that weights, gradients and momentum are sharded over; the blocks that are
+            gathered are not counted.
     """
-
-    parameters: float
-    activations: float
-    loss: float
-    backward: float
-    context: float
-    recomputed: float = 0.0
-
-    @property
-    def total(self) -> float:
-        # The whole loss is differentiated before anything of the network is.
-        most = max(self.loss, self.recomputed)
-        return self.parameters + self.activations + most + self.backward + self.context
-
-    @classmethod
-    def of_counts(
-        cls,
-        parameters: int,
-        activations: float,
-        backward: float,
-        logits: float,
-        optimizer_values: int,
-        mixed_precision: bool = True,
-        recomputed: float = 0,
-        processes: int = 1,
-    ) -> TrainingMemory:
-        """Return the bytes of these numbers of elements, all of a whole batch.
-
-        Args:
-            mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU,
-                without a CUDA context.
-            processes: that weights, gradients and momentum are sharded over; the blocks that are
-                gathered are not counted.
-        """
-        element = 2 if mixed_precision else 4
-        kept = WEIGHT_AND_GRADIENT_BYTES + optimizer_values * OPTIMIZER_VALUE_BYTES
-        copies = AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0
-        return cls(
-            parameters=float(parameters * (kept / processes + copies)),
-            activations=float(activations * element),
-            loss=float(logits * (element + LOSS_BYTES_PER_LOGIT)),
-            backward=float(backward * element),
-            context=CUDA_CONTEXT_BYTES if mixed_precision else 0.0,
-            recomputed=float((recomputed + 2 * logits) * element) if recomputed else 0.0,
-        )
+    element = 2 if mixed_precision else 4
+    kept = WEIGHT_AND_GRADIENT_BYTES + optimizer_values * OPTIMIZER_VALUE_BYTES
+    copies = AUTOCAST_BYTES_PER_PARAMETER if mixed_precision else 0
+    # The whole loss is differentiated before anything of the network is; it leaves the logits.
+    loss = logits * (element + LOSS_BYTES_PER_LOGIT)
+    again = (recomputed + 2 * logits) * element if recomputed else 0
+    return float(
+        parameters * (kept / processes + copies)
+        + (activations + backward) * element
+        + max(loss, again)
+        + (CUDA_CONTEXT_BYTES if mixed_precision else 0)
+    )
 
 
 def traced_training_memory(
     network: nn.Module, input_channels: int, patch_size: Sequence[int], batch_size: int
-) -> TrainingMemory:
-    """Estimate the peak of one of nnU-Net's training steps on CUDA with Adam.
+) -> float:
+    """Estimate the peak in bytes of one of nnU-Net's training steps on CUDA with Adam.
 
     Args:
         network: on the meta device, with deep supervision on.
-        input_channels, patch_size: of its input.
         batch_size: samples on this device.
     """
     import torch
@@ -142,7 +117,7 @@ def traced_training_memory(
         # Two samples, because batch norm refuses one voxel of one.
         outputs = network(torch.empty(2, input_channels, *patch_size, device="meta"))
     sizes = [elements(tensor) * batch_size / 2 for tensor in kept.values()]
-    return TrainingMemory.of_counts(
+    return _peak(
         sum(parameter.numel() for parameter in network.parameters()),
         activations=sum(sizes),
         backward=BACKWARD_MAPS * max(sizes),
@@ -177,13 +152,8 @@ class STUNetShape:
         input_channels: int = REFERENCE_INPUT_CHANNELS,
         output_channels: int = REFERENCE_OUTPUT_CHANNELS,
     ) -> STUNetShape:
-        return cls(
-            preset.features_per_stage,
-            preset.blocks_per_stage,
-            strides,
-            input_channels,
-            output_channels,
-        )
+        sizes = preset.features_per_stage, preset.blocks_per_stage
+        return cls(*sizes, strides, input_channels, output_channels)
 
     def _blocks(self) -> Iterator[tuple[int, int, int, bool]]:
         """Yield stage, input and output channels of every residual block, encoder first, and
@@ -231,17 +201,14 @@ class STUNetShape:
         block or stage.
         """
         voxels = self.voxels(patch_size)
-        total = self.input_channels * voxels[0]
+        inputs = self.input_channels * voxels[0]
+        maps = [width * size for width, size in zip(self.features, voxels, strict=True)]
         if checkpointing == STAGE:
-            encoder = sum(width * size for width, size in zip(self.features, voxels, strict=True))
-            return total + 2 * encoder - self.features[-1] * voxels[-1]
-        blocks = sum(width * voxels[stage] for stage, _, width, _ in self._blocks())
+            return inputs + sum(maps) + sum(maps[:-1])
+        blocks = sum(maps[stage] for stage, *_ in self._blocks())
         if checkpointing != OFF:
-            return total + blocks
-        concatenations = sum(
-            2 * width * size for width, size in zip(self.features[:-1], voxels, strict=False)
-        )
-        return total + MAPS_OF_A_BLOCK * blocks + concatenations
+            return inputs + blocks
+        return inputs + MAPS_OF_A_BLOCK * blocks + 2 * sum(maps[:-1])
 
     def recomputed_activations(self, patch_size: Sequence[int], checkpointing: str) -> int:
         """Return the most elements per sample that the backward pass computes again at once: a
@@ -261,24 +228,24 @@ class STUNetShape:
         checkpointing: str = OFF,
         processes: int = 1,
         optimizer_values: int = SGD_VALUES,
-    ) -> TrainingMemory:
-        """Estimate the peak of one of nnU-Net's training steps (deep supervision, Dice + CE).
+    ) -> float:
+        """Estimate the peak in bytes of one of nnU-Net's training steps (deep supervision, Dice +
+        CE).
 
         Args:
-            patch_size: voxels per axis.
             batch_size: samples on this device.
-            mixed_precision, processes: see :meth:`TrainingMemory.of_counts`.
+            mixed_precision, processes: see :func:`_peak`.
             checkpointing: one of ``activation_checkpointing.SETTINGS``.
             optimizer_values: that the optimizer keeps per parameter.
         """
         voxels = self.voxels(patch_size)
-        return TrainingMemory.of_counts(
+        return _peak(
             self.parameters(),
-            activations=batch_size * self.kept_activations(patch_size, checkpointing),
-            backward=batch_size * BACKWARD_MAPS_STUNET * self.features[0] * voxels[0],
-            logits=batch_size * self.output_channels * sum(voxels[:-1]),
-            optimizer_values=optimizer_values,
-            mixed_precision=mixed_precision,
-            recomputed=batch_size * self.recomputed_activations(patch_size, checkpointing),
-            processes=processes,
+            batch_size * self.kept_activations(patch_size, checkpointing),
+            batch_size * BACKWARD_MAPS_STUNET * self.features[0] * voxels[0],
+            batch_size * self.output_channels * sum(voxels[:-1]),
+            optimizer_values,
+            mixed_precision,
+            batch_size * self.recomputed_activations(patch_size, checkpointing),
+            processes,
         )

@@ -21,43 +21,39 @@ from typing import Any
 from torch import Tensor, nn
 
 from stunet_plugin.networks.activation_checkpointing import checkpointed
-from stunet_plugin.networks.anisotropy import Triple
+from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple
+from stunet_plugin.networks.base_unet import Encoder, check_integer, per_stage
 from stunet_plugin.networks.preactivation_unet import (
     Decoder,
-    Encoder,
     PreActivation,
     PreActivationUNet,
+    SameConv,
     Stem,
-    check_integer,
-    padding,
-    per_level,
 )
 from stunet_plugin.networks.window_attention import WINDOW_SIZE, WindowTransformer
 
 FEATURES = (24, 48, 128, 256, 512)
 DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
+FIRST_PYRAMID_LEVEL = 2
 NUM_HEADS = (4, 8, 16)
 """Attention heads of levels 2, 3 and 4."""
-
 DEPTH = 2
 MLP_RATIO = 4
 DROP_PATH = 0.2
-
-FIRST_PYRAMID_LEVEL = 2
 
 
 def unit(
     in_channels: int, out_channels: int, kernel_size: Triple, dropout: float = 0.0
 ) -> PreActivation:
     """BatchNorm - PReLU (one weight) - (dropout) - convolution."""
-    conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding(kernel_size))
+    conv = SameConv(in_channels, out_channels, kernel_size)
     return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, dropout)
 
 
 def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
     """A unit of skip and upsampled features; one PReLU serves both, as published."""
-    conv = nn.Conv3d(2 * channels, channels, kernel_size, padding=padding(kernel_size))
-    return PreActivation([nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)], nn.PReLU(), conv)
+    norms = nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)
+    return PreActivation(norms, nn.PReLU(), SameConv(2 * channels, channels, kernel_size))
 
 
 def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivation:
@@ -73,13 +69,7 @@ def conv_block(channels: int, kernel_size: Triple, dropout: float) -> nn.Sequent
 
 
 class PCTBlock(nn.Module):
-    """A convolution block and a window transformer on the same input, summed.
-
-    Args:
-        channels, kernel_size, dropout: of both.
-        checkpointing: see ``checkpoint_pyramid`` of :class:`PCTNet`.
-        transformer: further arguments of :class:`WindowTransformer`.
-    """
+    """A convolution block and a window transformer on the same input, summed."""
 
     def __init__(
         self,
@@ -155,13 +145,17 @@ class PCTNet(PreActivationUNet):
         checkpoint_pyramid: bool = False,
     ) -> None:
         super().__init__(input_channels, num_classes, mode, strides)
-        features = per_level("features_per_stage", features_per_stage, integers=True)
-        dropout = per_level("dropout_per_stage", dropout_per_stage)
-        kernels = self.mode.kernel_sizes
-        levels = range(len(features))
-        _check_heads(num_heads, features)
+        features = per_stage("features_per_stage", features_per_stage, NUM_LEVELS)
+        dropout = per_stage("dropout_per_stage", dropout_per_stage, NUM_LEVELS, integers=False)
+        pyramid = features[FIRST_PYRAMID_LEVEL:]
+        heads = per_stage("num_heads", num_heads, len(pyramid))
+        if any(channels % number for number, channels in zip(heads, pyramid, strict=True)):
+            raise ValueError(
+                f"num_heads must divide the channels {list(pyramid)}, not {num_heads!r}."
+            )
         check_integer("window_size", window_size, 2)
-        check_integer("depth", depth, 1)
+        check_integer("depth", depth)
+        kernels = self.mode.kernel_sizes
 
         def block(level: int) -> nn.Module:
             if level < FIRST_PYRAMID_LEVEL:
@@ -171,7 +165,7 @@ class PCTNet(PreActivationUNet):
                 kernels[level],
                 dropout[level],
                 checkpoint_pyramid,
-                num_heads=num_heads[level - FIRST_PYRAMID_LEVEL],
+                num_heads=heads[level - FIRST_PYRAMID_LEVEL],
                 depth=depth,
                 window_size=window_size,
                 mlp_ratio=mlp_ratio,
@@ -180,24 +174,20 @@ class PCTNet(PreActivationUNet):
 
         def stage(level: int) -> nn.Sequential:
             if level == 0:
-                stem = Stem(input_channels, features[0], kernels[0])
-                return nn.Sequential(stem, block(0))
-            pool = nn.MaxPool3d(self.strides[level])
-            return nn.Sequential(
-                pool, unit(features[level - 1], features[level], kernels[level]), block(level)
-            )
+                return nn.Sequential(Stem(input_channels, features[0], kernels[0]), block(0))
+            down = unit(features[level - 1], features[level], kernels[level])
+            return nn.Sequential(nn.MaxPool3d(self.strides[level]), down, block(level))
 
-        self.encoder = Encoder(map(stage, levels), features, self.mode)
-        steps = levels[-2::-1]
+        self.encoder = Encoder(
+            map(stage, range(NUM_LEVELS)), features, nn.Conv3d, kernels, self.strides
+        )
+        steps = range(NUM_LEVELS)[-2::-1]
         self.decoder = Decoder(
             bottom=nn.Identity(),
-            ups=(
-                up_unit(features[level + 1], features[level], self.strides[level + 1])
-                for level in steps
-            ),
-            merges=(merge_unit(features[level], kernels[level]) for level in steps),
+            ups=(up_unit(features[i + 1], features[i], self.mode.strides[i + 1]) for i in steps),
+            merges=(merge_unit(features[i], kernels[i]) for i in steps),
             blocks=map(block, steps),
-            heads=(unit(features[level], num_classes, (1, 1, 1)) for level in steps),
+            heads=(unit(features[i], num_classes, (1, 1, 1)) for i in steps),
             deep_supervision=deep_supervision,
         )
 
@@ -205,19 +195,5 @@ class PCTNet(PreActivationUNet):
     def initialize(module: nn.Module) -> None:
         """The published initialisation: torch's own of every layer, tables from a normal
         distribution. For ``network.apply``."""
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
+        if reset := getattr(module, "reset_parameters", None):
             reset()
-
-
-def _check_heads(num_heads: Sequence[int], features: Sequence[int]) -> None:
-    pyramid = features[FIRST_PYRAMID_LEVEL:]
-    numbers = list(num_heads) if isinstance(num_heads, Sequence) else []
-    whole = len(numbers) == len(pyramid) and all(
-        isinstance(heads, int) and heads >= 1 for heads in numbers
-    )
-    if not whole or any(channels % heads for heads, channels in zip(numbers, pyramid, strict=True)):
-        raise ValueError(
-            f"num_heads must be {len(pyramid)} integers that divide the channels"
-            f" {list(pyramid)}, not {num_heads!r}."
-        )

@@ -35,7 +35,6 @@ class STUNetPreset:
         parameters: published (``tiny``: computed) at 1 input channel and 105 outputs.
         gpu_memory_gb: default of the planner's ``-gpu_memory_target``.
         paper_tera_flops: at 128^3, a multiply-add counted once; None if unpublished.
-        source: of the numbers.
     """
 
     name: str
@@ -44,27 +43,24 @@ class STUNetPreset:
     parameters: int
     gpu_memory_gb: float
     paper_tera_flops: float | None
-    source: str
 
     @property
     def features_per_stage(self) -> tuple[int, ...]:
-        """Channels of the six stages, full resolution first."""
         return tuple(self.width * multiplier for multiplier in WIDTH_MULTIPLIERS)
 
     @property
     def blocks_per_stage(self) -> tuple[int, ...]:
-        """Residual blocks of the six encoder stages."""
         return (self.blocks,) * NUM_STAGES
 
 
 PRESETS: dict[str, STUNetPreset] = {
     preset.name: preset
     for preset in (
-        STUNetPreset("tiny", 4, 1, 924_381, 2, None, "this project, for tests and dry runs"),
-        STUNetPreset("small", 16, 1, 14_596_941, 8, 0.13, "arXiv:2304.06716, small_ep4k.model"),
-        STUNetPreset("base", 32, 1, 58_262_669, 16, 0.51, "arXiv:2304.06716, base_ep4k.model"),
-        STUNetPreset("large", 64, 2, 440_302_605, 40, 3.81, "arXiv:2304.06716, large_ep4k.model"),
-        STUNetPreset("huge", 96, 3, 1_457_326_221, 80, 12.60, "arXiv:2304.06716, huge_ep4k.model"),
+        STUNetPreset("tiny", 4, 1, 924_381, 2, None),  # for tests and dry runs
+        STUNetPreset("small", 16, 1, 14_596_941, 8, 0.13),
+        STUNetPreset("base", 32, 1, 58_262_669, 16, 0.51),
+        STUNetPreset("large", 64, 2, 440_302_605, 40, 3.81),
+        STUNetPreset("huge", 96, 3, 1_457_326_221, 80, 12.60),
     )
 }
 """The sizes of STU-Net."""
@@ -131,11 +127,7 @@ MISFM_PRESETS = (PCTNET, FMUNET)
 
 
 def get_preset(name: str) -> STUNetPreset:
-    """Return a size of STU-Net.
-
-    Raises:
-        PluginError: unknown size, with the known ones and the nearest.
-    """
+    """Return a size of STU-Net; a PluginError names the known ones and the nearest."""
     if name in PRESETS:
         return PRESETS[name]
     raise PluginError(
@@ -143,12 +135,7 @@ def get_preset(name: str) -> STUNetPreset:
     )
 
 
-def find_preset(
-    features_per_stage: tuple[int, ...], blocks_per_stage: tuple[int, ...]
-) -> STUNetPreset | None:
+def find_preset(features: tuple[int, ...], blocks: tuple[int, ...]) -> STUNetPreset | None:
     """Return the size with these widths and encoder depths, None if it is not published."""
-    wanted = features_per_stage, blocks_per_stage
-    for preset in PRESETS.values():
-        if (preset.features_per_stage, preset.blocks_per_stage) == wanted:
-            return preset
-    return None
+    sizes = {(one.features_per_stage, one.blocks_per_stage): one for one in PRESETS.values()}
+    return sizes.get((features, blocks))

@@ -7,6 +7,7 @@ axis; the first entry is all ones because the first stage works at full resoluti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,31 +19,19 @@ Strides = tuple[tuple[int, ...], ...]
 
 
 def as_strides(strides: Any) -> Strides:
-    """Turn the nested lists of a plans file into tuples of ints (2.0 counts as 2).
-
-    Raises:
-        PluginError: not a list of stages, each with as many positive integers as there are axes.
-    """
-    lists = (list, tuple, np.ndarray)
-    stages = list(strides) if isinstance(strides, lists) else []
-    steps = [step for stage in stages if isinstance(stage, lists) for step in stage]
-    if (
-        not steps
-        or not all(isinstance(stage, lists) for stage in stages)
-        or len({len(stage) for stage in stages}) != 1
-        or not all(map(_is_step, steps))
-    ):
-        raise PluginError(
-            "Expected one list per stage with a positive integer per axis, as in [[1, 1, 1], [2, 2,"
-            f" 2]], not {strides!r}."
-        )
-    return tuple(tuple(int(step) for step in stage) for stage in stages)
-
-
-def _is_step(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return False
-    return bool(value >= 1 and value == value // 1)
+    """Turn the nested lists of a plans file into tuples of ints (2.0 counts as 2)."""
+    try:
+        steps = np.asarray(strides)  # ValueError: not as many numbers in each stage
+        if steps.dtype.kind in "iuf" and steps.ndim == 2 and steps.size:
+            whole = steps.astype(int)
+            if (whole >= 1).all() and (whole == steps).all():
+                return tuple(map(tuple, whole.tolist()))
+    except ValueError:
+        pass
+    raise PluginError(
+        "Expected one list per stage with a positive integer per axis, as in [[1, 1, 1], [2, 2,"
+        f" 2]], not {strides!r}."
+    )
 
 
 def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
@@ -51,31 +40,21 @@ def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
     The plan's poolings after its first entry are cut to five, or padded with ones at the deep end
     (facts from the published trainer, ``pool_op_kernel_sizes[1:]``). Kernel sizes stay 3
     everywhere, so weights fit whatever the plan.
-
-    Args:
-        plan_strides: strides of the plan, at least the first stage's.
-
-    Returns:
-        Six entries.
     """
     strides = as_strides(plan_strides)
     no_pooling = (1,) * len(strides[0])
-    poolings = strides[1:NUM_STAGES]
-    return (no_pooling, *poolings, *([no_pooling] * (NUM_STAGES - 1 - len(poolings))))
+    return (no_pooling, *strides[1:], *[no_pooling] * NUM_STAGES)[:NUM_STAGES]
 
 
 def strides_for_patch(patch_size: Sequence[int]) -> Strides:
     """Return six stages with the poolings that a patch allows, for isotropic spacing.
 
     An axis is halved, at most five times, while it is even and at least four voxels are left.
-
-    Raises:
-        PluginError: no axis can be halved even once.
     """
     sizes = [int(size) for size in patch_size]
     stages = [(1,) * len(sizes)]
     for _ in range(NUM_STAGES - 1):
-        steps = tuple(2 if size % 2 == 0 and size // 2 >= 4 else 1 for size in sizes)
+        steps = tuple(2 if size % 2 == 0 and size >= 8 else 1 for size in sizes)
         sizes = [size // step for size, step in zip(sizes, steps, strict=True)]
         stages.append(steps)
     if total_stride(tuple(stages)) == stages[0]:
@@ -88,10 +67,7 @@ def strides_for_patch(patch_size: Sequence[int]) -> Strides:
 
 def total_stride(strides: Strides) -> tuple[int, ...]:
     """Return by how much each axis shrinks from the input to the deepest stage."""
-    total = [1] * len(strides[0])
-    for stage in strides:
-        total = [product * step for product, step in zip(total, stage, strict=True)]
-    return tuple(total)
+    return tuple(map(prod, zip(*strides, strict=True)))
 
 
 def num_poolings(strides: Strides) -> int:
@@ -101,12 +77,11 @@ def num_poolings(strides: Strides) -> int:
 
 def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int, ...]]:
     """Return the spatial shape of every stage for an input of ``patch_size`` voxels."""
-    shape = tuple(int(size) for size in patch_size)
-    shapes = []
-    for stage in strides:
-        shape = tuple(size // step for size, step in zip(shape, stage, strict=True))
-        shapes.append(shape)
-    return shapes
+    totals = (total_stride(strides[: stage + 1]) for stage in range(len(strides)))
+    return [
+        tuple(int(size) // step for size, step in zip(patch_size, total, strict=True))
+        for total in totals
+    ]
 
 
 def deep_supervision_scales(strides: Strides) -> list[list[float]]:
@@ -115,27 +90,20 @@ def deep_supervision_scales(strides: Strides) -> list[list[float]]:
     The decoder has one output for each stage but the deepest, so targets and outputs pair up by
     construction.
     """
-    scales = []
-    scale = [1.0] * len(strides[0])
-    for stage in strides[:-1]:
-        scale = [value / step for value, step in zip(scale, stage, strict=True)]
-        scales.append(scale)
-    return scales
+    return [
+        [1 / step for step in total_stride(strides[: stage + 1])]
+        for stage in range(len(strides) - 1)
+    ]
 
 
 def check_patch_size(
     patch_size: Sequence[int], strides: Strides, who: str, advice: str = "Use one of them."
 ) -> None:
-    """Raise unless every axis of the patch is divisible by the network's total stride.
+    """Raise a PluginError unless every axis of the patch is divisible by the total stride.
 
     Args:
-        patch_size: voxels per axis.
-        strides: of the network.
         who: what the message calls the network.
         advice: what to do with the nearest sizes that work.
-
-    Raises:
-        PluginError: names the patch, the total stride and the nearest sizes that work.
     """
     total = total_stride(strides)
     if len(patch_size) != len(total):
@@ -148,7 +116,6 @@ def check_patch_size(
         below = [max(size // step, 1) * step for size, step in pairs]
         above = [max(-(-size // step), 1) * step for size, step in pairs]
         raise PluginError(
-            f"{who} reduces the axes by {list(total)}, so the patch size must be divisible by"
-            f" {list(total)}, but it is {list(patch_size)}. Nearest sizes that work: {below} and"
-            f" {above}. {advice}"
+            f"{who} takes patch sizes divisible by {list(total)}, not {list(patch_size)}. Nearest"
+            f" sizes that work: {below} and {above}. {advice}"
         )

@@ -5,8 +5,8 @@ code: github.com/openmedlab/MIS-FM (Apache-2.0), read for facts, not copied. The
 published; deviations:
 
 * Fused attention (``scaled_dot_product_attention``), bias and shift mask as an additive mask.
-* Which token is in which window, which windows need a mask, and which row of the bias table a pair
-  of tokens reads depend on the shape alone: computed once per shape, not in every forward.
+* What depends on the shape alone (tokens of windows, masks, rows of the bias table) is computed
+  once per shape, not in every forward.
 * Windows follow from the input, so a network takes volumes of any size.
 * A bias table has one row per offset, see :class:`WindowAttention`.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from operator import index
 from typing import Any, NamedTuple
@@ -47,10 +47,9 @@ class WindowLayout(NamedTuple):
     Attributes:
         window: voxels per axis of a window.
         padded: shape of the volume in whole windows.
-        counts: windows that share each mask, in order.
-        order: (tokens,) where the tokens of all windows, in turn, come from in the flattened
-            padded volume.
-        inverse: (tokens,) where the tokens of the flattened padded volume come from in the windows.
+        counts: windows that share each mask.
+        order: (tokens,) where the windows' tokens come from in the flattened padded volume.
+        inverse: (tokens,) where the padded volume's tokens come from in the windows.
         masks: (mask, token, token), 0 or ``MASKED``.
     """
 
@@ -62,19 +61,16 @@ class WindowLayout(NamedTuple):
     masks: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        """(batch, *spatial, channel) to windows.
-
-        Padded voxels are zeros that take part in attention as in the published code.
-        """
-        depth, height, width = (
-            whole - size for whole, size in zip(self.padded, x.shape[1:4], strict=True)
-        )
+        """(batch, *spatial, channel) to windows; padded voxels are zeros that take part in
+        attention, as published."""
+        sizes = zip(self.padded, x.shape[1:4], strict=True)
+        depth, height, width = (whole - size for whole, size in sizes)
         x = functional.pad(x, (0, 0, 0, width, 0, height, 0, depth))
         tokens: Tensor = _Reorder.apply(x.flatten(1, 3), self.order, self.inverse)
         return tokens.unflatten(1, (-1, self.window**3))
 
     def split(self, windows: Tensor) -> tuple[Tensor, ...]:
-        """Return the windows of each mask."""
+        """The windows of each mask."""
         return windows.split(self.counts, 1)
 
     def scatter(self, windows: Tensor, shape: torch.Size) -> Tensor:
@@ -83,15 +79,14 @@ class WindowLayout(NamedTuple):
         return x.unflatten(1, self.padded)[:, : shape[1], : shape[2], : shape[3]]
 
 
-def windows_per_mask(grid: list[int], shift: int) -> list[int]:
+def windows_per_mask(grid: Sequence[int], shift: int) -> list[int]:
     """Return how many windows share each mask, in the order of :class:`WindowLayout`.
 
     With a shift, the last window of an axis holds what has come around from its start, so windows
     are of eight kinds: last along none of the axes, the third, the second, ...
     """
-    if shift == 0:
-        return [prod(grid)]
-    return [prod(counts) for counts in itertools.product(*[(count - 1, 1) for count in grid])]
+    kinds = [(count - 1, 1) if shift else (count,) for count in grid]
+    return list(map(prod, itertools.product(*kinds)))
 
 
 def window_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
@@ -106,54 +101,42 @@ def _layout_tensors(
     shape: Triple, window: int, shift: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute order, inverse and masks; shapes depend on the arguments alone."""
-    grid = [size // window for size in shape]
+    depth, height, width = (size // window for size in shape)
     tokens = torch.arange(prod(shape), device=device).reshape(shape)
     tokens = torch.roll(tokens, [-shift] * 3, (0, 1, 2))
-    windows = tokens.reshape(grid[0], window, grid[1], window, grid[2], window)
-    windows = windows.permute(0, 2, 4, 1, 3, 5)
+    windows = tokens.reshape(depth, window, height, window, width, window)
+    # (window along each axis, token along each axis)
+    parts = [windows.permute(0, 2, 4, 1, 3, 5)]
     # Which tokens of the last window of an axis have come around, so that their neighbours in the
     # window are none in the volume.
     around = torch.arange(window, device=device) >= window - shift
     apart = around[:, None] != around[None, :]
-    together = torch.zeros_like(apart)
-    order, masks = [], []
-    for last in itertools.product((False, True), repeat=3) if shift else ((None,) * 3,):
-        part = windows
-        for axis, (is_last, count) in enumerate(zip(last, grid, strict=True)):
-            if is_last is not None:
-                start, length = (count - 1, 1) if is_last else (0, count - 1)
-                part = part.narrow(axis, start, length)
-        order.append(part.reshape(-1))
-        one, two, three = [apart if is_last else together for is_last in last]
-        mask = (
-            one[:, None, None, :, None, None]
-            | two[None, :, None, None, :, None]
-            | three[None, None, :, None, None, :]
-        )
-        masks.append(mask.reshape(window**3, window**3) * MASKED)
-    joined = torch.cat(order)
-    inverse = torch.zeros_like(joined).scatter(0, joined, torch.arange(len(joined), device=device))
-    return joined, inverse, torch.stack(masks)
+    pairs = [torch.zeros([window] * 6, dtype=torch.bool, device=device)]
+    if shift:
+        for axis in range(3):
+            shape_of_pair = [window if other % 3 == axis else 1 for other in range(6)]
+            pairs = [p for pair in pairs for p in (pair, pair | apart.reshape(shape_of_pair))]
+            split = [(count - 1, 1) for count in windows.shape[::2]][axis]
+            parts = [p for part in parts for p in part.split(split, axis)]
+    order = torch.cat([part.reshape(-1) for part in parts])
+    inverse = torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=device))
+    masks = [pair.reshape(window**3, window**3) * MASKED for pair in pairs]
+    return order, inverse, torch.stack(masks)
 
 
 def offset_rows(window: int, window_size: int, device: torch.device | None = None) -> Tensor:
-    """Return which row of a table for windows of ``window_size`` each offset between two tokens
-    reads.
+    """Return which row of a table for windows of ``window_size`` the offset of token i from token j
+    reads, (window^3, window^3).
 
     Rows are in the order of the offsets (axis 0, 1, 2), each from ``1 - window_size`` to
     ``window_size - 1``; a smaller window reads the rows of the offsets that it knows.
-
-    Returns:
-        (window^3, window^3): row of the offset of token i from token j.
     """
-    rows = 2 * window_size - 1
     places = torch.arange(window, device=device)
     offsets = places[:, None] - places[None, :] + window_size - 1
-    code = torch.zeros((window,) * 6, dtype=torch.long, device=device)
+    code = torch.zeros([window] * 6, dtype=torch.long, device=device)
     for axis in range(3):
-        code = code * rows + offsets.reshape(
-            [window if other % 3 == axis else 1 for other in range(6)]
-        )
+        pair = [window if other % 3 == axis else 1 for other in range(6)]
+        code = code * (2 * window_size - 1) + offsets.reshape(pair)
     return code.reshape(window**3, window**3)
 
 
@@ -203,14 +186,8 @@ class WindowAttention(nn.Module):
 
     The published table depends on the window that the network was built for, and its index has a
     quirk that lets different offsets share a row. :mod:`stunet_plugin.weights.misfm_keys`
-    translates such tables to this one, function for function.
-
-    Args:
-        channels: of the tokens.
-        num_heads: divides the channels.
-        window_size: of a full window, voxels per axis.
-        shift: by how much the windows are moved along each axis.
-        dropout: of attention weights and of the output.
+    translates such tables to this one, function for function. ``shift`` moves the windows along
+    each axis; ``dropout`` is of attention weights and of the output.
     """
 
     def __init__(
@@ -221,9 +198,8 @@ class WindowAttention(nn.Module):
         self.window_size = window_size
         self.shift = shift
         self.dropout = dropout
-        self.relative_position_bias_table = nn.Parameter(
-            torch.empty((2 * window_size - 1) ** 3, num_heads)
-        )
+        table = torch.empty((2 * window_size - 1) ** 3, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.reset_parameters()
@@ -239,11 +215,8 @@ class WindowAttention(nn.Module):
             # torch's fused attention of the CPU has no dropout and no gradient of the mask, so it
             # would keep all weights.
             attend = functools.partial(checkpointed, self, self.attend)
-        parts = layout.split(layout.gather(x))
-        attended = [
-            attend(part, mask) for part, mask in zip(parts, self.masks(layout), strict=True)
-        ]
-        x = layout.scatter(torch.cat(attended, 1), x.shape)
+        attended = map(attend, layout.split(layout.gather(x)), self.masks(layout))
+        x = layout.scatter(torch.cat(list(attended), 1), x.shape)
         return functional.dropout(self.proj(x), self.dropout, self.training)
 
     def layout(self, x: Tensor) -> WindowLayout:
@@ -269,11 +242,8 @@ class WindowAttention(nn.Module):
     def attend(self, windows: Tensor, mask: Tensor) -> Tensor:
         """(batch, window, token, channel) and what is added to the attention, (head, token, token),
         to the first shape."""
-        q, k, v = (
-            self.qkv(windows.flatten(0, 1))
-            .unflatten(-1, (3, self.num_heads, -1))
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(windows.flatten(0, 1)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(q, k, v, mask[None].to(q.dtype), dropout)
         return attended.transpose(1, 2).reshape(windows.shape)
@@ -314,9 +284,7 @@ class WindowTransformer(nn.Module):
     """Transformer blocks on a feature map, every second one with its windows shifted by half.
 
     Args:
-        channels: of the feature map.
         dropout: of the input, attention weights, and outputs of linear layers.
-        num_heads, window_size: see :class:`WindowAttention`.
         depth: blocks.
         mlp_ratio: hidden width of the MLP over the channels.
         drop_path: probability that a sample skips a residual branch in training.
@@ -334,17 +302,11 @@ class WindowTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        shifts = [0 if block % 2 == 0 else window_size // 2 for block in range(depth)]
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                WindowAttention(channels, num_heads, window_size, shift, dropout),
-                channels,
-                mlp_ratio,
-                dropout,
-                drop_path,
-            )
-            for shift in shifts
-        )
+        self.blocks = nn.ModuleList()
+        for block in range(depth):
+            shift = window_size // 2 if block % 2 else 0
+            attention = WindowAttention(channels, num_heads, window_size, shift, dropout)
+            self.blocks.append(TransformerBlock(attention, channels, mlp_ratio, dropout, drop_path))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channel, *spatial) to the same shape."""
