@@ -63,7 +63,7 @@ class PluginPlanner(ExperimentPlanner):
                 f"-gpu_memory_target must be a number of gigabytes above 0, not {target}."
             )
         spacing = overwrite_target_spacing
-        if not all(0 < step < np.inf for step in spacing or ()):
+        if spacing and not all(0 < step < np.inf for step in spacing):
             raise PluginError(
                 f"-overwrite_target_spacing takes three millimetres above 0, not {list(spacing)}."
             )
