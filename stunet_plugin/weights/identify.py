@@ -123,21 +123,19 @@ class NetworkWeights:
         import torch
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-        names = ("network_class_name", "arch_kwargs", "_kw_requires_import")
         entry = self.architecture(((1,) * DIMENSIONS,) * len(self.features))
         sizes = self.input_channels, self.outputs or 1
         with torch.device("meta"):
-            network: nn.Module = get_network_from_plans(
-                *(entry[name] for name in names), *sizes, allow_init=False
-            )
+            # The entry's values are the class, its arguments and which of them to import.
+            network: nn.Module = get_network_from_plans(*entry.values(), *sizes, allow_init=False)
         return network
 
     def architecture(self, strides: Strides) -> dict[str, Any]:
         """Return the ``architecture`` entry of a plan with these strides."""
         if self.mode:
             return self.entry
-        given = {"strides": [list(stage) for stage in strides]}
-        return {**self.entry, "arch_kwargs": self.entry["arch_kwargs"] | given}
+        kwargs = self.entry["arch_kwargs"] | {"strides": [list(stage) for stage in strides]}
+        return self.entry | {"arch_kwargs": kwargs}
 
     def without_heads(self) -> NetworkWeights:
         """Return what serves every task."""
@@ -161,9 +159,8 @@ class NetworkWeights:
         return replace(self, tensors=adapted)
 
     def training_argument(self, name: str, kind: type) -> Any:
-        """Return what an nnU-Net v2 checkpoint keeps of its trainer's arguments (``plans``,
-        ``dataset_json``, ``configuration``) as plain Python, None where it has none of this kind.
-        """
+        """Return an argument of the trainer that an nnU-Net v2 checkpoint keeps, as plain Python;
+        None where it has none of this kind."""
         arguments = self.checkpoint.get("init_args")
         value = plain_dict(arguments).get(name) if isinstance(arguments, dict) else None
         return plain_copy(value, f"{name} in the checkpoint") if isinstance(value, kind) else None
@@ -203,13 +200,8 @@ class NetworkWeights:
 
 
 def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) -> NetworkWeights:
-    """Read the network out of a checkpoint; refuse unknown networks and misfits.
-
-    Args:
-        path: of the file.
-        mode: anisotropy mode, for a file that holds all.
-        any_mode: read such a file by mode 0, where only sizes matter.
-    """
+    """Read the network out of a checkpoint; refuse unknown networks and misfits. ``mode``: for a
+    file that holds all; ``any_mode``: read that by mode 0, where only sizes matter."""
     from stunet_plugin.weights.misfm import PRESETS, read_misfm
     from stunet_plugin.weights.stunet import read_stunet
 
@@ -231,9 +223,8 @@ def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) ->
 
 
 def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[str, Any]]:
-    """Return who wrote a checkpoint, and the weights without the prefix that a wrapper gave them
-    (``module.`` of data parallel training, ``_orig_mod.`` of torch.compile, a Lightning module's).
-    """
+    """Return who wrote a checkpoint, and the weights without a wrapper's prefix (``module.`` of
+    data parallel training, ``_orig_mod.`` of torch.compile, a Lightning module's)."""
     lightning = "pytorch-lightning_version" in checkpoint
     for origin, entry, name in _SIGNATURES:
         weights = checkpoint.get(_V1 if lightning else entry)

@@ -85,16 +85,16 @@ def _from_file(content: dict[str, Any], origin: str) -> dict[str, Any]:
 
 def _from_dataset(dataset: dict[str, Any], origin: str) -> dict[str, Any]:
     labels, order = dataset.get("labels"), dataset.get("regions_class_order")
-    if not isinstance(labels, dict) or not labels or not all(map(_is_entry, labels.items())):
+    table = labels if isinstance(labels, dict) else {}
+    ordered = order is None or (is_list(order) and all(map(is_integer, order)))
+    if not table or not all(map(_is_entry, table.items())) or not ordered:
         raise PluginError(
             f"{origin}: labels must be a table of names and label values (or lists of them, for"
-            " regions)."
+            " regions), and regions_class_order a list of label values."
         )
-    if order is not None and (not is_list(order) or not all(map(is_integer, order))):
-        raise PluginError(f"{origin}: regions_class_order must be a list of label values.")
     values = {
         name: [int(one) for one in value] if is_list(value) else int(value)
-        for name, value in labels.items()
+        for name, value in table.items()
     }
     regions = {} if order is None else {"regions_class_order": [int(value) for value in order]}
     return {"labels": values, **regions}

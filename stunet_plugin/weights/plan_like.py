@@ -1,8 +1,7 @@
-"""Plan for a dataset that prepares its images as those of a pretrained model were.
+"""Plan for a dataset that prepares its images as those of a pretrained model were: spacing,
+normalisation, patch and resampling of the model; labels, channels and fingerprint of the dataset.
 
-The authors of STU-Net fine-tune with the target's own plan. This is the other way, for any network
-that is known here: spacing, normalisation, patch and resampling of the model; labels, channels and
-fingerprint of the dataset.
+The authors of STU-Net fine-tune with the target's own plan; this is the other way.
 """
 
 from __future__ import annotations

@@ -15,11 +15,8 @@ VOLUME_FUSION_ENTRY = "volume_fusion"
 
 
 def read_checkpoint(file: str, what: str) -> dict[str, Any]:
-    """Map a checkpoint of nnU-Net v2 into memory; weights are read when they are used.
-
-    nnU-Net's own loader unpickles the same file next, so nothing would be gained by a stricter
-    loader here.
-    """
+    """Map a checkpoint of nnU-Net v2 into memory. nnU-Net's own loader unpickles the same file
+    next, so nothing would be gained by a stricter loader here."""
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         checkpoint: dict[str, Any] = torch.load(
@@ -112,12 +109,8 @@ def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any])
 
 
 def pretrained_weights_on_command_line(arguments: Sequence[str]) -> str | None:
-    """Return the file after ``-pretrained_weights``, or None.
-
-    nnU-Net loads the file after it has initialised the trainer and does not tell the trainer which
-    one it is; the command line is the only place where a trainer can read it without patching
-    nnU-Net.
-    """
+    """Return the file after ``-pretrained_weights``, or None. nnU-Net does not tell the trainer
+    which one it is; only the command line does, short of patching nnU-Net."""
     for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument == "-pretrained_weights":
             return following

@@ -1,9 +1,7 @@
 """STU-Net weights: read from checkpoints of any origin, published names translated.
 
-Published names (nnU-Net v1 checkpoints and the published v2 port alike; i encoder stage, u decoder
-step from the deepest, j block): ``conv_blocks_context.i.j.{conv1,norm1,conv2,norm2,conv3}`` with
-conv3 the shortcut, ``upsample_layers.u.conv``, ``conv_blocks_localization.u.j.{...}``,
-``seg_outputs.u`` (the last is full resolution).
+Published names are those of nnU-Net v1 checkpoints and the published v2 port; numbers are encoder
+stages, decoder steps from the deepest, and blocks; conv3 is the shortcut.
 """
 
 from __future__ import annotations
