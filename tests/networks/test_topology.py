@@ -36,19 +36,10 @@ def test_poolings_are_cut_or_padded_to_five(plan: list, expected: list) -> None:
 
 def test_scales_follow_the_network_not_the_plan() -> None:
     strides = published_strides([ONE, [1, 2, 2], TWO])
-    scales = deep_supervision_scales(strides)
-    assert scales == [
-        [1, 1, 1],
-        [1, 0.5, 0.5],
-        [0.5, 0.25, 0.25],
-        [0.5, 0.25, 0.25],
-        [0.5, 0.25, 0.25],
-    ]
-    shapes = stage_shapes((32, 64, 64), strides)[:-1]
-    assert [
-        tuple(round(32 * a) if i == 0 else round(64 * a) for i, a in enumerate(scale))
-        for scale in scales
-    ] == shapes
+    half, quarter = [1, 0.5, 0.5], [0.5, 0.25, 0.25]
+    assert deep_supervision_scales(strides) == [[1, 1, 1], half, quarter, quarter, quarter]
+    shapes = [(32, 64, 64), (32, 32, 32), *[(16, 16, 16)] * 4]
+    assert stage_shapes((32, 64, 64), strides) == shapes
 
 
 def test_patch_size_message_names_what_works() -> None:
@@ -66,18 +57,7 @@ def test_patch_size_message_names_what_works() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        [],
-        None,
-        3,
-        "222",
-        [2, 2],
-        [[1, 1, 1], [2, 2]],
-        [[1, 1, 1], [1.5, 2, 2]],
-        [[0, 1, 1]],
-        [["1"] * 3],
-    ],
+    "wrong", [[], None, "222", [2, 2], [[1, 1, 1], [2, 2]], [[1.5, 2, 2]], [[0, 1, 1]], [["1"] * 3]]
 )
 def test_strides_that_are_none_are_refused(wrong: object) -> None:
     with pytest.raises(PluginError, match="Expected"):

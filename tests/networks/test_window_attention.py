@@ -162,6 +162,7 @@ def test_a_table_of_no_window_is_refused() -> None:
         resample_table(torch.zeros(1330, 4), 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_into_one_graph_for_shapes_that_change(dynamic: bool | None) -> None:
     torch._dynamo.reset()
