@@ -61,8 +61,11 @@ def write_dicom(
     uid: int,
     modality: str = "MR",
     positions: list[float] | None = None,
+    tilt: float = 0.0,
 ) -> None:
-    """Write a series, its files named in another order than that of the slices."""
+    """Write a series, its files named in another order than that of the slices; ``tilt`` in degrees
+    turns the slices about x, while the table moves along z."""
+    cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
     folder.mkdir(parents=True, exist_ok=True)
     settings = locale.setlocale(locale.LC_ALL)
     writer = sitk.ImageFileWriter()
@@ -77,7 +80,7 @@ def write_dicom(
             "0020|000e": f"1.2.826.0.1.3680043.2.1125.1.{uid}",
             "0020|0013": str(index + 1),
             "0020|0032": f"-12.5\\30.25\\{position}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0037": f"1\\0\\0\\0\\{cos:.6f}\\{sin:.6f}",
         }
         for tag, value in tags.items():
             image.SetMetaData(tag, value)

@@ -48,33 +48,23 @@ class UnreachableError(UnusableError):
     """Not the scan's own fault: the next run tries again."""
 
 
-def check_header(size: Sequence[int], spacing: Sequence[float], components: int) -> None:
-    """Refuse what is no volume of one value per voxel.
-
-    Args:
-        size: voxels per axis, x first, as many axes as the file has (trailing axes of 1 left out).
-        spacing: millimetres, at least three axes where ``size`` has three.
-        components: values per voxel.
-    """
+def check_header(size: Sequence[int], spacing: Sequence[float], components: int = 1) -> None:
+    """Refuse what is no volume of one value per voxel; ``size`` and ``spacing`` (mm) x first."""
     text = " x ".join(map(str, size))
+    low, high = SPACING_LIMITS
     if components > 1:
-        raise UnusableError(
-            "several values per voxel", f"{components} (colour, vector or complex image)"
-        )
+        raise UnusableError("several values per voxel", f"{components} (colour image)")
     if len(size) > 3:
         raise UnusableError("more than three axes", text)
     if len(size) < 3 or min(size) == 1:
         raise UnusableError("one slice", text)
     if min(size) < MINIMUM_SIZE:
-        raise UnusableError(
-            "too few slices", f"{text} voxels; at least {MINIMUM_SIZE} on every axis are needed"
-        )
+        raise UnusableError("too few slices", f"{text} voxels; needed are {MINIMUM_SIZE} per axis")
     if math.prod(size) > MAXIMUM_VOXELS:
         raise UnusableError("too large", f"{text} voxels")
-    low, high = SPACING_LIMITS
-    if not all(math.isfinite(step) and low <= abs(step) <= high for step in spacing[:3]):
-        millimetres = " x ".join(f"{step:g}" for step in spacing[:3])
-        raise UnusableError("absurd spacing", f"{millimetres} mm; taken are {low:g} to {high:g} mm")
+    if not all(low <= step <= high for step in spacing):
+        steps = " x ".join(f"{step:g}" for step in spacing)
+        raise UnusableError("absurd spacing", f"{steps} mm; taken are {low:g} to {high:g} mm")
 
 
 def check_voxels(array: np.ndarray) -> tuple[float, float, np.ndarray]:

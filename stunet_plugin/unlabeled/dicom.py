@@ -3,6 +3,7 @@ many series there are: a folder may hold a whole archive."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ import SimpleITK as sitk
 from stunet_plugin.unlabeled.checks import MINIMUM_SIZE, UnusableError
 from stunet_plugin.unlabeled.discovery import DICOM_SERIES, Source
 from stunet_plugin.unlabeled.reading import check_names
+from stunet_plugin.utils.images import SKEWED
 
 SERIES_UID, MODALITY = "0020|000e", "0008|0060"
 GAP_TOLERANCE = 0.1
 """By which share of the median gap the gaps between slices may differ."""
+SHIFT_TOLERANCE = 0.5
+"""By how many voxels slices may lie aside of each other's normal."""
 SAME_PLACE = 1e-3
 """Millimetres: slices nearer to each other are two images of one place."""
 
@@ -27,6 +31,10 @@ SAME_PLACE = 1e-3
 class _Slice:
     name: str
     position: float
+    aside: np.ndarray
+    """Where it lies in its own plane, in mm."""
+    step: float
+    """Between its voxels, in mm."""
     size: tuple[int, ...]
     components: int
     modality: str
@@ -77,17 +85,18 @@ def _tag(reader: Any, tag: str) -> str:
 
 def _image(reader: Any, name: str) -> tuple[tuple[Any, ...], _Slice]:
     """Return the stack that an image belongs to (size and orientation), and the image."""
-    direction = np.reshape(reader.GetDirection(), (reader.GetDimension(), -1))
-    size = tuple(reader.GetSize())
-    position = 0.0
-    if direction.shape == (3, 3):
+    axes = reader.GetDimension()
+    direction = np.reshape(reader.GetDirection(), (axes, axes))
+    size, step = tuple(reader.GetSize()), min(reader.GetSpacing()[:2])
+    position, aside = 0.0, np.zeros(2)
+    if axes == 3:
         normal = np.cross(direction[:, 0], direction[:, 1])
         position = float(np.dot(normal, reader.GetOrigin()))
+        aside = direction[:, :2].T @ reader.GetOrigin()
     # Written with few digits, so that noise in the last one does not make another stack.
     stack = (size[:2], tuple(np.round(direction.ravel(), 2) + 0.0))
-    return stack, _Slice(
-        name, position, size, reader.GetNumberOfComponents(), _tag(reader, MODALITY)
-    )
+    components, modality = reader.GetNumberOfComponents(), _tag(reader, MODALITY)
+    return stack, _Slice(name, position, aside, step, size, components, modality)
 
 
 def _series(folder: Source, label: str, slices: Sequence[_Slice], others: int) -> Source:
@@ -125,4 +134,10 @@ def _problem(slices: Sequence[_Slice]) -> tuple[str, str] | None:
     median = float(np.median(gaps))
     if np.ptp(gaps) > GAP_TOLERANCE * median:
         return "slices missing", f"gaps from {gaps.min():.2f} to {gaps.max():.2f} mm"
+    shifts = [float(np.linalg.norm(one.aside - first.aside)) for one in slices]
+    if max(shifts) > SHIFT_TOLERANCE * first.step:
+        # ITK would stack the slices straight, each as far off as it is shifted.
+        tilt = math.degrees(math.atan2(shifts[-1], slices[-1].position - first.position))
+        found = f"gantry tilt of {tilt:.1f} degrees, the last slice is {shifts[-1]:.1f} mm aside"
+        return SKEWED, f"{found}: convert it with dcm2niix, which resamples it"
     return None

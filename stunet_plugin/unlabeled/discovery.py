@@ -3,6 +3,7 @@ scans there are."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
+from itertools import islice
+
+from stunet_plugin.utils.image_files import CANNOT_OPEN, ImageError, side_files
 
 NIFTI_GZ, NIFTI, NRRD, METAIMAGE, METAIMAGE_HEADER = ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"
 SCAN_ENDINGS = (NIFTI_GZ, NIFTI, NRRD, METAIMAGE, METAIMAGE_HEADER)
@@ -18,8 +22,6 @@ DATASET_ENDINGS = (NIFTI_GZ, METAIMAGE, NRRD, NIFTI)
 """Where a folder holds as many of two kinds, the first here wins."""
 EXCLUDED = ("labelsTr", "labelsTs", "gt_segmentations")
 """Folders of labels in nnU-Net's layout."""
-CANNOT_OPEN = "cannot be opened"
-"""A reason that the next run looks at again."""
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 DICOM_MAGIC_AT, DICOM_MAGIC = 128, b"DICM"
 DICOM_TRIALS = 3
@@ -137,50 +139,66 @@ class _Walker:
                 folder, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True
             )
             return
-        folders, dicom = [], []
+        folders: list[str] = []
+        dicom: dict[str, os.DirEntry[str]] = {}
+        single: dict[str, os.DirEntry[str]] = {}
         for entry in entries:
             if _is_folder(entry):
+                slice_ = self._only_dicom(entry.path)
+                if slice_ is not None:
+                    single[os.path.join(entry.name, slice_.name)] = slice_
                 folders.append(entry.path)
             elif ending := scan_ending(entry.name):
                 self.tally.scans[ending] += 1
                 yield _file_source(entry)
             elif _may_be_dicom(entry.name) and entry.is_file():
-                dicom.append(entry)
+                dicom[entry.name] = entry
             else:
                 self.tally.add_other(entry.name)
         del entries
+        if len(single) > 1:
+            # A folder per slice.
+            dicom |= single
+            together = {os.path.dirname(entry.path) for entry in single.values()}
+            folders = [path for path in folders if path not in together]
         if dicom:
             yield from self._dicom(folder, dicom)
         for path in folders:
             yield from self.walk(path, (*above, identity))
+
+    def _only_dicom(self, folder: str) -> os.DirEntry[str] | None:
+        """The DICOM file of a folder that holds nothing else."""
+        try:
+            with os.scandir(folder) as listing:
+                first = list(islice(filter(lambda x: self._wanted(x.name), listing), 2))
+            if len(first) != 1 or scan_ending(first[0].name) or not first[0].is_file():
+                return None
+        except OSError:
+            return None
+        return first[0] if _may_be_dicom(first[0].name) and _is_dicom(first) else None
 
     def _wanted(self, name: str) -> bool:
         return not name.startswith(".") and not any(
             fnmatchcase(name, pattern) for pattern in self.exclude
         )
 
-    def _dicom(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[Source]:
-        if not _is_dicom(entries):
-            for entry in entries:
-                self.tally.add_other(entry.name)
+    def _dicom(self, folder: str, entries: dict[str, os.DirEntry[str]]) -> Iterator[Source]:
+        if not _is_dicom(list(entries.values())):
+            for name in entries:
+                self.tally.add_other(name)
             return
         self.tally.dicom_folders += 1
         digest = blake2b(digest_size=16)
         try:
-            for entry in entries:
+            for name, entry in entries.items():
                 status = entry.stat()
-                digest.update(
-                    f"{entry.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode(
-                        errors="surrogateescape"
-                    )
-                )
+                text = f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"
+                digest.update(text.encode(errors="surrogateescape"))
         except OSError as error:
-            problem = (CANNOT_OPEN, f"{entry.name}: {error.strerror}")
+            problem = (CANNOT_OPEN, f"{name}: {error.strerror}")
             yield Source(folder, DICOM_FOLDER, problem=problem, unreachable=True)
             return
-        yield Source(
-            folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entry.name for entry in entries)
-        )
+        yield Source(folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entries))
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -198,14 +216,19 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _file_source(entry: os.DirEntry[str]) -> Source:
     try:
         status = entry.stat()
+        if not stat.S_ISREG(status.st_mode):
+            # Opening a pipe would wait for ever.
+            return Source(entry.path, problem=(CANNOT_OPEN, "not a file"), unreachable=True)
+        signature = f"{status.st_size}-{status.st_mtime_ns}"
+        with contextlib.suppress(ImageError):  # said by the reader
+            for other in side_files(entry.path, elsewhere=True):
+                if other.is_file():
+                    status = other.stat()
+                    signature += f" {status.st_size}-{status.st_mtime_ns}"
     except OSError as error:
-        return Source(
-            entry.path, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True
-        )
-    if not stat.S_ISREG(status.st_mode):
-        # Opening a pipe would wait for ever.
-        return Source(entry.path, problem=(CANNOT_OPEN, "not a file"), unreachable=True)
-    return Source(entry.path, FILE, f"{status.st_size}-{status.st_mtime_ns}")
+        problem = (CANNOT_OPEN, error.strerror or str(error))
+        return Source(entry.path, problem=problem, unreachable=True)
+    return Source(entry.path, FILE, signature)
 
 
 def _may_be_dicom(name: str) -> bool:

@@ -21,7 +21,7 @@ from stunet_plugin.unlabeled.discovery import (
 )
 from stunet_plugin.unlabeled.reading import Scan
 from stunet_plugin.utils.files import copy_file, flush, guarded, link_or_copy
-from stunet_plugin.utils.geometry import Geometry
+from stunet_plugin.utils.geometry import Grid
 
 COMPRESSION = 1
 """gzip's fastest: half the time of its default for a few per cent more bytes."""
@@ -79,7 +79,7 @@ def is_in_place(image: Path) -> bool:
     return image.exists() and ((leads_to := points_to(image)) is None or os.path.exists(leads_to))
 
 
-def write_image(array: np.ndarray, geometry: Geometry, target: Path) -> None:
+def write_image(array: np.ndarray, geometry: Grid, target: Path) -> None:
     """Write an image and see to it that all of it is on the disk.
 
     ITK's writer of NIfTI says nothing when the disk is full, so the size is checked.

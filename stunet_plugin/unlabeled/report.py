@@ -18,10 +18,11 @@ from typing import Any
 
 from stunet_plugin.unlabeled.contact_sheet import SheetCase, save_contact_sheet
 from stunet_plugin.unlabeled.dataset import Choice, Dataset
-from stunet_plugin.unlabeled.discovery import CANNOT_OPEN, Tally
+from stunet_plugin.unlabeled.discovery import Tally
 from stunet_plugin.unlabeled.image_files import is_in_place
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest, Record
 from stunet_plugin.utils.files import write_if_new
+from stunet_plugin.utils.image_files import CANNOT_OPEN
 from stunet_plugin.utils.workers import run_ordered
 
 CASES, SKIPPED, SUMMARY, PICTURE = "cases.csv", "skipped.csv", "summary.json", "contact_sheet.png"

@@ -27,6 +27,7 @@ from stunet_plugin.unlabeled.prepare_case import case_name
 from stunet_plugin.unlabeled.reading import read_scan
 from stunet_plugin.utils.files import LINK, OutputError, link_or_copy
 
+from damage import damaged_files
 from unlabeled_helpers import (
     SHAPE,
     SPACING,
@@ -201,26 +202,26 @@ def organs() -> np.ndarray:
 
 
 BAD = {
-    "text": ("unreadable", lambda folder: text(folder / "a.nii.gz")),
+    "text": ("not gzip", lambda folder: text(folder / "a.nii.gz")),
     "empty": ("unreadable", lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0)),
     "cut short nii.gz": (
-        "unreadable",
+        "cut off or damaged",
         lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0.6),
     ),
     "without its checksum": (
-        "unreadable",
+        "cut off or damaged",
         lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0.9999),
     ),
     "cut short nii": (
-        "unreadable",
+        "cut off or damaged",
         lambda folder: truncate(write(folder / "a.nii", mr_array(1)), 0.6),
     ),
     "cut short nrrd": (
-        "unreadable",
+        "cut off or damaged",
         lambda folder: truncate(write(folder / "a.nrrd", mr_array(1)), 0.6),
     ),
     "cut short mha": (
-        "unreadable",
+        "cut off or damaged",
         lambda folder: truncate(write(folder / "a.mha", mr_array(1)), 0.6),
     ),
     "hole in the stream": (
@@ -274,7 +275,33 @@ def test_the_reason_for_a_bad_scan(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnusableError) as error:
         check_voxels(read_scan(Source(str(make(tmp_path)))).array)
     assert error.value.reason == reason
-    assert error.value.detail
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "scan.mha", "scan.nrrd"])
+def test_damaged_files_give_a_reason_or_the_right_scan(tmp_path: Path, name: str) -> None:
+    whole = write(tmp_path / name, mr_array(1))
+    path = tmp_path / f"damaged_{name}"
+    refused = 0
+    for kind, content in damaged_files(whole, 200):
+        path.write_bytes(content)
+        try:
+            array = read_scan(Source(str(path))).array
+            check_voxels(array)
+        except UnusableError:
+            refused += 1
+        else:
+            # Another header may say something else in good order; voxels never go missing.
+            assert kind == "header" or np.array_equal(array, mr_array(1)), kind
+            assert array.nbytes >= mr_array(1).nbytes
+    assert refused > 80
+
+
+def test_a_changed_raw_file_is_another_scan(tmp_path: Path) -> None:
+    path = write(tmp_path / "scan.mhd", mr_array(1))
+    (before,) = walk([str(tmp_path)], ())
+    os.utime(path.with_suffix(".raw"), (1, 1))
+    (after,) = walk([str(tmp_path)], ())
+    assert before.signature != after.signature
 
 
 def test_a_scan_of_eight_bits_is_no_label_map() -> None:
@@ -330,6 +357,32 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
         np.testing.assert_array_equal(scan.array, mr_array(seed))
         np.testing.assert_allclose(scan.geometry.spacing, SPACING)
         assert not scan.as_it_is
+
+
+def test_a_tilted_gantry_is_left_out_as_a_skewed_nifti_is(tmp_path: Path) -> None:
+    """ITK stacks the slices straight: the last one is far off."""
+    for name, degrees in (("straight", 0.0), ("rounded", 0.05), ("tilted", 20.0)):
+        write_dicom(tmp_path / name, mr_array(1), 1, tilt=degrees)
+    found = {os.path.basename(x.path): series_of(x)[0] for x in walk([str(tmp_path)], ())}
+    assert found["straight"].problem is found["rounded"].problem is None
+    assert found["tilted"].problem is not None
+    reason, detail = found["tilted"].problem
+    assert reason == BAD["skewed"][0]
+    assert "20.0 degrees" in detail
+    assert f"{np.sin(np.radians(20)) * SPACING[2] * (SHAPE[0] - 1):.1f} mm" in detail
+
+
+def test_a_folder_per_slice_is_one_series(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "flat", mr_array(1), 1)
+    touch(tmp_path, "deep/other/x.txt")
+    for path in (tmp_path / "flat").iterdir():
+        (tmp_path / "deep" / path.stem).mkdir()
+        path.rename(tmp_path / "deep" / path.stem / "image.dcm")
+    tally = Tally()
+    (folder,) = walk([str(tmp_path)], (), tally=tally)
+    assert (folder.path, tally.dicom_folders) == (str(tmp_path / "deep"), 1)
+    (series,) = series_of(folder)
+    np.testing.assert_array_equal(read_scan(series).array, mr_array(1))
 
 
 def test_a_folder_of_dicom_without_images_is_said_to_be_one(tmp_path: Path) -> None:
