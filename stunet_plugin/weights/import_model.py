@@ -44,7 +44,6 @@ class _Model:
 
     Attributes:
         plan, labels: where they come from, for the record.
-        mirroring: axes that prediction may mirror.
         files: all but the checkpoint and the record.
         advice: (what it does, command) of each thing to run next.
     """

@@ -40,12 +40,8 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
     yield "network", weights.description
     if weights.origin is Origin.PCTNET:
         yield "modes", f"it holds all: choose one with `stunet import --mode N`. {MODE_PURPOSES}"
-    for name, key in (
-        ("trainer", "trainer_name"),
-        ("epochs", "epoch"),
-        ("epochs", "current_epoch"),
-        ("iterations", "iteration"),
-    ):
+    known = {"trainer_name": "trainer", "epoch": "epochs", "current_epoch": "epochs"}
+    for key, name in (known | {"iteration": "iterations"}).items():
         value = weights.checkpoint.get(key)
         # An import writes epoch 0: it does not know better.
         if isinstance(value, (str, int)) and value:

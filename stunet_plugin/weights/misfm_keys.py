@@ -228,9 +228,6 @@ def _fmunet_modules() -> dict[str, str]:
     }
 
 
-_FMUNET_MODULES = _fmunet_modules()
-
-
 def translate_fmunet(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors under our names; nothing is copied."""
-    return _translate(published, _FMUNET_MODULES, "FMUNet")
+    return _translate(published, _fmunet_modules(), "FMUNet")

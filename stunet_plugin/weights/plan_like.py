@@ -50,21 +50,13 @@ def plan_like(options: PlanLike) -> int:
         print(f"{data} holds data of an earlier plan of this name: preprocess again.")
     write_atomically(target, json.dumps(plans, indent=4) + "\n")
 
-    given, channels = weights.input_channels, len(configuration["normalization_schemes"])
+    number, channels = options.dataset, len(configuration["normalization_schemes"])
+    train = f"nnUNetv2_train {number} {CONFIGURATION} 0 -p {name} -tr {weights.trainer}_ft"
     print(f"Written:      {target}")
-    print(
-        f"Preprocess:   nnUNetv2_preprocess -d {options.dataset} -plans_name {name}"
-        f" -c {CONFIGURATION}"
-    )
-    if channels != given:
-        print(
-            f"Channels:     {given} in the model, {channels} in the dataset: import the weights"
-            f" with --in-channels {channels} first"
-        )
-    print(
-        f"Fine-tune:    nnUNetv2_train {options.dataset} {CONFIGURATION} 0 -p {name} -tr"
-        f" {weights.trainer}_ft -pretrained_weights {source.checkpoint}"
-    )
+    print(f"Preprocess:   nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}")
+    if channels != weights.input_channels:
+        print(f"Channels:     import the weights with --in-channels {channels} first")
+    print(f"Fine-tune:    {train} -pretrained_weights {source.checkpoint}")
     return 0
 
 

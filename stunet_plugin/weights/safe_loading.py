@@ -259,10 +259,9 @@ def _check_opcodes(content: bytes) -> None:
     """Look through a pickle without running it: its names, and numbers that would make the
     unpickler take gigabytes."""
     for opcode, argument, position in pickletools.genops(content):
-        if opcode.name in ("GLOBAL", "INST"):
-            name = str(argument)
-            if tuple(name.split(" ", 1)) not in _STAND_INS:
-                raise UnpicklingError(_forbidden(name.replace(" ", ".", 1)))
+        name = tuple(str(argument).split(" ", 1))
+        if opcode.name in ("GLOBAL", "INST") and name not in _STAND_INS:
+            raise UnpicklingError(_forbidden(".".join(name)))
         if _FORBIDDEN.fullmatch(opcode.name):
             raise UnpicklingError(f"its {opcode.name} at byte {position} makes objects")
         if _MEMO.fullmatch(opcode.name) and int(argument or 0) > len(content):
@@ -337,14 +336,10 @@ def _array(data: object, dtype: object, shape: object, order: object) -> np.ndar
     return np.frombuffer(data, dtype.numpy).reshape(sizes, order="F" if order == "F" else "C")
 
 
-def _scalar(dtype: object, data: object) -> Any:
-    return _array(data, dtype, (), "C").item()
-
-
 _CORES = ("numpy.core", "numpy._core")  # numpy 2 renamed it; files of both exist
 _SCALARS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
-    **{(f"{core}.multiarray", "scalar"): _scalar for core in _CORES},
+    **{(f"{x}.multiarray", "scalar"): lambda t, v: _array(v, t, (), "C").item() for x in _CORES},
 }
 """Enough for the numpy scalars in checkpoints."""
 

@@ -51,7 +51,6 @@ def read_stunet(
     if preset and decoder_blocks != preset.blocks_per_stage[:-1]:
         preset = None
     name = f"STU-Net {preset.name}" if preset else "an STU-Net of no published size"
-    kernel = [3] * identify.DIMENSIONS
     return identify.NetworkWeights(
         origin=origin,
         checkpoint=checkpoint,
@@ -72,7 +71,7 @@ def read_stunet(
                 "n_stages": stages,
                 "features_per_stage": list(features),
                 "conv_op": f"torch.nn.modules.conv.Conv{identify.DIMENSIONS}d",
-                "kernel_sizes": [kernel] * stages,
+                "kernel_sizes": [[3] * identify.DIMENSIONS] * stages,
                 "strides": [],
                 "n_blocks_per_stage": list(blocks),
                 "n_blocks_per_stage_decoder": list(decoder_blocks),
