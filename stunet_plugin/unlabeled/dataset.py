@@ -14,6 +14,7 @@ from pathlib import Path
 from stunet_plugin.datasets.raw_dataset import new_raw_folder
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
+from stunet_plugin.unlabeled import manifest as manifests
 from stunet_plugin.unlabeled.checks import MODALITIES
 from stunet_plugin.unlabeled.discovery import DATASET_ENDINGS, Source
 from stunet_plugin.unlabeled.image_files import is_in_place, points_to
@@ -26,7 +27,6 @@ READER = "SimpleITKIO"
 """The reader that the scans were checked with; it takes files of all kinds, and the choice by
 ending would not take .nii."""
 _FORMAT = 1
-_MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Dataset:
         text = json.dumps(content, indent=2) + "\n"
         if self.folder.exists():
             if self.choice() != choice:
-                (self.records / _MANIFEST).unlink(missing_ok=True)
+                for name in (manifests.FILE, manifests.FILE_BEFORE):
+                    (self.records / name).unlink(missing_ok=True)
                 write_atomically(self._settings_file, text)
             return
         unfinished = self.folder.parent / f".unfinished_{self.folder.name}"
@@ -162,7 +163,7 @@ class Dataset:
         return all(os.path.lexists(path) for path in self.files_of(case, choice))
 
     def open_manifest(self, choice: Choice) -> Manifest:
-        return Manifest(self.records / _MANIFEST, lambda record: self._is_complete(record, choice))
+        return Manifest(self.records, lambda record: self._is_complete(record, choice))
 
     def _is_complete(self, record: Record, choice: Choice) -> bool:
         """Whether the files of a case are those of its record: its image may still lead to where
@@ -178,12 +179,12 @@ class Dataset:
     def is_done(self, source: Source, manifest: Manifest, choice: Choice) -> bool:
         """Whether there is nothing left to do for a source; a duplicate is needed when the case
         that it equals leads nowhere."""
-        if not manifest.is_done(source.key, source.signature):
+        record = manifest.last(source.key)
+        if record is None or record.status == FAILED or record.signature != source.signature:
             return False
-        duplicate = manifest.duplicate(source.key)
-        if duplicate is None:
+        if record.reason != DUPLICATE:
             return True
-        image = self.files_of(duplicate.case, choice)[0]
+        image = self.files_of(record.case, choice)[0]
         return is_in_place(image) or not os.path.lexists(image)
 
     def commit(self, prepared: Prepared, manifest: Manifest, choice: Choice) -> Record:
@@ -230,9 +231,9 @@ class Dataset:
         if before is not None and before.case == record.case:
             # The source of that case itself: its times have changed, its voxels have not.
             return replace(before, signature=record.signature)
-        if owner is not None and not os.path.exists(owner.source):
-            # It was moved.
-            return replace(record, facts=owner.facts)
+        if owner is None or not os.path.exists(owner.source):
+            # It was moved, or the records were lost.
+            return replace(record, facts=owner.facts if owner else {})
         return replace(
             record,
             status=SKIPPED,

@@ -1,26 +1,33 @@
-"""The record of what was done with every source: a line of JSON each, appended, so that a run can
-be killed at any moment.
-
-In memory stay a few numbers per source (hashes instead of names), never the lines.
-"""
+"""Records of what became of every source, in a sqlite file: a run can be killed at any moment."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from stunet_plugin.errors import PluginError
 
 CASE, SKIPPED, FAILED, FOLDER = "case", "skipped", "failed", "folder"
-"""A case of the data set; unusable; not usable this time (tried again at the next run); a DICOM
+"""A case of the dataset; unusable; not usable this time (tried again at the next run); a DICOM
 folder that is done."""
-
 DUPLICATE = "duplicate"
 """Reason: the same voxels as a case, which the record names."""
+FILE, FILE_BEFORE = "records.sqlite", "manifest.jsonl"
+"""The second: lines of JSON, of versions before; read once."""
+# Replaced records stay, not valid, until the next one is written: the last one may be taken back.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS records
+  (number INTEGER PRIMARY KEY AUTOINCREMENT, source, of_case, valid, content);
+CREATE INDEX IF NOT EXISTS sources ON records (source);
+CREATE INDEX IF NOT EXISTS cases ON records (of_case);
+CREATE INDEX IF NOT EXISTS replaced ON records (valid) WHERE NOT valid;
+"""
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,10 @@ class Record:
 
     Attributes:
         source: path.
-        series: of DICOM, else empty.
         signature: of the source when it was looked at.
         status: ``CASE``, ``SKIPPED``, ``FAILED`` or ``FOLDER``.
-        case: name in the data set; of a duplicate, that of the case which it equals.
+        series: of DICOM, else empty.
+        case: name in the dataset; of a duplicate, that of the case which it equals.
         reason: why it was skipped, one of a few.
         detail: what was found.
         facts: of a case: how its image was made, shape, spacing, intensities, share of the body.
@@ -51,179 +58,108 @@ class Record:
     def key(self) -> str:
         return f"{self.source}\n{self.series}" if self.series else self.source
 
-    def to_line(self) -> bytes:
-        content = {
-            name: value for name, value in asdict(self).items() if value or name == "signature"
-        }
-        return json.dumps(content).encode() + b"\n"
-
-    @classmethod
-    def from_line(cls, line: bytes) -> Record:
-        """Read a line.
-
-        Raises:
-            ValueError: it is damaged.
-        """
-        try:
-            return cls(**json.loads(line))
-        except TypeError as error:
-            raise ValueError(f"not a record: {error}") from error
-
-
-class _Known(NamedTuple):
-    offset: int
-    signature: int
-    case: int
-    """Of its name; 0 if it is none."""
-
 
 class Manifest:
-    """The records of a data set. The last one of a source is the valid one, and so is the last one
-    of a case: a scan that was moved is recorded anew, and what is known of its old place is
-        forgotten."""
+    """The records of a dataset: one of each source, and one source of each case.
 
-    def __init__(self, path: Path, is_complete: Callable[[Record], bool]) -> None:
-        """Read what is there and make it ready for more.
+    Args:
+        folder: of the file, which need not exist.
+        is_complete: whether the files of a case are in place; a last record of which they are not
+            is taken back.
 
-        A last line that was torn by a kill is cut off, and so is a last case whose files were not
-        yet in place.
+    Raises:
+        PluginError: the file is damaged.
+        OSError: it cannot be written.
+    """
 
-        Args:
-            path: of the file, which need not exist.
-            is_complete: whether the files of a case are there.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        self.path = path
-        self.cases = 0
-        self._known: dict[int, _Known] = {}
-        self._failures: dict[int, str] = {}
-        self._source_of: dict[int, int] = {}
-        self._duplicates: set[int] = set()
-        end = 0
-        last: Record | None = None
-        last_offset = 0
-        if path.exists():
-            for offset, line in _lines(path):
-                if not line.endswith(b"\n"):
-                    break
-                end = offset + len(line)
-                try:
-                    record = Record.from_line(line)
-                except ValueError:
-                    continue
-                if last is not None:
-                    self._remember(last, last_offset)
-                last, last_offset = record, offset
+    def __init__(self, folder: Path, is_complete: Callable[[Record], bool]) -> None:
+        self.path, before = folder / FILE, folder / FILE_BEFORE
+        # Without sqlite's locks, which some network file systems lack: the dataset has its own.
+        uri = f"{self.path.absolute().as_uri()}?nolock=1"
+        try:
+            self._base = sqlite3.connect(uri, uri=True, isolation_level=None)
+            self._base.executescript(_SCHEMA)
+            (number,) = self._base.execute("SELECT count(*) FROM records").fetchone()
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        except sqlite3.DatabaseError as error:
+            raise PluginError(
+                f"{self.path} is damaged ({error}). Remove it: the next run reads all scans again."
+            ) from error
+        if before.is_file():
+            if not number:
+                self._carry_over(before)
+            before.unlink()
+        last = self._one("1 ORDER BY number DESC")
         if last is not None and last.status == CASE and not is_complete(last):
-            end = last_offset
-        elif last is not None:
-            self._remember(last, last_offset)
-        # Unbuffered: a line that the disk did not take must not come back later.
-        self._file = path.open("ab", buffering=0)
-        if path.stat().st_size != end:
-            os.truncate(path, end)
-        self._end = end
+            with self._writing():
+                self._base.execute(
+                    "DELETE FROM records WHERE number = (SELECT max(number) FROM records)"
+                )
+                self._base.execute("UPDATE records SET valid = 1 WHERE NOT valid")
 
-    def _remember(self, record: Record, offset: int) -> None:
-        key = _number(record.key)
-        self._drop(key)
-        case = _number(record.case) if record.status == CASE else 0
-        if case:
-            moved_from = self._known.get(before := self._source_of.get(case, 0))
-            if moved_from is not None and moved_from.case == case:
-                self._drop(before)
-            self._source_of[case] = key
-            self.cases += 1
-        self._known[key] = _Known(offset, _number(record.signature), case)
-        (self._duplicates.add if record.reason == DUPLICATE else self._duplicates.discard)(key)
-        if record.status == FAILED:
-            self._failures[key] = record.reason + record.detail
-        else:
-            self._failures.pop(key, None)
+    def _carry_over(self, before: Path) -> None:
+        with self._writing(), before.open("rb") as file:
+            for line in file:
+                try:
+                    self._insert(Record(**json.loads(line)))
+                except (ValueError, TypeError):
+                    continue  # torn by a kill
 
-    def _drop(self, key: int) -> None:
-        known = self._known.pop(key, None)
-        self.cases -= known is not None and known.case != 0
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            self._base.execute("BEGIN")
+            yield
+            self._base.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, f"{self.path.name}: {error}") from error
+        finally:
+            if self._base.in_transaction:
+                self._base.execute("ROLLBACK")
 
-    def __len__(self) -> int:
-        return len(self._known)
+    def _one(self, which: str, *values: str) -> Record | None:
+        found = self._base.execute(f"SELECT content FROM records WHERE {which} LIMIT 1", values)
+        row = found.fetchone()
+        return Record(**json.loads(row[0])) if row else None
 
-    def is_done(self, key: str, signature: str) -> bool:
-        """Whether a source was dealt with as it is now, for good."""
-        number = _number(key)
-        known = self._known.get(number)
-        return (
-            known is not None
-            and known.signature == _number(signature)
-            and number not in self._failures
-        )
+    def _insert(self, record: Record) -> None:
+        # As ASCII: names of files need not be text.
+        key, case = json.dumps(record.key), record.case if record.status == CASE else None
+        run = self._base.execute
+        run("DELETE FROM records WHERE NOT valid")
+        run("UPDATE records SET valid = 0 WHERE source = ? OR of_case = ?", (key, case))
+        values = (key, case, json.dumps(asdict(record)))
+        run("INSERT INTO records (source, of_case, valid, content) VALUES (?, ?, 1, ?)", values)
+
+    @property
+    def cases(self) -> int:
+        query = "SELECT count(*) FROM records WHERE valid AND of_case IS NOT NULL"
+        return int(self._base.execute(query).fetchone()[0])
 
     def last(self, key: str) -> Record | None:
-        """The valid record of a source."""
-        return self._read(_number(key))
-
-    def duplicate(self, key: str) -> Record | None:
-        """The valid record of a source if it is a duplicate."""
-        return self.last(key) if _number(key) in self._duplicates else None
+        """The record of a source."""
+        return self._one("source = ? AND valid", json.dumps(key))
 
     def of_case(self, case: str) -> Record | None:
-        """The valid record of a case."""
-        number = _number(case)
-        key = self._source_of.get(number, 0)
-        return self._read(key) if key in self._known and self._known[key].case == number else None
-
-    def _read(self, key: int) -> Record | None:
-        known = self._known.get(key)
-        if known is None:
-            return None
-        with self.path.open("rb") as file:
-            file.seek(known.offset)
-            return Record.from_line(file.readline())
+        """The record of a case."""
+        return self._one("of_case = ? AND valid", case)
 
     def append(self, record: Record) -> None:
-        """Add a record; a failure that the last run met in the same words is not written again.
+        """Write a record, unless it is the failure that the last run met.
 
         Raises:
             OSError: the disk is full.
         """
-        if (
-            record.status == FAILED
-            and self._failures.get(_number(record.key)) == record.reason + record.detail
-        ):
-            return
-        line = record.to_line()
-        if self._file.write(line) != len(line):
-            os.truncate(self.path, self._end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._remember(record, self._end)
-        self._end += len(line)
+        if record.status != FAILED or self.last(record.key) != record:
+            with self._writing():
+                self._insert(record)
 
     def records(self) -> Iterator[Record]:
-        """The valid record of every source, in the order in which they were written."""
-        for offset, line in _lines(self.path):
-            try:
-                record = Record.from_line(line)
-            except ValueError:
-                continue
-            known = self._known.get(_number(record.key))
-            if known is not None and known.offset == offset:
-                yield record
+        """The records in the order in which they were written."""
+        query = "SELECT content FROM records WHERE valid ORDER BY number"
+        for (content,) in self._base.execute(query):
+            yield Record(**json.loads(content))
 
     def close(self) -> None:
-        self._file.close()
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            yield offset, line
-            offset += len(line)
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(
-        blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little"
-    )
+        self._base.close()

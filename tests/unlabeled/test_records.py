@@ -14,9 +14,12 @@ import pytest
 from stunet_plugin.errors import PluginError
 from stunet_plugin.unlabeled.checks import MR
 from stunet_plugin.unlabeled.dataset import Choice, Dataset
+from stunet_plugin.unlabeled.discovery import Source
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
 from stunet_plugin.unlabeled.prepare_case import Prepared
 from stunet_plugin.utils.workers import run_ordered
+
+from unlabeled_helpers import snapshot
 
 # --- workers
 
@@ -74,44 +77,33 @@ def always(_: Record) -> bool:
     return True
 
 
-def manifest_of(path: Path, *records: Record) -> bytes:
-    manifest = Manifest(path, always)
+def manifest_of(folder: Path, *records: Record) -> Manifest:
+    manifest = Manifest(folder, always)
     for record in records:
         manifest.append(record)
-    manifest.close()
-    return path.read_bytes()
+    return manifest
 
 
 def test_records_come_back_and_the_last_of_a_source_counts(tmp_path: Path) -> None:
     skipped = Record("/data/b.nii", "1", SKIPPED, reason="constant", detail="every voxel is 7")
     odd = Record("/data/\udcff\n.nii", "", FAILED, reason="cannot be opened")
-    manifest_of(tmp_path / "m", case("a"), skipped, odd, case("a", "2"))
-    manifest = Manifest(tmp_path / "m", always)
+    manifest_of(tmp_path, case("a"), skipped, odd, case("a", "2")).close()
+    before = snapshot(tmp_path)
+    manifest = Manifest(tmp_path, always)
     assert list(manifest.records()) == [skipped, odd, case("a", "2")]
-    assert manifest.cases == 1
-    assert manifest.is_done("/data/a.nii", "2")
-    assert not manifest.is_done("/data/a.nii", "1")
-    assert not manifest.is_done(odd.key, ""), "failures are tried again"
-    assert manifest.last("/data/b.nii") == skipped
+    assert (manifest.cases, manifest.last("/data/b.nii")) == (1, skipped)
     manifest.append(odd)
     manifest.close()
-    assert (tmp_path / "m").read_bytes().count(b"\n") == 4, "the same failure is not written twice"
+    assert snapshot(tmp_path) == before, "the same failure is not written twice"
 
 
 def test_the_last_record_of_a_case_counts(tmp_path: Path) -> None:
     moved = replace(case("a"), source="/elsewhere/a.nii")
-    manifest_of(
-        tmp_path / "m",
-        case("a"),
-        case("b"),
-        moved,
-        case("c", "1"),
-        replace(case("c", "2"), case="scan_d"),
-    )
-    manifest = Manifest(tmp_path / "m", always)
+    changed = replace(case("c", "2"), case="scan_d")
+    manifest_of(tmp_path, case("a"), case("b"), moved, case("c", "1"), changed).close()
+    manifest = Manifest(tmp_path, always)
     assert [record.case for record in manifest.records()] == ["scan_b", "scan_a", "scan_d"]
-    assert manifest.cases == 3
-    assert manifest.of_case("scan_a") == moved
+    assert (manifest.cases, manifest.of_case("scan_a")) == (3, moved)
     assert manifest.of_case("scan_c") is None, "its source has other content now"
     assert manifest.last(case("a").key) is None, "should it come back, it is looked at again"
     # Another scan takes the name that was given up: the source that had it keeps its new case.
@@ -119,41 +111,44 @@ def test_the_last_record_of_a_case_counts(tmp_path: Path) -> None:
     assert manifest.cases == 4
 
 
-def test_a_record_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    whole = manifest_of(path, case("a"), case("b"))
-    second = whole.index(b"\n") + 1
-    for length in range(second, len(whole)):
-        path.write_bytes(whole[:length])
-        manifest = Manifest(path, always)
-        assert [record.case for record in manifest.records()] == ["scan_a"]
-        assert manifest.cases == 1
-        manifest.append(case("b"))
+def test_records_of_the_version_before_are_carried_over_once(tmp_path: Path) -> None:
+    """Lines of JSON, the last one torn, one damaged; the last case has no files."""
+    lines = [
+        '{"source": "/data/a.nii", "signature": "1", "status": "case", "case": "scan_a"}',
+        "\0\0 garbage",
+        '{"source": "/d", "signature": "", "status": "failed", "reason": "cannot be opened"}',
+        '{"source": "/data/a.nii", "signature": "2", "status": "case", "case": "scan_a"}',
+        '{"source": "/data/b.nii", "signature": "1", "status": "case", "case": "scan_b"}',
+        '{"source": "/data/c.ni',
+    ]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    for _ in range(2):
+        manifest = Manifest(tmp_path, lambda record: record.case != "scan_b")
+        found = [(record.source, record.signature) for record in manifest.records()]
+        assert found == [("/d", ""), ("/data/a.nii", "2")]
         manifest.close()
-        assert path.read_bytes() == whole
+        assert [path.name for path in tmp_path.iterdir()] == ["records.sqlite"]
 
 
-def test_a_damaged_line_is_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    whole = manifest_of(path, case("a"), case("b"))
-    path.write_bytes(b"\x00\x00garbage\n[1]\n{}\n" + whole)
-    assert [record.case for record in Manifest(path, always).records()] == ["scan_a", "scan_b"]
+def test_a_damaged_file_of_records_is_a_sentence(tmp_path: Path) -> None:
+    manifest_of(tmp_path, case("a")).close()
+    (tmp_path / "records.sqlite").write_bytes(b"no database" * 500)
+    with pytest.raises(PluginError, match="damaged.*Remove it"):
+        Manifest(tmp_path, always)
 
 
-def test_a_disk_that_takes_a_part_of_a_line(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_records_as_they_were(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    path = tmp_path / "m"
-    whole = manifest_of(path, case("a"))
-    manifest = Manifest(path, always)
+    manifest = manifest_of(tmp_path, case("a"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, before[1]))
-        with pytest.raises(OSError, match="No space left"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(OSError, match="records.sqlite"):
             manifest.append(case("b"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    manifest.close()
-    assert path.read_bytes() == whole
+    manifest.append(case("c"))
+    assert [record.case for record in manifest.records()] == ["scan_a", "scan_c"]
 
 
 # --- files of a case
@@ -272,11 +267,13 @@ def test_copies_changes_and_absences(dataset: Dataset) -> None:
         Prepared(Record(str(scan), "2", CASE, case="scan_a")), manifest, CHOICE
     )
     assert touched.facts == first.facts
-    assert manifest.is_done(str(scan), "2")
+    assert dataset.is_done(Source(str(scan), signature="2"), manifest, CHOICE)
 
     gone = Record(str(scan), "", FAILED, reason="cannot be opened")
     dataset.commit(Prepared(gone), manifest, CHOICE)
-    assert manifest.is_done(str(scan), "2"), "what is out of reach for now stays"
+    assert dataset.is_done(Source(str(scan), signature="2"), manifest, CHOICE), (
+        "what is out of reach for now stays"
+    )
     assert (image.stat().st_mtime_ns, label.stat().st_mtime_ns) == before
 
     changed = Record(str(scan), "3", CASE, case="scan_c")
