@@ -51,8 +51,6 @@ class CheckpointingTrainer(PluginTrainer):
     def _note_optimizer(self, *_: Any) -> None:
         self._optimizer_has_begun = True
 
-    # --- choosing
-
     def _shape(self) -> STUNetShape:
         encoder = self._bare_network().encoder
         blocks = tuple(len(stage) for stage in encoder.stages)
@@ -95,8 +93,6 @@ class CheckpointingTrainer(PluginTrainer):
             " overrides this."
         )
         return setting
-
-    # --- running out of memory
 
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net's; one of the first steps that runs out of memory is repeated with activation

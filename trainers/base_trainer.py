@@ -1,11 +1,12 @@
 """Base trainer of this project: checks before anything is written, deep supervision that pairs up,
-training options, pretrained weights."""
+training options, fine-tuning, pretrained weights."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -22,9 +24,8 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import topology
 from stunet_plugin.networks.from_plan import REPLAN
 from stunet_plugin.options import Options
-from stunet_plugin.trainers import fine_tuning as tuning
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
-from stunet_plugin.trainers.safe_trainer import read_to_resume
+from stunet_plugin.trainers.safe_trainer import discard_gradients, read_to_resume
 from stunet_plugin.weights import pretrained
 from stunet_plugin.weights.identify import strip_prefix
 
@@ -83,8 +84,6 @@ class PluginTrainer(DistributedTrainer):
         for line in (*options.lines(), *self.describe_choices(configured)):
             self.print_to_log_file(line)
 
-    # --- what a subclass says
-
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
         """Return the network for a configuration of a plan, as an ``architecture`` entry of plans;
@@ -105,8 +104,6 @@ class PluginTrainer(DistributedTrainer):
         return torch.optim.SGD(
             groups, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
         )
-
-    # --- the network and what follows from it
 
     @classmethod
     def build_network_architecture(
@@ -155,22 +152,18 @@ class PluginTrainer(DistributedTrainer):
             axes = self.inference_allowed_mirroring_axes = None
         return (*rest, axes)
 
-    # --- optimizer and schedule: nnU-Net's own, with the fine-tuning options
-
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         encoder_rate = self._options.fraction(names.ENCODER_RATE, 1.0)
-        optimizer = self.make_optimizer(tuning.parameter_groups(self.network, encoder_rate))
+        optimizer = self.make_optimizer(parameter_groups(self.network, encoder_rate))
         self.guard_steps(optimizer)
         optimizer.register_step_pre_hook(self._keep_frozen_encoder)
         warmup = self._options.whole(names.WARMUP_EPOCHS, 0)
-        schedule = tuning.FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
+        schedule = FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
         return optimizer, schedule
 
     def _keep_frozen_encoder(self, *_: Any) -> None:
         if self.current_epoch < self._options.whole(names.FROZEN_ENCODER_EPOCHS, 0):
-            tuning.discard_gradients(tuning.encoder_parameters(self._bare_network()))
-
-    # --- starting
+            discard_gradients(encoder_parameters(self._bare_network()))
 
     def initialize(self) -> None:
         super().initialize()
@@ -233,8 +226,6 @@ class PluginTrainer(DistributedTrainer):
         if isinstance(filename_or_checkpoint, str):
             self.check_resumable(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
-
-    # --- checks
 
     @classmethod
     def check_input(
@@ -316,6 +307,40 @@ class PluginTrainer(DistributedTrainer):
             raise PluginError(
                 f"Cannot resume from {file}: that training started {had}. Use the same options."
             )
+
+
+class FineTuningScheduler(PolyLRScheduler):
+    """nnU-Net's poly schedule, times the warm-up, times each parameter group's ``rate_factor``."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rate: float, max_steps: int, warmup_epochs: int
+    ) -> None:
+        self.warmup_epochs = warmup_epochs
+        super().__init__(optimizer, rate, max_steps)
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        # As in the parent: without an argument its own counter, which it has just raised.
+        epoch = self.ctr - 1 if current_step is None or current_step == -1 else current_step
+        warmup = min(1.0, (epoch + 1) / (self.warmup_epochs + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] *= warmup * group.get("rate_factor", 1.0)
+
+
+def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: one, or (rest, encoder) where the encoder's rate, a fraction
+    of the rest's, differs; nnU-Net logs the first group's learning rate."""
+    if encoder_rate == 1.0:
+        return [{"params": list(network.parameters())}]
+    encoder = list(encoder_parameters(network))
+    inside = {id(parameter) for parameter in encoder}
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
+    return [{"params": rest, "rate_factor": 1.0}, {"params": encoder, "rate_factor": encoder_rate}]
+
+
+def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+    network = getattr(network, "_orig_mod", network)
+    return network.get_submodule(str(network.key_to_encoder)).parameters()
 
 
 def _pretrained_file() -> str | None:

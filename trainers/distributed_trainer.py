@@ -54,8 +54,6 @@ class DistributedTrainer(SafeTrainer):
             else:
                 self.grad_scaler = None
 
-    # --- the network
-
     def initialize(self) -> None:
         # nnU-Net would wrap the network for the GPU whose number is the rank.
         with self._temporarily(is_ddp=False):
@@ -121,8 +119,6 @@ class DistributedTrainer(SafeTrainer):
         names = [name for name in network.state_dict() if ".seg_layers." not in name]
         network.load_state_dict({name: given[name] for name in names}, strict=False)
 
-    # --- one writer
-
     def print_to_log_file(self, *args: Any, **how: Any) -> None:
         if self.local_rank == 0:
             super().print_to_log_file(*args, **how)
@@ -168,8 +164,6 @@ class DistributedTrainer(SafeTrainer):
         raised = torch.tensor(int(flag), device=self.device)
         distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
         return bool(raised.item())
-
-    # --- checkpoints: plain files of nnU-Net, written by one process
 
     def save_checkpoint(self, filename: str) -> None:
         """Write a checkpoint in the first process; the others wait, since they may read it next."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.trainers.fine_tuning import discard_gradients
 from stunet_plugin.weights.pretrained import read_checkpoint
 
 UNFINISHED = ".unfinished"
@@ -209,6 +208,13 @@ def read_to_resume(file: str) -> dict[str, Any]:
             reason += ", and there is no other to resume from. Start again without --c."
             raise PluginError(reason) from error
         raise PluginError(f"{reason}, {what} command resumes from that.") from error
+
+
+def discard_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Make an optimizer's step skip parameters: no update, no weight decay, no momentum. Unlike
+    ``requires_grad = False`` this keeps the graph the same, so DDP and torch.compile work."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

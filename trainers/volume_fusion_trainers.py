@@ -108,8 +108,6 @@ class VolumeFusionMixin(MISFMOptimizer):
         getattr(dice, "_orig_mod", dice).do_bg = True
         return loss
 
-    # --- data
-
     def get_dataloaders(self) -> tuple[Any, Any]:
         # nnU-Net stores these in the checkpoint.
         axes = range(len(self.configuration_manager.patch_size))
@@ -148,8 +146,6 @@ class VolumeFusionMixin(MISFMOptimizer):
         downsample = downsampling.DownsampleSegForDSTransform(scales)
         targets = downsample(segmentation=class_map)["segmentation"]
         return {"data": image, "target": [target[:, None] for target in targets]}
-
-    # --- training and validation
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -255,8 +251,6 @@ class VolumeFusionMixin(MISFMOptimizer):
                 " --c. Otherwise look at volume_fusion_epoch_*.png for images without contrast,"
                 " or lower STUNET_VF_RATE\nand start again."
             )
-
-    # --- checks
 
     @classmethod
     def check_input(

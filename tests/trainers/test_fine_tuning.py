@@ -11,7 +11,7 @@ from torch import nn
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.options import ENCODER_RATE, EPOCHS, OPTIONS, Options
-from stunet_plugin.trainers.fine_tuning import FineTuningScheduler, parameter_groups
+from stunet_plugin.trainers.base_trainer import FineTuningScheduler, parameter_groups
 
 
 @pytest.fixture
