@@ -8,8 +8,7 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,34 +18,23 @@ from stunet_plugin.crosseval.comparison import Pair
 from stunet_plugin.crosseval.inputs import Case, Model, folder_name
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.files import sha256_of, write_atomically
-from stunet_plugin.utils.image_files import TIFF, hash_of_image
+from stunet_plugin.utils.image_files import hash_of_image
 
 if TYPE_CHECKING:
     from stunet_plugin.inference.predictor import Model as TrainedModel
 
 PREDICTIONS = "predictions"
-RECORD_ENDING = ".json"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the predictions of a model on a dataset go."""
+def prediction_file(out: Path, pair: Pair, case: Case) -> Path:
+    """Return where the prediction of a case goes in the output folder."""
+    folders = (folder_name(pair.model.name), folder_name(pair.dataset.name))
+    return out.joinpath(PREDICTIONS, *folders, f"{case.name}{pair.dataset.ending}")
 
-    folder: Path
-    ending: str
 
-    @classmethod
-    def of(cls, out: Path, pair: Pair) -> Place:
-        folders = (folder_name(pair.model.name), folder_name(pair.dataset.name))
-        return cls(out.joinpath(PREDICTIONS, *folders), pair.dataset.ending)
-
-    def file(self, case: Case) -> Path:
-        return self.folder / f"{case.name}{self.ending}"
-
-    def record(self, case: Case) -> Path:
-        # The .json of a .tif is its spacing.
-        ending = ".record.json" if self.ending in TIFF else RECORD_ENDING
-        return self.folder / f"{case.name}{ending}"
+def record_file(out: Path, pair: Pair, case: Case) -> Path:
+    """Return where the record of a prediction is."""
+    return prediction_file(out, pair, case).with_name(f"{case.name}.json")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -56,23 +44,6 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def load_model(model: Model, device: str) -> TrainedModel:
-    """Return a model ready to predict.
-
-    Raises:
-        PluginError: it cannot be used.
-    """
-    # Heavy, and not needed where all predictions are there.
-    from stunet_plugin.inference.predictor import Model as TrainedModel
-
-    try:
-        return TrainedModel(
-            model.folder, model.folds, model.checkpoint, model.step_size, model.mirroring, device
-        )
-    except PluginError as error:
-        raise PluginError(f"Model {model.name}: {error}") from error
 
 
 def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: int) -> None:
@@ -87,65 +58,64 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
     Raises:
         PluginError: a model cannot be used, or an image is damaged; before any prediction is made.
     """
-    pairs = [pair for pair in pairs if pair.classes]
     # Each file is hashed once, however many pairs it belongs to.
-    identities = {model: _identity(model) for model in {pair.model: None for pair in pairs}}
-    cases = {case: None for pair in pairs for case in pair.dataset.cases}
+    identities = {model: _identity(model) for model in {x.model: 0 for x in pairs if x.classes}}
+    cases = {case: 0 for pair in pairs for case in pair.scored_cases}
     images = {case: [hash_of_image(image) for image in case.images] for case in cases}
-    wanted: dict[Pair, dict[Case, dict[str, Any]]] = {}
+    wanted: dict[Model, dict[Pair, dict[Case, dict[str, Any]]]] = {}
     for pair in pairs:
-        place = Place.of(out, pair)
-        for case in pair.dataset.cases:
+        for case in pair.scored_cases:
             key = {**identities[pair.model], "images": images[case]}
-            if not _is_done(place, case, key):
-                wanted.setdefault(pair, {})[case] = key
-    total = sum(len(pair.dataset.cases) for pair in pairs)
-    missing = sum(map(len, wanted.values()))
+            record = read_record(record_file(out, pair, case))
+            file = prediction_file(out, pair, case)
+            same = record.get("made_from") == key and file.is_file()
+            if not same or record.get("prediction") != hash_of_image(file):
+                wanted.setdefault(pair.model, {}).setdefault(pair, {})[case] = key
+    total = sum(len(pair.scored_cases) for pair in pairs)
+    missing = sum(len(keys) for of_model in wanted.values() for keys in of_model.values())
     print(f"Predictions: {total - missing} of {total} are there.", flush=True)
-    if not wanted:
-        return
-    models = {pair.model: None for pair in wanted}
-    for model in models:
-        check_model(model, [pair for pair in wanted if pair.model is model], device, wanted)
-    with tqdm(total=missing, desc="Predicting", unit="case") as bar:
-        for model in models:
+    for model, of_model in wanted.items():
+        check_model(model, of_model, device)
+    with tqdm(total=missing, desc="Predicting", unit="case", disable=not missing) as bar:
+        for model, of_model in wanted.items():
             trained = load_model(model, device)
-            for pair, keys in wanted.items():
-                if pair.model is model:
-                    bar.set_postfix_str(f"{model.name} on {pair.dataset.name}")
-                    place = Place.of(out, pair)
-                    place.folder.mkdir(parents=True, exist_ok=True)
-                    files = {place.file(case): case.images for case in keys}
-                    written = trained.predict_files(files, place.ending, processes)
-                    for file, (case, key) in zip(written, keys.items(), strict=True):
-                        record = {"made_from": key, "prediction": hash_of_image(file)}
-                        write_atomically(place.record(case), json.dumps(record, indent=1))
-                        bar.update()
+            for pair, keys in of_model.items():
+                bar.set_postfix_str(f"{model.name} on {pair.dataset.name}")
+                files = {prediction_file(out, pair, case): case.images for case in keys}
+                next(iter(files)).parent.mkdir(parents=True, exist_ok=True)
+                written = trained.predict_files(files, pair.dataset.ending, processes)
+                for file, (case, key) in zip(written, keys.items(), strict=True):
+                    record = {"made_from": key, "prediction": hash_of_image(file)}
+                    write_atomically(record_file(out, pair, case), json.dumps(record, indent=1))
+                    bar.update()
 
 
-def check_model(
-    model: Model, pairs: Sequence[Pair], device: str, wanted: dict[Pair, Any] | None = None
-) -> None:
+def check_model(model: Model, cases: dict[Pair, Iterable[Case]], device: str) -> None:
     """Load a model, and read through the images that it is to predict.
-
-    Args:
-        model: of these pairs.
-        pairs: whose images are read.
-        device: see :func:`predict_missing`.
-        wanted: cases of each pair; None takes all.
 
     Raises:
         PluginError: the model cannot be used, or images that its reader does not take.
     """
     trained = load_model(model, device)
-    for pair in pairs:
-        cases = pair.dataset.cases if wanted is None else wanted[pair]
+    for pair, its_cases in cases.items():
         try:
-            trained.check([case.images for case in cases])
+            trained.check([case.images for case in its_cases])
         except PluginError as error:
             raise PluginError(
                 f"Model {model.name} cannot read images of dataset {pair.dataset.name}:\n{error}"
             ) from error
+
+
+def load_model(model: Model, device: str) -> TrainedModel:
+    # Heavy, and not needed where all predictions are there.
+    from stunet_plugin.inference.predictor import Model as TrainedModel
+
+    try:
+        return TrainedModel(
+            model.folder, model.folds, model.checkpoint, model.step_size, model.mirroring, device
+        )
+    except PluginError as error:
+        raise PluginError(f"Model {model.name}: {error}") from error
 
 
 def _identity(model: Model) -> dict[str, Any]:
@@ -157,10 +127,3 @@ def _identity(model: Model) -> dict[str, Any]:
         "mirroring": model.mirroring,
         "step_size": model.step_size,
     }
-
-
-def _is_done(place: Place, case: Case, key: dict[str, Any]) -> bool:
-    record, file = read_record(place.record(case)), place.file(case)
-    if record.get("made_from") != key or not file.is_file():
-        return False
-    return bool(record.get("prediction") == hash_of_image(file))

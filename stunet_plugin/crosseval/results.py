@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,8 @@ class Results:
         values: Mapping[str, Mapping[str, float | None]],
         warnings: Sequence[str] = (),
     ) -> None:
-        """Enter the measures of a case (model, dataset, case) by class."""
+        """Enter the measures of a case (model, dataset, case) by class; before any table."""
         self._values[key] = values
-        self.__dict__.pop("table", None)
         if warnings:
             self.warnings[key] = list(warnings)
 
@@ -108,8 +107,7 @@ class Results:
         rows = [
             (*key, scored.name, *(self._values[key][scored.name][name] for name in MEASURES))
             for pair in self.pairs
-            for case in pair.scored_cases
-            for key in [(pair.model.name, pair.dataset.name, case.name)]
+            for key in map(pair.key, pair.scored_cases)
             for scored in pair.classes
         ]
         table = pd.DataFrame(rows, columns=[*COLUMNS, *MEASURES])
@@ -120,15 +118,20 @@ class Results:
         table = self.table
         return table[(table["model"] == model) & (table["dataset"] == dataset)]
 
+    def by_class(self, pair: Pair) -> pd.DataFrame:
+        """Return the means over cases, a row per class, and how many distances are undefined."""
+        grouped = self.part(pair.model.name, pair.dataset.name).groupby("class", sort=False)
+        undefined = grouped[HD95].agg(lambda values: int(values.isna().sum()))
+        return grouped[list(MEASURES)].mean().assign(undefined=undefined)
+
     def cell(self, model: str, dataset: str, measure: str) -> Estimate:
-        part = self.part(model, dataset)
-        values = part.pivot(index="case", columns="class", values=measure)
+        values = self.part(model, dataset).pivot(index="case", columns="class", values=measure)
         return estimate(values.to_numpy())
 
     def matrix(self, measure: str) -> pd.DataFrame:
         """Return the means, models by datasets."""
-        by_class = self.table.groupby(list(COLUMNS[:2] + COLUMNS[3:]), sort=False)[measure].mean()
-        means = by_class.groupby(list(COLUMNS[:2]), sort=False).mean().unstack()
+        by_class = self.table.groupby(["model", "dataset", "class"], sort=False)[measure].mean()
+        means = by_class.groupby(["model", "dataset"], sort=False).mean().unstack()
         return means.reindex(index=self.models, columns=self.datasets)
 
     def undefined(self, measure: str) -> pd.DataFrame:
@@ -137,10 +140,9 @@ class Results:
         counts = table[measure].isna().groupby([table["model"], table["dataset"]]).sum().unstack()
         return counts.reindex(index=self.models, columns=self.datasets).fillna(0).astype(int)
 
-    def by_case(self, classes: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return the means over classes (these, or all) of each model, dataset and case."""
-        table = self.table if classes is None else self.table[self.table["class"].isin(classes)]
-        return table.groupby(list(COLUMNS[:3]), sort=False)[list(MEASURES)].mean()
+    def by_case(self) -> pd.DataFrame:
+        """Return the means over classes of each model, dataset and case."""
+        return self.table.groupby(list(COLUMNS[:3]), sort=False)[list(MEASURES)].mean()
 
     def worst(self, number: int = WORST) -> pd.DataFrame:
         """Return the cases with the lowest mean DSC, the lowest first.
@@ -154,82 +156,62 @@ class Results:
         chosen = pd.concat([found[~beyond], found[beyond]])[:number]
         return chosen.sort_values(DSC, kind="stable")
 
+    @cached_property
     def tests(self) -> list[PairedTest]:
-        """Compare the models two by two on each dataset, on the classes that both were scored
-        on."""
+        """The models two by two on each dataset, on the classes that both were scored on."""
         found: list[PairedTest] = []
         for measure in TESTED:
-            tests = [
-                test
-                for dataset in self.datasets
-                for one, other in combinations(self.models, 2)
-                if (test := self._test(measure, dataset, one, other)) is not None
-            ]
-            corrected = holm([test.p for test in tests])
-            for test, p in zip(tests, corrected, strict=True):
-                found.append(PairedTest(**{**asdict(test), "corrected": p}))
+            rows = []
+            for dataset, both in product(self.datasets, combinations(self.models, 2)):
+                parts = [self.part(model, dataset) for model in both]
+                if common := set(parts[0]["class"]) & set(parts[1]["class"]):
+                    means = (
+                        part[part["class"].isin(common)].groupby("case")[measure].mean()
+                        for part in parts
+                    )
+                    scores = pd.concat(means, axis=1).dropna().to_numpy()
+                    differences = scores[:, 0] - scores[:, 1]
+                    difference = float(differences.mean()) if len(scores) else math.nan
+                    p = wilcoxon(differences)
+                    rows.append((measure, dataset, *both, len(scores), difference, p))
+            corrected = holm([row[-1] for row in rows])
+            found += [PairedTest(*row, p) for row, p in zip(rows, corrected, strict=True)]
         return found
-
-    def _test(self, measure: str, dataset: str, one: str, other: str) -> PairedTest | None:
-        parts = [self.part(model, dataset) for model in (one, other)]
-        common = set(parts[0]["class"]) & set(parts[1]["class"])
-        if not common:
-            return None
-        first, second = (
-            part[part["class"].isin(common)].groupby("case", sort=False)[measure].mean()
-            for part in parts
-        )
-        both = pd.concat([first, second], axis=1).dropna().to_numpy()
-        difference = float((both[:, 0] - both[:, 1]).mean()) if len(both) else math.nan
-        p = wilcoxon(both[:, 0], both[:, 1])
-        return PairedTest(measure, dataset, one, other, len(both), difference, p, math.nan)
 
 
 # --- statistics
 
 
-def estimate(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> Estimate:
+def estimate(values: np.ndarray) -> Estimate:
     """Return the mean over classes of the mean over cases, with a percentile bootstrap interval
     over cases.
 
     Args:
         values: with axes (case, class), NaN where undefined.
-        seed: of the resampling.
-        resamples: how many.
     """
     defined = np.isfinite(values)
     if not defined.any():
         return Estimate(math.nan, math.nan, math.nan)
     number = len(values)
-    # How often each case is drawn, so that a resample's class means are two products of matrices.
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(number, np.full(number, 1 / number), size=resamples).astype(float)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(_means(drawn, values, defined), (tail, 100 - tail))
-    mean = _means(np.ones((1, number)), values, defined)[0]
-    return Estimate(float(mean), float(low), float(high))
-
-
-def _means(weights: np.ndarray, values: np.ndarray, defined: np.ndarray) -> np.ndarray:
-    """Return for every row of case weights the mean over classes of the weighted mean over
-    cases."""
+    # How often each case is drawn, first each once for the mean itself; so class means are two
+    # products of matrices.
+    rng = np.random.default_rng(SEED)
+    drawn = rng.multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
+    weights = np.concatenate([np.ones((1, number)), drawn])
     with np.errstate(invalid="ignore"):
         by_class = (weights @ np.where(defined, values, 0.0)) / (weights @ defined)
     # A resample may hold no case with any class defined.
-    means: np.ndarray = pd.DataFrame(by_class).mean(axis=1).to_numpy()
-    return means
+    means = pd.DataFrame(by_class).mean(axis=1).to_numpy()
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(means[1:], (tail, 100 - tail))
+    return Estimate(float(means[0]), float(low), float(high))
 
 
-def wilcoxon(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the two-sided p of the paired Wilcoxon test; 1 if no pair differs, NaN with fewer than
-    :data:`MIN_CASES` pairs.
-
-    Args:
-        one, other: a value per case, in the same order; pairs with NaN take no part.
-    """
+def wilcoxon(differences: np.ndarray) -> float:
+    """Return the two-sided p of the paired Wilcoxon test on a difference per case; 1 if all are 0,
+    NaN with fewer than :data:`MIN_CASES`."""
     from scipy import stats
 
-    differences = (one - other)[np.isfinite(one) & np.isfinite(other)]
     if len(differences) < MIN_CASES:
         return math.nan
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
@@ -259,29 +241,24 @@ def write_summary(results: Results, about: dict[str, Any], path: Path) -> None:
     """Write the means, intervals, tests and what was left out as JSON."""
     pairs = []
     for pair in results.pairs:
-        model, dataset = pair.model.name, pair.dataset.name
-        by_class = results.part(model, dataset).groupby("class", sort=False)
-        names = [scored.name for scored in pair.classes]
-        cells = {name: results.cell(model, dataset, name) for name in LARGER_IS_BETTER}
+        both = (pair.model.name, pair.dataset.name)
+        by_class = results.by_class(pair)
+        warnings = {key[2]: x for key, x in results.warnings.items() if key[:2] == both}
         pairs.append(
             {
-                "model": model,
-                "dataset": dataset,
+                "model": pair.model.name,
+                "dataset": pair.dataset.name,
                 "cases": len(pair.dataset.cases),
-                "classes": names,
-                "mean": {name: asdict(cell) for name, cell in cells.items()},
-                "by_class": by_class[list(MEASURES)].mean().to_dict("index"),
-                "undefined_distances": by_class[HD95].agg(lambda x: int(x.isna().sum())).to_dict(),
+                "classes": [scored.name for scored in pair.classes],
+                "mean": {name: asdict(results.cell(*both, name)) for name in LARGER_IS_BETTER},
+                "by_class": by_class[list(MEASURES)].to_dict("index"),
+                "undefined_distances": by_class["undefined"].to_dict(),
                 "only_in_dataset": list(pair.only_in_dataset),
                 "only_in_model": list(pair.only_in_model),
-                "warnings": {
-                    key[2]: lines
-                    for key, lines in results.warnings.items()
-                    if key[:2] == (model, dataset)
-                },
+                "warnings": warnings,
             }
         )
-    content = {**about, "pairs": pairs, "tests": [asdict(test) for test in results.tests()]}
+    content = {**about, "pairs": pairs, "tests": [asdict(test) for test in results.tests]}
     write_atomically(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
 

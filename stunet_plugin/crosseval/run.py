@@ -9,16 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
+from stunet_plugin.crosseval import report, results
 from stunet_plugin.crosseval.comparison import Pair, describe, dropped, pair_up
 from stunet_plugin.crosseval.inputs import Setup, read_setup
-from stunet_plugin.crosseval.pictures import save_box_plots, save_heat_map, save_worst_cases
 from stunet_plugin.crosseval.predictions import check_model, predict_missing
-from stunet_plugin.crosseval.report import write_report
-from stunet_plugin.crosseval.results import Results, write_csv, write_matrix, write_summary
 from stunet_plugin.crosseval.scoring import score_pairs
 from stunet_plugin.errors import PluginError, few_lines
 from stunet_plugin.utils.device import choose_device
@@ -46,7 +43,7 @@ def run_crosseval(options: Crosseval) -> int:
     if processes < 1:
         raise PluginError(f"-np must be at least 1, not {processes}.")
     setup = read_setup(options)
-    pairs = pair_up(setup.models, setup.datasets, setup.rules)
+    pairs = pair_up(setup)
     _check_geometry(setup)
     device = choose_device(options.device)
     _import_all()
@@ -81,9 +78,9 @@ def _check_geometry(setup: Setup) -> None:
         channels = len(dataset.cases[0].images)
         for model in setup.models:
             if model.channels and channels != len(model.channels):
-                wanted = f"{len(model.channels)} channels ({', '.join(model.channels)})"
                 raise PluginError(
-                    f"Model {model.name} takes {wanted}, and images of dataset {dataset.name} have"
+                    f"Model {model.name} takes {len(model.channels)} channels"
+                    f" ({', '.join(model.channels)}), and images of dataset {dataset.name} have"
                     f" {channels}."
                 )
         grids = {
@@ -91,22 +88,17 @@ def _check_geometry(setup: Setup) -> None:
             for case in dataset.cases
         }
         differing = [name for name, both in grids.items() if not can_be_turned(*both)]
-        if differing and not setup.rules.resample:
+        if differing and not setup.resample:
             reference, image = grids[differing[0]]
             raise PluginError(
-                f"Dataset {dataset.name}: {len(differing)} of {len(dataset.cases)} references do"
-                f" not lie on the voxels of their image. {differing[0]}: reference {reference};"
-                f" image {image}. Fix the files, or have predictions resampled to the references"
-                " with --resample."
+                f"Dataset {dataset.name}: {len(differing)} of {len(grids)} references do not lie on"
+                f" the voxels of their image. {differing[0]}: reference {reference}; image {image}."
+                " Fix the files, or resample predictions to the references with --resample."
             )
 
 
 def _check_files(pairs: Sequence[Pair], setup: Setup, device: str) -> None:
-    """Load all models, and read all images and references through.
-
-    Raises:
-        PluginError: one cannot be used.
-    """
+    """Load all models, and read all images and references through."""
     problems = []
     for dataset in setup.datasets:
         for case in dataset.cases:
@@ -116,18 +108,19 @@ def _check_files(pairs: Sequence[Pair], setup: Setup, device: str) -> None:
                 problems.append(f"Dataset {dataset.name}, {case.name}: {error}")
     for model in setup.models:
         try:
-            check_model(model, [pair for pair in pairs if pair.model is model], device)
+            cases = {pair: pair.dataset.cases for pair in pairs if pair.model is model}
+            check_model(model, cases, device)
         except PluginError as error:
             problems.append(str(error))
     if problems:
         raise PluginError(f"{len(problems)} inputs cannot be used.\n{few_lines(problems)}")
 
 
-def _write(results: Results, setup: Setup, lines: Sequence[str]) -> None:
+def _write(scores: results.Results, setup: Setup, lines: Sequence[str]) -> None:
     """Write all files that people look at."""
-    out: Path = setup.out
+    out = setup.out
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    classes = [scored for pair in results.pairs for scored in pair.classes]
+    classes = [scored for pair in scores.pairs for scored in pair.classes]
     about: dict[str, Any] = {
         "date": date,
         "stunet_plugin": __version__,
@@ -136,15 +129,15 @@ def _write(results: Results, setup: Setup, lines: Sequence[str]) -> None:
         "tolerances_mm": {scored.name: scored.tolerance for scored in classes},
         "sliced": sorted({scored.name for scored in classes if scored.sliced}),
     }
-    write_csv(results, out / CSV)
-    write_summary(results, about, out / SUMMARY)
-    write_matrix(results, out / MATRIX)
-    save_heat_map(results, out / HEAT_MAP)
-    save_box_plots(results, out / BOXES)
-    save_worst_cases(results, out, out / WORST)
+    results.write_csv(scores, out / CSV)
+    results.write_summary(scores, about, out / SUMMARY)
+    results.write_matrix(scores, out / MATRIX)
+    report.save_heat_map(scores, out / HEAT_MAP)
+    report.save_box_plots(scores, out / BOXES)
+    report.save_worst_cases(scores, out, out / WORST)
     cases = sum(len(dataset.cases) for dataset in setup.datasets)
     counts = f"Models: {len(setup.models)}. Datasets: {len(setup.datasets)}. Cases: {cases}."
     heading = f"{counts} {date}, stunet-plugin {__version__}."
     captions = {out / name: caption for name, caption in CAPTIONS.items()}
-    write_report(results, [heading, *lines], about, captions, out / REPORT)
+    report.write_report(scores, [heading, *lines], about, captions, out / REPORT)
     print((out / MATRIX).read_text())

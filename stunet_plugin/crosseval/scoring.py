@@ -18,8 +18,8 @@ import SimpleITK as sitk
 
 from stunet_plugin.crosseval.comparison import Pair, ScoredClass
 from stunet_plugin.crosseval.inputs import Setup, folder_name
-from stunet_plugin.crosseval.measures import between_first_and_last, score
-from stunet_plugin.crosseval.predictions import Place, read_record
+from stunet_plugin.crosseval.measures import bounding_box, score
+from stunet_plugin.crosseval.predictions import prediction_file, read_record, record_file
 from stunet_plugin.crosseval.results import Results, without_nan
 from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.errors import PluginError, few_lines
@@ -40,7 +40,6 @@ class CaseTask:
 
     Attributes:
         key: model, dataset and case.
-        classes: what is scored.
         reference_labels, prediction_labels: what the values of both files may be.
         resample: put the prediction on the reference's grid where they differ.
     """
@@ -56,13 +55,7 @@ class CaseTask:
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Result of a task.
-
-    Attributes:
-        values: measures by class.
-        warnings: what was done to the case.
-        problem: why there are no values.
-    """
+    """Result of a task: measures by class, what was done to the case, why there are no values."""
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -77,19 +70,31 @@ def score_pairs(pairs: Sequence[Pair], setup: Setup, processes: int) -> Results:
     """
     results = Results(pairs)
     tasks: list[CaseTask] = []
-    hashes = _hashes(pairs, setup)
+    records: dict[tuple[str, str, str], tuple[Path, str]] = {}
+    references = {case.reference for data in setup.datasets for case in data.cases}
+    hashes = {file: hash_of_image(file) for file in references}
     for pair in pairs:
-        place = Place.of(setup.out, pair)
+        rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, setup.resample]
+        folder = setup.out.joinpath(
+            SCORES, folder_name(pair.model.name), folder_name(pair.dataset.name)
+        )
         for case in pair.scored_cases:
-            key = (pair.model.name, pair.dataset.name, case.name)
-            kept = read_record(_kept(setup.out, key))
-            if kept.get("made_from") == hashes[key]:
-                results.add(key, kept["values"], kept["warnings"])
+            prediction = read_record(record_file(setup.out, pair, case)).get("prediction")
+            content = [*rules, prediction, hashes[case.reference]]
+            text = json.dumps(content, sort_keys=True, default=str)
+            made_from = hashlib.sha256(text.encode()).hexdigest()
+            file = folder / f"{case.name}.json"
+            kept = read_record(file)
+            if kept.get("made_from") == made_from:
+                results.add(pair.key(case), kept["values"], kept["warnings"])
             else:
+                files = (case.reference, prediction_file(setup.out, pair, case))
                 labels = (pair.dataset.labels, pair.model.labels)
-                files = (case.reference, place.file(case))
-                tasks.append(CaseTask(key, *files, pair.classes, *labels, setup.rules.resample))
-    print(f"Scores: {len(hashes) - len(tasks)} of {len(hashes)} are there.", flush=True)
+                key = pair.key(case)
+                tasks.append(CaseTask(key, *files, pair.classes, *labels, setup.resample))
+                records[key] = file, made_from
+    total = sum(len(pair.scored_cases) for pair in pairs)
+    print(f"Scores: {total - len(tasks)} of {total} are there.", flush=True)
     problems = []
     for task, found in _score_all(tasks, min(processes, len(tasks))):
         where = "{} on {}, {}".format(*task.key)
@@ -100,9 +105,9 @@ def score_pairs(pairs: Sequence[Pair], setup: Setup, processes: int) -> Results:
             print(f"  {where}: {warning}", flush=True)
         values, warnings = without_nan(found.values), list(found.warnings)
         results.add(task.key, values, warnings)
-        file = _kept(setup.out, task.key)
+        file, made_from = records[task.key]
         file.parent.mkdir(parents=True, exist_ok=True)
-        record = {"made_from": hashes[task.key], "values": values, "warnings": warnings}
+        record = {"made_from": made_from, "values": values, "warnings": warnings}
         write_atomically(file, json.dumps(record))
     if problems:
         raise PluginError(
@@ -121,15 +126,14 @@ def score_case(task: CaseTask) -> CaseScores:
     grid = Grid.of(reference)
     truth, predicted = (sitk.GetArrayViewFromImage(one) for one in (reference, prediction))
     ignore = task.reference_labels.ignore
-    valid = None if ignore is None else truth != ignore
     values: dict[str, dict[str, float]] = {}
     for scored in task.classes:
         masks = [np.isin(truth, scored.in_reference), np.isin(predicted, scored.in_prediction)]
-        if valid is not None:
-            masks = [mask & valid for mask in masks]
+        if ignore is not None:
+            masks = [mask & (truth != ignore) for mask in masks]
         if scored.sliced and len(grid.size) == 3:
-            part = between_first_and_last(masks[0], grid.axial)
-            masks = [mask[part] for mask in masks]
+            part = bounding_box(masks[0])[grid.axial]
+            masks = [mask[(slice(None),) * grid.axial + (part,)] for mask in masks]
         values[scored.name] = score(masks[0], masks[1], grid.spacing[::-1], scored.tolerance)
     return CaseScores(values, tuple(warnings))
 
@@ -140,26 +144,6 @@ def _score_all(tasks: Sequence[CaseTask], processes: int) -> Iterator[tuple[Case
         return
     for finished in run_ordered(iter(tasks), score_case, processes):
         yield finished.task, finished.value or CaseScores(problem=finished.failure)
-
-
-def _kept(out: Path, key: tuple[str, str, str]) -> Path:
-    return out / SCORES / folder_name(key[0]) / folder_name(key[1]) / f"{key[2]}.json"
-
-
-def _hashes(pairs: Sequence[Pair], setup: Setup) -> dict[tuple[str, str, str], str]:
-    """Return by model, dataset and case a hash of what the scores of the case depend on."""
-    cases = [case for dataset in setup.datasets for case in dataset.cases]
-    references = {case.reference: hash_of_image(case.reference) for case in cases}
-    found = {}
-    for pair in pairs:
-        rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, setup.rules.resample]
-        for case in pair.scored_cases:
-            prediction = read_record(Place.of(setup.out, pair).record(case)).get("prediction")
-            content = [*rules, prediction, references[case.reference]]
-            text = json.dumps(content, sort_keys=True, default=str)
-            key = (pair.model.name, pair.dataset.name, case.name)
-            found[key] = hashlib.sha256(text.encode()).hexdigest()
-    return found
 
 
 def _read_both(task: CaseTask) -> tuple[Any, Any, list[str]]:

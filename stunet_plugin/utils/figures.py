@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OverlayCase:
-    """One row of an overlay: arrays with axes (z, y, x) of the same shape, and the spacing in
-    mm."""
+    """One row of an overlay: arrays with axes (z, y, x) of the same shape; the spacing in mm."""
 
     name: str
     image: np.ndarray
@@ -32,64 +31,53 @@ def save_overlays(cases: Sequence[OverlayCase], class_names: dict[int, str], pat
     classes.
 
     Args:
-        cases: rows, at least one.
+        cases: at least one.
         class_names: label value to name, background left out.
         path: of the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours = distinct_colours(len(class_names))
     values = sorted(class_names)
-    figure = Figure(figsize=(9, 2.7 * len(cases) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(cases), 3, squeeze=False)
-    for row, case in zip(axes, cases, strict=True):
-        index = _most_telling_slice(case, values)
-        low, high = _gray_window(case)
+    figure = new_figure(9, 2.7 * len(cases) + 0.6)
+    for row, case in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):
+        index = _best_slice(case, values)
+        labelled = case.image[case.reference > 0]
+        low, high = np.percentile(labelled if labelled.size else case.image, [1, 99])
+        low -= high - low  # around the labelled voxels, so that air does not take all grays
         aspect = case.spacing[1] / case.spacing[2]
-        for axis, title, labels in zip(
-            row,
-            ("image", "reference", "prediction"),
-            (None, case.reference, case.prediction),
-            strict=True,
-        ):
+        for axis in row:
             axis.imshow(case.image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect)
-            if labels is not None:
-                # Position in the list of classes, background transparent; label values may have
-                # gaps.
-                positions = np.searchsorted(values, labels[index]).astype(float)
-                positions[~np.isin(labels[index], values)] = np.nan
-                axis.imshow(
-                    positions,
-                    cmap=ListedColormap(colours),
-                    vmin=-0.5,
-                    vmax=len(values) - 0.5,
-                    alpha=0.55,
-                    aspect=aspect,
-                    interpolation="nearest",
-                )
-            axis.set_title(
-                f"{case.name}: {title}, slice {index}" if title == "image" else title, fontsize=9
-            )
             axis.set_axis_off()
+        row[0].set_title(f"{case.name}: image, slice {index}", fontsize=9)
+        for axis, title in zip(row[1:], ("reference", "prediction"), strict=True):
+            labels = getattr(case, title)[index]
+            # Positions in the list of classes, as values may have gaps; background transparent.
+            positions = np.searchsorted(values, labels).astype(float)
+            positions[~np.isin(labels, values)] = np.nan
+            axis.imshow(
+                positions,
+                cmap=ListedColormap(colours),
+                vmin=-0.5,
+                vmax=len(values) - 0.5,
+                alpha=0.55,
+                aspect=aspect,
+                interpolation="nearest",
+            )
+            axis.set_title(title, fontsize=9)
     patches = [
         Patch(color=colour, label=class_names[value])
-        for value, colour in zip(values, colours, strict=True)
+        for value, colour in zip(values[:20], colours, strict=False)
     ]
+    columns = min(6, len(patches))
     figure.legend(
-        handles=patches[:20],
-        loc="outside lower center",
-        ncols=min(6, len(patches)),
-        fontsize=8,
-        frameon=False,
+        handles=patches, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
     )
     figure.savefig(path, dpi=130)
 
 
-def _most_telling_slice(case: OverlayCase, values: Sequence[int]) -> int:
+def _best_slice(case: OverlayCase, values: Sequence[int]) -> int:
     """Index of the slice with most classes, and of those with most labelled voxels."""
     scores = [
         (len(np.intersect1d(labels, values)), int((labels > 0).sum() + (predicted > 0).sum()))
@@ -98,12 +86,14 @@ def _most_telling_slice(case: OverlayCase, values: Sequence[int]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _gray_window(case: OverlayCase) -> tuple[float, float]:
-    """Gray values from which to which to show: around those of the labelled voxels, so that air
-    does not take it all."""
-    labelled = case.image[case.reference > 0]
-    low, high = np.percentile(labelled if labelled.size else case.image, [1, 99])
-    return float(low - (high - low)), float(high)
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure (in inches) that no window is opened for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def distinct_colours(count: int) -> list[tuple[float, float, float]]:
@@ -111,10 +101,8 @@ def distinct_colours(count: int) -> list[tuple[float, float, float]]:
     from matplotlib.colors import hsv_to_rgb
 
     golden_ratio = 0.618034
-    return [
-        tuple(hsv_to_rgb(((0.02 + index * golden_ratio) % 1, 0.85, 1.0)))
-        for index in range(max(count, 1))
-    ]
+    hues = ((0.02 + index * golden_ratio) % 1 for index in range(max(count, 1)))
+    return [tuple(hsv_to_rgb((hue, 0.85, 1.0))) for hue in hues]
 
 
 def plain_style() -> AbstractContextManager[Any]:
