@@ -64,7 +64,7 @@ def pair_up(setup: Setup) -> list[Pair]:
         PluginError: classes that were asked for are missing, or none are shared.
     """
     # Datasets first, since their order of classes is kept.
-    inputs = (*setup.datasets, *setup.models)
+    inputs: tuple[Model | Dataset, ...] = (*setup.datasets, *setup.models)
     names: Sequence[str] | None = None
     if isinstance(setup.classes, tuple):
         names = setup.classes

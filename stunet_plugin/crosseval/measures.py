@@ -81,11 +81,11 @@ def score(
         agreement = 1.0 if in_reference == in_prediction else 0.0
         return {DSC: agreement, NSD: agreement, HD95: math.nan, ASSD: math.nan, **volumes}
     box = bounding_box(reference | prediction)
-    masks = [np.ascontiguousarray(mask[box]) for mask in (reference, prediction)]
-    surfaces = surface_distances(*masks, spacing)
+    one, other = (np.ascontiguousarray(mask[box]) for mask in (reference, prediction))
+    surfaces = surface_distances(one, other, spacing)
     distances, areas = (np.concatenate(both) for both in zip(*surfaces, strict=True))
     return {
-        DSC: 2 * int((masks[0] & masks[1]).sum()) / (in_reference + in_prediction),
+        DSC: 2 * int((one & other).sum()) / (in_reference + in_prediction),
         NSD: float(areas[distances <= tolerance].sum() / areas.sum()),
         HD95: max(_weighted_percentile(*surface, 0.95) for surface in surfaces),
         ASSD: float((distances * areas).sum() / areas.sum()),

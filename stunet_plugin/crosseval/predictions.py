@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def predict_missing(pairs: Sequence[Pair], out: Path, device: str, processes: in
                     bar.update()
 
 
-def check_model(model: Model, cases: dict[Pair, Iterable[Case]], device: str) -> None:
+def check_model(model: Model, cases: Mapping[Pair, Iterable[Case]], device: str) -> None:
     """Load a model, and read through the images that it is to predict.
 
     Raises:

@@ -58,7 +58,7 @@ def test_two_balls_with_one_centre(spacing: tuple[float, ...]) -> None:
     assert found[NSD] == pytest.approx(1)
     assert score(*both, spacing, tolerance=1)[NSD] == pytest.approx(0)
     areas = [areas.sum() for _, areas in measures.surface_distances(*both, spacing)]
-    assert areas == pytest.approx([4 * math.pi * 10**2, 4 * math.pi * 14**2], rel=0.15)
+    assert areas == pytest.approx([4 * math.pi * 10**2, 4 * math.pi * 14**2], rel=0.2)
 
 
 def test_identical_masks_and_the_order_of_the_two() -> None:

@@ -374,7 +374,7 @@ def test_wrong_input_is_refused(
         (("--model", f"M={apart},step-size=1", *dataset), "Did you mean step_size?"),
         (
             (tmp_path / "modles.json", *dataset),
-            "modles.json: unknown entry 'modles'; there are models, datasets, classes",
+            "modles.json: unknown entry 'modles'; there are models, datasets, output",
         ),
         ((tmp_path / "modles.json", *dataset), "Did you mean models?"),
         (
