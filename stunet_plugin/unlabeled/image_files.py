@@ -33,17 +33,8 @@ CONVERTED, HEADER = "converted", "header that points to the data"
 
 
 def place_image(source: Source, scan: Scan, target: Path, copy: bool) -> str:
-    """Make the image of a case and return how.
-
-    Args:
-        source: the scan.
-        scan: what was read from it.
-        target: the file to make; its ending is that of the data set.
-        copy: do not link.
-
-    Raises:
-        OutputError: the target cannot be written.
-    """
+    """Make the image of a case, whose ending is the dataset's, and return how; raise OutputError if
+    it cannot be written."""
     ending, wanted = (
         scan_ending(source.path) if source.kind == FILE else "",
         scan_ending(target.name),
@@ -80,18 +71,8 @@ def is_in_place(image: Path) -> bool:
 
 
 def write_image(array: np.ndarray, geometry: Grid, target: Path) -> None:
-    """Write an image and see to it that all of it is on the disk.
-
-    ITK's writer of NIfTI says nothing when the disk is full, so the size is checked.
-
-    Args:
-        array: (z, y, x).
-        geometry: where the voxels are.
-        target: the file; compressed, unless its ending is ``.nii``.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write an image (z, y, x), compressed unless it is a .nii, and see to it that all of it is on
+    the disk: ITK's writer of NIfTI says nothing when that is full. Raises OutputError."""
     image = sitk.GetImageFromArray(array)
     geometry.apply_to(image)
 

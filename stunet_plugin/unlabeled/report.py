@@ -1,22 +1,20 @@
-"""What people look at after a run: tables of cases and of what was left out, a summary, a
-picture."""
+"""Reports of a run: tables of cases and of what was left out, a summary, a picture."""
 
 from __future__ import annotations
 
-import csv
-import filecmp
 import heapq
 import json
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stunet_plugin.unlabeled.contact_sheet import SheetCase, save_contact_sheet
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+
+from stunet_plugin.unlabeled.checks import CT
 from stunet_plugin.unlabeled.dataset import Choice, Dataset
 from stunet_plugin.unlabeled.discovery import Tally
 from stunet_plugin.unlabeled.image_files import is_in_place
@@ -26,47 +24,44 @@ from stunet_plugin.utils.image_files import CANNOT_OPEN
 from stunet_plugin.utils.workers import run_ordered
 
 CASES, SKIPPED, SUMMARY, PICTURE = "cases.csv", "skipped.csv", "summary.json", "contact_sheet.png"
-SHEET_ROWS = 6
 CASE_COLUMNS = ("case", "source", "series", "image", "size", "spacing", "lowest", "highest", "body")
 SKIPPED_COLUMNS = ("source", "series", "reason", "detail", "tried_again")
+SHEET_ROWS = 6
+CT_WINDOW = (-1000.0, 400.0)
+MR_PERCENTILES = (0.5, 99.5)
+PLANES = ("axes y, x", "axes z, x", "axes z, y")
+INCHES = 2.6
 
 
 def write_reports(
     dataset: Dataset, choice: Choice, manifest: Manifest, tally: Tally
 ) -> Counter[str]:
-    """Write the tables and the summary; return how many sources were left out, by reason.
-
-    Files that are right already are not touched. Cases that somebody removed from the data set are
-    left out.
+    """Write the tables and the summary, where they differ from what is there; return how many
+    sources were left out, by reason. Cases that somebody removed from the dataset are not listed.
     """
-    reasons: Counter[str] = Counter()
-    number = missing = broken = 0
-    with (
-        _table(dataset.records / CASES, CASE_COLUMNS) as cases,
-        _table(dataset.records / SKIPPED, SKIPPED_COLUMNS) as skipped,
-    ):
-        for record in manifest.records():
-            if record.status == CASE:
-                if not dataset.has(record.case, choice):
-                    continue
-                number += 1
-                facts = {name: _flat(value) for name, value in record.facts.items()}
-                cases(
-                    {"case": record.case, "source": record.source, "series": record.series, **facts}
-                )
-                if not os.path.exists(record.source):
-                    missing += 1
-                    broken += not is_in_place(dataset.files_of(record.case, choice)[0])
-            elif record.status != FOLDER and not _opens_now(record):
-                reasons[record.reason] += 1
-                again = "yes" if record.status == FAILED else "no"
-                row = {"reason": record.reason, "detail": record.detail, "tried_again": again}
-                skipped({"source": record.source, "series": record.series, **row})
+    cases, skipped, missing, broken = [], [], 0, 0
+    for record in manifest.records():
+        one = {"source": record.source, "series": record.series}
+        if record.status == CASE:
+            if not dataset.has(record.case, choice):
+                continue
+            facts = {name: _flat(value) for name, value in record.facts.items()}
+            cases.append({"case": record.case, **one, **facts})
+            if not os.path.exists(record.source):
+                missing += 1
+                broken += not is_in_place(dataset.files_of(record.case, choice)[0])
+        elif record.status != FOLDER and not _opens_now(record):
+            again = "yes" if record.status == FAILED else "no"
+            found = {"reason": record.reason, "detail": record.detail, "tried_again": again}
+            skipped.append({**one, **found})
+    _write_table(dataset.records / CASES, cases, CASE_COLUMNS)
+    _write_table(dataset.records / SKIPPED, skipped, SKIPPED_COLUMNS)
+    reasons = Counter(row["reason"] for row in skipped)
     summary = {
         "dataset": dataset.folder.name,
         "modality": choice.modality,
         "file_ending": choice.file_ending,
-        "cases": number,
+        "cases": len(cases),
         "left_out": dict(reasons.most_common()),
         "sources_missing": missing,
         "other_files": dict(tally.others.most_common()),
@@ -82,47 +77,56 @@ def write_reports(
     return reasons
 
 
-def write_picture(dataset: Dataset, choice: Choice, manifest: Manifest) -> bool:
-    """Draw some cases with their masks, in a worker process; return whether that worked.
+def write_picture(dataset: Dataset, choice: Choice, manifest: Manifest) -> None:
+    """Draw some cases with their masks, in a worker process.
 
-    The cases with the first names: names are hashes, so that is a random choice, and the same one
-        every time.
+    Those with the first names: names are hashes, so that is a random choice, always the same.
     """
     cases = (record.case for record in manifest.records() if record.status == CASE)
     names = heapq.nsmallest(SHEET_ROWS, (case for case in cases if dataset.has(case, choice)))
-    sheet = [SheetCase(name, *dataset.files_of(name, choice)) for name in names]
+    sheet = {name: dataset.files_of(name, choice) for name in names}
     temporary = dataset.temporary / PICTURE
-    drawn = partial(save_contact_sheet, modality=choice.modality, path=temporary)
-    result = next(run_ordered(iter([sheet]), drawn, processes=1))
+    draw = partial(save_contact_sheet, modality=choice.modality, path=temporary)
+    result = next(run_ordered(iter([sheet]), draw, processes=1))
     if result.failure:
         print(f"No picture: {result.failure}.")
-        return False
-    os.replace(temporary, dataset.records / PICTURE)
+    else:
+        os.replace(temporary, dataset.records / PICTURE)
+
+
+def save_contact_sheet(cases: dict[str, tuple[Path, Path]], modality: str, path: Path) -> bool:
+    """Write a PNG with a row per case (image and label by name): the middle slices along each axis,
+    in storage order, with the outline of the body."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * INCHES, len(cases) * INCHES), layout="constrained")
+    rows = figure.subplots(len(cases), 3, squeeze=False)
+    for row, (name, files) in zip(rows, cases.items(), strict=True):
+        image, label = (sitk.ReadImage(str(file)) for file in files)
+        array, mask = sitk.GetArrayViewFromImage(image), sitk.GetArrayViewFromImage(label)
+        low, high = CT_WINDOW if modality == CT else np.percentile(array, MR_PERCENTILES)
+        for axis, (plot, plane) in enumerate(zip(row, PLANES, strict=True)):
+            middle = array.shape[axis] // 2
+            vertical, horizontal = np.delete(image.GetSpacing()[::-1], axis)
+            gray, outline = (np.take(one, middle, axis=axis) for one in (array, mask))
+            plot.imshow(gray, cmap="gray", vmin=low, vmax=high, aspect=vertical / horizontal)
+            if outline.min() != outline.max():
+                plot.contour(outline, levels=[0.5], colors="red", linewidths=0.8)
+            body = f"{name}: body {mask.mean():.0%}"
+            plot.set_title(f"{plane}, slice {middle}" if axis else body, fontsize=7)
+            plot.set_axis_off()
+    figure.savefig(path, dpi=90)
     return True
 
 
-@contextmanager
-def _table(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A CSV file that replaces the old one at the end, if it differs."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".stunet_", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        # Names of files need not be text; surrogates stand for such bytes.
-        with os.fdopen(handle, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            yield writer.writerow
-        temporary.chmod(0o644)
-        if path.is_file() and filecmp.cmp(path, temporary, shallow=False):
-            return
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_table(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    # As objects: numbers stay as they are where another case lacks one.
+    table = pd.DataFrame(rows, columns=list(columns), dtype=object)
+    write_if_new(path, table.to_csv(index=False, lineterminator="\r\n"))
 
 
 def _opens_now(record: Record) -> bool:
-    """Whether this is about a folder that an earlier run could not open, and that can be opened
-    now."""
+    """Whether this is a folder that an earlier run could not open, and that opens now."""
     of_folder = record.reason == CANNOT_OPEN and os.path.isdir(record.source)
     return of_folder and os.access(record.source, os.R_OK | os.X_OK)
 

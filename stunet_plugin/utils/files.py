@@ -23,13 +23,18 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is there as a whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".stunet_", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(_encoded(text))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _encoded(text: str) -> bytes:
+    """As UTF-8; names of files in it need not be."""
+    return text.encode(errors="surrogateescape")
 
 
 @contextlib.contextmanager
@@ -108,7 +113,7 @@ class OutputError(Exception):
 
 def write_if_new(path: Path, text: str) -> None:
     """Write a text file, unless it says the same already."""
-    if not (path.is_file() and path.read_text() == text):
+    if not (path.is_file() and path.read_bytes() == _encoded(text)):
         write_atomically(path, text)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.body_mask import block_means, body_mask, mr_threshold, otsu
+from stunet_plugin.unlabeled.body_mask import block_means, body_mask, mr_threshold
 from stunet_plugin.unlabeled.checks import CT, MR
 
 
@@ -131,11 +131,6 @@ def test_block_means_of_uneven_blocks() -> None:
     assert means.shape == (3, 5, 3)
     assert means[2, 4, 2] == pytest.approx(array[6:, 8:, 8:].mean())
     assert means[0, 1, 1] == pytest.approx(array[:3, 2:4, 4:8].mean(), abs=1e-3)
-
-
-def test_otsu_separates_two_classes() -> None:
-    values = np.concatenate([np.random.default_rng(6).normal(0.2, 0.03, 5000), np.full(1000, 0.8)])
-    assert 0.3 < otsu(values) < 0.8
 
 
 def test_mr_threshold_of_a_constant_image_is_none() -> None:
