@@ -37,13 +37,8 @@ DATASET_ENTRIES = ("channel_names", "modality", "file_ending", "numTraining")
 
 @dataclass(frozen=True)
 class LabelSystem:
-    """Classes of a dataset or a model.
-
-    Attributes:
-        name: for people.
-        classes: canonical name to its label values (sorted, never 0); groups and regions included.
-        ignore: the label value that says nothing, as in nnU-Net; None if there is none.
-    """
+    """Classes of a dataset or a model: canonical name to its label values (sorted, never 0), groups
+    and regions included; and nnU-Net's ignore label, None if there is none."""
 
     name: str
     classes: Mapping[str, tuple[int, ...]]
@@ -277,10 +272,8 @@ def _groups(
             raise PluginError(f"{where}: the group {name!r} has the name of another class.")
         parts = [canonical_name(str(member)) for member in members] if is_list(members) else []
         if not parts or not set(parts) <= set(labels):
-            raise PluginError(
-                f"{where}: the group {name!r} must list labels, not {members!r}; there are"
-                f" {few(list(labels), 30)}."
-            )
+            there = few(list(labels), 30)
+            raise PluginError(f"{where}: the group {name!r} must list labels ({there}).")
         made[known] = tuple(sorted({value for part in parts for value in labels[part]}))
     return made
 

@@ -70,9 +70,8 @@ def unite(
     classes = known if wanted is None else list(dict.fromkeys(map(canonical_name, wanted)))
     unknown = [name for name in classes if all(system.find(name) is None for system in systems)]
     if unknown:
-        raise PluginError(
-            f"No dataset has the class(es) {', '.join(unknown)}. They have: {', '.join(known)}."
-        )
+        there = ", ".join(known)
+        raise PluginError(f"No dataset has the class(es) {', '.join(unknown)}. They have: {there}.")
     for system in systems:
         overlaps = system.overlapping([name for name in classes if system.find(name)])
         if overlaps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,15 +51,16 @@ class Rule:
     def reasons_against(self, confidence: float | None, volume: float) -> list[str]:
         """Return why a class is not kept (confidence None: it is not predicted at all)."""
         # Comparisons are such that what is not a number is never confident.
-        least, low, high = self.min_confidence, self.min_mm3, self.max_mm3
-        found = []
-        if least is not None and confidence is not None and not confidence >= least:
-            found.append(f"mean confidence {confidence:.3f} below {least:g}")
-        if low is not None and not volume >= low:
-            found.append(f"{volume:.0f} mm3, less than {low:g}")
-        if high is not None and not volume <= high:
-            found.append(f"{volume:.0f} mm3, more than {high:g}")
-        return found
+        checks = (
+            (confidence, self.min_confidence, operator.ge, "mean confidence {:.3f} below {:g}"),
+            (volume, self.min_mm3, operator.ge, "{:.0f} mm3, less than {:g}"),
+            (volume, self.max_mm3, operator.le, "{:.0f} mm3, more than {:g}"),
+        )
+        return [
+            text.format(found, bound)
+            for found, bound, fits, text in checks
+            if found is not None and bound is not None and not fits(found, bound)
+        ]
 
 
 @dataclass(frozen=True)

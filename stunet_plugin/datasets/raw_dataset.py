@@ -74,10 +74,8 @@ def find_raw(given: str) -> Path:
         wanted += "*"
     found = [root / name for name in names if (root / name).is_dir()]
     if len(found) != 1:
-        raise PluginError(
-            f"Expected one {wanted} in {RAW} ({root}), found {len(found)}. Give its ID, its full"
-            " name or a path."
-        )
+        told = f"Expected one {wanted} in {RAW} ({root}), found {len(found)}"
+        raise PluginError(f"{told}. Give its ID, its full name or a path.")
     return found[0]
 
 
@@ -115,9 +113,8 @@ def _channel_names(description: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(names, dict) or not names or set(names) != wanted:
         turned = isinstance(names, dict) and names and set(map(str, names.values())) == wanted
         hint = " Here names and numbers are the wrong way round." if turned else ""
-        raise PluginError(
-            f'{where}: channel_names must be {{"0": "CT"}} and so on, not {names!r}.{hint}'
-        )
+        wrong = f'channel_names must be {{"0": "CT"}} and so on, not {names!r}.{hint}'
+        raise PluginError(f"{where}: {wrong}")
     return names
 
 
@@ -134,9 +131,8 @@ def _listed_cases(folder: Path, description: dict[str, Any], file: Path) -> list
             return cases
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
-    raise PluginError(
-        f"{file}: 'dataset' is not as nnU-Net has it, {{case: {{images: [...], label: ...}}}}."
-    )
+    form = "{case: {images: [...], label: ...}}"
+    raise PluginError(f"{file}: 'dataset' is not as nnU-Net has it, {form}.")
 
 
 def list_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
