@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stunet_plugin.datasets.raw_dataset import new_raw_folder
@@ -20,7 +20,7 @@ from stunet_plugin.unlabeled.discovery import DATASET_ENDINGS, Source
 from stunet_plugin.unlabeled.image_files import is_in_place, points_to
 from stunet_plugin.unlabeled.manifest import CASE, DUPLICATE, FAILED, SKIPPED, Manifest, Record
 from stunet_plugin.unlabeled.prepare_case import Prepared, Settings
-from stunet_plugin.utils.files import LINK, lock, write_atomically, write_if_new
+from stunet_plugin.utils.files import LINK, lock, read_json, write_atomically, write_if_new
 
 LABELS = {"background": 0, "body": 1}
 READER = "SimpleITKIO"
@@ -54,27 +54,19 @@ class Dataset:
         self._check_id()
 
     def _check_id(self) -> None:
-        for variable in (RAW, PREPROCESSED, RESULTS):
-            base = os.environ.get(variable)
-            if not base:
-                continue
+        number = self.dataset_id
+        for variable in filter(os.environ.get, (RAW, PREPROCESSED, RESULTS)):
             # nnU-Net's own look-up goes by this prefix.
-            others = [
-                path.name
-                for path in sorted(Path(base).glob(f"Dataset{self.dataset_id:03d}*"))
-                if path.is_dir()
-            ]
-            others = [other for other in others if other != self.folder.name]
-            if others:
-                raise PluginError(
-                    f"-d {self.dataset_id} is taken: {variable} has {others[0]}. Choose another"
-                    f" -d{', or its name with -n if it is one of unlabelled scans' if variable == RAW else ''}."  # noqa: E501
-                    " Nothing was written."
-                )
+            for path in sorted(Path(os.environ[variable]).glob(f"Dataset{number:03d}*")):
+                if path.is_dir() and path.name != self.folder.name:
+                    raise PluginError(
+                        f"-d {number} is taken: {variable} has {path.name}. Choose another -d, or"
+                        " its name with -n if `stunet unlabeled` made it. Nothing was written."
+                    )
         if self.folder.exists() and not self._settings_file.is_file():
             raise PluginError(
-                f"-d {self.dataset_id} is taken: {self.folder} is there, and `stunet unlabeled` did"
-                " not make it. Choose another -d. Nothing was written."
+                f"-d {number} is taken: {self.folder} is there, and `stunet unlabeled` did not make"
+                " it. Choose another -d. Nothing was written."
             )
 
     @property
@@ -89,31 +81,20 @@ class Dataset:
         """
         if not self._settings_file.is_file():
             return None
-        try:
-            content = json.loads(self._settings_file.read_text())
-            choice = Choice(content["modality"], content["file_ending"])
-            if (
-                choice.modality not in MODALITIES
-                or choice.file_ending not in DATASET_ENDINGS
-                or content["format"] != _FORMAT
-            ):
-                raise ValueError(f"not understood: {content}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_json(self._settings_file)
+        choice = Choice(str(content.get("modality")), str(content.get("file_ending")))
+        known = choice.modality in MODALITIES and choice.file_ending in DATASET_ENDINGS
+        if not known or content.get("format") != _FORMAT:
             raise PluginError(
-                f"{self._settings_file} is damaged ({error}). Move {self.folder} away, or choose"
+                f"{self._settings_file} is damaged ({content}). Move {self.folder} away, or choose"
                 " another -d."
-            ) from error
+            )
         return choice
 
     def begin(self, choice: Choice) -> None:
         """Make the folder, which appears with its settings in it, so that it is known for ours; or
         begin anew in an empty one."""
-        content = {
-            "format": _FORMAT,
-            "modality": choice.modality,
-            "file_ending": choice.file_ending,
-        }
-        text = json.dumps(content, indent=2) + "\n"
+        text = json.dumps({"format": _FORMAT, **asdict(choice)}, indent=2) + "\n"
         if self.folder.exists():
             if self.choice() != choice:
                 for name in (manifests.FILE, manifests.FILE_BEFORE):

@@ -66,11 +66,10 @@ def check_tally(tally: Tally, folders: Sequence[str]) -> None:
     others = tally.others_in_words()
     found = f"only other files: {others}" if others else "no files at all"
     pictures = any(ending in PICTURES for ending in tally.others)
+    flat = " Pictures in 2D are no scans: volumes are needed." if pictures else ""
     raise PluginError(
         f"No scans in {', '.join(folders)}: {found}. Taken are {', '.join(SCAN_ENDINGS)} and DICOM"
-        " series, in folders of any"
-        f" depth.{' Pictures in 2D are no scans: volumes are needed.' if pictures else ''} Nothing"
-        " was written."
+        f" series, in folders of any depth.{flat} Nothing was written."
     )
 
 
@@ -95,11 +94,8 @@ def guess_modality(search: Search) -> str:
         sources = islice(replace(search, folders=[folder]).sources(), PROBED_SOURCES)
         usable = 0
         for result in run_ordered(sources, probe, 1, further=lambda value: value.further):
-            record = (
-                result.value.record
-                if result.value
-                else record_of(result.task, FAILED, "could not be processed")
-            )
+            failed = record_of(result.task, FAILED, "could not be processed")
+            record = result.value.record if result.value else failed
             if record.status == CASE:
                 usable += 1
                 if modality := record.facts["modality"]:
@@ -110,22 +106,16 @@ def guess_modality(search: Search) -> str:
             if usable == PROBED_SCANS:
                 break
     if len(seen) == 1:
-        modality = next(iter(seen))
-        print(
-            f"  taken for {modality}, which the first scans look like ({seen[modality]} seen;"
-            " --modality overrules)",
-            flush=True,
-        )
+        ((modality, count),) = seen.items()
+        what = f"which the first scans look like ({count} seen; --modality overrules)"
+        print(f"  taken for {modality}, {what}", flush=True)
         return modality
     again = f"Say which with --modality {' or '.join(MODALITIES)}"
     if not seen:
-        why = (
-            f" ({', '.join(f'{count} x {reason}' for reason, count in reasons.most_common(5))})"
-            if reasons
-            else ""
-        )
+        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
         raise PluginError(
-            f"The first scans do not tell their modality{why}. {again}. Nothing was written."
+            f"The first scans do not tell their modality{f' ({why})' if why else ''}. {again}."
+            " Nothing was written."
         )
     found = "; ".join(
         f"{count} like {modality}, for example {examples[modality]}"

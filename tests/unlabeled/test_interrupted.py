@@ -66,6 +66,7 @@ def images(dataset: Path) -> int:
     return len(list((dataset / "imagesTr").glob("*.nii.gz")))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
     folder = tmp_path / "scans"
     for seed in range(120):

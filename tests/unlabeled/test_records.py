@@ -43,7 +43,7 @@ def test_workers_that_die_cost_their_task_alone_and_results_keep_their_order() -
         number = int(value.split()[1])
         return [number + 101, number + 102] if number % 10 == 0 else []
 
-    results = list(run_ordered(iter(range(12)), work, processes=2, further=further, time_limit=4))
+    results = list(run_ordered(iter(range(12)), work, processes=2, further=further, time_limit=2))
     assert [result.task for result in results] == [101, 102, 0, *range(1, 10), 111, 112, 10, 11]
     failures = {result.task: result.failure for result in results if result.failure}
     assert all(result.value == f"done {result.task}" for result in results if not result.failure)
@@ -51,7 +51,7 @@ def test_workers_that_die_cost_their_task_alone_and_results_keep_their_order() -
     assert "SIGKILL (out of memory?)" in failures[3]
     assert "ValueError: no good" in failures[4]
     assert "exit code 7" in failures[5]
-    assert "longer than 4 s" in failures[6]
+    assert "longer than 2 s" in failures[6]
 
 
 class Unloadable:
