@@ -102,9 +102,11 @@ class Manifest:
         with self._writing(), before.open("rb") as file:
             for line in file:
                 try:
-                    self._insert(Record(**json.loads(line)))
+                    record = Record(**json.loads(line))
                 except (ValueError, TypeError):
                     continue  # torn by a kill
+                if record.status != FOLDER:  # looked into again: that version took tilted series
+                    self._insert(record)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

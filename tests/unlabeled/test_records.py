@@ -118,6 +118,7 @@ def test_records_of_the_version_before_are_carried_over_once(tmp_path: Path) -> 
         "\0\0 garbage",
         '{"source": "/d", "signature": "", "status": "failed", "reason": "cannot be opened"}',
         '{"source": "/data/a.nii", "signature": "2", "status": "case", "case": "scan_a"}',
+        '{"source": "/data", "signature": "1", "status": "folder"}',
         '{"source": "/data/b.nii", "signature": "1", "status": "case", "case": "scan_b"}',
         '{"source": "/data/c.ni',
     ]
@@ -268,6 +269,9 @@ def test_copies_changes_and_absences(dataset: Dataset) -> None:
     )
     assert touched.facts == first.facts
     assert dataset.is_done(Source(str(scan), signature="2"), manifest, CHOICE)
+
+    tilted = Source(str(scan), signature="2", problem=("skewed axes", "20 degrees"))
+    assert not dataset.is_done(tilted, manifest, CHOICE)
 
     gone = Record(str(scan), "", FAILED, reason="cannot be opened")
     dataset.commit(Prepared(gone), manifest, CHOICE)
