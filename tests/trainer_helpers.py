@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from stunet_plugin import trainers
 from stunet_plugin.networks.anisotropy import get_mode
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import get_preset
@@ -21,16 +20,6 @@ DATASET = {
     "labels": {"background": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5},
     "file_ending": ".nii.gz",
 }
-FAMILIES = (
-    "STUNetTrainer",
-    "STUNetTrainer_tiny_ft",
-    "PCTNetTrainer",
-    "FMUNetTrainer",
-    "VolumeFusionTrainer",
-    "VolumeFusionTrainer_STUNet_tiny",
-    "VolumeFusionTrainer_PCTNet",
-)
-"""A trainer of each kind; those of the networks' other sizes and schedules differ in numbers."""
 
 
 def stunet(strides: list[list[int]] = STRIDES, width: int = 2) -> dict[str, Any]:
@@ -47,13 +36,13 @@ def stunet(strides: list[list[int]] = STRIDES, width: int = 2) -> dict[str, Any]
     return architecture
 
 
-def misfm(network: str, mode: int = 1) -> dict[str, Any]:
+def misfm(network: str, mode: int = 1, **changes: Any) -> dict[str, Any]:
     """Return the architecture entry of a narrow PCTNet or FMUNet."""
     strides = [list(stage) for stage in get_mode(mode).strides]
     widths = [4, 8, 16, 32, 64] if network == "PCTNet" else [2, 4, 4, 4, 4]
     return {
         "network_class_name": f"stunet_plugin.networks.{network.lower()}.{network}",
-        "arch_kwargs": {"mode": mode, "strides": strides, "features_per_stage": widths},
+        "arch_kwargs": {"mode": mode, "strides": strides, "features_per_stage": widths, **changes},
         "_kw_requires_import": [],
     }
 
@@ -61,40 +50,27 @@ def misfm(network: str, mode: int = 1) -> dict[str, Any]:
 def small_plans(plans: dict[str, Any], name: str) -> dict[str, Any]:
     """Return plans with a small patch, and a small network for a trainer, in all configurations."""
     plans = {**copy.deepcopy(plans), "continue_training": False}
+    network = next((one for one in ("PCTNet", "FMUNet") if one in name), None)
     for configuration, chosen in plans["configurations"].items():
         if "architecture" not in chosen:
             continue
-        two_axes = configuration == "2d"
-        strides = [stage[1:] for stage in STRIDES] if two_axes else STRIDES
-        chosen.update(patch_size=PATCH[1:] if two_axes else PATCH, batch_size=2)
-        network = next((one for one in ("PCTNet", "FMUNet") if one in name), None)
-        if network and not two_axes:
+        first = 1 if configuration == "2d" else 0
+        strides = [stage[first:] for stage in STRIDES]
+        chosen.update(patch_size=PATCH[first:], batch_size=2)
+        if network and not first:
             chosen["architecture"] = misfm(network)
         elif name == "STUNetTrainer":
             chosen["architecture"] = stunet(strides)
         else:
-            kwargs = chosen["architecture"]["arch_kwargs"]
-            stages = len(strides)
-            kwargs.update(
-                n_stages=stages,
+            chosen["architecture"]["arch_kwargs"].update(
+                n_stages=4,
                 features_per_stage=[4, 8, 8, 8],
                 strides=strides,
-                kernel_sizes=[[3] * len(strides[0])] * stages,
-                n_conv_per_stage=[1] * stages,
-                n_conv_per_stage_decoder=[1] * (stages - 1),
+                kernel_sizes=[[3] * len(strides[0])] * 4,
+                n_conv_per_stage=[1] * 4,
+                n_conv_per_stage_decoder=[1] * 3,
             )
     return plans
-
-
-def build(
-    name: str,
-    plans: dict[str, Any],
-    configuration: str = "3d_fullres",
-    fold: int | str = 0,
-    dataset: dict[str, Any] = DATASET,
-) -> Any:
-    """Return a trainer on the CPU, not initialised."""
-    return trainers.TRAINERS[name](plans, configuration, fold, dataset, torch.device("cpu"))
 
 
 def started(trainer: Any) -> Any:
@@ -105,16 +81,18 @@ def started(trainer: Any) -> Any:
 
 
 def batch_for(trainer: Any, seed: int = 1) -> dict[str, Any]:
-    """Return a random batch of two samples of a segmentation trainer."""
+    """Return a random batch of two samples; for Volume Fusion of two pairs."""
     random = torch.Generator().manual_seed(seed)
     patch = trainer.configuration_manager.patch_size
-    data = torch.randn(2, trainer.num_input_channels, *patch, generator=random)
+    data = torch.randn(4, trainer.num_input_channels, *patch, generator=random)
+    if hasattr(trainer, "fusion"):
+        return {"data": data}
     shapes = [
         [max(round(size * scale), 1) for size, scale in zip(patch, scales, strict=True)]
         for scales in trainer._get_deep_supervision_scales()
     ]
     targets = [torch.randint(0, 3, (2, 1, *shape), generator=random).short() for shape in shapes]
-    return {"data": data, "target": targets}
+    return {"data": data[:2], "target": targets}
 
 
 def state(trainer: Any) -> dict[str, torch.Tensor]:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from stunet_plugin.pretraining.subvolumes import (
-    HIGH_GRAY,
-    LOW_GRAY,
-    SAMPLED_VOXELS,
-    PercentileContrast,
-    ResizeToPatch,
-    SubVolumeLoader,
-    draw_crop,
-    draw_pair,
-    stretch,
-    sub_volume_transforms,
-)
+from stunet_plugin.pretraining import subvolumes
+from stunet_plugin.pretraining.subvolumes import PercentileContrast, ResizeToPatch, SubVolumeLoader
 
 
 @pytest.fixture(autouse=True)
@@ -31,35 +20,29 @@ def _seeded() -> None:
 
 def test_crops_have_the_published_sizes_and_stay_in_the_scan() -> None:
     scan, patch = (100, 90, 12), (40, 60, 20)
-    crops = [draw_crop(scan, patch) for _ in range(1000)]
+    crops = [subvolumes.draw_crop(scan, patch) for _ in range(1000)]
     starts = np.array([[axis.start for axis in crop] for crop in crops])
     stops = np.array([[axis.stop for axis in crop] for crop in crops])
     lengths = stops - starts
-    assert lengths.min(0).tolist() == [28, 42, 12]
-    assert lengths.max(0).tolist() == [59, 89, 12]
-    assert starts.min(0).tolist() == [0, 0, 0]
-    assert stops.max(0).tolist() == [100, 90, 12]
+    assert (lengths.min(0).tolist(), lengths.max(0).tolist()) == ([28, 42, 12], [59, 89, 12])
+    assert (starts.min(0).tolist(), stops.max(0).tolist()) == ([0, 0, 0], [100, 90, 12])
 
 
 def test_pairs_are_of_different_cases_where_there_are_two() -> None:
-    pairs = [draw_pair(4) for _ in range(2000)]
-    assert {first == second for first, second in pairs} == {False}
+    pairs = [subvolumes.draw_pair(4) for _ in range(2000)]
+    assert all(first != second for first, second in pairs)
     counts = np.bincount([4 * first + second for first, second in pairs], minlength=16)
     assert np.sort(counts)[4:].min() > 110  # 12 ordered pairs, 167 each
-    assert draw_pair(1) == (0, 0)
+    assert subvolumes.draw_pair(1) == (0, 0)
 
 
 @pytest.mark.parametrize("shape", [(30, 14), (14, 9, 30)])
 def test_resizing_is_linear(shape: tuple[int, ...]) -> None:
-    patch = (20,) * len(shape)
     grids = torch.meshgrid(*(torch.linspace(0, 1, size) for size in shape), indexing="ij")
-    resized = ResizeToPatch(patch)(image=torch.stack(grids))["image"]
-    assert resized.shape == (len(shape), *patch)
-    inner = resized[0].select(1, 10)[3:-3]
-    differences = (inner if inner.ndim == 1 else inner[:, 10]).diff()
-    torch.testing.assert_close(
-        differences, differences[:1].expand_as(differences), atol=1e-4, rtol=0
-    )
+    resized = ResizeToPatch((20,) * len(shape))(image=torch.stack(grids))["image"]
+    assert resized.shape == (len(shape), *(20,) * len(shape))
+    steps = resized[0][3:-3].diff(dim=0)
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps), atol=1e-4, rtol=0)
 
 
 def test_a_small_scan_is_padded_rather_than_stretched_beyond_the_published_scale() -> None:
@@ -88,49 +71,47 @@ def test_a_small_scan_is_padded_rather_than_stretched_beyond_the_published_scale
 def test_contrast_maps_the_marks_exactly_also_with_few_gray_values(
     image: list[float], low: float, high: float, expected: list[float]
 ) -> None:
-    assert stretch(torch.tensor(image), low, high).tolist() == pytest.approx(expected)
+    assert subvolumes.stretch(torch.tensor(image), low, high).tolist() == pytest.approx(expected)
 
 
-def test_percentiles_from_a_sample_are_those_of_the_channel() -> None:
+def test_percentiles_are_the_published_ones_and_a_sample_gives_those_of_the_channel() -> None:
     transform = PercentileContrast()
+    drawn = np.array(transform.get_parameters(image=torch.zeros(2000, 4))["percentiles"])
+    assert drawn.min(0) == pytest.approx([0.1, 98.0], abs=0.01)
+    assert drawn.max(0) == pytest.approx([2.0, 99.9], abs=0.01)
     image = torch.randn(2, 40, 40, 40)
     parameters = transform.get_parameters(image=image)
-    assert len(parameters["sample"]) == SAMPLED_VOXELS
+    assert len(parameters["sample"]) == subvolumes.SAMPLED_VOXELS
     parameters["percentiles"] = [(2.0, 98.0), (0.5, 99.5)]
     mapped = transform.apply({"image": image}, **parameters)["image"]
     for channel, percentile in zip(mapped, (2.0, 0.5), strict=True):
-        for outside in (channel <= LOW_GRAY, channel >= HIGH_GRAY):
+        for outside in (channel <= subvolumes.LOW_GRAY, channel >= subvolumes.HIGH_GRAY):
             assert 100 * outside.float().mean().item() == pytest.approx(percentile, rel=0.2)
-        assert (channel.min(), channel.max()) == (0, 1)
-
-
-def test_drawn_percentiles_are_the_published_ones() -> None:
-    drawn = np.array(PercentileContrast().get_parameters(image=torch.zeros(2000, 4))["percentiles"])
-    assert drawn.min(0) == pytest.approx([0.1, 98.0], abs=0.01)
-    assert drawn.max(0) == pytest.approx([2.0, 99.9], abs=0.01)
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 40, 20), (1, 40, 30)])
 def test_sub_volumes_are_patches_from_0_to_1(shape: tuple[int, ...]) -> None:
     patch = (24,) * (len(shape) - 1)
-    sub_volume = sub_volume_transforms(patch)(image=torch.randn(shape) * 100)["image"]
+    transform = subvolumes.sub_volume_transforms(patch)
+    sub_volume = transform(image=torch.randn(shape) * 100)["image"]
     assert sub_volume.shape == (shape[0], *patch)
-    for channel in sub_volume:
-        assert (channel.min(), channel.max()) == (0, 1)
-    constant = sub_volume_transforms(patch)(image=torch.full(shape, 7.0))["image"]
-    assert torch.isfinite(constant).all()
+    assert all((channel.min(), channel.max()) == (0, 1) for channel in sub_volume)
+    assert torch.isfinite(transform(image=torch.full(shape, 7.0))["image"]).all()
 
 
 class Cases:
-    """A dataset as nnU-Net's, of cases filled with their number; reading labels fails."""
+    """A dataset as nnU-Net's; reading labels fails."""
 
-    def __init__(self, count: int, shape: Sequence[int]) -> None:
+    def __init__(self, count: int, *shape: int) -> None:
         self.identifiers = [f"case{index}" for index in range(count)]
         self.shape = shape
 
     def load_case(self, identifier: str) -> tuple[np.ndarray, None, None, None]:
-        ramp = np.linspace(0, 0.5, int(np.prod(self.shape)), dtype=np.float32).reshape(self.shape)
-        return ramp + int(identifier.removeprefix("case")), None, None, None
+        return np.random.rand(*self.shape).astype(np.float32), None, None, None
+
+
+def loader(cases: int, pairs: int, patch: tuple[int, ...], *shape: int) -> Any:
+    return SubVolumeLoader(Cases(cases, *shape), pairs, patch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -139,25 +120,20 @@ class Cases:
 def test_a_batch_is_foregrounds_and_then_backgrounds_of_other_cases(
     patch: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
-    dataset: Any = Cases(3, shape)
-    loader = SubVolumeLoader(dataset, 4, patch)
-    seen = set()
+    batches, seen = loader(3, 4, patch, *shape), set()
     for _ in range(10):
-        batch = next(loader)
+        batch = next(batches)
         assert batch["data"].shape == (8, shape[0], *patch)
-        pairs = list(zip(batch["keys"][:4], batch["keys"][4:], strict=True))
-        assert all(first != second for first, second in pairs)
-        seen.update(pairs)
+        seen.update(zip(batch["keys"][:4], batch["keys"][4:], strict=True))
     assert len(seen) == 6
-    alone = next(SubVolumeLoader(Cases(1, shape), 2, patch))  # type: ignore[arg-type]
-    assert set(alone["keys"]) == {"case0"}
+    assert all(first != second for first, second in seen)
+    assert set(next(loader(1, 2, patch, *shape))["keys"]) == {"case0"}
 
 
 def test_workers_do_not_share_torchs_random_numbers() -> None:
-    dataset: Any = Cases(2, (1, 8, 8, 8))
-    drawn = []
+    drawn = set()
     for worker in range(2):
         torch.manual_seed(0)  # what workers are forked with
-        SubVolumeLoader(dataset, 1, (8, 8, 8)).set_thread_id(worker)
-        drawn.append(torch.rand(1).item())
-    assert drawn[0] != drawn[1]
+        loader(2, 1, (8, 8, 8), 1, 8, 8, 8).set_thread_id(worker)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 2

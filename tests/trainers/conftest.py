@@ -1,14 +1,15 @@
-"""Fixture of the trainers' tests."""
-
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from stunet_plugin import trainers
 
 from conftest import Workspace
-from trainer_helpers import DATASET, Make, build, small_plans
+from trainer_helpers import DATASET, Make, small_plans
 
 
 @pytest.fixture
@@ -22,20 +23,19 @@ def make(nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_pat
         name: str = "STUNetTrainer",
         configuration: str = "3d_fullres",
         fold: int | str = 0,
-        workspace: Workspace = nnunet_environment,
+        plans: dict[str, Any] | None = None,
         dataset: dict[str, Any] = DATASET,
         options: dict[str, object] | None = None,
-        dataset_id: str = "901",
         **changes: Any,
     ) -> Any:
         for variable, value in (options or {}).items():
             monkeypatch.setenv(variable, str(value))
-        plans = small_plans(workspace.plans(dataset_id=dataset_id), name)
+        plans = small_plans(plans or nnunet_environment.plans(), name)
         chosen = plans["configurations"].get(configuration, {})
-        strides = changes.pop("strides", None)
-        chosen.update(changes)
-        if strides:
+        if strides := changes.pop("strides", None):
             chosen["architecture"]["arch_kwargs"]["strides"] = strides
-        return build(name, plans, configuration, fold, dataset)
+        chosen.update(changes)
+        device = torch.device("cpu")
+        return trainers.TRAINERS[name](plans, configuration, fold, dataset, device)
 
     return make

@@ -1,5 +1,4 @@
-"""Sharding, in a process group of one process: the same steps, plain checkpoints, and what is
-refused. tests/launch has four processes."""
+"""Sharding, in a process group of one process; tests/launch has four processes."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from stunet_plugin.trainers import distributed_trainer
 
 from trainer_helpers import PATCH, Make, batch_for, started
 
-SHARDED = {"STUNET_SEED": 1, "STUNET_SHARD": 1}
-PLAIN = {"STUNET_SEED": 1, "STUNET_SHARD": 0}
+PLAIN = {"STUNET_SEED": 1, "STUNET_SHARD": 0, "STUNET_CHECKPOINTING": "off"}
+SHARDED = {**PLAIN, "STUNET_SHARD": 1}
 
 
 @pytest.fixture
@@ -34,26 +33,20 @@ def ready(make: Make, options: dict[str, object]) -> Any:
     return trainer
 
 
-def step(trainer: Any, seed: int) -> float:
+def step(trainer: Any, seed: int = 1) -> float:
     return float(trainer.train_step(batch_for(trainer, seed))["loss"])
 
 
-def assert_same_training(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Two checkpoints hold plain tensors of the same names and shapes, and nearly the same
-    values."""
-    parts = [(one["network_weights"], one["optimizer_state"]) for one in (first, second)]
-    groups = [[group["params"] for group in states["param_groups"]] for _, states in parts]
-    assert groups[0] == groups[1]
-    assert parts[0][1]["state"]
-    close = {"rtol": 1e-3, "atol": 1e-4}
-    for one, other in zip(parts[0], parts[1], strict=True):
-        plain, sharded = one.get("state", one), other.get("state", other)
-        torch.testing.assert_close(dict(sharded), dict(plain), **close)
-    tensors = [
-        *parts[1][0].values(),
-        *(x["momentum_buffer"] for x in parts[1][1]["state"].values()),
-    ]
-    assert {type(value) for value in tensors} == {torch.Tensor}
+def saved(trainer: Any, file: str) -> dict[str, torch.Tensor]:
+    """Write a checkpoint; return the weights and momentum in it, which are plain tensors."""
+    trainer.save_checkpoint(file)
+    content = torch.load(file, weights_only=False)
+    momentum = content["optimizer_state"]["state"]
+    named = {str(number): values["momentum_buffer"] for number, values in momentum.items()}
+    tensors = {**content["network_weights"], **named}
+    assert named
+    assert {type(value) for value in tensors.values()} == {torch.Tensor}
+    return tensors
 
 
 def test_steps_checkpoints_and_predictions_are_those_of_a_plain_training(
@@ -61,29 +54,25 @@ def test_steps_checkpoints_and_predictions_are_those_of_a_plain_training(
 ) -> None:
     files = [str(tmp_path / name) for name in ("plain.pth", "sharded.pth")]
     plain, sharded = ready(make, PLAIN), ready(make, SHARDED)
-    is_sharded = [isinstance(p, distributed.tensor.DTensor) for p in sharded.network.parameters()]
-    assert all(is_sharded)
+    tensor = distributed.tensor.DTensor
+    assert all(isinstance(value, tensor) for value in sharded.network.parameters())
     for seed in (1, 2):
         assert step(plain, seed) == pytest.approx(step(sharded, seed), rel=1e-4)
-        for trainer, file in zip((plain, sharded), files, strict=True):
-            trainer.save_checkpoint(file)
-        assert_same_training(*[torch.load(file, weights_only=False) for file in files])
-        if seed == 1:  # each resumes from the other's file
-            plain, sharded = ready(make, PLAIN), ready(make, SHARDED)
+        expected, found = (saved(*one) for one in zip((plain, sharded), files, strict=True))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        if seed == 1:  # each resumes from the other's file, now with activation checkpointing
+            plain = ready(make, PLAIN)
+            sharded = ready(make, {**SHARDED, "STUNET_CHECKPOINTING": "block"})
             plain.load_checkpoint(files[1])
             sharded.load_checkpoint(files[0])
             assert plain.current_epoch == sharded.current_epoch == 1
 
     # What the final validation predicts with.
     whole = sharded._whole_network().eval()
-    assert not any(
-        isinstance(parameter, distributed.tensor.DTensor) for parameter in whole.parameters()
-    )
-    image = torch.randn(1, 1, *PATCH)
+    assert not any(isinstance(value, tensor) for value in whole.parameters())
+    image, bare = torch.randn(1, 1, *PATCH), plain._bare_network().eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            whole(image)[0], plain._bare_network().eval()(image)[0], rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(whole(image)[0], bare(image)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_pretrained_weights_go_into_a_sharded_network(
@@ -112,34 +101,33 @@ def test_half_precisions_scaler_skips_infinite_gradients(make: Make, group_of_on
     # The first scale is too large for the loss; the next one is 1.
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-38)
     before = {name: value.clone() for name, value in trainer.whole_weights().items()}
-    for scale, same in ((1.0, True), (1.0, False)):
-        step(trainer, 1)
+    for same in (True, False):
+        step(trainer)
         now = trainer.whole_weights()
         assert all(torch.equal(value, before[name]) for name, value in now.items()) == same
-        assert trainer.grad_scaler.get_scale() == pytest.approx(scale)
+        assert trainer.grad_scaler.get_scale() == pytest.approx(1.0)
 
 
 def test_pretraining_is_sharded_too(make: Make, group_of_one: None) -> None:
     trainer = started(make("VolumeFusionTrainer_STUNet_tiny", options=SHARDED))
-    batch = {"data": torch.randn(4, 1, *PATCH)}
-    assert torch.isfinite(torch.as_tensor(trainer.train_step(batch)["loss"]))
-    trainer._example = trainer._fuse(batch)
+    assert step(trainer) < float("inf")
+    trainer._example = trainer._fuse(batch_for(trainer))
     trainer._save_example()
     assert Path(trainer.output_folder, "volume_fusion_epoch_0000.png").is_file()
-
-
-def test_one_process_cannot_shard(make: Make) -> None:
-    with pytest.raises(PluginError, match=r"this is one alone.*torchrun .* -m stunet_plugin.laun"):
-        make(options=SHARDED)
 
 
 def test_what_cannot_be_sharded_or_split_is_refused(
     make: Make, group_of_one: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(PluginError, match=r"FMUNet is small enough.*Unset STUNET_SHARD"):
-        make("FMUNetTrainer", options=SHARDED)
+    def refused(message: str, options: dict[str, object], *name: str, **changes: Any) -> None:
+        with pytest.raises(PluginError, match=message):
+            make(*name, options=options, **changes)
+
+    refused("FMUNet is small enough.*Unset STUNET_SHARD", SHARDED, "FMUNetTrainer")
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed_trainer, "_in_a_group", lambda: False)
+        refused("this is one alone.*torchrun .* -m stunet_plugin.laun", SHARDED)
     monkeypatch.setattr(distributed_trainer, "world_size", lambda: 3)
-    with pytest.raises(PluginError, match="batch of 2 cannot be split over 3.*Start at most 2"):
-        make(options=PLAIN)
-    with pytest.raises(PluginError, match="batch of 4 does not split evenly over 3.*batch_dice"):
-        make(options=PLAIN, batch_size=4, batch_dice=True)
+    refused("batch of 2 cannot be split over 3.*Start at most 2", PLAIN)
+    uneven: dict[str, Any] = {"batch_size": 4, "batch_dice": True}
+    refused("batch of 4 does not split evenly over 3.*batch_dice", PLAIN, **uneven)

@@ -1,5 +1,4 @@
-"""Pretraining inside nnU-Net: any network, any labels, K + 1 outputs, weights that fit the
-segmentation trainer, refusals. test_all_trainers.py trains and resumes all of them."""
+"""Pretraining inside nnU-Net; test_all_trainers.py trains and resumes all of them."""
 
 from __future__ import annotations
 
@@ -11,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.pretraining import score
-from stunet_plugin.trainers.volume_fusion_trainers import NETWORKS, TRAINERS
+from stunet_plugin.trainers.volume_fusion_trainers import NETWORKS
 from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
-from trainer_helpers import PATCH, Make, small_plans, started
+from trainer_helpers import PATCH, Make, started
 
 TINY = "VolumeFusionTrainer_STUNet_tiny"
 REGIONS = {
@@ -40,8 +38,7 @@ def test_trains_k_plus_1_outputs_whatever_the_labels(make: Make, name: str) -> N
     assert trainer.loss.loss.dc.do_bg  # class 0 counts like the others
     training, validation = trainer.get_dataloaders()
     fused = trainer._fuse(next(training))
-    outputs = trainer.network(fused["data"])
-    assert [output.shape[1] for output in outputs] == [3] * len(outputs)
+    assert {output.shape[1] for output in trainer.network(fused["data"])} == {3}
     assert fused["target"][0].max() == 2
     with torch.no_grad():
         counts = trainer.validation_step(next(validation))
@@ -50,15 +47,14 @@ def test_trains_k_plus_1_outputs_whatever_the_labels(make: Make, name: str) -> N
 
 
 @pytest.mark.parametrize("suffix", NETWORKS)
-def test_weights_fit_the_segmentation_trainer(nnunet_environment: Workspace, suffix: str) -> None:
+def test_weights_fit_the_segmentation_trainer(make: Make, suffix: str) -> None:
+    pretext = make(f"VolumeFusionTrainer{suffix}")
+    plan = pretext.plans_manager, pretext.configuration_manager
     network, fine_tuned_by = NETWORKS[suffix]
-    pretext = TRAINERS[f"VolumeFusionTrainer{suffix}"]
-    manager = PlansManager(small_plans(nnunet_environment.plans(), pretext.__name__))
-    configuration = manager.get_configuration("3d_fullres")
     fine_tuning = trainers.TRAINERS.get(fine_tuned_by, network)
     with torch.device("meta"):
-        weights = pretext.build_network_architecture(manager, configuration, 1, 5).state_dict()
-        segmentation = fine_tuning.build_network_architecture(manager, configuration, 1, 3)
+        weights = pretext.build_network_architecture(*plan, 1, 5).state_dict()
+        segmentation = fine_tuning.build_network_architecture(*plan, 1, 3)
     assert describe_mismatches(segmentation, weights, heads_too=False) == ""
     assert "another shape" in describe_mismatches(segmentation, weights, heads_too=True)
 
@@ -75,15 +71,13 @@ def test_one_case_is_enough_and_an_unlearned_task_is_said_loudly(
     source = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
     data = tmp_path / source.name / "nnUNetPlans_3d_fullres"
     case = min(path.stem for path in (source / data.name).glob("*.pkl"))
-    others = shutil.ignore_patterns("*splits*", "nnUNetPlans_2d")
-    shutil.copytree(source, data.parent, ignore=others)
-    for file in data.iterdir():
-        if not file.name.startswith(case):
-            file.unlink()
+    data.mkdir(parents=True)
+    for file in (*source.glob("*.json"), *(source / data.name).glob(f"{case}*")):
+        if "splits" not in file.name:
+            shutil.copy(file, tmp_path / file.relative_to(source.parent))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     trainer = started(make(TINY, fold="all"))
-    training, _ = trainer.get_dataloaders()
-    assert set(next(training)["keys"]) == {case}
+    assert set(next(trainer.get_dataloaders()[0])["keys"]) == {case}
     monkeypatch.setattr(score, "UNLEARNED_DICE", -1.0 if learned else 1.1)
     capsys.readouterr()
     trainer.perform_actual_validation()
@@ -97,28 +91,15 @@ def test_one_case_is_enough_and_an_unlearned_task_is_said_loudly(
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({}, {"STUNET_VF_CLASSES": "0"}, "STUNET_VF_CLASSES='0' must be an integer from 1 to 255"),
-        ({}, {"STUNET_VF_SCHEME": "2024"}, "STUNET_VF_SCHEME='2024' must be one of 2023, 2025"),
-        (
-            {},
-            {"STUNET_VF_SMALLEST": "0.5", "STUNET_VF_LARGEST": "0.2"},
-            "smallest 0.5 and largest 0.2",
-        ),
-        (
-            {},
-            {"STUNET_VF_LARGEST": "0.05", "STUNET_VF_SMALLEST": "0.01"},
-            r"patch of \[16, 32, 32\] voxels is too small",
-        ),
-        ({"previous_stage": "3d_lowres"}, {}, "cascade.*Pretrain 3d_lowres or 3d_fullres"),
-    ],
+    ("smallest", "largest", "message"),
+    [(0.5, 0.2, "smallest 0.5 and largest 0.2"), (0.01, 0.05, r"\[16, 32, 32\] .*too small")],
 )
-def test_refusals_leave_nothing_behind(
-    make: Make, tmp_path: Path, changes: dict[str, Any], options: dict[str, object], message: str
+def test_wrong_block_sizes_leave_nothing_behind(
+    make: Make, tmp_path: Path, smallest: float, largest: float, message: str
 ) -> None:
+    options = {"STUNET_VF_SMALLEST": smallest, "STUNET_VF_LARGEST": largest}
     with pytest.raises(PluginError, match=message):
-        make(TINY, options=options, **changes)
+        make(TINY, options=options)
     assert not (tmp_path / "results").exists()
 
 
