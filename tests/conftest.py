@@ -30,12 +30,18 @@ from stunet_plugin.nnunet.registration import trainers_folder
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 PHANTOM_ID = "901"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+SETTINGS = {
+    "nnUNet_extTrainer": str(trainers_folder()),
+    "nnUNet_def_n_proc": "1",
+    "STUNET_EPOCHS": "1",
+    "STUNET_ITERATIONS": "2",
+    "STUNET_VAL_ITERATIONS": "1",
+}
 
-# The test processes share the cores; threads of theirs would only wait for each other. Before torch
-# is imported.
+# The test processes share the cores; threads of theirs would only wait for each other, or spin
+# while another has the core: nnU-Net takes one per core. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# nnU-Net takes a thread per core whatever that says; passive, they do not spin while another test
-# process has the core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell starts background jobs with SIGINT ignored, which the commands under test would inherit.
@@ -56,7 +62,6 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of the shared images and checkpoints."""
     if not SHARED.is_dir():
         pytest.skip("needs the shared images and checkpoints in ../shared, which is not there")
     return SHARED
@@ -67,26 +72,14 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.raw, self.preprocessed, self.results = (
-            root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-        )
-        for folder in (self.raw, self.preprocessed, self.results):
+        for folder in (folders := [root / name for name in FOLDERS]):
             folder.mkdir(parents=True)
+        self.raw, self.preprocessed, self.results = folders
 
     @property
     def environment(self) -> dict[str, str]:
-        variables = {x: os.environ[x] for x in os.environ if not x.startswith(("nnUNet", "STUNET"))}
-        return {
-            **variables,
-            "nnUNet_raw": str(self.raw),
-            "nnUNet_preprocessed": str(self.preprocessed),
-            "nnUNet_results": str(self.results),
-            "nnUNet_extTrainer": str(trainers_folder()),
-            "nnUNet_def_n_proc": "1",
-            "STUNET_EPOCHS": "1",
-            "STUNET_ITERATIONS": "2",
-            "STUNET_VAL_ITERATIONS": "1",
-        }
+        rest = {x: y for x, y in os.environ.items() if not x.startswith(("nnUNet", "STUNET"))}
+        return rest | SETTINGS | {name: str(self.root / name) for name in FOLDERS}
 
     def run(
         self, command: str, *arguments: object, check: bool = True, **environment: str | None
@@ -100,21 +93,18 @@ class Workspace:
         # planners need at least one.
         workers = "0" if command == "nnUNetv2_train" else "1"
         variables = {**self.environment, "nnUNet_n_proc_DA": workers, **environment}
-        here = command.startswith("nnUNetv2_") and "predict" not in command
-        run = self._run_here if here else self._run_process
-        result = run([command, *map(str, arguments)], variables)
+        words = [command, *map(str, arguments)]
+        if command.startswith("nnUNetv2_") and "predict" not in command:
+            result = self._run_here(words, variables)
+        else:
+            words[0] = find_command(command)
+            given: Any = {"env": {x: y for x, y in variables.items() if y is not None}}
+            given |= {"cwd": self.root, "stdin": subprocess.DEVNULL}
+            result = subprocess.run(words, capture_output=True, text=True, **given)
         if check and result.returncode != 0:
             said = f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
-            pytest.fail(f"{result.args} ended with {result.returncode}:\n{said}")
+            pytest.fail(f"{words} ended with {result.returncode}:\n{said}")
         return result
-
-    def _run_process(
-        self, words: list[str], variables: dict[str, str | None]
-    ) -> subprocess.CompletedProcess[str]:
-        environment = {key: value for key, value in variables.items() if value is not None}
-        words = [find_command(words[0]), *words[1:]]
-        where: dict[str, Any] = {"env": environment, "cwd": self.root, "stdin": subprocess.DEVNULL}
-        return subprocess.run(words, capture_output=True, text=True, **where)
 
     def _run_here(
         self, words: list[str], variables: dict[str, str | None]
@@ -149,19 +139,13 @@ class Workspace:
         return next(base.glob(f"Dataset{dataset_id}_*"))
 
     def plans(self, name: str = "nnUNetPlans", dataset_id: str = PHANTOM_ID) -> dict[str, Any]:
-        file = self.dataset_folder(self.preprocessed, dataset_id) / f"{name}.json"
-        content: dict[str, Any] = json.loads(file.read_text())
-        return content
+        folder = self.dataset_folder(self.preprocessed, dataset_id)
+        return json.loads((folder / f"{name}.json").read_text())
 
     def model(
-        self,
-        trainer: str,
-        configuration: str = "3d_fullres",
-        plans: str = "nnUNetPlans",
-        dataset_id: str = PHANTOM_ID,
+        self, trainer: str, configuration: str = "3d_fullres", plans: str = "nnUNetPlans"
     ) -> Path:
-        folder = self.dataset_folder(self.results, dataset_id)
-        return folder / f"{trainer}__{plans}__{configuration}"
+        return self.dataset_folder(self.results) / f"{trainer}__{plans}__{configuration}"
 
 
 class Stunet:
@@ -214,7 +198,7 @@ def stunet(
 @pytest.fixture
 def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an empty nnUNet_raw, nnUNet_preprocessed and nnUNet_results, in use."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for name in FOLDERS:
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     return tmp_path
@@ -222,18 +206,14 @@ def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def new_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workspace]:
-    def make(name: str) -> Workspace:
-        return Workspace(tmp_path_factory.mktemp(name))
-
-    return make
+    return lambda name: Workspace(tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture(scope="session")
 def phantoms(
     new_workspace: Callable[[str], Workspace], tmp_path_factory: pytest.TempPathFactory
 ) -> Workspace:
-    """Six phantoms, planned and preprocessed for 2d and 3d_fullres: made once, a copy for each
-    process."""
+    """Six phantoms, preprocessed for 2d and 3d_fullres: made once, a copy for each process."""
     common = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         common = common.parent

@@ -58,10 +58,7 @@ def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
     return {
         "epoch": 4000,
         "state_dict": weights,
-        "optimizer_state_dict": {
-            "state": {0: {"momentum_buffer": torch.ones(3)}},
-            "param_groups": [{"lr": 0.01}],
-        },
+        "optimizer_state_dict": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
         "lr_scheduler_state_dict": None,
         "plot_stuff": (losses, losses, [], losses),
         "best_stuff": (None, np.float64(0.3), np.float64(0.9)),
@@ -69,7 +66,7 @@ def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def v1_plans(classes: int = 4, channels: int = 1) -> dict[str, Any]:
+def v1_plans(channels: int = 1, classes: int = 4) -> dict[str, Any]:
     """The ``.model.pkl`` of nnU-Net v1, in numpy as v1 writes it."""
     stage = {
         "batch_size": 2,
@@ -125,8 +122,7 @@ def v2_plans() -> dict[str, Any]:
 def write_v1(
     path: Path, weights: dict[str, Any] | None = None, plans: dict[str, Any] | None = None
 ) -> Path:
-    """Write a v1 checkpoint (tiny, random, if no weights are given) and its ``.pkl``; ``plans={}``
-    leaves that out."""
+    """Write a v1 checkpoint (random, if no weights are given) and its .pkl, unless plans={}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(v1_checkpoint(weights or published_weights(make_network())), path)
     if plans is None or plans:
@@ -146,26 +142,31 @@ def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
     return changed
 
 
+def endless() -> list[Any]:
+    """A few hundred bytes in a file, 2**60 values when written out."""
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
 def rewrite_zip(path: Path, replace: tuple[bytes, bytes] = (b"", b""), method: int = 0) -> None:
     """Write a zip archive anew, with bytes of its ``data.pkl`` replaced or another compression."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in entries.items():
-            pickled = name.endswith("data.pkl")
-            archive.writestr(name, content.replace(*replace) if pickled else content)
+            changed = content.replace(*replace) if name.endswith("data.pkl") else content
+            archive.writestr(name, changed)
 
 
 def read(folder: Path, name: str = "plans") -> dict[str, Any]:
     """A JSON file of a folder."""
-    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    return content
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def configuration(folder: Path, name: str = "plans") -> dict[str, Any]:
-    """The configuration 3d_fullres of plans."""
-    content: dict[str, Any] = read(folder, name)["configurations"]["3d_fullres"]
-    return content
+    return read(folder, name)["configurations"]["3d_fullres"]
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -174,17 +175,14 @@ def checkpoint_of(folder: Path) -> Path:
 
 def checkpoint_in(folder: Path) -> dict[str, Any]:
     """The checkpoint of an imported model folder, loaded as strictly as torch can."""
-    loaded: dict[str, Any] = torch.load(checkpoint_of(folder), weights_only=True)
-    return loaded
+    return torch.load(checkpoint_of(folder), weights_only=True)
 
 
 def load_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetPredictor:
-    """nnU-Net's predictor, initialised from a model folder as its commands do; every window counts
-    alike."""
+    """nnU-Net's predictor of a model folder; every window counts alike."""
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    predictor = nnUNetPredictor(
-        use_gaussian=False, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False
-    )
+    options = {"use_gaussian": False, "use_mirroring": False, "allow_tqdm": False}
+    predictor = nnUNetPredictor(**options, device=torch.device("cpu"))
     predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
     predictor.network.eval()
     return predictor

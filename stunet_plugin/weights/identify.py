@@ -217,7 +217,7 @@ def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) ->
         else:
             raise PluginError("it has no anisotropy modes. Leave --mode out.")
         found.check_shapes()
-    except PluginError as error:
+    except (PluginError, ValueError) as error:
         raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
     return found
 

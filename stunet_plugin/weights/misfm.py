@@ -54,8 +54,10 @@ def read_misfm(
     if wanted not in (None, mode.number):
         raise PluginError(f"it is of mode {mode.number}, not {wanted}. Leave --mode out.")
     features = tuple(int(tensors[name].shape[0]) for name in widths)
-    found = [tensors[name] for name in tables if name in tensors]
-    num_heads = tuple(int(table.shape[1]) for table in found if table.ndim == 2)
+    unfit = [name for name in tables if name not in tensors or tensors[name].ndim != 2]
+    if unfit:
+        raise PluginError(f"{unfit[0]} is missing, or has not two axes.")
+    num_heads = tuple(int(tensors[name].shape[1]) for name in tables)
     # Arguments of the network that are not its defaults.
     changed: dict[str, Any] = {}
     if features != (pctnet.FEATURES if is_pctnet else fmunet.FEATURES):

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from stunet_plugin import plans, trainers
-from stunet_plugin.cli import interruptible, main, run
+from stunet_plugin.cli import interruptible, main
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import Command
 from stunet_plugin.commands.list import List
@@ -41,14 +41,16 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         assert f"\n  {command.command} " in shown
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.command)
-def test_every_command_has_help(command: type[Command], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main([command.command, "--help"])
-    text = capsys.readouterr().out
-    assert f"\n  {command.example}\n" in text
-    assert "Exit codes: 0 done, 1 " in text
-    assert command.summary()[:40] in text
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: stunet" in capsys.readouterr().out
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([command.command, "--help"])
+        text = capsys.readouterr().out
+        assert f"\n  {command.example}\n" in text
+        assert "Exit codes: 0 done, 1 " in text
+        assert command.summary()[:40] in text
 
 
 @pytest.mark.parametrize(
@@ -84,19 +86,9 @@ def test_arguments_have_the_types_of_their_fields() -> None:
 
 def test_list(stunet: Stunet) -> None:
     lines = stunet("list --trainers").splitlines()
-    assert {line.split()[0] for line in lines if line[:2] == "  "} == {
-        *trainers.__all__,
-        *plans.__all__,
-    }
+    listed = {line.split()[0] for line in lines if line[:2] == "  "}
+    assert listed == {*trainers.__all__, *plans.__all__}
     assert "at least 1, not 0" in stunet.refuse("list --classes 0")
-
-
-def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "usage: stunet" in capsys.readouterr().out
-
-
-# --- errors
 
 
 @pytest.mark.parametrize(
@@ -105,7 +97,6 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
         (PluginError("wrong"), 2, "stunet list: wrong"),
         (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 1, "disk (a.pth). Make room"),
         (RuntimeError("[enforce fail at inline.cc:672] . unexpected pos 1 vs 2"), 1, "space"),
-        (RuntimeError("ITK ERROR: Reason: No space left on device"), 1, "no space left"),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "Permission denied (/a/b)"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (BrokenPipeError(), 0, ""),
@@ -142,9 +133,6 @@ def test_words_of_messages() -> None:
     assert few_lines(["a", "b", "c"], 2) == "a\nb\n... and 1 more"
 
 
-# --- interruption
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
     context = multiprocessing.get_context("fork")
@@ -178,24 +166,22 @@ def test_a_worker_that_its_pool_ends_says_nothing_and_ends(wait: float, times: i
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("name", "arguments", "says"),
     [
-        ("crosseval --model M=m --dataset D=d", "resumes"),
-        ("pseudo-label model -i images -d 910", "resumes"),
-        ("merge-datasets 1 2 -d 20", "resumes"),
-        ("rank random -d 4", "start the same command again"),
+        ("crosseval", "--model M=m --dataset D=d", "resumes"),
+        ("pseudo-label", "model -i images -d 910", "resumes"),
+        ("merge-datasets", "1 2 -d 20", "resumes"),
+        ("rank", "random -d 4", "start the same command again"),
     ],
 )
 def test_the_last_line_says_how_it_resumes(
-    arguments: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, arguments: str, says: str, stunet: Stunet
 ) -> None:
     def interrupted(_: Command) -> int:
         raise KeyboardInterrupt
 
-    name, *words = arguments.split()
     (command,) = [command for command in COMMANDS if command.command == name]
-    monkeypatch.setattr(command, "run", interrupted)
-    assert run(command.parse(words)) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
+    stunet.patch.setattr(command, "run", interrupted)
+    last = stunet(name, arguments, code=130).splitlines()[-1]
     assert last.startswith("Interrupted. ")
     assert says in last

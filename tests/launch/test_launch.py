@@ -25,8 +25,8 @@ from stunet_plugin.launch import consistency
 from conftest import PHANTOM_ID, Workspace
 from trainer_helpers import DATASET
 
-WORDS = ["4", "3d_fullres"]
 CPU = torch.device("cpu")
+TRAINING = (PHANTOM_ID, "3d_fullres", "0")
 EPOCHS, KILLED_IN = 4, 2
 
 
@@ -40,17 +40,13 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     launched = importlib.import_module("launched")
     folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
     launched.write_plans(folder)
-    changes = {
-        "nnUNet_extTrainer": str(launched.FIXED_BATCHES),
-        "STUNET_EPOCHS": str(EPOCHS),
-        "STUNET_SEED": "1",
-    }
+    changes = {"STUNET_EPOCHS": str(EPOCHS), "STUNET_SEED": "1"}
+    changes["nnUNet_extTrainer"] = str(launched.FIXED_BATCHES)
     environment = {**nnunet_environment.environment, **changes, "nnUNet_n_proc_DA": "0"}
-    arguments = [PHANTOM_ID, "3d_fullres", "0", "-tr", "FixedBatchesTrainer", "-p", launched.PLANS]
-    arguments += ["-device", "cpu"]
-    kill = {**environment, "FIXED_BATCHES_KILL": f"1:{KILLED_IN}"}
-    words = [*arguments, "--timeout", "10"]
-    killed = launched.torchrun(words, kill, tmp_path, machines=2, processes=1, limit=420)
+    words = [*TRAINING, "-tr", "FixedBatchesTrainer", "-p", launched.PLANS, "-device", "cpu"]
+    kill, patience = {"FIXED_BATCHES_KILL": f"1:{KILLED_IN}"}, ("--timeout", "10")
+    how: dict[str, int] = {"machines": 2, "processes": 1, "limit": 420}
+    killed = launched.torchrun([*words, *patience], environment | kill, tmp_path, **how)
     assert all(code not in (None, 0) for code in killed.codes), killed.output
     assert "Signal 9 (SIGKILL)" in killed.output
     assert re.search("Process 0 of 2 on .* stops: .*\nAll processes .* end.*--c", killed.output)
@@ -62,7 +58,7 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     assert len(list(model.glob("training_log_*.txt"))) == 1
 
     sharded = {**environment, "STUNET_SHARD": "1"}
-    resumed = launched.torchrun([*arguments, "--c"], sharded, tmp_path, processes=4, limit=420)
+    resumed = launched.torchrun([*words, "--c"], sharded, tmp_path, processes=4, limit=420)
     assert resumed.codes == [0], resumed.output
     assert "over 4 process(es)" in resumed.output
     checkpoint = launched.read(model / "checkpoint_final.pth")
@@ -80,11 +76,9 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     found = launched.differences(alone, checkpoint)
     assert max(found[name] for name in ("train_losses", "val_losses", "weights")) < 1e-3
 
-    predictor = nnUNetPredictor(use_mirroring=False, device=CPU, allow_tqdm=False)
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model.parent), (0,), "checkpoint_final.pth")
     predictor.network.load_state_dict(predictor.list_of_parameters[0])
-    logits = predictor.predict_sliding_window_return_logits(torch.randn(1, *launched.PATCH))
-    assert logits.shape[1:] == launched.PATCH
 
 
 def set_ranks(patch: pytest.MonkeyPatch, *numbers: int) -> None:
@@ -101,45 +95,36 @@ def set_ranks(patch: pytest.MonkeyPatch, *numbers: int) -> None:
         ("0 --c -pretrained_weights a.pth", None, "c and pretrained_weights cannot"),
         ("0 --c --val", None, "c and val cannot"),
         ("0 --val_best --disable_checkpointing", None, "val_best and disable_checkpointing cannot"),
+        ("0 --continue", None, "unrecognized arguments: --continue"),
         ("first", None, "fold must be an integer or all, not 'first'"),
         ("0 --timeout 0", None, "--timeout must be"),
         ("0", 0, "has 0. Add -device cpu"),
         ("0", 1, "has 1. Start torchrun with --nproc-per-node 1"),
     ],
 )
-def test_wrong_arguments_and_machines_are_refused(
+def test_wrong_arguments_and_machines_are_refused_and_torchruns_last_lines_say_why(
     arguments: str,
     gpus: int | None,
     fact: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     if gpus is not None:
         set_ranks(monkeypatch, 9, 16, 1, 8)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert launch.main([*WORDS, *arguments.split()]) == 2
-    assert fact in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [("0 --continue", "unrecognized arguments: --continue"), ("first", "fold must be an integer")],
-)
-def test_torchruns_last_lines_say_why(
-    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    # The second cannot be written, which does not hide what is printed.
-    for file in (tmp_path / "error.json", tmp_path / "gone" / "error.json"):
+    # What cannot be told to torchrun is printed all the same.
+    for file in (tmp_path / "gone" / "error.json", tmp_path / "error.json"):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
         try:
-            code = launch.main([*WORDS, *arguments.split()])
+            code = launch.main(["4", "3d_fullres", *arguments.split()])
         except SystemExit as error:
-            code = int(error.code or 0)
+            code = error.code
         assert code == 2
-    told = str(tmp_path / "error.json")
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=told)
-    assert message in ChildFailedError("launch", {0: failure}).format_msg()
+        assert fact in capsys.readouterr().err
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert fact in ChildFailedError("launch", {0: failure}).format_msg()
     assert failure.timestamp > 0
 
 
@@ -160,7 +145,7 @@ def test_a_training_that_was_stopped_says_how_to_resume(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(launch, "process_group", fail)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    assert launch.main([*WORDS, "0", "-device", "cpu"]) == code
+    assert launch.main(["4", "3d_fullres", "0", "-device", "cpu"]) == code
     assert "start the same command with --c" in capsys.readouterr().err
     # Told to torchrun it would hide which process was killed.
     assert not (tmp_path / "error.json").exists()
@@ -169,24 +154,22 @@ def test_a_training_that_was_stopped_says_how_to_resume(
 def test_processes_that_were_started_differently_are_told_apart(
     nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def settings(*arguments: str) -> dict[str, str]:
-        options = launch.build_parser().parse_args([PHANTOM_ID, "3d_fullres", "0", *arguments])
-        return consistency.settings_of(options)
+    def settings(*more: str) -> dict[str, str]:
+        return consistency.settings_of(launch.build_parser().parse_args([*TRAINING, *more]))
 
     first = settings("--c")
-    assert consistency.first_difference([("a", first), ("b", settings("--c"))]) is None
 
-    def difference(*arguments: str) -> str:
-        everyone = [("a", first), ("a", first), ("b", settings(*arguments))]
-        return consistency.first_difference(everyone) or ""
+    def difference(*more: str) -> str | None:
+        return consistency.first_difference([("a", first), ("a", first), ("b", settings(*more))])
 
+    assert difference("--c") is None
     assert difference() == "the argument c is True in process 0 on a, False in process 2 on b"
-    folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
-    plans = folder / "nnUNetPlans.json"
+    plans = nnunet_environment.dataset_folder(nnunet_environment.preprocessed) / "nnUNetPlans.json"
     before = plans.read_text()
     plans.write_text(before + "\n")
-    assert re.match(r"nnUNetPlans.json is \w{8} in process 0 on a, \w{8} in", difference("--c"))
+    said = difference("--c") or ""
     plans.write_text(before)
+    assert re.match(r"nnUNetPlans.json is \w{8} in process 0 on a, \w{8} in", said)
     monkeypatch.setenv("STUNET_EPOCHS", "7")
     assert difference("--c") == "STUNET_EPOCHS is 1 in process 0 on a, 7 in process 2 on b"
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
@@ -200,22 +183,19 @@ def test_results_that_are_not_shared_are_refused(
     shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seen from the second machine; what the first one would send and receive is replaced."""
-    if shared:
-        (tmp_path / "probe").touch()
 
     def gather(everyone: list[Any], own: Any) -> None:
         everyone[:] = [(True, "a", "/first"), own]
 
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setattr(consistency, "PATIENCE_SECONDS", 0)
-    for name, function in {
-        "get_rank": lambda: 1,
-        "get_world_size": lambda: 2,
-        "broadcast_object_list": lambda names: names.__setitem__(0, "probe"),
-        "all_gather_object": gather,
-    }.items():
-        monkeypatch.setattr(distributed, name, function)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    send = monkeypatch.setattr
+    send(distributed, "broadcast_object_list", lambda names: names.__setitem__(0, "probe"))
+    send(distributed, "all_gather_object", gather)
     if shared:
+        (tmp_path / "probe").touch()
         consistency.check_results_are_shared()
     else:
         message = "process 1 on .* does not see in its .* what process 0 on a writes to its /first"
@@ -226,10 +206,9 @@ def test_results_that_are_not_shared_are_refused(
 def test_nnunets_own_trainers_are_refused_beyond_the_gpus_of_one_machine(
     nnunet_environment: Workspace,
 ) -> None:
-    options = launch.build_parser().parse_args([PHANTOM_ID, "3d_fullres", "0"])
     message = "nnUNetTrainer is not a trainer of stunet-plugin.*GPUs of one machine alone"
     with pytest.raises(PluginError, match=message):
-        launch.train(options, launch.Process(1, 2, 0, 1), CPU)
+        launch.train(launch.build_parser().parse_args(TRAINING), launch.Process(1, 2, 0, 1), CPU)
     assert not list(nnunet_environment.results.rglob("nnUNetTrainer__*"))
 
 
@@ -241,8 +220,7 @@ def test_the_launcher_knows_nnunets_arguments(
         run_training_entry()
     theirs = set(re.findall(r"^  (--?\w+)", capsys.readouterr().out, re.MULTILINE))
     assert {"-tr", "--c", "-device"} < theirs
-    actions = launch.build_parser()._actions
-    assert theirs <= {name for action in actions for name in action.option_strings}
+    assert theirs <= set(launch.build_parser()._option_string_actions)
 
 
 def test_batch_norm_under_ddp(
@@ -262,13 +240,11 @@ def test_batch_norm_under_ddp(
         replaced = "stunet_plugin.trainers.distributed_trainer.DistributedDataParallel"
         monkeypatch.setattr(replaced, lambda network, **_: network)
         parameters = dict(network.named_parameters())
-        norms = [isinstance(x, torch.nn.SyncBatchNorm) for x in network.modules()]
+        assert not any(isinstance(x, torch.nn.SyncBatchNorm) for x in network.modules())
         converted = trainer._replicate(network)
     finally:
         distributed.destroy_process_group()
-    assert not any(norms)
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
-    after = [module for module in converted.modules() if isinstance(module, batch_norm)]
-    assert after
-    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in after)
+    norms = torch.nn.modules.batchnorm._BatchNorm
+    after = {type(module) for module in converted.modules() if isinstance(module, norms)}
+    assert after == {torch.nn.SyncBatchNorm}
     assert all(parameter is parameters[name] for name, parameter in converted.named_parameters())

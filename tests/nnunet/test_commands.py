@@ -1,6 +1,4 @@
-"""nnU-Net's commands as subprocesses, with the smallest STU-Net on phantoms: train, continue,
-validate, fine-tune, predict, export, install, find the best configuration, and wrong input.
-"""
+"""nnU-Net's commands with the smallest STU-Net on phantoms, from training to prediction."""
 
 from __future__ import annotations
 
@@ -26,20 +24,14 @@ PREDICT = ("-f", 0, "-device", "cpu", "-npp", 1, "-nps", 1)
 
 
 def train(
-    workspace: Workspace,
-    configuration: str,
-    fold: int,
-    trainer: str,
-    *more: object,
-    **settings: Any,
+    workspace: Workspace, configuration: str, fold: int, trainer: str, *more: object, **how: Any
 ) -> CompletedProcess[str]:
     words = (PHANTOM_ID, configuration, fold, "-tr", trainer, "-device", "cpu", *more)
-    return workspace.run("nnUNetv2_train", *words, **settings)
+    return workspace.run("nnUNetv2_train", *words, **how)
 
 
 def load(checkpoint: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    return content
+    return torch.load(checkpoint, map_location="cpu", weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +47,12 @@ def fold(trained: Workspace) -> Path:
 
 
 def assert_same(first: Path, second: Path) -> None:
-    names = sorted(path.name for path in first.glob("*.nii.gz"))
-    assert names
-    assert names == sorted(path.name for path in second.glob("*.nii.gz"))
-    for name in names:
-        one, two = (sitk.ReadImage(str(folder / name)) for folder in (first, second))
-        assert np.array_equal(sitk.GetArrayFromImage(one), sitk.GetArrayFromImage(two)), name
+    one, two = (
+        {x.name: sitk.GetArrayFromImage(sitk.ReadImage(str(x))) for x in folder.glob("*.nii.gz")}
+        for folder in (first, second)
+    )
+    assert one
+    np.testing.assert_equal(one, two)
 
 
 def test_training_writes_what_stock_training_writes(fold: Path) -> None:
@@ -76,12 +68,11 @@ def test_training_writes_what_stock_training_writes(fold: Path) -> None:
 def test_prediction_equals_validation_also_after_export_and_install(
     trained: Workspace, fold: Path, tmp_path: Path, new_workspace: Callable[[str], Workspace]
 ) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
+    (images := tmp_path / "images").mkdir()
     splits = trained.dataset_folder(trained.preprocessed) / "splits_final.json"
     for case in json.loads(splits.read_text())[0]["val"]:
-        image = trained.dataset_folder(trained.raw) / "imagesTr" / f"{case}_0000.nii.gz"
-        shutil.copy(image, images)
+        name = f"imagesTr/{case}_0000.nii.gz"
+        shutil.copy(trained.dataset_folder(trained.raw) / name, images)
     model = ("-d", PHANTOM_ID, "-c", FULLRES, "-tr", TRAINER)
     trained.run("nnUNetv2_predict", "-i", images, "-o", tmp_path / "p", *model, *PREDICT)
     assert_same(tmp_path / "p", fold / "validation")
@@ -108,7 +99,6 @@ def test_continuing_resumes_and_validation_alone_repeats(
     after = load(copy / "checkpoint_final.pth")
     assert after["current_epoch"] == 3
     assert after["logging"]["train_losses"][:2] == before["logging"]["train_losses"]
-    assert len(after["logging"]["train_losses"]) == 3
     assert before["optimizer_state"]["state"][0]["momentum_buffer"].abs().sum() > 0
     log = max(copy.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime).read_text()
     assert "Epoch 2" in log

@@ -50,10 +50,7 @@ def test_the_exit_code_can_be_trusted(stunet: Stunet) -> None:
 def test_without_registration_it_says_to_register(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def find_host() -> Path:
-        return tmp_path
-
-    monkeypatch.setattr(doctor, "find_host", find_host)
+    monkeypatch.setattr(doctor, "find_host", lambda: tmp_path)
     monkeypatch.setattr(doctor, "_lookup", lambda *_: doctor.Finding("ok", "look-up", ""))
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
     for bridge in BRIDGES:
@@ -85,7 +82,6 @@ def test_without_registration_it_says_to_register(
         ("nnUNet_raw", "", "!!", "export nnUNet_raw=/path/to/nnUNet_raw"),
         ("nnUNet_extTrainer", f"{{0}}{os.pathsep}{{0}}/gone", "!!", "stunet path trainers"),
         ("nnUNet_def_n_proc", "two", "!!", "no number of processes"),
-        ("nnUNet_def_n_proc", "0", "!!", "no number of processes"),
         ("nnUNet_n_proc_DA", "-1", "!!", "no number of processes"),
         # Serves training, but stops nnU-Net's planners.
         ("nnUNet_n_proc_DA", "0", "! ", "planners stop"),
@@ -93,23 +89,15 @@ def test_without_registration_it_says_to_register(
     ],
 )
 def test_variables_of_nnunet_are_examined(
-    variable: str,
-    value: str,
-    mark: str,
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    variable: str, value: str, mark: str, words: str, stunet: Stunet
 ) -> None:
-    monkeypatch.setenv(variable, value.format(tmp_path))
+    stunet.patch.setenv(variable, value.format(stunet.folder))
     found, said = look(variable)
-    assert (found, words.format(tmp_path) in said) == (mark, True)
+    assert (found, words.format(stunet.folder) in said) == (mark, True)
 
 
 def test_a_user_id_without_a_name_is_given_one_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(_: int) -> None:
-        raise KeyError("uid not found")
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     for variable in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -117,6 +105,3 @@ def test_a_user_id_without_a_name_is_given_one_and_told(monkeypatch: pytest.Monk
     assert os.environ["USER"] == NAMELESS
     assert "export USER=" in look("user")[1]
     assert look("HOME")[0] == "! "
-    monkeypatch.setenv("USER", "me")
-    name_user()
-    assert os.environ["USER"] == "me"

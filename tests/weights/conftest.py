@@ -1,5 +1,3 @@
-"""Fixture: a published checkpoint."""
-
 from __future__ import annotations
 
 from pathlib import Path

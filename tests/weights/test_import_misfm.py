@@ -25,43 +25,42 @@ from network_helpers import SMALL, plain_module, randomise
 NETWORKS = {"PCTNet": PCTNet, "FMUNet": FMUNet}
 PATCHES = {0: (32, 32, 32), 1: (16, 32, 32), 2: (8, 32, 32)}
 SEGMENTS = "--spacing 1 1 1 --patch-size 16 32 32"
+QKV = "pyramid_ct.convtrans_d2.trans.blocks.0.attn.qkv.weight"
+TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
+COUNTER = "pyramid_ct.down3.conv.0.num_batches_tracked"
+STEM = "project.weight"
 Published = Callable[..., Path]
 
 
 @pytest.fixture
 def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
-    """Write a PyMIC checkpoint of a small network with random weights, as PyMIC does."""
+    """Write a PyMIC checkpoint of a small network with random weights, as PyMIC does; changes to
+    None remove."""
 
-    def write(network: str, mode: int, outputs: int = 5, change: Any = None) -> Path:
-        module = plain_module(network.lower(), repository, monkeypatch)
+    def write(network: str, mode: int, outputs: int = 5, changes: Any = None) -> Path:
+        plain = getattr(plain_module(network.lower(), repository, monkeypatch), f"Plain{network}")
         sizes = (PATCHES[mode],) if network == "PCTNet" else ()
-        plain = getattr(module, f"Plain{network}")
-        weights = randomise(
-            plain(1, outputs, mode, *sizes, *SMALL.values(), DROPOUT, True)
-        ).state_dict()
-        if change is not None:
-            change(weights)
+        module = randomise(plain(1, outputs, mode, *sizes, *SMALL.values(), DROPOUT, True))
+        weights = module.state_dict() | (changes or {})
         checkpoint = {
             "iteration": 30000,
             "valid_pred": np.float64(0.8),
-            "model_state_dict": weights,
+            "model_state_dict": {key: x for key, x in weights.items() if x is not None},
             "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-3}]},
         }
-        path = tmp_path / f"{network.lower()}_volf.pt"
-        torch.save(checkpoint, path)
+        torch.save(checkpoint, path := tmp_path / f"{network.lower()}_volf.pt")
         return path
 
     return write
 
 
-def small_network(network: str, mode: int, outputs: int = 3, channels: int = 1) -> nn.Module:
-    return NETWORKS[network](channels, outputs, mode, **SMALL)
+def small_network(network: str, mode: int, channels: int = 1) -> nn.Module:
+    return NETWORKS[network](channels, 3, mode, **SMALL)
 
 
 def mismatches(network: nn.Module, folder: Path) -> str:
-    return describe_mismatches(
-        network, helpers.checkpoint_in(folder)["network_weights"], heads_too=False
-    )
+    weights = helpers.checkpoint_in(folder)["network_weights"]
+    return describe_mismatches(network, weights, heads_too=False)
 
 
 @pytest.mark.parametrize(("network", "mode"), [("PCTNet", 0), ("PCTNet", 2), ("FMUNet", 1)])
@@ -103,7 +102,7 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     ],
 )
 def test_segmentation_model_predicts_as_published(
-    shared: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch, name: str, mode: int, prefix: str
+    shared: Path, stunet: Stunet, name: str, mode: int, prefix: str
 ) -> None:
     recorded = np.load(shared / "fixtures" / f"{name}.npz")
     patch = recorded["input"].shape[2:]
@@ -111,7 +110,8 @@ def test_segmentation_model_predicts_as_published(
     option = f"--mode {mode}" if name.startswith("pctnet") else ""
     model = stunet.model(shared / "fixtures" / f"{name}.pt", *plan, option)
     with torch.no_grad():
-        output = helpers.load_model(model, monkeypatch).network(torch.from_numpy(recorded["input"]))
+        network = helpers.load_model(model, stunet.patch).network
+        output = network(torch.from_numpy(recorded["input"]))
     assert np.abs(output.numpy() - recorded[f"{prefix}output_0"]).max() <= 1e-5
     written = helpers.configuration(model)
     assert written["architecture"]["arch_kwargs"]["mode"] == mode
@@ -136,7 +136,7 @@ def test_other_image_channels(published: Published, stunet: Stunet, network: str
     learned its response."""
     source = published(network, 1)
     models = [stunet.model(source, f"--mode 1 --in-channels {n}") for n in (1, 4)]
-    one, four = (small_network(network, 1, channels=n).eval() for n in (1, 4))
+    one, four = (small_network(network, 1, n).eval() for n in (1, 4))
     for target, model in zip((one, four), models, strict=True):
         load_pretrained_weights(target, helpers.checkpoint_of(model))
     four.decoder.seg_layers.load_state_dict(one.decoder.seg_layers.state_dict())
@@ -163,6 +163,14 @@ def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet) -> N
     assert "PCTNet of no published size in mode 1 (widths [4, 8, 16, 32, 64])" in said
     stunet.model(file, "--in-channels 2")
     assert "mode 1, not 2" in stunet.refuse_import(file, "--mode 2")
+    content = torch.load(file, weights_only=True)
+    weights = content["network_weights"]
+    table = next(name for name in weights if name.endswith(".relative_position_bias_table"))
+    for changed, reason in (({table: weights[table][:, :3]}, "num_heads must"), ({}, "missing")):
+        changes = {"network_weights": {key: weights[key] for key in weights if key != table}}
+        changes["network_weights"] |= changed
+        torch.save(content | changes, file)
+        assert reason in stunet.refuse_import(file)
 
 
 @pytest.mark.parametrize(
@@ -204,79 +212,50 @@ def test_what_has_no_plan_says_what_to_do(published: Published, stunet: Stunet) 
 
 
 def test_a_pretext_checkpoint_of_ours_is_not_imported(stunet: Stunet, tmp_path: Path) -> None:
-    file = tmp_path / "checkpoint_final.pth"
     content = {
-        "network_weights": small_network("FMUNet", 1, 5).state_dict(),
+        "network_weights": small_network("FMUNet", 1).state_dict(),
         "trainer_name": "VolumeFusionTrainer_FMUNet",
         "init_args": {"dataset_json": {"volume_fusion": {"classes": 4}}},
     }
-    torch.save(content, file)
+    torch.save(content, file := tmp_path / "checkpoint_final.pth")
     assert f"-pretrained_weights {file}" in stunet.refuse_import(file)
 
 
 def test_default_place_in_nnunet_results(
-    published: Published, stunet: Stunet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: Published, stunet: Stunet, nnunet_folders: Path
 ) -> None:
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
-        monkeypatch.delenv(variable, raising=False)
     stunet("import", published("PCTNet", 0), "--mode 2 --dataset-id 103")
-    folder = tmp_path / "results" / "Dataset103_pctnet_volf_mode2" / "PCTNetTrainer__pretext__mode2"
+    dataset = nnunet_folders / "nnUNet_results" / "Dataset103_pctnet_volf_mode2"
+    folder = dataset / "PCTNetTrainer__pretext__mode2"
     assert helpers.checkpoint_in(folder)["init_args"]["mode"] == 2
     assert helpers.read(folder, "provenance")["format"] == "PyMIC checkpoint of PCT-Net"
 
 
-def without(name: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda weights: weights.pop(name)
-
-
-def having(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda weights: weights.update({name: value})
-
-
-QKV = "pyramid_ct.convtrans_d2.trans.blocks.0.attn.qkv.weight"
-TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
-COUNTER = "pyramid_ct.down3.conv.0.num_batches_tracked"
-STEM = "project.weight"
-
-
 @pytest.mark.parametrize(
-    ("network", "options", "message"),
+    ("network", "options", "changes", "message"),
     [
-        ("PCTNet", "", "--mode"),
-        ("PCTNet", "--mode 3", "mode 3"),
-        ("FMUNet", "--mode 0", "mode 1, not 0"),
-        ("FMUNet", f"{SEGMENTS} --strides 2,2,2", "[[1, 2, 2], [2, 2, 2]"),
-        ("FMUNet", "--spacing 1 1 1 --patch-size 20 32 32", "divisible by [8, 16, 16]"),
-        ("FMUNet", "--labels background a", "--spacing"),
-        ("FMUNet", f"{SEGMENTS} --labels background a", "5 outputs"),
-        ("FMUNet", "--pretext --labels background a", "--pretext"),
+        ("PCTNet", "", {}, "--mode"),
+        ("PCTNet", "--mode 3", {}, "mode 3"),
+        ("FMUNet", "--mode 0", {}, "mode 1, not 0"),
+        ("FMUNet", f"{SEGMENTS} --strides 2,2,2", {}, "[[1, 2, 2], [2, 2, 2]"),
+        ("FMUNet", "--spacing 1 1 1 --patch-size 20 32 32", {}, "divisible by [8, 16, 16]"),
+        ("FMUNet", "--labels background a", {}, "--spacing"),
+        ("FMUNet", f"{SEGMENTS} --labels background a", {}, "5 outputs"),
+        ("FMUNet", "--pretext --labels background a", {}, "--pretext"),
+        ("PCTNet", "--mode 1", {QKV: None}, "missing (for example decoder.blocks.1.transformer"),
+        ("PCTNet", "--mode 1", {"embeddings.1.proj.weight": None}, "missing"),
+        ("PCTNet", "--mode 1", {"extra.weight": torch.ones(2)}, "'extra.weight' is not a param"),
+        ("PCTNet", "--mode 1", {QKV: torch.ones(3, 3)}, "wrong shape for widths [4, 8"),
+        ("PCTNet", "--mode 1", {TABLE: torch.ones(13**3, 4)}, "windows are 7 voxels long"),
+        ("PCTNet", "--mode 1", {TABLE: torch.ones(100, 4)}, "100 is none of 1, 27"),
+        ("PCTNet", "--mode 1", {TABLE: "x"}, "is a str, not a tensor"),
+        ("PCTNet", "--mode 1", {COUNTER: torch.ones(())}, "no plain tensor"),
+        ("FMUNet", "", {STEM: torch.ones(4, 1)}, "3 axes"),
+        ("FMUNet", "", {STEM: torch.ones(4, 1, 5, 5, 5)}, "no mode"),
+        ("FMUNet", "", {"project.bias": torch.full((4,), torch.nan)}, "NaN or infinite"),
     ],
 )
-def test_wrong_options_are_refused(
-    published: Published, stunet: Stunet, network: str, options: str, message: str
+def test_wrong_options_and_weights_are_refused(
+    published: Published, stunet: Stunet, network: str, options: str, changes: Any, message: str
 ) -> None:
-    assert message in stunet.refuse_import(published(network, 1), options)
-
-
-@pytest.mark.parametrize(
-    ("network", "change", "message"),
-    [
-        ("PCTNet", without(QKV), "missing (for example decoder.blocks.1.transformer"),
-        ("PCTNet", without("embeddings.1.proj.weight"), "missing"),
-        ("PCTNet", having("extra.weight", torch.ones(2)), "'extra.weight' is not a parameter"),
-        ("PCTNet", having(QKV, torch.ones(3, 3)), "wrong shape for widths [4, 8"),
-        ("PCTNet", having(TABLE, torch.ones(13**3, 4)), "windows are 7 voxels long"),
-        ("PCTNet", having(TABLE, torch.ones(100, 4)), "100 is none of 1, 27"),
-        ("PCTNet", having(TABLE, "x"), "is a str, not a tensor"),
-        ("PCTNet", having(COUNTER, torch.ones(())), "no plain tensor"),
-        ("FMUNet", having(STEM, torch.ones(4, 1)), "3 axes"),
-        ("FMUNet", having(STEM, torch.ones(4, 1, 5, 5, 5)), "no mode"),
-        ("FMUNet", having("project.bias", torch.full((4,), torch.nan)), "NaN or infinite"),
-    ],
-)
-def test_wrong_weights_are_refused(
-    published: Published, stunet: Stunet, network: str, change: Any, message: str
-) -> None:
-    option = "--mode 1" if network == "PCTNet" else ""
-    assert message in stunet.refuse_import(published(network, 1, change=change), option)
+    assert message in stunet.refuse_import(published(network, 1, changes=changes), options)

@@ -1,4 +1,5 @@
-"""``stunet import``: what is written, where, all or nothing; files of the Hugging Face hub."""
+"""``stunet import``: what is written, where, all or nothing; files of the Hugging Face hub; and
+``stunet inspect``."""
 
 from __future__ import annotations
 
@@ -19,18 +20,8 @@ from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.utils.files import sha256_of
 
+import import_helpers as helpers
 from conftest import Stunet
-from import_helpers import (
-    STRIDES,
-    checkpoint_in,
-    checkpoint_of,
-    configuration,
-    make_network,
-    published_weights,
-    read,
-    v1_checkpoint,
-    write_v1,
-)
 
 LABELS = "--labels background liver spleen aorta colon"
 
@@ -41,16 +32,18 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
     out = stunet.model(tiny, LABELS)
-    plans, dataset, record = (read(out, name) for name in ("plans", "dataset", "provenance"))
+    plans, dataset, record = (
+        helpers.read(out, name) for name in ("plans", "dataset", "provenance")
+    )
     expected = {
-        "architecture": stunet_architecture(get_preset("tiny"), STRIDES),
+        "architecture": stunet_architecture(get_preset("tiny"), helpers.STRIDES),
         "spacing": [1.5] * 3,
         "patch_size": [32, 32, 64],
         "batch_size": 2,
         "normalization_schemes": ["ZScoreNormalization"],
         "use_mask_for_norm": [False],
     }
-    assert {key: configuration(out)[key] for key in expected} == expected
+    assert {key: helpers.configuration(out)[key] for key in expected} == expected
     assert plans["image_reader_writer"] == "NibabelIOWithReorient"
     assert plans["plans_name"] == "nnUNetPlans"
     assert dataset["labels"] == {"background": 0, "liver": 1, "spleen": 2, "aorta": 3, "colon": 4}
@@ -63,15 +56,17 @@ def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
     written = {str(path.relative_to(out)) for path in contents(out)}
     assert {*record["files"], "provenance.json"} == written
 
-    checkpoint = checkpoint_in(out)
+    checkpoint = helpers.checkpoint_in(out)
     assert {"trainer_name", "inference_allowed_mirroring_axes"} <= set(checkpoint)
     assert checkpoint["optimizer_state"] is None
     arguments = {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": dataset}
     assert checkpoint["init_args"] == arguments
-    network = make_network()
+    network = helpers.make_network()
     network.load_state_dict(checkpoint["network_weights"])
     given = torch.load(tiny, weights_only=False)["state_dict"]
-    assert all(torch.equal(x, given[name]) for name, x in published_weights(network).items())
+    assert all(
+        torch.equal(x, given[name]) for name, x in helpers.published_weights(network).items()
+    )
 
 
 def test_nnunet_results_is_the_default_place(stunet: Stunet, tiny: Path) -> None:
@@ -94,8 +89,10 @@ def test_nnunet_results_is_the_default_place(stunet: Stunet, tiny: Path) -> None
     stunet.patch.setenv("nnUNet_results", str(elsewhere))
     install_model_from_zip_file(archive)
     installed = elsewhere / found.relative_to(results)
-    assert read(installed) == read(found)
-    assert checkpoint_of(installed).read_bytes() == checkpoint_of(found).read_bytes()
+    assert helpers.read(installed) == helpers.read(found)
+    assert (
+        helpers.checkpoint_of(installed).read_bytes() == helpers.checkpoint_of(found).read_bytes()
+    )
 
 
 def test_importing_twice_changes_nothing_without_force(stunet: Stunet, tiny: Path) -> None:
@@ -112,10 +109,10 @@ def test_importing_twice_changes_nothing_without_force(stunet: Stunet, tiny: Pat
     assert all(words in message for words in ("is there already", str(tiny), sha256_of(tiny)))
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
     assert after == before
-    checkpoint_of(out).write_bytes(b"damaged")
+    helpers.checkpoint_of(out).write_bytes(b"damaged")
     assert "is there already" in stunet.refuse("import", tiny, "--out", out)
     stunet("import", tiny, "--out", out, LABELS, "--force")
-    assert "liver" in read(out, "dataset")["labels"]
+    assert "liver" in helpers.read(out, "dataset")["labels"]
     assert os.listdir(out.parent) == [out.name]
 
 
@@ -175,12 +172,15 @@ def test_a_crash_leaves_everything_as_it_was(
 def test_other_number_formats_become_float32(
     stunet: Stunet, tiny: Path, kind: torch.dtype, legacy: bool
 ) -> None:
-    weights = {name: value.to(kind) for name, value in published_weights(make_network()).items()}
+    weights = {
+        name: value.to(kind)
+        for name, value in helpers.published_weights(helpers.make_network()).items()
+    }
     # A view of a larger tensor: only its own values may be written.
     wide = torch.zeros(2, *weights["seg_outputs.0.weight"].shape, dtype=kind)
     weights["seg_outputs.0.weight"] = wide[1]
-    torch.save(v1_checkpoint(weights), tiny, _use_new_zipfile_serialization=not legacy)
-    written = checkpoint_in(stunet.model(tiny))["network_weights"]
+    torch.save(helpers.v1_checkpoint(weights), tiny, _use_new_zipfile_serialization=not legacy)
+    written = helpers.checkpoint_in(stunet.model(tiny))["network_weights"]
     assert {value.dtype for value in written.values()} == {torch.float32}
     stem = written["encoder.stages.0.0.conv1.weight"]
     assert torch.equal(stem, weights["conv_blocks_context.0.0.conv1.weight"].float())
@@ -200,7 +200,7 @@ def test_prefixes_of_wrappers_are_stripped_and_said(
     said = stunet("import", tiny, "--out", tmp_path / "wrapped")
     assert f"{prefix!r} stripped" in said
     assert ("Lightning" in said) == lightning
-    one, two = (checkpoint_in(x)["network_weights"] for x in (plain, tmp_path / "wrapped"))
+    one, two = (helpers.checkpoint_in(x)["network_weights"] for x in (plain, tmp_path / "wrapped"))
     assert one.keys() == two.keys()
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
@@ -209,21 +209,48 @@ def test_own_checkpoints_are_imported_with_their_plan_and_labels(
     stunet: Stunet, tiny: Path, tmp_path: Path
 ) -> None:
     first = stunet.model(tiny, LABELS)
-    content = checkpoint_in(first) | {"inference_allowed_mirroring_axes": (0, 2)}
+    content = helpers.checkpoint_in(first) | {"inference_allowed_mirroring_axes": (0, 2)}
     torch.save(content, tmp_path / "own.pth")
     second = stunet.model(tmp_path / "own.pth")
     for name in ("plans", "dataset"):
-        one, two = read(first, name), read(second, name)
+        one, two = helpers.read(first, name), helpers.read(second, name)
         # What names the dataset and its source differs.
         naming = {"dataset_name", "name", "description"}
         assert {key for key in one if one[key] != two[key]} <= naming
-    written = checkpoint_in(second)
+    written = helpers.checkpoint_in(second)
     assert written["inference_allowed_mirroring_axes"] == (0, 2)
     given = content["network_weights"]
     assert all(torch.equal(x, given[name]) for name, x in written["network_weights"].items())
 
 
-# --- the Hugging Face hub
+def test_inspect_says_what_is_known_and_reads_no_weights(stunet: Stunet, tiny: Path) -> None:
+    weights = helpers.published_weights(helpers.make_network())
+    # Weights that an import would refuse show that nothing looks at them.
+    weights["seg_outputs.0.bias"].fill_(float("nan"))
+    said = stunet("inspect", helpers.write_v1(tiny, weights))
+    for words in (
+        "torch file (zip format)",
+        "nnU-Net v1 checkpoint of the published STU-Net",
+        "STU-Net tiny (widths [4, 8, 16, 32, 64, 64]",
+        "1 input channel(s), 5 outputs",
+        "spacing 1.5 x 1.5 x 1.5 mm, patch 32 x 32 x 64",
+        "5: background, class_1",
+        "4000",
+    ):
+        assert words in said
+    pickled = tiny.with_name("tiny.model.pkl")
+    assert "plans of nnU-Net v1" in stunet("inspect", pickled)
+    pickled.unlink()
+    assert "unknown" in stunet("inspect", tiny)
+
+
+def test_inspect_shows_the_provenance_of_a_folder(stunet: Stunet, tiny: Path) -> None:
+    model = stunet.model(tiny, "--labels background a b c d")
+    said = stunet("inspect", model)
+    assert said == stunet("inspect", model / "fold_0")
+    assert "5: background, a, b, c, d" in said
+    assert f"from {tiny} by stunet-plugin" in said
+    assert "no model folder" in stunet.refuse("inspect", stunet.folder)
 
 
 @pytest.fixture
@@ -237,8 +264,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, st
             raise FileNotFoundError(f"404: {filename}")
         return str(tmp_path / "hub" / filename)
 
-    client = SimpleNamespace(hf_hub_download=download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    hub = SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     return asked
 
 
@@ -246,13 +273,13 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, st
 def test_hub_files_are_imported(
     stunet: Stunet, tmp_path: Path, asked: list[tuple[str, str, str | None]], pickled: bool
 ) -> None:
-    write_v1(tmp_path / "hub" / "weights" / "tiny.model", plans=None if pickled else {})
+    helpers.write_v1(tmp_path / "hub" / "weights" / "tiny.model", plans=None if pickled else {})
     source = "hf://someone/STU-Net@v1.0/weights/tiny.model"
     plan = "--spacing 2 2 2 --patch-size 32 32 64 --strides 2,2,2 2,2,2 2,2,2 2,2,2 1,1,2"
     said = stunet("import", source, "--out", tmp_path / "model", "" if pickled else plan)
     files = ("weights/tiny.model", "weights/tiny.model.pkl")
     assert asked == [("someone/STU-Net", file, "v1.0") for file in files]
-    assert read(tmp_path / "model", "provenance")["source"] == source
+    assert helpers.read(tmp_path / "model", "provenance")["source"] == source
     assert ("No tiny.model.pkl beside it" in said) is not pickled
 
 
@@ -261,23 +288,13 @@ def test_hub_errors_say_what_to_do(stunet: Stunet, asked: list[object]) -> None:
     assert "FileNotFoundError: 404" in message
     for wrong in ("hf://someone", "hf://someone/STU-Net", "hf://someone/STU-Net/../x.model"):
         assert "hf://owner/repository/file" in stunet.refuse("import", wrong)
+    web, ours = "https://huggingface.co", "stunet import hf:/"
+    for address, advice in (
+        (f"{web}/a/STU-Net/resolve/main/b.model?download=true", f"{ours}/a/STU-Net/b.model"),
+        (f"{web}/a/b/blob/v1/c/d.pth", f"{ours}/a/b@v1/c/d.pth"),
+        ("https://example.org/x.model", "download the file"),
+    ):
+        assert advice in stunet.refuse("import", address)
     stunet.patch.setitem(sys.modules, "huggingface_hub", None)
     message = stunet.refuse("import hf://someone/STU-Net/x.model")
     assert "pip install huggingface_hub" in message
-
-
-@pytest.mark.parametrize(
-    ("address", "advice"),
-    [
-        (
-            "https://huggingface.co/ziyanhuang/STU-Net/resolve/main/base_ep4k.model?download=true",
-            "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model",
-        ),
-        ("https://huggingface.co/a/b/blob/v1/c/d.pth", "stunet import hf://a/b@v1/c/d.pth"),
-        ("https://example.org/x.model", "download the file"),
-    ],
-)
-def test_addresses_of_the_web_are_turned_into_those_of_the_hub(
-    stunet: Stunet, address: str, advice: str
-) -> None:
-    assert advice in stunet.refuse("import", address)

@@ -71,9 +71,6 @@ def test_fixtures_give_their_recorded_outputs(
     assert np.abs(windows - expected[0]).max() <= 2e-3 * np.abs(expected).max()
 
 
-# --- the four published files
-
-
 @pytest.mark.shared
 def test_facts_are_those_of_the_published_pickles(shared: Path) -> None:
     facts = published_facts()
@@ -164,9 +161,6 @@ def test_import_takes_little_more_memory_than_the_weights(tiny: Path, tmp_path: 
     assert size < helpers.checkpoint_of(tmp_path / "small").stat().st_size < 1.01 * size
 
 
-# --- other input channels
-
-
 @pytest.mark.parametrize(("old", "new"), [(1, 3), (2, 3), (3, 1), (2, 2)])
 def test_stem_for_other_channels(old: int, new: int, stunet: Stunet, tiny: Path) -> None:
     """With the same image in all channels: `mean` keeps the response, `repeat` multiplies it by new
@@ -194,9 +188,6 @@ def test_stem_for_other_channels(old: int, new: int, stunet: Stunet, tiny: Path)
                 torch.testing.assert_close(
                     inflated(images[new]), network(images[old]), rtol=1e-3, atol=1e-3
                 )
-
-
-# --- nnU-Net's own functions
 
 
 @pytest.mark.shared

@@ -1,5 +1,5 @@
-"""Plans and labels of imported weights: what is taken over, what is refused, and that v2 prepares
-images as v1 did."""
+"""Plans: what imported weights bring, what is refused, that v2 prepares images as v1 did, and
+``stunet plan-like``."""
 
 from __future__ import annotations
 
@@ -18,22 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import binary_fill_holes
 from skimage.transform import resize
 
+import import_helpers as helpers
 from conftest import Stunet
-from import_helpers import (
-    CONFIGURATION,
-    CT,
-    CT_V1,
-    STAGE,
-    checkpoint_in,
-    configuration,
-    make_network,
-    published_weights,
-    read,
-    v1_plans,
-    v2_plans,
-    with_changes,
-    write_v1,
-)
 
 DATASET = {
     "channel_names": {"0": "MRI"},
@@ -43,26 +29,22 @@ DATASET = {
 
 
 def strides_of(model: Path) -> list[list[int]]:
-    strides: list[list[int]] = configuration(model)["architecture"]["arch_kwargs"]["strides"]
-    return strides
-
-
-# --- nnU-Net v1
+    return helpers.configuration(model)["architecture"]["arch_kwargs"]["strides"]
 
 
 def test_v1_ct_keeps_its_intensities(stunet: Stunet, tiny: Path) -> None:
-    plans = v1_plans()["plans"]
+    plans = helpers.v1_plans()["plans"]
     plans["normalization_schemes"] = {0: "CT"}
-    statistics = {0: {**CT_V1, "local_props": {"case": 1}}}
+    statistics = {0: {**helpers.CT_V1, "local_props": {"case": 1}}}
     plans["dataset_properties"] = {"intensityproperties": statistics}
-    model = stunet.model(write_v1(tiny, plans=plans))
-    assert configuration(model)["normalization_schemes"] == ["CTNormalization"]
-    expected = {**CT, "std": 50.0, "min": -1000.0, "max": 3000.0}
-    assert read(model)["foreground_intensity_properties_per_channel"] == {"0": expected}
+    model = stunet.model(helpers.write_v1(tiny, plans=plans))
+    assert helpers.configuration(model)["normalization_schemes"] == ["CTNormalization"]
+    expected = {**helpers.CT, "std": 50.0, "min": -1000.0, "max": 3000.0}
+    assert helpers.read(model)["foreground_intensity_properties_per_channel"] == {"0": expected}
 
 
 def test_v1_stage_and_batch_dice_come_from_the_trainer(stunet: Stunet, tiny: Path) -> None:
-    content = v1_plans()
+    content = helpers.v1_plans()
     stages = content["plans"]["plans_per_stage"]
     stages[1] = {**stages[0], "current_spacing": [0.7, 0.7, 0.7]}
     second = {**content, "init": ("", 0, "", "", True, 1, True, False, True)}
@@ -72,7 +54,7 @@ def test_v1_stage_and_batch_dice_come_from_the_trainer(stunet: Stunet, tiny: Pat
         (second, 0.7, True),
         (content["plans"], 0.7, False),
     ):
-        written = configuration(stunet.model(write_v1(tiny, plans=given)))
+        written = helpers.configuration(stunet.model(helpers.write_v1(tiny, plans=given)))
         assert (written["spacing"], written["batch_dice"]) == ([spacing] * 3, batch_dice)
 
 
@@ -84,20 +66,24 @@ def test_v1_stage_and_batch_dice_come_from_the_trainer(stunet: Stunet, tiny: Pat
         ({"plans/normalization_schemes": {0: "nonCT", 1: "nonCT"}}, "2 normalisation schemes"),
         ({"plans/normalization_schemes": {1: "nonCT"}}, "channels 0, 1"),
         ({"plans/transpose_forward": [0, 0, 2]}, "transpose_forward"),
-        ({f"{STAGE}/current_spacing": [1.5, 0, 1.5]}, "3 positive numbers"),
-        ({f"{STAGE}/patch_size": [32, 32]}, "3 positive whole numbers"),
-        ({f"{STAGE}/patch_size": [32, 32, 63]}, "divisible by [16, 16, 32]"),
-        ({f"{STAGE}/patch_size": [16, 16, 32]}, "single voxel"),
-        ({f"{STAGE}/batch_size": 0}, "at least 1"),
-        ({f"{STAGE}/pool_op_kernel_sizes": [[2, 2, 2]] * 20_000}, "pool_op_kernel_sizes"),
+        ({f"{helpers.STAGE}/current_spacing": [1.5, 0, 1.5]}, "3 positive numbers"),
+        ({f"{helpers.STAGE}/patch_size": [32, 32]}, "3 positive whole numbers"),
+        ({f"{helpers.STAGE}/patch_size": [32, 32, 63]}, "divisible by [16, 16, 32]"),
+        ({f"{helpers.STAGE}/patch_size": [16, 16, 32]}, "single voxel"),
+        ({f"{helpers.STAGE}/batch_size": 0}, "at least 1"),
+        ({f"{helpers.STAGE}/pool_op_kernel_sizes": [[2, 2, 2]] * 20_000}, "pool_op_kernel_sizes"),
         ({"plans/plans_per_stage": {0: 5}}, "not a table"),
+        (
+            {"plans": helpers.v1_plans(channels=2)["plans"]},
+            "image channels, but the plan (tiny.model.pkl) has 2",
+        ),
         ({"plans": {"num_classes": 4}}, "'plans_per_stage'"),
     ],
 )
 def test_v1_plans_that_make_no_sense_are_refused(
     change: dict[str, Any], message: str, stunet: Stunet, tiny: Path
 ) -> None:
-    write_v1(tiny, plans=with_changes(v1_plans(), change))
+    helpers.write_v1(tiny, plans=helpers.with_changes(helpers.v1_plans(), change))
     assert message in stunet.refuse_import(tiny)
 
 
@@ -106,28 +92,25 @@ def test_poolings_are_cut_or_padded_to_the_published_five(
     poolings: int, stunet: Stunet, tiny: Path
 ) -> None:
     change = {
-        f"{STAGE}/pool_op_kernel_sizes": [[1, 2, 2]] * poolings,
-        f"{STAGE}/patch_size": [32, 128, 128],
+        f"{helpers.STAGE}/pool_op_kernel_sizes": [[1, 2, 2]] * poolings,
+        f"{helpers.STAGE}/patch_size": [32, 128, 128],
     }
-    model = stunet.model(write_v1(tiny, plans=with_changes(v1_plans(), change)))
+    model = stunet.model(
+        helpers.write_v1(tiny, plans=helpers.with_changes(helpers.v1_plans(), change))
+    )
     padding = [[1, 1, 1]] * max(0, 5 - poolings)
     assert strides_of(model) == [[1, 1, 1]] + [[1, 2, 2]] * min(poolings, 5) + padding
 
 
-# --- nnU-Net v2
-
-
 def port_checkpoint(path: Path, plans: Any = None, dataset: Any = None, **more: Any) -> Path:
     """A checkpoint of the published v2 port, with changes of its plans and dataset."""
+    arguments = {
+        "plans": helpers.with_changes(helpers.v2_plans(), plans or {}),
+        "dataset_json": {**DATASET, **(dataset or {})},
+    }
     content = {
-        "network_weights": published_weights(make_network()),
-        "init_args": {
-            "plans": with_changes(v2_plans(), plans or {}),
-            "configuration": "3d_fullres",
-            "fold": 0,
-            "dataset_json": {**DATASET, **(dataset or {})},
-            "unpack_dataset": True,
-        },
+        "network_weights": helpers.published_weights(helpers.make_network()),
+        "init_args": {"configuration": "3d_fullres", "fold": 0, **arguments},
         "trainer_name": "STUNetTrainer_base_ft",
         "_best_ema": np.float64(0.8),
     }
@@ -139,23 +122,21 @@ def test_port_brings_its_plan_and_labels_but_not_its_network(
     stunet: Stunet, tmp_path: Path
 ) -> None:
     """nnU-Net imports the class that a plan names, so an imported plan always names ours."""
-    evil = {
-        f"{CONFIGURATION}/architecture/network_class_name": "os.system",
-        "label_manager": "Evil",
-    }
+    network = f"{helpers.CONFIGURATION}/architecture/network_class_name"
+    evil = {network: "os.system", "label_manager": "Evil"}
     model = stunet.model(port_checkpoint(tmp_path / "x.pth", evil), "--dataset-id 4 --name Heart")
-    given, plans = v2_plans()["configurations"]["3d_fullres"], read(model)
+    given, plans = helpers.v2_plans()["configurations"]["3d_fullres"], helpers.read(model)
     taken = ("spacing", "patch_size", "batch_size", "normalization_schemes", "batch_dice")
     for key in (*taken, "use_mask_for_norm"):
-        assert configuration(model)[key] == given[key]
-    network = configuration(model)["architecture"]["network_class_name"]
+        assert helpers.configuration(model)[key] == given[key]
+    network = helpers.configuration(model)["architecture"]["network_class_name"]
     assert network == "stunet_plugin.networks.stunet.STUNet"
     assert list(plans["configurations"]) == ["3d_fullres"]
     assert plans["image_reader_writer"] == "SimpleITKIO", "as in its training"
     assert plans["foreground_intensity_properties_per_channel"] == {"0": {"mean": 10.0, "std": 2.0}}
-    dataset = read(model, "dataset")
+    dataset = helpers.read(model, "dataset")
     assert {key: dataset[key] for key in DATASET} == DATASET
-    checkpoint = checkpoint_in(model)
+    checkpoint = helpers.checkpoint_in(model)
     assert checkpoint["trainer_name"] == "STUNetTrainer_tiny", "the weights' size, not the name's"
     written = json.dumps(plans) + json.dumps(checkpoint["init_args"])
     assert "os.system" not in written
@@ -163,7 +144,7 @@ def test_port_brings_its_plan_and_labels_but_not_its_network(
 
 
 def test_plans_before_2_3_and_inherited_configurations_are_read(stunet: Stunet, tiny: Path) -> None:
-    plans = v2_plans()
+    plans = helpers.v2_plans()
     base = plans["configurations"].pop("3d_fullres")
     strides = base.pop("architecture")["arch_kwargs"]["strides"]
     base.update(UNet_class_name="PlainConvUNet", pool_op_kernel_sizes=strides)
@@ -171,16 +152,8 @@ def test_plans_before_2_3_and_inherited_configurations_are_read(stunet: Stunet, 
     plans["configurations"] |= {"base": base, "3d_fullres": inherited}
     (stunet.folder / "plans.json").write_text(json.dumps(plans))
     model = stunet.model(tiny, "--plans", stunet.folder / "plans.json")
-    assert configuration(model)["batch_size"] == 4
+    assert helpers.configuration(model)["batch_size"] == 4
     assert strides_of(model) == strides
-
-
-def bomb() -> list[Any]:
-    """A few hundred bytes in a file, 2**60 values when written out."""
-    value: list[Any] = []
-    for _ in range(60):
-        value = [value, value]
-    return value
 
 
 FLAT = {"arch_kwargs": {"strides": [[2, 2, 2]] * 6}}
@@ -189,51 +162,57 @@ FLAT = {"arch_kwargs": {"strides": [[2, 2, 2]] * 6}}
 @pytest.mark.parametrize(
     ("plans", "dataset", "message"),
     [
-        ({f"{CONFIGURATION}/normalization_schemes": ["os.system"]}, {}, "ZScoreNormalization"),
-        ({f"{CONFIGURATION}/normalization_schemes": ["CTNormalization"]}, {}, "'max'"),
-        ({f"{CONFIGURATION}/resampling_fn_data": "evil"}, {}, "resample_data_or_seg_to_shape"),
-        ({f"{CONFIGURATION}/resampling_fn_data_kwargs": {"order": [1]}}, {}, "order must be"),
+        (
+            {f"{helpers.CONFIGURATION}/normalization_schemes": ["os.system"]},
+            {},
+            "ZScoreNormalization",
+        ),
+        ({f"{helpers.CONFIGURATION}/normalization_schemes": ["CTNormalization"]}, {}, "'max'"),
+        (
+            {f"{helpers.CONFIGURATION}/resampling_fn_data": "evil"},
+            {},
+            "resample_data_or_seg_to_shape",
+        ),
+        (
+            {f"{helpers.CONFIGURATION}/resampling_fn_data_kwargs": {"order": [1]}},
+            {},
+            "order must be",
+        ),
         ({"image_reader_writer": "EvilIO"}, {}, "NibabelIOWithReorient"),
-        ({f"{CONFIGURATION}/previous_stage": "3d_lowres"}, {}, "cascade"),
-        ({f"{CONFIGURATION}/inherits_from": "3d_fullres"}, {}, "inherits without end"),
-        ({f"{CONFIGURATION}/architecture": FLAT}, {}, "all ones"),
-        ({f"{CONFIGURATION}/use_mask_for_norm": [True, True]}, {}, "2 masks"),
+        ({f"{helpers.CONFIGURATION}/previous_stage": "3d_lowres"}, {}, "cascade"),
+        ({f"{helpers.CONFIGURATION}/inherits_from": "3d_fullres"}, {}, "inherits without end"),
+        ({f"{helpers.CONFIGURATION}/architecture": FLAT}, {}, "all ones"),
+        ({f"{helpers.CONFIGURATION}/use_mask_for_norm": [True, True]}, {}, "2 masks"),
         ({"configurations": {"2d": {}}}, {}, "'3d_fullres'"),
-        ({"more": bomb()}, {}, "nested without end"),
-        ({}, {"channel_names": {"0": bomb()}}, "nested without end"),
+        ({"more": helpers.endless()}, {}, "nested without end"),
+        ({}, {"channel_names": {"0": helpers.endless()}}, "nested without end"),
         ({}, {"more": torch.ones(1)}, "it holds a Tensor"),
         ({}, {"file_ending": "/etc"}, "file_ending"),
+        ({}, {"axes": [[0]]}, "mirroring"),
+        ({}, {"axes": (0, 7)}, "mirroring"),
     ],
 )
 def test_plans_of_the_port_that_make_no_sense_are_refused(
     plans: Any, dataset: Any, message: str, stunet: Stunet, tmp_path: Path
 ) -> None:
-    source = port_checkpoint(tmp_path / "x.pth", plans, dataset)
+    more = {"inference_allowed_mirroring_axes": dataset["axes"]} if "axes" in dataset else {}
+    source = port_checkpoint(tmp_path / "x.pth", plans, dataset, **more)
     assert message in stunet.refuse_import(source)
 
 
-@pytest.mark.parametrize("axes", [[[0]], (0, 7)])
-def test_mirroring_axes_are_checked(axes: Any, stunet: Stunet, tmp_path: Path) -> None:
-    source = port_checkpoint(tmp_path / "x.pth", inference_allowed_mirroring_axes=axes)
-    assert "mirroring" in stunet.refuse_import(source)
-
-
-# --- options
-
-
 def test_user_names_a_plans_file_or_options(stunet: Stunet, tiny: Path, tmp_path: Path) -> None:
-    source = write_v1(tmp_path / "x.model", plans={})
+    source = helpers.write_v1(tmp_path / "x.model", plans={})
     message = stunet.refuse_import(source)
     assert "x.model.pkl" in message
     assert "--plans FILE" in message
-    (tmp_path / "plans.json").write_text(json.dumps(v2_plans()))
-    (tmp_path / "plans_3D.pkl").write_bytes(pickle.dumps(v1_plans()["plans"]))
+    (tmp_path / "plans.json").write_text(json.dumps(helpers.v2_plans()))
+    (tmp_path / "plans_3D.pkl").write_bytes(pickle.dumps(helpers.v1_plans()["plans"]))
     v2 = stunet.model(source, "--plans", tmp_path / "plans.json", "--spacing 2 2 2")
-    assert configuration(v2)["spacing"] == [2, 2, 2]
+    assert helpers.configuration(v2)["spacing"] == [2, 2, 2]
     options = "--mask-for-norm --reader NibabelIO"
     v1 = stunet.model(source, "--plans", tmp_path / "plans_3D.pkl", options)
-    assert read(v1)["image_reader_writer"] == "NibabelIO"
-    assert configuration(v1)["use_mask_for_norm"] == [True]
+    assert helpers.read(v1)["image_reader_writer"] == "NibabelIO"
+    assert helpers.configuration(v1)["use_mask_for_norm"] == [True]
     strides = "--strides 1,1,1 1,2,2 2,2,2 2,2,2 2,2,2 2,2,2"
     given = stunet.model(source, "--spacing 3 1 1 --patch-size 32 64 64", strides)
     assert strides_of(given) == [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
@@ -260,15 +239,6 @@ def test_wrong_options_are_refused(options: str, message: str, stunet: Stunet, t
     assert message in stunet.refuse_import(tiny, options)
 
 
-def test_channels_of_plan_and_weights_must_agree(stunet: Stunet, tiny: Path) -> None:
-    write_v1(tiny, plans=v1_plans(channels=2))
-    message = stunet.refuse_import(tiny)
-    assert "1 image channels, but the plan (tiny.model.pkl) has 2" in message
-
-
-# --- labels
-
-
 REGIONS = {"labels": {**DATASET["labels"], "whole": [1, 2]}, "regions_class_order": [1, 2, 3, 4, 5]}
 
 
@@ -284,7 +254,7 @@ REGIONS = {"labels": {**DATASET["labels"], "whole": [1, 2]}, "regions_class_orde
 )
 def test_label_files(content: dict[str, Any], stunet: Stunet, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(content))
-    dataset = read(stunet.model(tiny, "--labels", tmp_path / "labels.json"), "dataset")
+    dataset = helpers.read(stunet.model(tiny, "--labels", tmp_path / "labels.json"), "dataset")
     assert dataset["labels"] == content.get("labels", DATASET["labels"])
     assert dataset.get("regions_class_order") == content.get("regions_class_order")
 
@@ -313,19 +283,14 @@ def test_labels_that_nnunet_does_not_take_are_refused(
     assert "labels.json" in message
 
 
-# --- preprocessing
-
-
 def prepared_by_v1(image: np.ndarray, spacing: list[float], target: list[float]) -> np.ndarray:
-    """What nnU-Net v1's GenericPreprocessor makes of a nonCT channel: crop to nonzero, resample,
-    then z-score."""
+    """What nnU-Net v1 makes of a nonCT channel: crop to nonzero, resample, then z-score."""
     where = np.where(binary_fill_holes(image != 0))
     cropped = image[tuple(slice(axis.min(), axis.max() + 1) for axis in where)].astype(np.float64)
     shape = np.round(np.array(spacing) / np.array(target) * np.array(cropped.shape)).astype(int)
     resampled = resize(cropped, shape, 3, cval=0, mode="edge", anti_aliasing=False)
     resampled = resampled.astype(np.float32)
-    result: np.ndarray = (resampled - resampled.mean()) / (resampled.std() + 1e-8)
-    return result
+    return (resampled - resampled.mean()) / (resampled.std() + 1e-8)
 
 
 @pytest.mark.shared
@@ -333,7 +298,7 @@ def prepared_by_v1(image: np.ndarray, spacing: list[float], target: list[float])
 def test_images_are_prepared_as_in_v1(file: str, shared: Path, stunet: Stunet, tiny: Path) -> None:
     """Equal up to one factor near 1: v1 takes the standard deviation after resampling, v2 before
     (see the decisions)."""
-    manager = PlansManager(read(stunet.model(tiny)))
+    manager = PlansManager(helpers.read(stunet.model(tiny)))
     path = shared / "data" / "examples" / file
     image, properties = NibabelIOWithReorient().read_images([str(path)])
     image = np.ascontiguousarray(image[:, :, 30:80, 30:80])
@@ -348,3 +313,114 @@ def test_images_are_prepared_as_in_v1(file: str, shared: Path, stunet: Stunet, t
     assert np.abs(factor * expected + offset - values).max() < 1e-5
     assert factor == pytest.approx(1, abs=0.03)
     assert offset == pytest.approx(0, abs=1e-3)
+
+
+NAME = "STUNetPlans_like_tiny"
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return helpers.write_planned_dataset(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def model(stunet: Stunet, tiny: Path) -> Path:
+    return stunet.model(tiny)
+
+
+def test_plan_takes_the_images_from_the_model_and_the_rest_from_the_dataset(
+    stunet: Stunet, model: Path, planned: Path
+) -> None:
+    before = {path: path.read_bytes() for path in planned.iterdir()}
+    stunet("plan-like", model, "-d 7")
+    plans, given = helpers.read(planned, NAME), helpers.configuration(model)
+    written = plans["configurations"]["3d_fullres"]
+    taken = ("spacing", "patch_size", "batch_size", "normalization_schemes", "architecture")
+    for key in (*taken, "use_mask_for_norm", "resampling_fn_data_kwargs"):
+        assert written[key] == given[key]
+    expected = {
+        "transpose_forward": [0, 1, 2],
+        "image_reader_writer": "NibabelIOWithReorient",
+        "dataset_name": "Dataset007_Other",
+        "plans_name": NAME,
+        "foreground_intensity_properties_per_channel": {"0": {"mean": 10.0, "std": 2.0}},
+        # The dataset's plan moves axis 2 to the front, the model's leaves the axes as they are.
+        "original_median_spacing_after_transp": [1.0, 0.5, 3.0],
+        "original_median_shape_after_transp": [200, 300, 40],
+    }
+    assert {key: plans[key] for key in expected} == expected
+    assert written["data_identifier"] == f"{NAME}_3d_fullres"
+    assert written["batch_dice"] is True, "of the dataset"
+    assert written["median_image_size_in_voxels"] == pytest.approx([200 / 1.5, 100, 80])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_plan_is_never_overwritten_without_force(
+    stunet: Stunet, model: Path, planned: Path
+) -> None:
+    command = ("plan-like", model, "-d 7 --name")
+    stunet(*command, "mine")
+    assert "--force" in stunet.refuse(*command, "mine")
+    (planned / "mine_3d_fullres").mkdir()
+    assert "preprocess again" in stunet(*command, "mine", "--force")
+    (planned / "notes.json").write_text("[")
+    change = {f"{helpers.CONFIGURATION}/data_identifier": "theirs_3d_fullres"}
+    other = helpers.with_changes(helpers.v2_plans(), change)
+    (planned / "otherPlans.json").write_text(json.dumps(other))
+    for name, message in (
+        ("nnUNetPlans", "file of nnU-Net"),
+        ("a__b", "single '_'"),
+        ("dataset", "file of nnU-Net"),
+        ("theirs", "otherPlans.json"),
+    ):
+        assert message in stunet.refuse(*command, name, "--force")
+
+
+def test_ct_constants_belong_to_the_normalisation(
+    stunet: Stunet, tiny: Path, planned: Path
+) -> None:
+    plans = helpers.v1_plans()
+    statistics = {"intensityproperties": {0: helpers.CT_V1}}
+    plans["plans"].update(normalization_schemes={0: "CT"}, dataset_properties=statistics)
+    stunet("plan-like", stunet.model(helpers.write_v1(tiny, plans=plans)), "-d 7")
+    written = helpers.read(planned, NAME)["foreground_intensity_properties_per_channel"]
+    assert written["0"]["std"] == 50.0
+
+
+def test_reader_of_the_dataset_stays_where_the_models_cannot_read(
+    stunet: Stunet, model: Path, planned: Path
+) -> None:
+    dataset = helpers.read(planned, "dataset") | {"file_ending": ".nrrd"}
+    (planned / "dataset.json").write_text(json.dumps(dataset))
+    stunet("plan-like", model, "-d 7")
+    assert helpers.read(planned, NAME)["image_reader_writer"] == "SimpleITKIO"
+
+
+def test_other_channel_counts_ask_for_another_stem(
+    stunet: Stunet, tiny: Path, model: Path, planned: Path
+) -> None:
+    dataset = helpers.read(planned, "dataset") | {"channel_names": {"0": "T1", "1": "T2"}}
+    (planned / "dataset.json").write_text(json.dumps(dataset))
+    assert "--in-channels 2" in stunet("plan-like", model, "-d 7")
+    written = helpers.configuration(planned, NAME)
+    assert written["normalization_schemes"] == ["ZScoreNormalization"] * 2
+    # Channels that are normalised in different ways cannot be told apart.
+    plans = helpers.v1_plans(channels=3)
+    plans["plans"]["normalization_schemes"] = {0: "nonCT", 1: "noNorm", 2: "nonCT"}
+    weights = helpers.published_weights(helpers.make_network(channels=3))
+    mixed = stunet.model(helpers.write_v1(tiny, weights, plans))
+    assert "different ways" in stunet.refuse("plan-like", mixed, "-d 7 --force")
+
+
+def test_plan_like_names_what_is_missing(stunet: Stunet, model: Path, planned: Path) -> None:
+    bare = helpers.write_v1(stunet.folder / "bare.model", plans={})
+    for given, options, message in (
+        (model, "-d 8", "Dataset008_*"),
+        (bare, "-d 7", "has no plan"),
+        (stunet.folder, "-d 7", "no model folder"),
+    ):
+        assert message in stunet.refuse("plan-like", given, options)
+    (planned / "nnUNetPlans.json").unlink()
+    assert "nnUNetv2_plan_experiment -d 7" in stunet.refuse("plan-like", model, "-d 7")
+    stunet.patch.delenv("nnUNet_preprocessed")
+    assert "nnUNet_preprocessed is not set" in stunet.refuse("plan-like", model, "-d 7")
