@@ -31,8 +31,8 @@ def find_command(name: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
-        where = f"beside {sys.executable}, nor on the PATH"
-        raise PluginError(f"The command {name} is not {where}. Reinstall nnunetv2.")
+        where = f"neither beside {sys.executable} nor on the PATH"
+        raise PluginError(f"The command {name} is {where}. Reinstall nnunetv2.")
     return found
 
 

@@ -41,12 +41,7 @@ class Finding(NamedTuple):
 
 
 def examine(trainer: str, ours: Callable[[], Iterable[str]]) -> int:
-    """Print the report; return 0 if nothing is wrong, else 1.
-
-    Args:
-        trainer: that nnU-Net should find.
-        ours: returns the names of our trainers.
-    """
+    """Print the report; return 0 if nothing is wrong, else 1. ``ours`` returns our trainers."""
     wrong = 0
     for finding in findings(trainer, ours):
         wrong += finding.mark == WRONG
@@ -154,7 +149,7 @@ def _user() -> Iterator[Finding]:
 def _folder(variable: str, value: str) -> Finding:
     export = f"Run: export {variable}="
     if not value:
-        advice = f"{export}/path/to/{variable}    # {FOLDERS.get(variable, 'trainers')}"
+        advice = f"{export}/path/to/{variable}    # {FOLDERS[variable]}"
         return Finding(WRONG, variable, "not set", advice)
     meant = value.strip().strip("'\"").strip()
     if meant != value or meant.startswith("~"):

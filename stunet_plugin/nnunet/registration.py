@@ -62,11 +62,7 @@ BRIDGES = (
 
 
 def find_host() -> Path:
-    """Return the folder of the ``nnunetv2`` package that this Python imports.
-
-    Raises:
-        PluginError: nnunetv2 is not installed, or older than 2.8.
-    """
+    """Return the folder of the ``nnunetv2`` that this Python imports; raise if it is below 2.8."""
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None or not spec.submodule_search_locations:
         raise PluginError("nnunetv2 is not installed. Run: pip install 'nnunetv2>=2.8'")
@@ -87,11 +83,7 @@ def host_version() -> str:
 
 
 def register() -> list[str]:
-    """Write the bridges, all or none; return one line per bridge on what was done.
-
-    Raises:
-        PluginError: a folder cannot be written, or a file that is not ours is there.
-    """
+    """Write the bridges, all or none; return one line per bridge on what was done."""
     host, lines = find_host(), []
     with ExitStack() as undo:
         for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
@@ -111,11 +103,7 @@ def register() -> list[str]:
 
 
 def unregister() -> list[str]:
-    """Remove the bridges; return one line per bridge on what was done.
-
-    Raises:
-        PluginError: one cannot be removed, or is not ours.
-    """
+    """Remove the bridges; return one line per bridge on what was done."""
     host, lines = find_host(), []
     for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
         path = bridge.path(host)
@@ -132,11 +120,8 @@ def unregister() -> list[str]:
 
 
 def registered(host: Path) -> dict[str, str]:
-    """Return the state of each bridge: ``registered``, ``out of date`` or ``not registered``.
-
-    Raises:
-        PluginError: a file of a bridge's name is not ours.
-    """
+    """Return the state of each bridge: ``registered``, ``out of date`` or ``not registered``; raise
+    if a file of its name is not ours."""
     states = {}
     for bridge in BRIDGES:
         path = bridge.path(host)

@@ -13,12 +13,7 @@ NEAR = 0.8
 
 
 class Registry(dict[str, Any]):
-    """Classes by name.
-
-    Args:
-        kind: what they are, ``trainer`` or ``planner``.
-        families: their tables, in the order in which names are listed.
-    """
+    """Classes by name; the tables of families in the order in which names are listed."""
 
     def __init__(self, kind: str, *families: Mapping[str, Any]) -> None:
         super().__init__({name: one for family in families for name, one in family.items()})

@@ -221,7 +221,6 @@ def test_user_names_a_plans_file_or_options(stunet: Stunet, tiny: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--strides 2,2", "--strides must be"),
         ("--strides 2,2,x", "--strides must be"),
         ("--spacing 1 -1 1", "3 positive numbers"),
         ("--dataset-id 1000", "1 to 999"),
