@@ -1,8 +1,5 @@
-"""Activation checkpointing of an STU-Net: chosen by the free memory, or when memory runs out.
-
-Both settings that save memory cost one more forward pass, so there is one step to go down: to the
-leaner of the two, by the estimate of ``stunet_plugin.networks.memory``.
-"""
+"""Activation checkpointing of an STU-Net: chosen by the free memory, or when memory runs out. Both
+settings cost one more forward pass, so the one taken is the leaner (``networks.memory``)."""
 
 from __future__ import annotations
 
@@ -66,16 +63,12 @@ class CheckpointingTrainer(PluginTrainer):
         processes = world_size() if self.sharded else 1
         # Volume Fusion pretrains with Adam.
         values = ADAM_VALUES if isinstance(self.optimizer, torch.optim.Adam) else SGD_VALUES
-        return {
-            setting: shape.training_memory(*step, setting, processes, values)
-            for setting in SETTINGS
-        }
+        return {x: shape.training_memory(*step, x, processes, values) for x in SETTINGS}
 
     def _choose(self) -> str:
         available = available_bytes(self.device)
         if available is None:
-            why = "since the free memory is known on CUDA only"
-            self.print_to_log_file(f"Activation checkpointing: {OFF}, {why}.")
+            self.print_to_log_file(f"Activation checkpointing: {OFF}; free memory is unknown.")
             return OFF
         estimates = self.estimates()
         # Processes that share a network have to compute alike.
@@ -89,14 +82,13 @@ class CheckpointingTrainer(PluginTrainer):
         figures = ", ".join(f"{name} {peak / GIGABYTE:.1f}" for name, peak in estimates.items())
         self.print_to_log_file(
             f"Activation checkpointing: {setting} ({why}). Estimated peak in GB: {figures};"
-            f" available: {available / GIGABYTE:.1f}. {CHECKPOINTING.variable}={'|'.join(SETTINGS)}"
-            " overrides this."
+            f" available: {available / GIGABYTE:.1f}. {CHECKPOINTING.variable} overrides this."
         )
         return setting
 
     def train_step(self, batch: dict) -> dict:
-        """As nnU-Net's; one of the first steps that runs out of memory is repeated with activation
-        checkpointing. Nothing is lost: that was before the optimizer's step."""
+        """As nnU-Net's; one of the first steps that runs out of memory before the optimizer's is
+        repeated with activation checkpointing."""
         self._optimizer_has_begun = False
         try:
             result: dict[str, Any] = super().train_step(batch)
@@ -120,9 +112,7 @@ class CheckpointingTrainer(PluginTrainer):
         estimates, now = self.estimates(), self._bare_network().checkpointing
         best = leanest(estimates)
         if self._optimizer_has_begun:
-            advice = (
-                "It was the optimizer's step, which has no activations. Take a smaller size, or"
-            )
+            advice = "It was the optimizer's step. Take a smaller size, or"
             return None, f"{advice} {SHARD.variable}=1."
         if now != OFF and estimates[best] >= estimates[now]:
             advice = "No setting needs less. Plan for less memory (-gpu_memory_target), or use"
@@ -145,8 +135,8 @@ class CheckpointingTrainer(PluginTrainer):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.print_to_log_file(
-            f"Activation checkpointing: {setting} from now on; this step is repeated. Training"
-            f" takes longer; {CHECKPOINTING.variable}={setting} does the same from the start.\n"
+            f"Activation checkpointing: {setting} from now on; this step is repeated."
+            f" {CHECKPOINTING.variable}={setting} does the same from the start.\n"
         )
 
 

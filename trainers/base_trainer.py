@@ -35,21 +35,15 @@ UNTRAINED_HEAD_WEIGHT = 1e-6
 
 class PluginTrainer(DistributedTrainer):
     """Base of the trainers of this project: a subclass says which network it builds
-    (:meth:`resolve_architecture`) and its published schedule.
-
-    Iterations are per epoch (None: nnU-Net's); ``fine_tuning`` trainers are meant to start from
-    ``-pretrained_weights``.
-    """
+    (:meth:`resolve_architecture`) and its published schedule; iterations are per epoch."""
 
     learning_rate: ClassVar[float] = 1e-2
     epochs: ClassVar[int] = 1000
-    iterations: ClassVar[int | None] = None
-    val_iterations: ClassVar[int | None] = None
+    iterations: ClassVar[int] = 250
+    val_iterations: ClassVar[int] = 50
     fine_tuning: ClassVar[bool] = False
 
     inference_allowed_mirroring_axes: tuple[int, ...] | None
-    num_iterations_per_epoch: int
-    num_val_iterations_per_epoch: int
     _weights_were_loaded = False
     _prefix_hooks: tuple[Any, ...] = ()
 
@@ -62,20 +56,15 @@ class PluginTrainer(DistributedTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        options = Options()
+        self._options = options = Options()
+        dataset_json = self.dataset_to_record(dataset_json)
         self.check_input(plans, configuration, fold, dataset_json)
-        # These plans are stored in the checkpoint and beside it, where prediction reads them.
         recorded = self.plans_to_record(plans, configuration)
         super().__init__(recorded, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.num_epochs = options.whole(names.EPOCHS, self.epochs)
-        self.num_iterations_per_epoch = options.whole(
-            names.ITERATIONS, self.iterations or self.num_iterations_per_epoch
-        )
-        self.num_val_iterations_per_epoch = options.whole(
-            names.VAL_ITERATIONS, self.val_iterations or self.num_val_iterations_per_epoch
-        )
-        self._options = options
+        self.num_iterations_per_epoch = options.whole(names.ITERATIONS, self.iterations)
+        self.num_val_iterations_per_epoch = options.whole(names.VAL_ITERATIONS, self.val_iterations)
         seed = options.whole(names.SEED, -1)
         if seed >= 0:
             # Processes augment differently; they start from the weights of the first.
@@ -92,8 +81,12 @@ class PluginTrainer(DistributedTrainer):
 
     @classmethod
     def plans_to_record(cls, plans: dict, configuration: str) -> dict:
-        """Return the plans that are stored with the model, for prediction."""
+        """Return the plans that the checkpoint and the file beside it hold, for prediction."""
         return plans
+
+    def dataset_to_record(self, dataset_json: dict) -> dict:
+        """Return the description of the dataset that is stored like the plans."""
+        return dataset_json
 
     def describe_choices(self, configuration: dict[str, Any]) -> list[str]:
         """Return lines for the log on what the trainer chose for a configuration of a plan."""
@@ -110,20 +103,14 @@ class PluginTrainer(DistributedTrainer):
         cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
+        *sizes: Any,
+        **options: Any,
     ) -> torch.nn.Module:
         """Build the network; nnU-Net calls this for training and for inference."""
-        configuration = configuration_manager.configuration
-        architecture = cls.resolve_architecture(configuration)
-        return nnUNetTrainer.build_network_architecture(
-            plans_manager,
-            ConfigurationManager({**configuration, "architecture": architecture}),
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
-        )
+        chosen = configuration_manager.configuration
+        chosen = {**chosen, "architecture": cls.resolve_architecture(chosen)}
+        build = nnUNetTrainer.build_network_architecture
+        return build(plans_manager, ConfigurationManager(chosen), *sizes, **options)
 
     def _network_strides(self) -> topology.Strides:
         architecture = self.resolve_architecture(self.configuration_manager.configuration)
@@ -155,7 +142,7 @@ class PluginTrainer(DistributedTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         encoder_rate = self._options.fraction(names.ENCODER_RATE, 1.0)
         optimizer = self.make_optimizer(parameter_groups(self.network, encoder_rate))
-        self.guard_steps(optimizer)
+        optimizer.register_step_pre_hook(self._discard_gradients_unless_finite)
         optimizer.register_step_pre_hook(self._keep_frozen_encoder)
         warmup = self._options.whole(names.WARMUP_EPOCHS, 0)
         schedule = FineTuningScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
@@ -171,8 +158,7 @@ class PluginTrainer(DistributedTrainer):
         self._accept_prefixed_weights()
 
     def _accept_prefixed_weights(self) -> None:
-        """Let nnU-Net's loader of ``-pretrained_weights``, which compares names with those of the
-        network, take names with a prefix, as DDP and torch.compile add it."""
+        """Let nnU-Net's loader take names with a prefix, as DDP and torch.compile add it."""
         file, network = _pretrained_file(), self._bare_network()
         prefix = _read_pretrained(file, network)[1] if file else ""
         if not prefix:
@@ -214,9 +200,8 @@ class PluginTrainer(DistributedTrainer):
                 self.print_to_log_file(f"{loaded} ({file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_banner(
-                f"{type(self).__name__} is for fine-tuning, but no pretrained weights were given:"
-                f" it starts from random\nweights at a learning rate of {self.initial_lr}. Stop and"
-                " add -pretrained_weights /path/to/checkpoint_final.pth,\nor use the trainer"
+                f"{type(self).__name__} is for fine-tuning, but no pretrained weights were given.\n"
+                "Stop and add -pretrained_weights /path/to/checkpoint_final.pth, or use the trainer"
                 " without _ft."
             )
 
@@ -246,8 +231,7 @@ class PluginTrainer(DistributedTrainer):
         cls.resolve_architecture(chosen.configuration)
         for variable in ("nnUNet_preprocessed", "nnUNet_results"):
             if not os.environ.get(variable):
-                advice = f"export {variable}=/path/to/{variable}"
-                raise PluginError(f"{variable} is not set. Set it to a folder: {advice}")
+                raise PluginError(f"{variable} is not set: export {variable}=/path/to/{variable}")
         plan = f"{manager.plans_name}, {configuration}"
         for key in ("data_identifier", "batch_size"):
             if not chosen.configuration.get(key):
@@ -290,15 +274,13 @@ class PluginTrainer(DistributedTrainer):
         mismatches = pretrained.describe_mismatches(self._bare_network(), weights, heads_too=True)
         if mismatches:
             raise PluginError(
-                f"Cannot resume {name} from {file}: it holds the weights of"
-                f" {checkpoint.get('trainer_name', 'another network')} and {mismatches}. Resume"
-                " with the trainer and plans that wrote it, or start again without --c."
+                f"Cannot resume {name} from {file}: it is of {checkpoint.get('trainer_name')} and"
+                f" {mismatches}. Resume with its trainer and plans, or start again without --c."
             )
         state = checkpoint.get("optimizer_state")
         if state is None:
             raise PluginError(
-                f"Cannot resume from {file}: it holds weights only, as `stunet import` writes"
-                " them. Start a training from them: -tr"
+                f"Cannot resume from {file}: it holds weights only. Start a training from them: -tr"
                 f" {name.removesuffix('_ft')}_ft -pretrained_weights {file}"
             )
         groups = len(state["param_groups"])

@@ -1,9 +1,5 @@
-"""Distributed training beyond nnU-Net's: any device, any number of machines, one writer, sharding.
-
-nnU-Net takes a process's rank for the number of its GPU, which is true on one machine only, and
-knows CUDA only. The rest of its distributed training is used as it is. With one process nothing
-here acts.
-"""
+"""Distributed training beyond nnU-Net's, which knows CUDA on one machine only: any device, any
+number of machines, one writer, sharding. With one process nothing here acts."""
 
 from __future__ import annotations
 
@@ -28,11 +24,8 @@ from stunet_plugin.weights.pretrained import read_checkpoint
 
 
 class DistributedTrainer(SafeTrainer):
-    """nnU-Net's trainer in one or several processes.
-
-    nnU-Net's ``is_ddp`` says that there are several, ``local_rank`` is the rank among all processes
-    of all machines (0 writes), ``sharded``: weights, gradients and momentum are.
-    """
+    """nnU-Net's trainer in one or several (``is_ddp``) processes; ``local_rank`` is the rank among
+    all processes of all machines (0 writes)."""
 
     sharded = False
     network: Any
@@ -64,9 +57,7 @@ class DistributedTrainer(SafeTrainer):
             sharding.shard(self.network, self.device)
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
             sharding.accept_whole_state(self.optimizer)
-            self.print_to_log_file(
-                f"Weights, gradients and momentum are sharded over {world_size()} process(es)."
-            )
+            self.print_to_log_file(f"Weights are sharded over {world_size()} process(es).")
         elif self.is_ddp:
             self.network = self._replicate(self.network)
 
@@ -110,8 +101,7 @@ class DistributedTrainer(SafeTrainer):
         return getattr(network, "_orig_mod", network)
 
     def load_pretrained_weights(self, file: str) -> None:
-        """Load all weights but the segmentation heads', as nnU-Net does; its own loader takes the
-        rank for the number of a GPU."""
+        """Load all weights but the heads'; nnU-Net's loader takes the rank for a GPU's number."""
         if not self.was_initialized:
             self.initialize()
         network = self._bare_network()
@@ -170,15 +160,13 @@ class DistributedTrainer(SafeTrainer):
         if not self.is_ddp:
             super().save_checkpoint(filename)
             return
+        first = self.local_rank == 0
         stand_ins: dict[str, Any] = {}
         if self.sharded:
-            first = self.local_rank == 0
-            stand_ins = {
-                "is_ddp": False,
-                "network": sharding.gathered(self.network, first),
-                "optimizer": sharding.gathered(self.optimizer, first),
-            }
-        if self.local_rank == 0:
+            parts = {"network": self.network, "optimizer": self.optimizer}
+            stand_ins = {key: sharding.gathered(part, first) for key, part in parts.items()}
+            stand_ins["is_ddp"] = False
+        if first:
             with self._temporarily(**stand_ins):
                 super().save_checkpoint(filename)
         del stand_ins
@@ -190,11 +178,11 @@ class DistributedTrainer(SafeTrainer):
             return
         from torch.utils.serialization import config  # in the releases of torch that can shard
 
-        # Only this process's part is read.
         mapped: Any = config
+        # Only this process's part is read.
         with (
-            self._temporarily(is_ddp=False, device=torch.device("cpu")),
             mapped.patch("load.mmap", True),
+            self._temporarily(is_ddp=False, device=torch.device("cpu")),
         ):
             super().load_checkpoint(filename_or_checkpoint)
 
@@ -255,15 +243,14 @@ def check_distribution(configuration: ConfigurationManager, network: nn.Module) 
         sharding.check_shardable(network)
         if not _in_a_group():
             raise PluginError(
-                f"{SHARD.variable}=1 shards the network over several processes, but this is one"
-                " alone. Start the training with torchrun ... -m stunet_plugin.launch"
-                f" (docs/scaling.md), or unset {SHARD.variable}."
+                f"{SHARD.variable}=1 takes several processes, but this is one alone. Unset it, or"
+                " start the training with torchrun ... -m stunet_plugin.launch (docs/scaling.md)."
             )
     processes, batch = world_size(), configuration.batch_size
     if batch < processes:
         raise PluginError(
             f"The plan's batch of {batch} cannot be split over {processes} processes. Start at most"
-            f" {batch}, or plan a larger batch (batch_size in the plans)."
+            f" {batch}, or raise batch_size in the plans."
         )
     if configuration.batch_dice and batch % processes:
         raise PluginError(

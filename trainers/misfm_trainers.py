@@ -1,8 +1,5 @@
-"""PCTNetTrainer and FMUNetTrainer, each with ``_ft``: the networks of MIS-FM in nnU-Net's training.
-
-Paper: arXiv:2306.16925, section IV; optimizer as published, nnU-Net's epochs and schedule. The
-anisotropy mode follows from the plan, is printed with its reason and recorded with the model.
-"""
+"""PCTNetTrainer and FMUNetTrainer, each with ``_ft``: the networks of MIS-FM (arXiv:2306.16925,
+section IV) in nnU-Net's training; the anisotropy mode follows from the plan."""
 
 from __future__ import annotations
 
@@ -50,8 +47,8 @@ class MISFMTrainer(MISFMOptimizer):
         lines = [f"{name}: {reason}"]
         if self.configuration_manager.batch_size < 2:
             lines.append(
-                f"{name} has batch norm: with a batch of 1, prediction can be off, as it uses the"
-                " running mean of single patches' statistics. A batch of 2 or more is safer."
+                f"{name} has batch norm: trained with a batch of 1, its predictions can be off. A"
+                " batch of 2 or more is safer."
             )
         return lines
 

@@ -68,11 +68,8 @@ class SafeTrainer(nnUNetTrainer):
         return [name for name in TO_RESUME_FROM if Path(self.output_folder, name).is_file()]
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint under another name, and rename it once it is whole on the disk.
-
-        If that fails (disk full), the earlier one is kept and training continues; a PluginError if
-        it is the final checkpoint.
-        """
+        """Write a checkpoint under another name, and rename it once it is whole on the disk. If
+        that fails, the earlier one is kept and training continues; the final one has to succeed."""
         if self.disable_checkpointing or self.local_rank != 0:
             super().save_checkpoint(filename)
             return
@@ -89,9 +86,7 @@ class SafeTrainer(nnUNetTrainer):
         text = f"Cannot write {target.name} to {target.parent} ({reason}; {free:.2f} GB free)."
         if target.name == FINAL:
             left = [x for x in (FINAL, *TO_RESUME_FROM) if (target.parent / x).is_file()]
-            advice = (
-                f"run the same command with --c: it resumes from {left[0]}" if left else "retrain"
-            )
+            advice = f"run it with --c: it resumes from {left[0]}" if left else "retrain"
             raise PluginError(f"{text} The training is over. Make room and {advice}.") from error
         kept = f"The earlier {target.name} is kept. " if target.is_file() else ""
         self.print_banner(f"{text} {kept}Training continues; make room before the next checkpoint.")
@@ -120,15 +115,11 @@ class SafeTrainer(nnUNetTrainer):
             with contextlib.suppress(PluginError):  # A damaged one is replaced by the next.
                 self._best_ema = read_checkpoint(str(best), "The best checkpoint")["_best_ema"]
 
-    def guard_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimizer skip steps whose loss or gradients are not finite."""
-        optimizer.register_step_pre_hook(self._discard_gradients_unless_finite)
-
     def _note_loss(self, _: torch.nn.Module, __: Any, loss: torch.Tensor) -> None:
         self._loss_of_step = loss.detach()
 
     def _discard_gradients_unless_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Without gradients the step changes nothing, momentum and weight decay included."""
+        """Before a step: without gradients it changes nothing, not even momentum."""
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
         to_check = [] if self._loss_of_step is None else [self._loss_of_step.float().sum()]
         if self.grad_scaler is None:
@@ -196,18 +187,14 @@ def read_to_resume(file: str) -> dict[str, Any]:
     try:
         return read_checkpoint(file, "The checkpoint to resume from,")
     except PluginError as error:
-        path = Path(file)
-        reason = f"{file} is no checkpoint or damaged ({str(error.__cause__)[:200]})"
+        name, advice = Path(file).name, "and there is no other. Start again without --c."
         # nnU-Net takes the first of these that is there.
-        for other in (path.with_name(name) for name in TO_RESUME_FROM if name != path.name):
+        for other in reversed([x for x in TO_RESUME_FROM if x != name]):
             with contextlib.suppress(PluginError):
-                read_checkpoint(str(other), "The checkpoint")
-                what = f"but {other.name} beside it is whole: move {path.name} away, and the same"
-                break
-        else:
-            reason += ", and there is no other to resume from. Start again without --c."
-            raise PluginError(reason) from error
-        raise PluginError(f"{reason}, {what} command resumes from that.") from error
+                read_checkpoint(str(Path(file).with_name(other)), "The checkpoint")
+                advice = f"but {other} beside it is whole: move {name} away and repeat the command."
+        reason = str(error.__cause__)[:200]
+        raise PluginError(f"{file} is no checkpoint or damaged ({reason}), {advice}") from error
 
 
 def discard_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -1,8 +1,5 @@
-"""Sharding (FSDP2): each process of a training keeps its part of weights, gradients and momentum.
-
-torch's ``fully_shard`` does the work; here states are converted between whole tensors and parts, so
-that checkpoints are those of nnU-Net.
-"""
+"""Sharding by torch's ``fully_shard`` (FSDP2): each process keeps a part of weights, gradients and
+momentum; states are converted to and from whole tensors, so that checkpoints are nnU-Net's."""
 
 from __future__ import annotations
 
@@ -18,32 +15,26 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.stunet import ResidualBlock, STUNet
 from stunet_plugin.options import SHARD
 
-MINIMUM_TORCH = "2.6"
-"""The first release with ``fully_shard`` as a public function."""
-
 
 def check_shardable(network: nn.Module) -> None:
     """Raise a PluginError unless the network can be sharded, with this torch."""
     if not isinstance(network, STUNet):
         raise PluginError(
-            f"{SHARD.variable}=1 shards an STU-Net; {type(network).__name__} is small enough for"
-            f" every process to hold it whole. Unset {SHARD.variable}."
+            f"{SHARD.variable}=1 shards an STU-Net; {type(network).__name__} is small enough"
+            f" without. Unset {SHARD.variable}."
         )
     try:
         from torch.distributed.fsdp import fully_shard  # noqa: F401
     except ImportError as error:
         raise PluginError(
-            f"{SHARD.variable}=1 needs torch >= {MINIMUM_TORCH}, this is {torch.__version__}."
+            f"{SHARD.variable}=1 needs torch >= 2.6, this is {torch.__version__}."
             " Upgrade torch, or unset it."
         ) from error
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
-    """Shard an STU-Net over all processes, in place; the weights are those of the first process.
-
-    Each residual block is gathered when it runs, the rest once per step. The parameters are new
-    objects, so an optimizer must be made afterwards.
-    """
+    """Shard an STU-Net over all processes, in place, with the weights of the first; each residual
+    block is gathered when it runs. An optimizer must be made afterwards: parameters are new."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 

@@ -1,8 +1,5 @@
-"""STUNetTrainer, and one trainer for every published size and schedule: ``STUNetTrainer_large_ft``.
-
-Paper: arXiv:2304.06716, section 4; hyper-parameters as in the published trainers. Sizes
-(``stunet_plugin.networks.presets``) and ``SCHEDULES`` are data; the classes are made from them.
-"""
+"""STUNetTrainer, and a trainer for every published size and schedule, such as
+``STUNetTrainer_large_ft``; hyper-parameters of the published ones (arXiv:2304.06716, section 4)."""
 
 from __future__ import annotations
 
@@ -16,15 +13,14 @@ from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a trainer's suffix changes; iterations are per epoch, None leaves nnU-Net's 250 and
-    50."""
+    """What a trainer's suffix changes; iterations are per epoch."""
 
     suffix: str
     epochs: int = 1000
     learning_rate: float = 1e-2
     fine_tuning: bool = False
-    iterations: int | None = None
-    val_iterations: int | None = None
+    iterations: int = 250
+    val_iterations: int = 50
 
 
 SCHEDULES = (

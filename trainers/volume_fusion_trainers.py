@@ -1,14 +1,10 @@
-"""VolumeFusionTrainer for the network of the plan, and ``VolumeFusionTrainer_STUNet_base`` etc. for
-each network and size of this project.
-
-Papers and formula: ``stunet_plugin.pretraining.volume_fusion``. The optimizer is the published one
-for every network: with the SGD of STU-Net the decoder's features collapse (docs/decisions.md).
-Epochs, schedule and batch size are those of the network's own trainer and plan.
-"""
+"""VolumeFusionTrainer for the plan's network, ``VolumeFusionTrainer_STUNet_base`` etc. for those of
+this project: the published optimizer (docs/decisions.md), epochs of the network's own trainer."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,27 +49,25 @@ class VolumeFusionMixin(MISFMOptimizer):
     among the bases. ``segmentation_trainer`` fine-tunes what this one pretrained."""
 
     segmentation_trainer: ClassVar[str]
+    _example: dict[str, Any] | None = None
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        options = Options()
-        self.fusion = fusion_from(options)
+    @functools.cached_property
+    def fusion(self) -> fusing.VolumeFusion:
+        return fusion_from(self._options)
+
+    def dataset_to_record(self, dataset_json: dict) -> dict:
         alphas = self.fusion.class_names()
         labels = {"background": 0, **{f"alpha {alphas[k]}": k for k in range(1, len(alphas))}}
         dataset = {**dataset_json, "labels": labels, VOLUME_FUSION_ENTRY: self._describe_fusion()}
         dataset.pop("regions_class_order", None)
-        super().__init__(plans, configuration, fold, dataset, device)
-        self.initial_lr = options.fraction(names.VF_RATE, self.initial_lr)
+        return dataset
+
+    def initialize(self) -> None:
+        self.initial_lr = self._options.fraction(names.VF_RATE, self.initial_lr)
         # STUNET_SEED seeds the global generator; the processes of a training draw differently.
         seed = int(torch.randint(2**62, ())) + self.local_rank
         self._fusion_draws = torch.Generator().manual_seed(seed)
-        self._example: dict[str, Any] | None = None
+        super().initialize()
 
     def _describe_fusion(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self.fusion), "blocks": type(self.fusion.scheme).__name__}
@@ -91,11 +85,9 @@ class VolumeFusionMixin(MISFMOptimizer):
         supervision."""
         if not enable_deep_supervision:
             raise PluginError(
-                f"This model was pretrained with Volume Fusion ({cls.__name__}): it predicts how"
-                " two scans were blended, not anatomy. Fine-tune it on labelled cases and predict"
-                " with that: nnUNetv2_train DATASET CONFIGURATION FOLD -tr"
-                f" {cls.segmentation_trainer} -pretrained_weights"
-                f" .../{cls.__name__}__.../fold_.../checkpoint_final.pth"
+                f"This model was pretrained with Volume Fusion ({cls.__name__}), not to predict"
+                " anatomy. Fine-tune it on labelled cases: nnUNetv2_train DATASET CONFIGURATION"
+                f" FOLD -tr {cls.segmentation_trainer} -pretrained_weights .../checkpoint_final.pth"
             )
         return super().build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, True
@@ -245,11 +237,10 @@ class VolumeFusionMixin(MISFMOptimizer):
         self.print_to_log_file(f"Pretext Dice on {kind}: {found['mean_dice']:.4f}, in {file}")
         if unlearned := score.unlearned_classes(found["dice_per_alpha"]):
             self.print_banner(
-                f"Volume Fusion has not learned its task: Dice near 0 for alpha {unlearned}. These"
-                " weights may be no better than\nrandom ones. Is the loss in progress.png still"
-                " falling? Then train longer: raise STUNET_EPOCHS and run the same\ncommand with"
-                " --c. Otherwise look at volume_fusion_epoch_*.png for images without contrast,"
-                " or lower STUNET_VF_RATE\nand start again."
+                f"Volume Fusion has not learned its task: Dice near 0 for alpha {unlearned}.\nIs"
+                " the loss in progress.png still falling? Then raise STUNET_EPOCHS and repeat the"
+                " command with --c.\nElse look for images without contrast in"
+                " volume_fusion_epoch_*.png, or lower STUNET_VF_RATE and start again."
             )
 
     @classmethod

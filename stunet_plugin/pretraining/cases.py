@@ -20,7 +20,7 @@ def check_cases(folder: Path, fold: int | str, train_on_all: str) -> None:
     if lacking:
         raise PluginError(
             f"{len(lacking)} file(s) of preprocessed cases are missing in {folder}, for example"
-            f" {lacking[0]}. Was preprocessing interrupted? Run nnUNetv2_preprocess again."
+            f" {lacking[0]}. Run nnUNetv2_preprocess again."
         )
     splits = _splits(folder)
     if fold != "all" and not splits.is_file() and len(cases) < FOLDS:
@@ -32,8 +32,7 @@ def check_cases(folder: Path, fold: int | str, train_on_all: str) -> None:
     if absent:
         raise PluginError(
             f"{splits} names {len(absent)} case(s) for fold {fold} that are not preprocessed in"
-            f" {folder}, for example {absent[0]}. Preprocess them, or move that file away: nnU-Net"
-            " then splits the cases that are there."
+            f" {folder}, for example {absent[0]}. Preprocess them, or move that file away."
         )
 
 
@@ -45,8 +44,7 @@ def describe_cases(folder: Path, fold: int | str, expected: object) -> list[str]
     if isinstance(expected, int) and len(cases) < expected:
         lines.append(
             f"Only {len(cases)} of the {expected} cases of dataset.json are preprocessed. Were"
-            " scans moved that the dataset links to? Then run `stunet unlabeled` and"
-            " nnUNetv2_plan_and_preprocess again."
+            " scans moved? Then run `stunet unlabeled` and nnUNetv2_plan_and_preprocess again."
         )
     named = _in_split(splits, fold)
     if named and cases - named:
@@ -75,6 +73,4 @@ def _in_split(splits: Path, fold: int | str) -> set[str]:
             return set()
         return {case for part in ("train", "val") for case in folds[int(fold)][part]}
     except (ValueError, KeyError, TypeError) as error:
-        raise PluginError(
-            f"{splits} is damaged ({error}). Move it away: nnU-Net then splits the cases again."
-        ) from error
+        raise PluginError(f"{splits} is damaged ({error}). Move it away.") from error

@@ -10,13 +10,7 @@ With K fusion classes beside the background, class map k(v) in {0, ..., K} and a
     target(v) = k(v) = K * alpha(v)
 
 The network is trained on it as on a segmentation with K + 1 outputs. What differs from the
-published code: sizes are fractions of the patch (the published numbers are for [64, 128, 128]), and
-a batch is fused at once, on the device of its sub-volumes.
-
-Example::
-
-    fusion = VolumeFusion(classes=4, scheme=SCHEMES[2025])
-    image, class_map = fusion(foreground, background, torch.Generator().manual_seed(0))
+published code: sizes are fractions of the patch; the published ones are for [64, 128, 128].
 """
 
 from __future__ import annotations
@@ -41,8 +35,7 @@ INVERTED = 0.25
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Sizes of blocks, uniform between two fractions of each axis of the patch, in whole voxels;
-    raises a PluginError unless 0 < smallest <= largest <= 1."""
+    """Sizes of blocks, uniform between two fractions of each axis of the patch, whole voxels."""
 
     smallest: Fraction
     largest: Fraction
@@ -51,9 +44,8 @@ class BlockSizes:
         smallest, largest = np.broadcast_arrays(self.smallest, self.largest)
         if not (smallest > 0).all() or not (smallest <= largest).all() or largest.max() > 1:
             raise PluginError(
-                "Blocks of Volume Fusion need 0 < smallest <= largest <= 1 (fractions of the"
-                f" patch), not smallest {self.smallest} and largest {self.largest}. Set"
-                " STUNET_VF_SMALLEST and STUNET_VF_LARGEST, or unset them."
+                "Blocks of Volume Fusion need 0 < STUNET_VF_SMALLEST <= STUNET_VF_LARGEST <= 1, not"
+                f" smallest {self.smallest} and largest {self.largest}. Set or unset them."
             )
 
     def size_range(self, patch_size: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -157,24 +149,14 @@ class VolumeFusion:
 
     def __post_init__(self) -> None:
         if not 1 <= self.classes <= 255:
-            raise PluginError(
-                f"Volume Fusion needs 1 to 255 fusion classes, not {self.classes}. Published:"
-                f" {PUBLISHED_CLASSES}."
-            )
+            raise PluginError(f"Volume Fusion needs 1 to 255 fusion classes, not {self.classes}.")
 
     def __call__(
         self, foreground: Tensor, background: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Fuse a batch.
-
-        Args:
-            foreground, background: sub-volumes, (batch, channel, *spatial), values from 0 to 1. The
-                same alpha for all channels.
-            generator: on the CPU; the same state gives the same result on any device.
-
-        Returns:
-            image (batch, channel, *spatial), class map (batch, *spatial) uint8.
-        """
+        """Fuse sub-volumes (batch, channel, *spatial) with values from 0 to 1; return images of
+        that shape and class maps (batch, *spatial), uint8. The generator is on the CPU: the same
+        state gives the same result on any device."""
         class_map = self.draw_class_maps(foreground[:, 0], generator)
         inverted = torch.rand(len(foreground), generator=generator) < self.inverted
         return self.fuse(foreground, background, class_map, inverted.tolist()), class_map
@@ -189,11 +171,8 @@ class VolumeFusion:
     def fuse(
         self, foreground: Tensor, background: Tensor, class_map: Tensor, inverted: Sequence[bool]
     ) -> Tensor:
-        """Return the images, (batch, channel, *spatial).
-
-        Where alpha is 0 or 1 they equal the background or foreground bit for bit, as torch.lerp
-        starts from the nearer end.
-        """
+        """Return the images; where alpha is 0 or 1 they equal the background or foreground bit for
+        bit, as torch.lerp starts from the nearer end."""
         alpha = class_map[:, None].to(foreground.dtype) / self.classes
         images = torch.lerp(background, foreground, alpha)
         for index in itertools.compress(range(len(images)), inverted):

@@ -152,12 +152,9 @@ def test_standardised_images_have_mean_0_and_deviation_1_even_without_contrast()
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VolumeFusion(0), "needs 1 to 255 fusion classes, not 0. Published: 4"),
-        (
-            lambda: vf.BlockSizes(0.5, 0.2),
-            "0 < smallest <= largest <= 1 .*smallest 0.5 and largest",
-        ),
-        (lambda: vf.BlockSizes((0.1, 0.2), (0.5, 1.2)), "0 < smallest"),
+        (lambda: VolumeFusion(0), "needs 1 to 255 fusion classes, not 0"),
+        (lambda: vf.BlockSizes(0.5, 0.2), "0 < .*SMALLEST <= .* <= 1.*smallest 0.5 and largest"),
+        (lambda: vf.BlockSizes((0.1, 0.2), (0.5, 1.2)), "0 < "),
         (lambda: TiledBlocks().size_range((3, 64, 64)), r"\[3, 64, 64\] voxels .*LARGEST to 0.33"),
     ],
 )

@@ -46,7 +46,7 @@ def test_auto_takes_the_least_that_is_needed_and_says_why(
     assert trainer.network.checkpointing == OFF
     estimates = trainer.estimates()
     for available, setting, reason in (
-        (None, OFF, "since the free memory is known on CUDA only"),
+        (None, OFF, "free memory is unknown"),
         (estimates[OFF] + 1, OFF, "(everything fits)"),
         (estimates[OFF] - 1, leanest(estimates), "(it fits, for the time of one more forward pass"),
         (1.0, leanest(estimates), "by the estimate it does not fit either"),
