@@ -78,9 +78,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
+            size = path.stat().st_size
             raise PluginError(
-                f"{path} is refused: such files take a few kB, this one {path.stat().st_size}"
-                " bytes."
+                f"{path} is refused: such files take a few kB, this one {size} bytes."
             )
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -108,7 +108,7 @@ LINK, HARD_LINK, COPY = "link", "hard link", "copy"
 
 
 class OutputError(Exception):
-    """The data set cannot be written: a matter of the disk, not of the scan."""
+    """The dataset cannot be written: a matter of the disk, not of the scan."""
 
 
 def write_if_new(path: Path, text: str) -> None:

@@ -55,21 +55,17 @@ class Grid(Geometry):
 
     @property
     def orientation(self) -> str:
-        """Three letters such as LPS, as ITK names them: where each axis of the file comes closest
-        to."""
-        return (
-            sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
-            if len(self.size) == 3
-            else "2D"
-        )
+        """Three letters such as LPS, as ITK names them: where each axis comes closest to."""
+        if len(self.size) != 3:
+            return "2D"
+        name = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines
+        return str(name(self.direction))
 
     def __str__(self) -> str:
-        shown = (
-            f"{' x '.join(map(str, self.size))} voxels",
-            f"spacing {_short(self.spacing)}",
-            f"origin {_short(self.origin)}",
+        return (
+            f"{' x '.join(map(str, self.size))} voxels, spacing {_short(self.spacing)},"
+            f" origin {_short(self.origin)}, orientation {self.orientation}"
         )
-        return ", ".join((*shown, f"orientation {self.orientation}"))
 
 
 def on_grid_of(prediction: Any, reference: Any) -> Any | None:
@@ -89,16 +85,9 @@ def on_grid_of(prediction: Any, reference: Any) -> Any | None:
 
 
 def resampled(prediction: Any, reference: Any) -> Any:
-    """Return the prediction on the reference's grid, each voxel with the label of the nearest one;
-    0 outside."""
-    return sitk.Resample(
-        prediction,
-        reference,
-        sitk.Transform(),
-        sitk.sitkNearestNeighbor,
-        0,
-        prediction.GetPixelID(),
-    )
+    """Return labels on the reference's grid, each from the nearest voxel; 0 outside."""
+    how = (sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    return sitk.Resample(prediction, reference, *how, prediction.GetPixelID())
 
 
 def can_be_turned(one: Grid, other: Grid) -> bool:
@@ -118,10 +107,8 @@ def _corners(grid: Grid) -> np.ndarray:
     """Centres of the eight outermost voxels in mm, one per row."""
     ends = np.array(np.meshgrid(*((0, size - 1) for size in grid.size))).reshape(3, -1)
     steps = ends * np.reshape(grid.spacing, (3, 1))
-    places: np.ndarray = np.reshape(grid.direction, (3, 3)) @ steps + np.reshape(
-        grid.origin, (3, 1)
-    )
-    return places.T
+    places: np.ndarray = (np.reshape(grid.direction, (3, 3)) @ steps).T + grid.origin
+    return places
 
 
 def _short(values: Sequence[float]) -> str:

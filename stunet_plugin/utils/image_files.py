@@ -28,11 +28,8 @@ NIFTI, META, NRRD = (".nii", ".nii.gz"), (".mha", ".mhd"), (".nrrd", ".nhdr")
 TIFF, PICTURES = (".tif", ".tiff"), (".png", ".bmp", ".jpg", ".jpeg")
 LINK, COPY, MOVE = "link", "copy", "move"
 CANNOT_OPEN, UNREADABLE, CUT_OFF = "cannot be opened", "unreadable", "cut off or damaged"
-COMPONENTS, AXES, SEVERAL_FILES = (
-    "several values per voxel",
-    "more than three axes",
-    "voxels in several files, or as text",
-)
+COMPONENTS, AXES = "several values per voxel", "more than three axes"
+SEVERAL_FILES = "voxels in several files, or as text"
 _PIECE = 1 << 20
 _HEADER_BYTES = 1 << 16
 _DEFLATE_RATIO = 1040
@@ -40,12 +37,7 @@ _DEFLATE_RATIO = 1040
 
 
 class ImageError(PluginError):
-    """An image that cannot be used.
-
-    Attributes:
-        reason: one of a few, for counting.
-        detail: what was found in this file.
-    """
+    """An image that cannot be used: a reason, one of a few for counting, and what was found."""
 
     def __init__(self, path: Path | str, reason: str, detail: str = "", advice: str = "") -> None:
         found = f"{reason} ({detail})" if detail else reason
@@ -81,11 +73,8 @@ def check_start(path: Path | str) -> None:
 
 def side_files(path: Path | str, elsewhere: bool = False) -> list[Path]:
     """Return the other files that belong to an image: the voxels of a detached header (.mhd,
-    .nhdr), and the .json with the spacing of nnU-Net's .tif.
-
-    Args:
-        path: of the image.
-        elsewhere: count voxels in other folders, which a header only points to, as a link does.
+    .nhdr), and the .json with the spacing of nnU-Net's .tif. Voxels in other folders, which a
+    header only points to, count with ``elsewhere``.
     """
     path = Path(path)
     ending = ending_of(path)
@@ -258,15 +247,8 @@ def _check_length(path: Path | str, found: int, expected: int) -> None:
 
 
 def nifti_header(path: Path | str, file: Any = None) -> Any:
-    """Return nibabel's header of a NIfTI file.
-
-    Args:
-        path: of the file.
-        file: the same, open at its start.
-
-    Raises:
-        ImageError: it is none.
-    """
+    """Return nibabel's header of a NIfTI file (``file``: the same, open at its start), or raise an
+    ImageError."""
     if file is None:
         with _opened(path) as opened:
             return nifti_header(path, opened)

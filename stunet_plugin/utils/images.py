@@ -41,13 +41,8 @@ NOT_LABELS, UNDECLARED = "not a label map", "undeclared label values"
 
 
 class LabelArray(NamedTuple):
-    """A label map.
-
-    Attributes:
-        labels: (z, y, x), integers.
-        properties: its geometry, for the reader that writes it.
-        rounded: whether the file holds other values than these.
-    """
+    """A label map (z, y, x) of integers, its geometry for the reader that writes it, and whether
+    the file holds other values than these."""
 
     labels: np.ndarray
     properties: dict[str, Any]
@@ -135,11 +130,7 @@ def read_images(
 
 
 def read_label_map(path: Path | str, values: Collection[int] | None = None) -> Any:
-    """Return a label map as a sitk.Image of integers.
-
-    Args:
-        path: of the file.
-        values: that are declared; None takes any.
+    """Return a label map as a sitk.Image of integers, checked for the declared values if given.
 
     Raises:
         ImageError: see :func:`read_image` and :func:`check_labels`.

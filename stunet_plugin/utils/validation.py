@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from stunet_plugin.errors import PluginError
@@ -32,8 +32,7 @@ class Fields:
             raise PluginError(
                 f"{where} is a {type(values).__name__}, not a table of names and values."
             )
-        self.values = values
-        self.where = where
+        self.values, self.where = values, where
 
     def __contains__(self, key: object) -> bool:
         return key in self.values
@@ -54,64 +53,55 @@ class Fields:
             f"{self.where}: {key} must be {expected}, not {reprlib.repr(self.values.get(key))}."
         )
 
-    def integer(self, key: Any, minimum: int, default: Any = _REQUIRED) -> int:
+    def _checked(self, key: Any, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
         value = self.get(key, default)
-        if not is_integer(value) or value < minimum:
-            raise self.wrong(key, f"a whole number of at least {minimum}")
-        return int(value)
-
-    def boolean(self, key: Any, default: Any = _REQUIRED) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, (bool, int)):
-            raise self.wrong(key, "true or false")
-        return bool(value)
-
-    def choice(self, key: Any, allowed: Collection[str], default: Any = _REQUIRED) -> str:
-        value = self.get(key, default)
-        if not isinstance(value, str) or value not in allowed:
-            raise self.wrong(key, f"one of {', '.join(allowed)}")
+        if not fits(value):
+            raise self.wrong(key, expected)
         return value
 
+    def integer(self, key: Any, minimum: int, default: Any = _REQUIRED) -> int:
+        expected = f"a whole number of at least {minimum}"
+        return int(self._checked(key, default, lambda x: is_integer(x) and x >= minimum, expected))
+
+    def boolean(self, key: Any, default: Any = _REQUIRED) -> bool:
+        return bool(self._checked(key, default, lambda x: isinstance(x, int), "true or false"))
+
+    def choice(self, key: Any, allowed: Collection[str], default: Any = _REQUIRED) -> str:
+        expected = f"one of {', '.join(allowed)}"
+        return str(
+            self._checked(key, default, lambda x: isinstance(x, str) and x in allowed, expected)
+        )
+
     def number(self, key: Any, default: Any = _REQUIRED) -> float:
-        value = self.get(key, default)
-        if not is_number(value):
-            raise self.wrong(key, "a finite number")
-        return float(value)
+        return float(self._checked(key, default, is_number, "a finite number"))
 
     def positives(
         self, key: Any, count: int, whole: bool, default: Any = _REQUIRED
     ) -> tuple[Any, ...]:
         """Return ``count`` positive numbers, whole ones as int."""
-        value = self.get(key, default)
         kind = is_integer if whole else is_number
-        if (
-            not is_list(value)
-            or len(value) != count
-            or not all(kind(entry) and entry > 0 for entry in value)
-        ):
-            raise self.wrong(key, f"{count} positive {'whole ' if whole else ''}numbers")
-        return tuple(int(entry) if whole else float(entry) for entry in value)
+
+        def fits(value: Any) -> bool:
+            return is_list(value) and len(value) == count and all(kind(x) and x > 0 for x in value)
+
+        expected = f"{count} positive {'whole ' if whole else ''}numbers"
+        values = self._checked(key, default, fits, expected)
+        return tuple(int(x) if whole else float(x) for x in values)
 
     def strides(self, key: Any, axes: int) -> tuple[tuple[int, ...], ...]:
         value = self.get(key)
-        rows = (
-            [Fields({key: row}, self.where).positives(key, axes, whole=True) for row in value]
-            if is_list(value)
-            else []
-        )
+        rows = [{key: row} for row in value] if is_list(value) else []
         if not rows:
             raise self.wrong(key, f"a list with {axes} whole numbers for each pooling")
-        return tuple(rows)
+        return tuple(Fields(row, self.where).positives(key, axes, whole=True) for row in rows)
 
     def permutation(self, key: Any, axes: int, default: Any = _REQUIRED) -> tuple[int, ...]:
-        value = self.get(key, default)
-        if (
-            not is_list(value)
-            or not all(map(is_integer, value))
-            or sorted(value) != list(range(axes))
-        ):
-            raise self.wrong(key, f"an order of the axes {list(range(axes))}")
-        return tuple(int(axis) for axis in value)
+        order = list(range(axes))
+
+        def fits(value: Any) -> bool:
+            return is_list(value) and all(map(is_integer, value)) and sorted(value) == order
+
+        return tuple(map(int, self._checked(key, default, fits, f"an order of the axes {order}")))
 
     def per_channel(self, key: Any, default: Any = _REQUIRED) -> dict[str, Any]:
         """Return a table by channel; v1 keys channels by number, JSON by text, v2 lists them."""
@@ -121,9 +111,10 @@ class Fields:
         if not isinstance(value, Mapping) or not value or len(value) > MAX_ENTRIES:
             raise self.wrong(key, "one entry per channel")
         table = {str(channel): entry for channel, entry in value.items()}
-        if set(table) != {str(channel) for channel in range(len(table))}:
+        names = [str(channel) for channel in range(len(table))]
+        if set(table) != set(names):
             raise self.wrong(key, "entries for the channels 0, 1, ...")
-        return {str(channel): table[str(channel)] for channel in range(len(table))}
+        return {name: table[name] for name in names}
 
 
 def is_list(value: object) -> bool:
