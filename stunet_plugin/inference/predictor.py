@@ -26,14 +26,10 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about a case.
+    """What a model says about a case: arrays (z, y, x), and the geometry for the reader.
 
-    Attributes:
-        labels: (z, y, x).
-        confidence: (z, y, x), float32: the probability of the predicted class; with regions, of the
-            decision on the region that the model is least sure of.
-        properties: geometry, for the reader that writes labels.
-        voxel_mm3: volume of a voxel.
+    The confidence is the probability of the predicted class; with regions, of the decision on the
+    region that the model is least sure of.
     """
 
     labels: np.ndarray
@@ -52,12 +48,6 @@ class Model:
         step_size: of the sliding window, in patches, above 0 and at most 1.
         mirroring: average over mirrored images, as the model was trained.
         device: ``cpu``, ``cuda`` or ``mps``.
-
-    Attributes:
-        dataset: its ``dataset.json``.
-        reader: nnU-Net's reader and writer of its images.
-        trainer, plans_name, configuration: what trained it.
-        predictor: nnU-Net's, with the weights loaded.
 
     Raises:
         PluginError: no model folder, a fold or checkpoint that it lacks, or a network that cannot
@@ -89,10 +79,8 @@ class Model:
         self.files = [folder / f"fold_{fold}" / checkpoint for fold in self.folds]
         lacking = [file for file in self.files if not file.is_file()]
         if lacking:
-            known = ", ".join(trained)
-            raise PluginError(
-                f"{lacking[0]}: no such file. Folds with a {checkpoint}: {known} (-f)."
-            )
+            known = f"Folds with a {checkpoint}: {', '.join(trained)} (-f)."
+            raise PluginError(f"{lacking[0]}: no such file. {known}")
         # On the CPU it says that it will not do what it was not asked to do.
         with contextlib.redirect_stdout(None):
             self.predictor = nnUNetPredictor(
@@ -200,10 +188,8 @@ class Model:
         """Predict cases to files as nnUNetv2_predict does; yield each when it is complete and in
         place, with the files that belong to it.
 
-        Args:
-            cases: file to write, in an existing folder, to the images of the case.
-            ending: of these files.
-            processes: for the preprocessing; with 1, in this process.
+        ``cases`` maps the file to write, in an existing folder, to the images of the case. One
+        process preprocesses in this one.
         """
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
@@ -219,13 +205,9 @@ class Model:
                     item = next(prepared)
                     logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu()
                     written = partial / target.name
-                    export_prediction_from_logits(
-                        logits,
-                        item["data_properties"],
-                        *managers,
-                        description,
-                        str(written).removesuffix(ending),
-                    )
+                    described = (item["data_properties"], *managers, description)
+                    stem = str(written).removesuffix(ending)
+                    export_prediction_from_logits(logits, *described, stem)
                 for old in (*side_files(target), target) if target.exists() else ():
                     old.unlink()
                 place_image(written, target, MOVE)
@@ -238,8 +220,6 @@ class Model:
     def _preprocessed(
         self, cases: Sequence[Sequence[Path]], processes: int
     ) -> Iterator[dict[str, Any]]:
-        """Preprocess as nnU-Net does before prediction, in worker processes if there are more
-        than one."""
         predictor = self.predictor
         plans, configuration = predictor.plans_manager, predictor.configuration_manager
         files = [[str(image) for image in images] for images in cases]

@@ -90,13 +90,14 @@ def test_folds_and_models_that_cannot_predict(model: Path, images: list[Path]) -
     with pytest.raises(PluginError, match="predicts NaN"):
         Model(model, ["0"], step_size=1, mirroring=False).predict([images[0]])
     less = dict(list(checkpoint["network_weights"].items())[:-3])
-    torch.save({**checkpoint, "network_weights": less}, file)
-    with pytest.raises(PluginError, match="do not fit"):
-        Model(model, ["0"])
-    arguments = {**checkpoint["init_args"], "configuration": "2d_other"}
-    torch.save({**checkpoint, "init_args": arguments}, file)
-    with pytest.raises(PluginError, match="is of configuration 2d_other"):
-        Model(model, ["0"])
+    other = {**checkpoint["init_args"], "configuration": "2d_other"}
+    for change, message in (
+        ({"network_weights": less}, "do not fit"),
+        ({"init_args": other}, "is of configuration 2d_other"),
+    ):
+        torch.save({**checkpoint, **change}, file)
+        with pytest.raises(PluginError, match=message):
+            Model(model, ["0"])
 
 
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
