@@ -5,15 +5,10 @@ from __future__ import annotations
 import csv
 import locale
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
-
-from stunet_plugin.cli import main
 
 SHAPE = (14, 24, 26)
 SPACING = (4.0, 3.0, 5.0)
@@ -113,28 +108,3 @@ def rows(dataset: Path, name: str) -> list[dict[str, str]]:
     """Return the rows of one of a data set's tables."""
     with (dataset / "unlabeled" / name).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-Run = Callable[..., int]
-
-
-def command_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return `stunet unlabeled` for this process, with a nnUNet_raw of its own in a folder; options
-    by name."""
-    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("nnUNet_raw", str(folder / "raw"))
-    (folder / "raw").mkdir()
-
-    def call(*folders: Path, **options: Any) -> int:
-        arguments = ["unlabeled", "-d", "900", "-n", "Scans"]
-        for scans in folders:
-            arguments += ["-i", str(scans)]
-        for name, value in options.items():
-            arguments += [
-                ("-" if name in ("np", "d", "n") else "--") + name,
-                *([] if value is True else [str(value)]),
-            ]
-        return main(arguments)
-
-    return call

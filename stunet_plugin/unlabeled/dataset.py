@@ -173,8 +173,7 @@ class Dataset:
         """Record what became of a source and give its files their places; return the record.
 
         The record comes first and the image last: a kill in between leaves a last record without
-            files, which the next run
-        takes back, and never an image without a label.
+        files, which the next run takes back, and never an image without a label.
         """
         record = prepared.record
         before = manifest.last(record.key)

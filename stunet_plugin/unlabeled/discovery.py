@@ -135,9 +135,7 @@ class _Walker:
                     key=lambda entry: entry.name,
                 )
         except OSError as error:
-            yield Source(
-                folder, problem=(CANNOT_OPEN, error.strerror or str(error)), unreachable=True
-            )
+            yield _closed(folder, error.strerror or str(error))
             return
         folders: list[str] = []
         dicom: dict[str, os.DirEntry[str]] = {}
@@ -195,10 +193,13 @@ class _Walker:
                 text = f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"
                 digest.update(text.encode(errors="surrogateescape"))
         except OSError as error:
-            problem = (CANNOT_OPEN, f"{name}: {error.strerror}")
-            yield Source(folder, DICOM_FOLDER, problem=problem, unreachable=True)
+            yield _closed(folder, f"{name}: {error.strerror}", DICOM_FOLDER)
             return
         yield Source(folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entries))
+
+
+def _closed(path: str, why: str, kind: str = FILE) -> Source:
+    return Source(path, kind, problem=(CANNOT_OPEN, why), unreachable=True)
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -218,7 +219,7 @@ def _file_source(entry: os.DirEntry[str]) -> Source:
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
             # Opening a pipe would wait for ever.
-            return Source(entry.path, problem=(CANNOT_OPEN, "not a file"), unreachable=True)
+            return _closed(entry.path, "not a file")
         signature = f"{status.st_size}-{status.st_mtime_ns}"
         with contextlib.suppress(ImageError):  # said by the reader
             for other in side_files(entry.path, elsewhere=True):
@@ -226,8 +227,7 @@ def _file_source(entry: os.DirEntry[str]) -> Source:
                     status = other.stat()
                     signature += f" {status.st_size}-{status.st_mtime_ns}"
     except OSError as error:
-        problem = (CANNOT_OPEN, error.strerror or str(error))
-        return Source(entry.path, problem=problem, unreachable=True)
+        return _closed(entry.path, error.strerror or str(error))
     return Source(entry.path, FILE, signature)
 
 
@@ -239,13 +239,9 @@ def _may_be_dicom(name: str) -> bool:
 def _is_dicom(entries: Sequence[os.DirEntry[str]]) -> bool:
     if any(entry.name.lower().endswith(DICOM_ENDINGS) for entry in entries):
         return True
-    return any(_has_dicom_magic(entry.path) for entry in entries[:DICOM_TRIALS])
-
-
-def _has_dicom_magic(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
+    for entry in entries[:DICOM_TRIALS]:
+        with contextlib.suppress(OSError), open(entry.path, "rb") as file:
             file.seek(DICOM_MAGIC_AT)
-            return file.read(len(DICOM_MAGIC)) == DICOM_MAGIC
-    except OSError:
-        return False
+            if file.read(len(DICOM_MAGIC)) == DICOM_MAGIC:
+                return True
+    return False

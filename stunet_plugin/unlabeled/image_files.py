@@ -10,15 +10,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.discovery import (
-    FILE,
-    METAIMAGE,
-    METAIMAGE_HEADER,
-    NIFTI,
-    NIFTI_GZ,
-    Source,
-    scan_ending,
-)
+from stunet_plugin.unlabeled import discovery
+from stunet_plugin.unlabeled.discovery import METAIMAGE, NIFTI, Source, scan_ending
 from stunet_plugin.unlabeled.reading import Scan
 from stunet_plugin.utils.files import copy_file, flush, guarded, link_or_copy
 from stunet_plugin.utils.geometry import Grid
@@ -35,13 +28,11 @@ CONVERTED, HEADER = "converted", "header that points to the data"
 def place_image(source: Source, scan: Scan, target: Path, copy: bool) -> str:
     """Make the image of a case, whose ending is the dataset's, and return how; raise OutputError if
     it cannot be written."""
-    ending, wanted = (
-        scan_ending(source.path) if source.kind == FILE else "",
-        scan_ending(target.name),
-    )
+    ending = scan_ending(source.path) if source.kind == discovery.FILE else ""
+    wanted = scan_ending(target.name)
     if scan.as_it_is and ending == wanted:
         return copy_file(source.path, target) if copy else link_or_copy(source.path, target)
-    if scan.as_it_is and not copy and (ending, wanted) == (METAIMAGE_HEADER, METAIMAGE):
+    if scan.as_it_is and not copy and (ending, wanted) == (discovery.METAIMAGE_HEADER, METAIMAGE):
         header = _pointing_header(source.path)
         if header is not None:
             guarded(lambda: target.write_bytes(header))
@@ -92,7 +83,7 @@ def write_image(array: np.ndarray, geometry: Grid, target: Path) -> None:
 def _check_size(path: Path, voxel_bytes: int) -> None:
     expected = NIFTI_HEADER_BYTES + voxel_bytes
     size = path.stat().st_size
-    if path.name.endswith(NIFTI_GZ):
+    if path.name.endswith(discovery.NIFTI_GZ):
         # The last four bytes of a gzip stream are the size of its content.
         with path.open("rb") as file:
             file.seek(max(0, size - 4))
@@ -116,11 +107,8 @@ def _compact(array: np.ndarray) -> np.ndarray:
 
 
 def _pointing_header(path: str) -> bytes | None:
-    """Return the header of a .mhd file as that of a .mha file whose voxels are in the same file as
-    before.
-
-    None where the voxels are in several files, or the header is not as expected.
-    """
+    """The header of a .mhd file as that of a .mha file that leads to the same voxels; None where
+    these are in several files, or the header is not as expected."""
     with open(path, "rb") as file:
         content = file.read(_METAIMAGE_HEADER_BYTES + 1)
     lines = content.splitlines()

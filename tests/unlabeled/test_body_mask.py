@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.body_mask import block_means, body_mask, mr_threshold
+from stunet_plugin.unlabeled.body_mask import body_mask
 from stunet_plugin.unlabeled.checks import CT, MR
 
 
@@ -123,18 +123,6 @@ def test_a_crop_within_the_body_is_all_body() -> None:
 def test_air_alone_is_no_body() -> None:
     air = np.random.default_rng(4).normal(-1000, 20, (20, 40, 40))
     assert body_mask(air, (3.0, 3.0, 3.0), 0, CT) is None
-
-
-def test_block_means_of_uneven_blocks() -> None:
-    array = np.random.default_rng(5).integers(-1000, 1000, (7, 9, 10)).astype(np.int16)
-    means = block_means(array, (3, 2, 4))
-    assert means.shape == (3, 5, 3)
-    assert means[2, 4, 2] == pytest.approx(array[6:, 8:, 8:].mean())
-    assert means[0, 1, 1] == pytest.approx(array[:3, 2:4, 4:8].mean(), abs=1e-3)
-
-
-def test_mr_threshold_of_a_constant_image_is_none() -> None:
-    assert mr_threshold(np.full((5, 5, 5), 3.0, dtype=np.float32)) is None
 
 
 @pytest.mark.shared

@@ -1,26 +1,34 @@
-"""`stunet unlabeled` from folder to data set: a messy folder, further runs, wrong input."""
+"""`stunet unlabeled` from folder to dataset: a messy folder, further runs, wrong input, runs that
+are interrupted at any moment and go on."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from stunet_plugin.cli import main
+from stunet_plugin.unlabeled import run as command
+from stunet_plugin.unlabeled.discovery import Source
+from stunet_plugin.unlabeled.prepare_case import Prepared, Settings, prepare
 
 from conftest import Workspace
 from unlabeled_helpers import (
     SPACING,
-    Run,
-    command_in,
     ct_array,
     mr_array,
     rows,
@@ -91,16 +99,37 @@ def make_mess(folder: Path) -> None:
 
 
 Mess = tuple[Workspace, Path, dict[str, tuple[object, ...]]]
+Run = Callable[..., int]
+
+
+def arguments(*folders: Path, **options: Any) -> list[str]:
+    given = ["unlabeled", "-d", "900", "-n", "Scans"]
+    for folder in folders:
+        given += ["-i", str(folder)]
+    for name, value in options.items():
+        dashes = "-" if name in ("np", "d", "n") else "--"
+        given += [dashes + name.replace("_", "-"), str(value)]
+    return given
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    return command_in(tmp_path, monkeypatch)
+    """The command in this process, with a nnUNet_raw of its own; options by name."""
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    (tmp_path / "raw").mkdir()
+    return lambda *folders, **options: main(arguments(*folders, **options))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return tmp_path / "raw" / "Dataset900_Scans"
 
 
 @pytest.fixture(scope="module")
 def mess(new_workspace: Callable[[str], Workspace]) -> Mess:
-    """A messy folder, the data set made of it, and what the folder was like before."""
+    """A messy folder, the dataset made of it, and what the folder was like before."""
     workspace = new_workspace("unlabeled")
     folder = workspace.root / "scans"
     folder.mkdir()
@@ -109,24 +138,7 @@ def mess(new_workspace: Callable[[str], Workspace]) -> Mess:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in workspace.environment.items():
             patch.setenv(key, value)
-        assert (
-            main(
-                [
-                    "unlabeled",
-                    "-i",
-                    str(folder),
-                    "-d",
-                    "900",
-                    "-n",
-                    "Scans",
-                    "-np",
-                    "2",
-                    "--modality",
-                    "MR",
-                ]
-            )
-            == 0
-        )
+        assert main(arguments(folder, np=2, modality="MR")) == 0
     return workspace, folder, before
 
 
@@ -188,7 +200,7 @@ def test_the_same_run_again_changes_nothing(
     workspace, folder, _ = mess
     monkeypatch.setenv("nnUNet_raw", str(workspace.raw))
     before = snapshot(workspace.raw)
-    assert main(["unlabeled", "-i", str(folder), "-d", "900", "-n", "Scans"]) == 0
+    assert main(arguments(folder)) == 0
     assert snapshot(workspace.raw) == before
     assert f"{len(GOOD) + 2} cases, 0 new" in capsys.readouterr().out
 
@@ -214,12 +226,13 @@ def test_stock_commands_take_it(mess: Mess, monkeypatch: pytest.MonkeyPatch) -> 
     assert "3d_fullres" in workspace.plans("STUNetPlans_tiny", "900")["configurations"]
 
 
-def test_further_folders_join_and_changes_are_followed(run: Run, tmp_path: Path) -> None:
+def test_further_folders_join_and_changes_are_followed(
+    run: Run, tmp_path: Path, dataset: Path
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for seed in range(3):
         write(first / f"{seed}.nrrd", mr_array(seed))
     assert run(first, np=1) == 0
-    dataset = tmp_path / "raw" / "Dataset900_Scans"
     assert len(rows(dataset, "cases.csv")) == 3
     before = snapshot(dataset / "labelsTr")
 
@@ -244,15 +257,15 @@ def test_further_folders_join_and_changes_are_followed(run: Run, tmp_path: Path)
     assert len(after) == 4
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved_is_followed(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     write(old / "header.mhd", mr_array(0))
     write(old / "link.mha", mr_array(1))
     write(old / "converted.nrrd", mr_array(2))
-    assert run(old, np=1, **{"file-ending": ".mha"}) == 0
-    dataset = tmp_path / "raw" / "Dataset900_Scans"
+    assert run(old, np=1, file_ending=".mha") == 0
     labels = {name: entry[1] for name, entry in snapshot(dataset / "labelsTr").items()}
 
     shutil.copytree(old, new)
@@ -282,7 +295,7 @@ def test_a_folder_that_was_moved_is_followed(
 
 
 def test_one_case_works_and_says_what_that_means(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "scans" / "only.mhd", ct_array(1))
     assert run(tmp_path / "scans", np=1) == 0
@@ -291,7 +304,6 @@ def test_one_case_works_and_says_what_that_means(
     assert "1 case, 1 new" in output
     assert "both of its sub-volumes" in output
     assert "fold 'all'" in output
-    dataset = tmp_path / "raw" / "Dataset900_Scans"
     assert json.loads((dataset / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
     (row,) = rows(dataset, "cases.csv")
     assert row["image"] == "header that points to the data"
@@ -327,7 +339,8 @@ def taken(folder: str, base: str) -> Callable[[Path], None]:
     return lambda root: (root / base / folder / "imagesTr").mkdir(parents=True)
 
 
-WRONG = {
+WRONG: dict[str, Any] = {
+    "no nnUNet_raw": ({}, lambda _: os.environ.pop("nnUNet_raw"), "nnUNet_raw is not set"),
     "empty folder": ({}, None, "no files at all"),
     "pictures": (
         {},
@@ -375,22 +388,13 @@ def test_wrong_input(
     assert snapshot(tmp_path) == before, "nothing was written"
 
 
-def test_nnunet_raw_is_needed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("nnUNet_raw")
-    assert run(tmp_path) == 2
-    assert "nnUNet_raw is not set" in capsys.readouterr().err
-
-
 def test_the_dataset_is_no_input_of_itself(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "raw" / "mine"
     write(folder / "a.nii", mr_array(1))
     assert run(tmp_path / "raw", np=1) == 0
     assert run(tmp_path / "raw", np=1) == 0
-    dataset = tmp_path / "raw" / "Dataset900_Scans"
     assert len(rows(dataset, "cases.csv")) == 1
     assert not rows(dataset, "skipped.csv")
     capsys.readouterr()
@@ -398,6 +402,7 @@ def test_the_dataset_is_no_input_of_itself(
     assert "lies in the dataset" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,3 +413,120 @@ def test_the_benchmark_measures(
     assert 0 < found["cpu_seconds_per_scan"] <= found["seconds"]
     assert found["parent_megabytes"] > 10
     assert found["largest_worker_megabytes"] > 10
+
+
+# --- interrupted
+
+
+def start(folder: Path, raw: Path, processes: int) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "nnUNet_raw": str(raw), "OMP_NUM_THREADS": "1"}
+    given = arguments(folder, modality="MR", np=processes)
+    return subprocess.Popen(
+        [sys.executable, "-m", "stunet_plugin", *given],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def contents(dataset: Path) -> dict[str, object]:
+    """A dataset without times, the order of records aside."""
+    found: dict[str, object] = {}
+    for name, entry in snapshot(dataset).items():
+        content = entry[1] if len(entry) > 1 else None
+        if not name.endswith(".sqlite"):
+            is_table = name.endswith(".csv") and isinstance(content, bytes)
+            found[name] = sorted(content.splitlines()) if is_table else content  # type: ignore[union-attr]
+    return found
+
+
+def images(dataset: Path) -> int:
+    return len(list((dataset / "imagesTr").glob("*.nii.gz")))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    for seed in range(120):
+        write(folder / f"{seed % 7}" / f"{seed}.nii.gz", mr_array(seed % 110))
+    before = snapshot(folder)
+    raws = [tmp_path / name for name in ("whole", "killed")]
+    for raw in raws:
+        raw.mkdir()
+    whole, killed = (raw / "Dataset900_Scans" for raw in raws)
+    assert start(folder, raws[0], 1).wait() == 0
+
+    generator = random.Random(0)
+    kills = (signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
+    for number, sign in enumerate(kills):
+        process = start(folder, raws[1], 2)
+        wanted = images(killed) + 1 + 5 * number
+        while process.poll() is None and images(killed) < wanted:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.05))
+        process.send_signal(sign)
+        output, errors = process.communicate()
+        assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL), (
+            output,
+            errors,
+        )
+        if sign == signal.SIGINT:
+            assert b"The same command resumes where it stopped." in errors
+            description = json.loads((killed / "dataset.json").read_text())
+            assert description["numTraining"] == len(list((killed / "imagesTr").iterdir()))
+        for image in (killed / "imagesTr").iterdir():
+            assert (killed / "labelsTr" / image.name.replace("_0000", "")).is_file()
+    assert 0 < len(list((killed / "imagesTr").iterdir())) < 110
+    assert start(folder, raws[1], 2).wait() == 0
+    assert contents(killed) == contents(whole)
+    assert len(rows(killed, "cases.csv")) == 110
+    assert snapshot(folder) == before
+
+
+def prepare_or_die(settings: Settings, source: Source) -> Prepared:
+    """Stands for a library that crashes on a file."""
+    if source.path.endswith("deadly.nii"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return prepare(settings, source)
+
+
+@pytest.mark.slow
+def test_a_scan_that_kills_its_worker(
+    run: Run, tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "deadly", "z"):
+        write(tmp_path / "scans" / f"{name}.nii", mr_array(len(name)) + ord(name[0]))
+    monkeypatch.setattr(command, "prepare", prepare_or_die)
+    assert run(tmp_path / "scans", np=1, modality="MR") == 0
+    assert [Path(row["source"]).name for row in rows(dataset, "cases.csv")] == ["a.nii", "z.nii"]
+    (row,) = rows(dataset, "skipped.csv")
+    assert (row["reason"], row["tried_again"]) == ("could not be processed", "yes")
+    assert "SIGSEGV" in row["detail"]
+    monkeypatch.undo()
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    assert run(tmp_path / "scans", np=1) == 0
+    assert len(rows(dataset, "cases.csv")) == 3
+    assert not rows(dataset, "skipped.csv")
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_the_finished_part_stays(
+    run: Run, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    small = write(tmp_path / "scans" / "a.nii", mr_array(1))
+    write(tmp_path / "scans" / "b.nii.gz", mr_array(2, (60, 80, 80)))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # A limit on the size of files, which the workers inherit, stands for the disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+        assert run(tmp_path / "scans", np=1, modality="MR", file_ending=".nii") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "Once mended, the same command continues" in capsys.readouterr().err
+    (row,) = rows(dataset, "cases.csv")
+    assert row["source"] == str(small)
+    assert not rows(dataset, "skipped.csv"), "a full disk is not the fault of a scan"
+    assert json.loads((dataset / "dataset.json").read_text())["numTraining"] == 1
+    assert run(tmp_path / "scans", np=1) == 0
+    assert len(rows(dataset, "cases.csv")) == 2

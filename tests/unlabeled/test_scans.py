@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -39,12 +40,6 @@ from unlabeled_helpers import (
     write_dicom,
 )
 
-
-def names(folder: Path, **options: object) -> list[str]:
-    found = walk([str(folder)], options.pop("exclude", ()), **options)  # type: ignore[arg-type]
-    return [os.path.relpath(source.path, folder) for source in found]
-
-
 # --- finding
 
 
@@ -54,36 +49,20 @@ def touch(folder: Path, *paths: str) -> None:
         (folder / path).touch()
 
 
-def test_walk_goes_by_names_and_counts_the_rest(tmp_path: Path) -> None:
-    touch(
-        tmp_path,
-        "b/x.nrrd",
-        "a/deep/er/SCAN.NII.GZ",
-        "z.mha",
-        "a.nii",
-        "notes.txt",
-        "p.png",
-        "._a.nii",
-        ".h/x.nii",
-    )
+def test_walk_by_names_with_patterns_and_links(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    kept = ("a.nii", "z.mha", "a/deep/er/SCAN.NII.GZ", "b/x.nrrd")
+    others = ("notes.txt", "p.png", "._a.nii", ".h/x.nii")
+    left_out = ("labelsTr/a.nii", "a_seg.nii", "made/imagesTr/a.nii")
+    touch(here, *kept, *others, *left_out)
+    touch(tmp_path, "elsewhere/c.nii")
+    (here / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (here / "circle").symlink_to(here, target_is_directory=True)
     tally = Tally()
-    assert names(tmp_path, tally=tally) == ["a.nii", "z.mha", "a/deep/er/SCAN.NII.GZ", "b/x.nrrd"]
-    assert tally.scans == {".nii": 1, ".mha": 1, ".nii.gz": 1, ".nrrd": 1}
+    found = walk([str(here)], ("labelsTr", "*_seg.nii"), str(here / "made"), tally)
+    assert [os.path.relpath(source.path, here) for source in found] == [*kept, "link/c.nii"]
+    assert tally.scans == {".nii": 2, ".mha": 1, ".nii.gz": 1, ".nrrd": 1}
     assert tally.others == {".txt": 1, ".png": 1}
-
-
-def test_walk_leaves_out_patterns_and_the_dataset_itself(tmp_path: Path) -> None:
-    touch(tmp_path, "imagesTr/a.nii", "labelsTr/a.nii", "a_seg.nii", "made/imagesTr/a.nii")
-    assert names(tmp_path, exclude=("labelsTr", "*_seg.nii"), avoid=str(tmp_path / "made")) == [
-        "imagesTr/a.nii"
-    ]
-
-
-def test_walk_follows_links_to_folders_but_not_in_circles(tmp_path: Path) -> None:
-    touch(tmp_path, "elsewhere/a.nii", "here/b.nii")
-    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (tmp_path / "here" / "circle").symlink_to(tmp_path / "here", target_is_directory=True)
-    assert names(tmp_path / "here") == ["b.nii", "link/a.nii"]
 
 
 def test_what_cannot_be_opened_is_said_to_be_so(tmp_path: Path) -> None:
@@ -201,71 +180,47 @@ def organs() -> np.ndarray:
     return (z * 25 + y * 5 + x).astype(np.uint8)
 
 
-BAD = {
+def scan(
+    array: np.ndarray | None = None, name: str = "a.nii", share: float = 1, **options: object
+) -> Callable[[Path], Path]:
+    """A function that writes a scan to a folder, and keeps a share of the file."""
+
+    def make(folder: Path) -> Path:
+        return truncate(
+            write(folder / name, mr_array(1) if array is None else array, **options), share
+        )
+
+    return make
+
+
+CUT, SEVERAL, SPACED = "cut off or damaged", "several values per voxel", "absurd spacing"
+BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "text": ("not gzip", lambda folder: text(folder / "a.nii.gz")),
-    "empty": ("unreadable", lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0)),
-    "cut short nii.gz": (
-        "cut off or damaged",
-        lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0.6),
-    ),
-    "without its checksum": (
-        "cut off or damaged",
-        lambda folder: truncate(write(folder / "a.nii.gz", mr_array(1)), 0.9999),
-    ),
-    "cut short nii": (
-        "cut off or damaged",
-        lambda folder: truncate(write(folder / "a.nii", mr_array(1)), 0.6),
-    ),
-    "cut short nrrd": (
-        "cut off or damaged",
-        lambda folder: truncate(write(folder / "a.nrrd", mr_array(1)), 0.6),
-    ),
-    "cut short mha": (
-        "cut off or damaged",
-        lambda folder: truncate(write(folder / "a.mha", mr_array(1)), 0.6),
-    ),
+    "empty": ("unreadable", scan(name="a.nii.gz", share=0)),
+    "cut short nii.gz": (CUT, scan(name="a.nii.gz", share=0.6)),
+    "without its checksum": (CUT, scan(name="a.nii.gz", share=0.9999)),
+    "cut short nii": (CUT, scan(share=0.6)),
+    "cut short nrrd": (CUT, scan(name="a.nrrd", share=0.6)),
+    "cut short mha": (CUT, scan(name="a.mha", share=0.6)),
     "hole in the stream": (
         "unreadable",
-        lambda folder: damaged_stream(write(folder / "a.nii.gz", mr_array(1))),
+        lambda folder: damaged_stream(scan(name="a.nii.gz")(folder)),
     ),
-    "2D": ("one slice", lambda folder: write(folder / "a.nii", mr_array(1)[0])),
-    "one slice": ("one slice", lambda folder: write(folder / "a.nii", mr_array(1)[:1])),
-    "four slices": ("too few slices", lambda folder: write(folder / "a.nii", mr_array(1)[:4])),
-    "4D": (
-        "more than three axes",
-        lambda folder: write(folder / "a.nii", np.stack([mr_array(1)] * 2), spacing=(1.0,) * 4),
-    ),
-    "RGB": (
-        "several values per voxel",
-        lambda folder: write(
-            folder / "a.mha", np.stack([mr_array(1).astype(np.uint8)] * 3, -1), vector=True
-        ),
-    ),
-    "complex": (
-        "several values per voxel",
-        lambda folder: write(folder / "a.nii", mr_array(1).astype(np.complex64)),
-    ),
-    "microns": (
-        "absurd spacing",
-        lambda folder: write(folder / "a.nii", mr_array(1), spacing=(0.001, 0.001, 0.001)),
-    ),
-    "metres": (
-        "absurd spacing",
-        lambda folder: write(folder / "a.nii", mr_array(1), spacing=(500.0, 500.0, 500.0)),
-    ),
+    "2D": ("one slice", scan(mr_array(1)[0])),
+    "one slice": ("one slice", scan(mr_array(1)[:1])),
+    "four slices": ("too few slices", scan(mr_array(1)[:4])),
+    "4D": ("more than three axes", scan(np.stack([mr_array(1)] * 2), spacing=(1.0,) * 4)),
+    "RGB": (SEVERAL, scan(np.stack([mr_array(1).astype(np.uint8)] * 3, -1), "a.mha", vector=True)),
+    "complex": (SEVERAL, scan(mr_array(1).astype(np.complex64))),
+    "microns": (SPACED, scan(spacing=(0.001,) * 3)),
+    "metres": (SPACED, scan(spacing=(500.0,) * 3)),
     "skewed": ("skewed axes", lambda folder: skewed(folder / "a.nii.gz")),
     "not UTF-8": ("name of the file", lambda folder: misnamed(folder / "a.nii")),
-    "NaN": ("not finite", lambda folder: write(folder / "a.nii", with_value(np.nan))),
-    "infinite": ("not finite", lambda folder: write(folder / "a.nii", with_value(-np.inf))),
-    "constant": (
-        "constant",
-        lambda folder: write(folder / "a.nii", np.full(SHAPE, 7, dtype=np.int16)),
-    ),
-    "mask": (
-        "label map",
-        lambda folder: write(folder / "a.nii", (mr_array(1) > 200).astype(np.uint8)),
-    ),
-    "organs": ("label map", lambda folder: write(folder / "a.nii", organs())),
+    "NaN": ("not finite", scan(with_value(np.nan))),
+    "infinite": ("not finite", scan(with_value(-np.inf))),
+    "constant": ("constant", scan(np.full(SHAPE, 7, dtype=np.int16))),
+    "mask": ("label map", scan((mr_array(1) > 200).astype(np.uint8))),
+    "organs": ("label map", scan(organs())),
 }
 
 
