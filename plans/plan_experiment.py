@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CONFIGURATION
+from stunet_plugin.utils.files import read_json
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.plan import Plan
+
+FINGERPRINT = "dataset_fingerprint.json"
 
 
 def plan(options: Plan) -> int:
@@ -37,6 +40,7 @@ def plan(options: Plan) -> int:
                 f"There is no dataset {dataset} (Dataset{dataset:03d}_...) in {nnUNet_raw.get()}."
             ) from error
         _check_raw(Path(nnUNet_raw.get(), names[dataset]))
+        _check_fingerprint(Path(nnUNet_preprocessed.get(), names[dataset], FINGERPRINT))
     for dataset, name in names.items():
         api.extract_fingerprint_dataset(dataset, num_processes=options.processes, clean=False)
         plans, identifier = api.plan_experiment_dataset(
@@ -55,6 +59,12 @@ def plan(options: Plan) -> int:
         else:
             print(f"Next: nnUNetv2_preprocess -d {dataset} -plans_name {identifier} -c {chosen}")
     return 0
+
+
+def _check_fingerprint(file: Path) -> None:
+    """Raise if there is a fingerprint that nnU-Net cannot use."""
+    if file.is_file() and not {"spacings", "shapes_after_crop"} <= read_json(file).keys():
+        raise PluginError(f"{file} is no fingerprint of nnU-Net. Delete it and run this again.")
 
 
 def _check_raw(folder: Path) -> None:

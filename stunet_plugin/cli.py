@@ -61,7 +61,7 @@ def run(command: Command) -> int:
         return code
     except PluginError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return 1 if disk_is_full(error) else 2
     except BrokenPipeError:
         # `stunet list | head`: the reader needs no more.
         sys.stderr.close()

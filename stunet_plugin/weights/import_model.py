@@ -6,6 +6,7 @@ trained on Volume Fusion, whose outputs mean nothing elsewhere: their heads are 
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import reprlib
@@ -21,7 +22,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
-from stunet_plugin.nnunet.registration import host_version
+from stunet_plugin.nnunet.registration import find_host, host_version, registered
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder
@@ -97,6 +98,8 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
     plan.check_network(weights)
     check_labels(labels, origin, weights.outputs)
     print(f"Plan:         {plan.origin}: {plan.summary()}\nLabels:       {origin}")
+    if (short := len(weights.features) - 1 - len(plan.poolings)) > 0:
+        print(f"Note:         {short} of the poolings are not in the plan: they take stride 1.")
     name = published_facts()["dataset_name"] if plan.published else _name_of_file(source)
     model_name = f"{weights.trainer}__{PLANS_NAME}__{CONFIGURATION}"
     dataset_name, folder = model_folder.find_place(options, name, model_name)
@@ -234,6 +237,8 @@ def _advice(
 ) -> tuple[tuple[str, str], ...]:
     """Return (what it does, command) of each thing to run next."""
     place, network = shlex.quote(str(folder)), weights.misfm
+    found = os.environ.get("nnUNet_extTrainer") or "registered" in registered(find_host()).values()
+    first = () if found else (("First", "stunet register    # nnU-Net does not find our trainers"),)
     file = shlex.quote(str(folder / f"fold_{options.fold}" / CHECKPOINT))
     mode = f"must come to mode {weights.mode.number}" if weights.mode else ""
     train = (
@@ -251,7 +256,7 @@ def _advice(
             " widths"
         )
         then = () if weights.published_size else (("Then write", widths),)
-        return (("Plan", plan), *then, ("Fine-tune", f"{train} -p {network.plans}"))
+        return (*first, ("Plan", plan), *then, ("Fine-tune", f"{train} -p {network.plans}"))
     if network:
         train += f" -p {network.plans}    # planner {network.planner}; {mode}"
     elif not weights.published_size:
@@ -259,7 +264,7 @@ def _advice(
     installed = f" -d {options.dataset_id} -c {CONFIGURATION} -tr {weights.trainer}"
     where = f"_from_modelfolder -m {place}" if options.out else installed
     predict = f"nnUNetv2_predict{where} -f {options.fold} -i IMAGES -o PREDICTIONS"
-    return (("Predict", predict), ("Fine-tune", train))
+    return (*first, ("Predict", predict), ("Fine-tune", train))
 
 
 def _mirroring_axes(weights: NetworkWeights) -> tuple[int, ...] | None:

@@ -7,6 +7,8 @@ import importlib
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT
 
 HUB_PREFIX = "hf://"
+HUB = "https://huggingface.co"
 PLANS_SUFFIX = ".pkl"
 """What nnU-Net v1 adds to a checkpoint's name for the file with its plans."""
 CHECKPOINTS = (CHECKPOINT, "checkpoint_best.pth", "checkpoint_latest.pth")
@@ -22,7 +25,9 @@ CHECKPOINTS = (CHECKPOINT, "checkpoint_best.pth", "checkpoint_latest.pth")
 FACTS = "published_stunet.json"
 
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/([^@]+)")
-_WEB = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([\w.-]+)/([^?#]+)")
+_WEB = re.compile(
+    r"https?://(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([\w.-]+)/([^?#]+)"
+)
 
 
 class Source(NamedTuple):
@@ -79,8 +84,6 @@ def _download(given: str) -> Source:
             f"{given!r} names no file. Expected hf://owner/repository/file, as in"
             " hf://ziyanhuang/STU-Net/base_ep4k.model."
         )
-    # Without a network the client would try for minutes.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     try:
         client = importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
@@ -88,15 +91,19 @@ def _download(given: str) -> Source:
             "hf:// addresses need huggingface_hub. Run: pip install huggingface_hub"
         ) from error
     repository, revision, file = match.groups()
+    # Without a network the client would try for half a minute before it looks into its cache.
+    options = {} if is_reachable(HUB) else {"local_files_only": True}
 
     def get(name: str) -> Path:
-        return Path(client.hf_hub_download(repo_id=repository, filename=name, revision=revision))
+        place = {"repo_id": repository, "filename": name, "revision": revision}
+        return Path(client.hf_hub_download(**place, **options))
 
     try:
         checkpoint = get(file)
     except Exception as error:  # the client has dozens of its own, and those of the network
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        address = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
+        reason = "the hub does not answer" if options else reason
+        address = f"{HUB}/{repository}/resolve/{revision or 'main'}/{file}"
         raise PluginError(
             f"{given} could not be downloaded ({reason}). Check spelling and network and run the"
             f" command again, which resumes; or give the path of {address}, downloaded by hand."
@@ -107,3 +114,14 @@ def _download(given: str) -> Source:
         name = f"{Path(file).name}{PLANS_SUFFIX}"
         print(f"No {name} beside it on the hub ({type(error).__name__}).")
         return Source(given, checkpoint, None)
+
+
+def is_reachable(address: str) -> bool:
+    """Return whether a server answers within five seconds, whatever it says."""
+    try:
+        with urllib.request.urlopen(os.environ.get("HF_ENDPOINT", address), timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False

@@ -62,7 +62,7 @@ def check_labels(labels: dict[str, Any], origin: str, outputs: int) -> None:
 
 def _from_names(names: Sequence[Any], origin: str) -> dict[str, Any]:
     """Take names in the order of the outputs."""
-    twice = [name for name in names if names.count(name) > 1]
+    twice = [name for name in names if names.count(name) > 1 or not name.strip()]
     if names[0] != BACKGROUND or twice:
         raise PluginError(
             f"Labels ({origin}) must start with output 0, {BACKGROUND!r}, and every output needs"

@@ -19,6 +19,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.utils.files import sha256_of
+from stunet_plugin.weights import locate
 
 import import_helpers as helpers
 from conftest import Stunet
@@ -258,7 +259,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, st
     """What is asked of a stand-in for huggingface_hub, which serves the files of a folder."""
     asked = []
 
-    def download(repo_id: str, filename: str, *, revision: str | None = None) -> str:
+    def download(repo_id: str, filename: str, revision: str | None, **_: bool) -> str:
         asked.append((repo_id, filename, revision))
         if not (tmp_path / "hub" / filename).is_file():
             raise FileNotFoundError(f"404: {filename}")
@@ -266,6 +267,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, st
 
     hub = SimpleNamespace(hf_hub_download=download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(locate, "is_reachable", lambda address: True)
     return asked
 
 
@@ -295,6 +297,9 @@ def test_hub_errors_say_what_to_do(stunet: Stunet, asked: list[object]) -> None:
         ("https://example.org/x.model", "download the file"),
     ):
         assert advice in stunet.refuse("import", address)
+    # Without a network only the client's cache is asked, and at once.
+    stunet.patch.setattr(locate, "is_reachable", lambda address: False)
+    assert "does not answer" in stunet.refuse("import hf://someone/STU-Net/none.model")
     stunet.patch.setitem(sys.modules, "huggingface_hub", None)
     message = stunet.refuse("import hf://someone/STU-Net/x.model")
     assert "pip install huggingface_hub" in message
