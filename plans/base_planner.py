@@ -1,10 +1,9 @@
 """Planner base: what all planners of this project share on top of nnU-Net's own.
 
-nnU-Net's planner does the planning (spacing, patch shape, cascade, normalisation). These classes
-replace its measure of memory, which knows U-Nets of at most 320 channels, by an estimate of the
-network's training step, and its architecture by that network, so a stock ``nnUNetTrainer`` trains
-from these plans too. Preprocessed data has folders of its own: nnU-Net empties a folder before it
-fills it, and a training that reads from it dies.
+nnU-Net's planner plans (spacing, patch shape, cascade, normalisation). These replace its measure of
+memory by an estimate of the network's training step, and its architecture by that network, so a
+stock ``nnUNetTrainer`` trains from these plans too. Preprocessed data has folders of its own:
+nnU-Net empties a folder before it fills it, and a training that reads from it dies.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -29,18 +28,15 @@ from stunet_plugin.options import SHARE_DATA, Options
 
 MIN_BATCH_SIZE = 2
 
-P = TypeVar("P", bound="PluginPlanner")
+Axes = Sequence[int]
+Fitted = tuple[list[int], dict[str, Any]]
+"""Patch size, and the ``architecture`` entry of a plans file."""
 
 
 class PluginPlanner(ExperimentPlanner):
     """Base of the planners of this project.
 
-    A subclass says which network it plans for (:meth:`fit`) and what a training step of it takes
-    (:meth:`training_bytes`).
-
-    Args:
-        gpu_memory_target_in_gb: what a training step may take; None is the network's default.
-        plans_name: None is the planner's own name for them.
+    ``gpu_memory_target_in_gb`` is what a training step may take; None is the network's default.
     """
 
     network_name: ClassVar[str]  # in messages
@@ -59,9 +55,7 @@ class PluginPlanner(ExperimentPlanner):
         target = gpu_memory_target_in_gb
         target = self.default_memory_gb if target is None else target
         if not 0 < target < np.inf:
-            raise PluginError(
-                f"-gpu_memory_target must be a number of gigabytes above 0, not {target}."
-            )
+            raise PluginError(f"-gpu_memory_target must be a number of gigabytes, not {target}.")
         spacing = overwrite_target_spacing
         if spacing and not all(0 < step < np.inf for step in spacing):
             raise PluginError(
@@ -77,44 +71,27 @@ class PluginPlanner(ExperimentPlanner):
         )
         self._refuse_to_replace_plans_of_others()
         self.UNet_min_batch_size = MIN_BATCH_SIZE
-        # nnU-Net shrinks the patch while estimate / reference_batch * 2 > reference, then takes
-        # reference / estimate * reference_batch as the batch. With an estimate in bytes of a batch
-        # of two, the target in bytes and a reference batch of two, that reads: shrink until a batch
-        # of two fits.
+        # nnU-Net shrinks the patch while estimate / reference_batch * 2 > reference; with the bytes
+        # of a batch of two that reads: until a batch of two fits.
         self.UNet_reference_val_corresp_bs_2d = self.UNet_reference_val_corresp_bs_3d = 2
         self.UNet_reference_val_corresp_GB = self.UNet_vram_target_GB
         self._target_bytes = self.UNet_vram_target_GB * GIGABYTE
         self.UNet_reference_val_2d = self.UNet_reference_val_3d = self._target_bytes
         self._spacing: Sequence[float] = ()
 
-    # --- what a subclass says
-
-    def fit(
-        self,
-        spacing: Sequence[float],
-        patch_size: Sequence[int],
-        host_strides: Sequence[Sequence[int]],
-    ) -> tuple[list[int], dict[str, Any]]:
-        """Return the patch size and the ``architecture`` entry for the spacing (mm), patch size and
-        strides that nnU-Net would plan."""
+    def fit(self, spacing: Sequence[float], patch: Axes, host_strides: Sequence[Axes]) -> Fitted:
+        """Fit the network to the spacing (mm), patch size and strides that nnU-Net would plan."""
         raise NotImplementedError
 
     def training_bytes(
-        self,
-        architecture: dict[str, Any],
-        patch_size: Sequence[int],
-        batch_size: int,
-        input_channels: int,
-        output_channels: int,
+        self, architecture: dict[str, Any], patch: Axes, batch: int, channels: tuple[int, int]
     ) -> float:
-        """Return the estimated peak of a training step in bytes."""
+        """Return the estimated peak of a training step; channels are of input and output."""
         raise NotImplementedError
 
     def advice_for_small_memory(self) -> str:
         """What else to do than to raise the memory target; appended to a sentence."""
         return ""
-
-    # --- nnU-Net's planner with these answers
 
     def static_estimate_VRAM_usage(
         self,
@@ -127,9 +104,8 @@ class PluginPlanner(ExperimentPlanner):
     ) -> float:
         """Return the bytes of a training step with a batch of two."""
         fitted, architecture = self.fit(self._spacing, patch_size, arch_kwargs["strides"])
-        estimate = self.training_bytes(
-            architecture, fitted, MIN_BATCH_SIZE, input_channels, output_channels
-        )
+        channels = input_channels, output_channels
+        estimate = self.training_bytes(architecture, fitted, MIN_BATCH_SIZE, channels)
         # nnU-Net would shrink on, to patches of no voxels.
         smallest = max(patch_size) < 4 * self.UNet_featuremap_min_edge_length
         if estimate > self._target_bytes and smallest:
@@ -164,11 +140,10 @@ class PluginPlanner(ExperimentPlanner):
 
     def _batch_size(self, plan: dict[str, Any], dataset_voxels: float) -> int:
         """The largest batch that fits: nnU-Net's share of the dataset at most, two at least."""
-        channels = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
-        patch, outputs = plan["patch_size"], len(self.dataset_json["labels"])
+        inputs = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+        patch, channels = plan["patch_size"], (inputs, len(self.dataset_json["labels"]))
         two, three = (
-            self.training_bytes(plan["architecture"], patch, batch, channels, outputs)
-            for batch in (2, 3)
+            self.training_bytes(plan["architecture"], patch, batch, channels) for batch in (2, 3)
         )
         fits = 2 + int(max(self._target_bytes - two, 0) / (three - two))
         share = round(dataset_voxels * self.max_dataset_covered / np.prod(patch, dtype=np.float64))
@@ -178,8 +153,6 @@ class PluginPlanner(ExperimentPlanner):
                 f" but nnU-Net allows {max(share, 2)} (5 % of the dataset's voxels, at least 2)."
             )
         return max(min(fits, share), MIN_BATCH_SIZE)
-
-    # --- names and data
 
     def _refuse_to_replace_plans_of_others(self) -> None:
         """Keep plans that this planner did not write, nnU-Net's own above all."""
@@ -241,14 +214,10 @@ def _spacing(planner: ExperimentPlanner, configuration_name: str) -> np.ndarray:
 
 
 def named_planner(
-    name: str, base: type[P], network: str, plans: str, gigabytes: float, **attributes: Any
-) -> type[P]:
+    name: str, base: type[Any], network: str, plans: str, gigabytes: float, **attributes: Any
+) -> type[Any]:
     """Make the planner class of one network, as nnU-Net finds it by name."""
-    described = {
-        "__doc__": f"Plans ``{plans}``, {gigabytes:g} GB by default.",
-        "__module__": base.__module__,
-        "network_name": network,
-        "default_plans_name": plans,
-        "default_memory_gb": gigabytes,
-    }
-    return type(name, (base,), described | attributes)
+    attributes["__doc__"] = f"Plans ``{plans}``, {gigabytes:g} GB by default."
+    attributes |= {"network_name": network, "default_plans_name": plans}
+    attributes |= {"__module__": base.__module__, "default_memory_gb": gigabytes}
+    return type(name, (base,), attributes)

@@ -14,7 +14,7 @@ from stunet_plugin.networks.anisotropy import DIMENSIONS, USE_FOR_2D, get_mode
 from stunet_plugin.networks.from_plan import fitting_patch
 from stunet_plugin.networks.memory import traced_training_memory
 from stunet_plugin.networks.presets import MISFM_PRESETS, MISFMPreset
-from stunet_plugin.plans.base_planner import PluginPlanner, named_planner
+from stunet_plugin.plans.base_planner import Axes, Fitted, PluginPlanner, named_planner
 
 
 class MISFMPlanner(PluginPlanner):
@@ -22,26 +22,15 @@ class MISFMPlanner(PluginPlanner):
 
     network_record: ClassVar[MISFMPreset]
 
-    def fit(
-        self,
-        spacing: Sequence[float],
-        patch_size: Sequence[int],
-        host_strides: Sequence[Sequence[int]],
-    ) -> tuple[list[int], dict[str, Any]]:
-        fitted, mode = fitting_patch(spacing, patch_size)
+    def fit(self, spacing: Sequence[float], patch: Axes, host_strides: Sequence[Axes]) -> Fitted:
+        fitted, mode = fitting_patch(spacing, patch)
         return fitted, self.network_record.architecture(mode)
 
     def training_bytes(
-        self,
-        architecture: dict[str, Any],
-        patch_size: Sequence[int],
-        batch_size: int,
-        input_channels: int,
-        output_channels: int,
+        self, architecture: dict[str, Any], patch: Axes, batch: int, channels: tuple[int, int]
     ) -> float:
         mode = architecture["arch_kwargs"]["mode"]
-        sizes = tuple(patch_size), batch_size, input_channels, output_channels
-        return _training_bytes(self.network_record, mode, *sizes)
+        return _training_bytes(self.network_record, mode, tuple(patch), batch, channels)
 
     def get_plans_for_configuration(self, spacing: Any, *arguments: Any) -> dict[str, Any]:
         if len(spacing) != DIMENSIONS:
@@ -60,25 +49,20 @@ class MISFMPlanner(PluginPlanner):
 
 @cache  # nnU-Net's planner asks the same many times
 def _training_bytes(
-    network: MISFMPreset,
-    mode: int,
-    patch_size: tuple[int, ...],
-    batch_size: int,
-    input_channels: int,
-    output_channels: int,
+    network: MISFMPreset, mode: int, patch: Axes, batch: int, channels: tuple[int, int]
 ) -> float:
-    values = *network.architecture(get_mode(mode)).values(), input_channels, output_channels
+    values = network.architecture(get_mode(mode)).values()
     with torch.device("meta"):
-        built = get_network_from_plans(*values, deep_supervision=True)
-    return traced_training_memory(built, input_channels, patch_size, batch_size)
+        built = get_network_from_plans(*values, *channels, deep_supervision=True)
+    return traced_training_memory(built, channels[0], patch, batch)
 
 
-def make_planner(network: MISFMPreset) -> type[MISFMPlanner]:
-    names = network.name, network.plans, network.gpu_memory_gb
-    return named_planner(network.planner, MISFMPlanner, *names, network_record=network)
-
-
-PLANNERS = {planner.__name__: planner for planner in map(make_planner, MISFM_PRESETS)}
+PLANNERS = {
+    one.planner: named_planner(
+        one.planner, MISFMPlanner, one.name, one.plans, one.gpu_memory_gb, network_record=one
+    )
+    for one in MISFM_PRESETS
+}
 globals().update(PLANNERS)
 
 __all__ = list(PLANNERS)

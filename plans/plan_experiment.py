@@ -74,9 +74,7 @@ def _check_raw(folder: Path) -> None:
         description = json.loads(file.read_text())
         lacking = [key for key in ("labels", "file_ending") if key not in description]
     except FileNotFoundError as error:
-        raise PluginError(
-            f"{folder} has no dataset.json, which nnU-Net needs beside imagesTr and labelsTr."
-        ) from error
+        raise PluginError(f"{folder} has no dataset.json, which nnU-Net needs.") from error
     except (OSError, ValueError, TypeError) as error:
         raise PluginError(f"{file} cannot be read ({error}). Fix it.") from error
     if lacking or not (description.get("channel_names") or description.get("modality")):

@@ -37,13 +37,10 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "STUNet": (partial(STUNet, **STUNET), (32, 32, 64)),
     "STUNet thick": (partial(STUNet, **STUNET | {"strides": THICK}), (8, 32, 32)),
     "STUNet 2D": (partial(STUNet, **STUNET | FLAT), (64, 96)),
-    "PCTNet 0": (partial(PCTNet, mode=0, **SMALL), (32, 48, 48)),
-    "PCTNet 1": (partial(PCTNet, mode=1, **SMALL), (8, 48, 32)),
-    "PCTNet 2": (partial(PCTNet, mode=2, **SMALL), (12, 32, 80)),
-    "FMUNet 0": (partial(FMUNet, mode=0, **SMALL), (32, 48, 48)),
-    "FMUNet 1": (partial(FMUNet, mode=1, **SMALL), (8, 48, 32)),
-    "FMUNet 2": (partial(FMUNet, mode=2, **SMALL), (12, 32, 80)),
 }
+for mode, patch in enumerate([(32, 48, 48), (8, 48, 32), (12, 32, 80)]):
+    NETWORKS[f"PCTNet {mode}"] = partial(PCTNet, mode=mode, **SMALL), patch
+    NETWORKS[f"FMUNet {mode}"] = partial(FMUNet, mode=mode, **SMALL), patch
 """Name to what builds it from its remaining arguments, and a patch that it takes."""
 ONE_OF_EACH = ("STUNet", "PCTNet 1", "FMUNet 1")
 

@@ -12,16 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-OFF = "off"
-"""Everything is kept."""
-STAGE = "stage"
-"""The output of each stage is kept; one stage at a time exists again in the backward pass."""
-BLOCK = "block"
-"""The output of each residual block is kept: more than with STAGE, but one block at a time."""
+OFF = "off"  # everything is kept
+STAGE = "stage"  # the output of each stage is kept; one stage at a time exists again
+BLOCK = "block"  # the output of each residual block is kept; one block at a time exists again
 SETTINGS = (OFF, STAGE, BLOCK)
-"""Of ``STUNet.checkpointing``."""
-AUTO = "auto"
-"""The trainer chooses one of SETTINGS by the free memory."""
+AUTO = "auto"  # the trainer chooses one of SETTINGS by the free memory
 
 
 def checkpointed(
@@ -29,9 +24,8 @@ def checkpointed(
 ) -> Tensor:
     """Return ``forward(*inputs)``, of which the inputs alone are kept for the backward pass.
 
-    Args:
-        module: what ``forward`` runs; its batch norms count the batch once.
-        random: it draws random numbers, which then repeat; False saves time where it draws none.
+    The batch norms of ``module``, which ``forward`` runs, count the batch once. ``random``: it
+    draws random numbers, which then repeat; False saves time.
     """
     import torch
     from torch.utils.checkpoint import checkpoint

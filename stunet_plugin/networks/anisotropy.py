@@ -27,21 +27,13 @@ MODE_PURPOSES = (
     "0 (all axes alike, such as 1 x 1 x 1 mm), 1 (slices about twice as far apart as voxels within"
     " them), 2 (three times or more)"
 )
-"""What each mode is for."""
-
 USE_FOR_2D = "It is a 3D network: use a 3D configuration (3d_fullres), or STUNetTrainer for 2d."
-"""What PCT-Net and FMUNet answer to two axes."""
 
 
 @dataclass(frozen=True)
 class AnisotropyMode:
-    """Strides and kernels of one mode.
-
-    Attributes:
-        number: 0, 1 or 2, the published ``resolution_mode``: how many poolings leave axis 0 as it
-            is.
-        strides: one per level, full resolution first, as nnU-Net counts them (the first all ones).
-    """
+    """``number`` is the published ``resolution_mode``: how many poolings leave axis 0 as it is;
+    ``strides`` are of each level, full resolution first, as nnU-Net counts them."""
 
     number: int
     strides: tuple[Triple, ...]
@@ -67,7 +59,6 @@ MODES = tuple(
 
 
 def get_mode(number: int) -> AnisotropyMode:
-    """Return the mode with this number."""
     if not isinstance(number, bool) and number in range(len(MODES)):
         return MODES[number]
     raise PluginError(f"Unknown anisotropy mode {number!r}. Modes: {MODE_PURPOSES}.")
@@ -76,16 +67,13 @@ def get_mode(number: int) -> AnisotropyMode:
 def choose_mode(spacing: Sequence[float], patch_size: Sequence[int]) -> tuple[AnisotropyMode, str]:
     """Choose the mode for a plan; return it and the reason in one sentence.
 
-    1. By spacing (mm, axis 0 the coarse one). Each in-plane pooling halves the ratio of the spacing
-       on axis 0 to the finest of the others; take the number of them that brings it closest to 1
-       on a logarithmic scale: mode 0 below 1.41 (sqrt 2), mode 1 up to 2.83 (2 sqrt 2), mode 2
-       above.
-    2. By patch. A higher mode reduces axis 0 less. If the mode's reduction does not divide the
-       patch, or would leave a single voxel on axis 0, the first higher mode without that fault
-       is taken (failing that, the first that divides the patch).
+    1. By spacing (mm, axis 0 the coarse one): in-plane poolings, each of which halves the ratio of
+       axis 0 to the finest of the others, bring it closest to 1. Mode 0 below sqrt 2, mode 1 up to
+       2 sqrt 2, mode 2 above.
+    2. By patch: if the mode's reduction does not divide it, or would leave a single voxel on axis
+       0, the first higher mode without that fault (failing that, the first that divides it).
 
-    If no mode takes the patch, the one that suits the spacing is returned; ``check_patch_size``
-    then names patch sizes that work.
+    If no mode takes the patch: the one that suits the spacing.
     """
     if len(spacing) != DIMENSIONS or not all(0 < step < math.inf for step in spacing):
         raise PluginError(

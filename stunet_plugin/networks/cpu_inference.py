@@ -1,12 +1,8 @@
 """Prediction on the CPU: the networks' functions in another order of memory.
 
-On the CPU, convolutions are up to three times faster with the channels last, every large new tensor
-has to be paged in, which takes longer than its values, and what does not fit the cache is read
-again at each step. So a prediction keeps the channels last, takes feature maps slab by slab with
-all steps at a time, and overwrites what nothing else reads. Measurements: docs/decisions.md.
-
-A network's forward asks :func:`applies` and then calls :func:`predict`; nothing else knows of this
-module. Axes of feature maps: (batch, channel, depth, height, width).
+There, convolutions are up to three times faster with the channels last, and paging in a large new
+tensor takes longer than its values. So channels stay last, feature maps go slab by slab through all
+steps, and what nothing else reads is overwritten. Measurements: docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -28,14 +24,9 @@ from stunet_plugin.networks.preactivation_unet import Decoder, PreActivation, St
 from stunet_plugin.networks.stunet import ResidualBlock, STUNetDecoder, activate
 from stunet_plugin.networks.window_attention import WindowAttention, WindowTransformer
 
-SLAB_ELEMENTS = 1 << 18
-"""A slab of float32 takes one MiB, which fits the second-level cache of today's processors."""
-SMALLEST_IMAGE = 48**3
-"""Voxels of an image below which everything is small enough as it is."""
-SMALLEST_MAP = 16**3
-"""Voxels of a feature map below which STU-Net's convolutions are faster with the channels first."""
-
-Act = Callable[[Tensor], Tensor]
+SLAB_ELEMENTS = 1 << 18  # one MiB of float32 fits the second-level cache
+SMALLEST_IMAGE = 48**3  # voxels; below, everything is small enough as it is
+SMALLEST_MAP = 16**3  # voxels; below, STU-Net's convolutions are faster with the channels first
 
 
 def applies(network: nn.Module, image: Tensor) -> bool:
@@ -66,41 +57,21 @@ def predict(network: BaseUNet, x: Tensor) -> Tensor | list[Tensor]:
     for stage in network.encoder.stages:
         x = run(stage, x)
         skips.append(x)
-    del x
-    decoder = network.decoder
-    steps = _decode_stunet if isinstance(decoder, STUNetDecoder) else _decode_preactivation
-    outputs = steps(decoder, skips)
-    return outputs[::-1] if decoder.deep_supervision else outputs[0]
-
-
-def _decode_stunet(decoder: STUNetDecoder, skips: list[Tensor]) -> list[Tensor]:
     x = skips.pop()
-    outputs: list[Tensor] = []
-    for conv, stage, head in zip(
-        decoder.upsample_convs, decoder.stages, decoder.seg_layers, strict=True
-    ):
-        x = _upsample_and_join(convolve(conv, x), skips.pop())
-        x = run(stage, x, True)
-        if decoder.deep_supervision or not skips:
-            outputs.append(head(x).contiguous())
-    return outputs
-
-
-def _decode_preactivation(decoder: Decoder, skips: list[Tensor]) -> list[Tensor]:
-    x = run(decoder.bottom, skips.pop())
-    outputs: list[Tensor] = []
-    for up, merge, block, head in zip(
-        decoder.ups, decoder.merges, decoder.blocks, decoder.seg_layers, strict=True
-    ):
-        parts = [skips.pop(), run(up, x, True)]
-        del x  # the deeper features
-        x = run(block, run(merge, parts), True)
+    decoder, outputs = network.decoder, []
+    if isinstance(decoder, Decoder):
+        x = run(decoder.bottom, x)
+    for step, head in enumerate(decoder.seg_layers):
+        if isinstance(decoder, STUNetDecoder):
+            x = _upsample_and_join(convolve(decoder.upsample_convs[step], x), skips.pop())
+            x = run(decoder.stages[step], x, True)
+        else:
+            parts = [skips.pop(), run(decoder.ups[step], x, True)]
+            del x  # the deeper features
+            x = run(decoder.blocks[step], run(decoder.merges[step], parts), True)
         if decoder.deep_supervision or not skips:
             outputs.append(run(head, x, not skips).contiguous())
-    return outputs
-
-
-# --- the modules that have another way than their forward
+    return outputs[::-1] if decoder.deep_supervision else outputs[0]
 
 
 @functools.singledispatch
@@ -124,19 +95,15 @@ def _(block: ResidualBlock, x: Tensor, overwrite: bool = False) -> Tensor:
     if prod(x.shape[2:]) < SMALLEST_MAP * prod(stride):
         return block(x.contiguous())
 
-    def shortcut(start: int, stop: int) -> Tensor:
-        slab = x[:, :, start * stride[0] : stop * stride[0]]
-        projects = not isinstance(block.shortcut, nn.Identity)
-        return convolve(block.shortcut, slab) if projects else slab
-
     y = norm_and_activation([block.norm1], activate, [convolve(block.conv1, x)], overwrite=True)
     y = convolve(block.conv2, y)
     scale, shift = scale_and_shift(block.norm2, y)
     length = slab_length(y, 2)
     for start in range(0, y.shape[2], length):
         slab = y[:, :, start : start + length]
+        behind = x[:, :, start * stride[0] : (start + length) * stride[0]]
         total = torch.addcmul(shift, slab, scale)
-        total += shortcut(start, start + length)
+        total += convolve(block.shortcut, behind)
         slab.copy_(activate(total))
     return y
 
@@ -187,13 +154,11 @@ def _(transformer: WindowTransformer, x: Tensor, overwrite: bool = False) -> Ten
 def _(attention: WindowAttention, x: Tensor, overwrite: bool = False) -> Tensor:
     layout = attention.layout(x)
     tokens = layout.gather(x)
-    for windows, mask in zip(layout.split(tokens), attention.masks(layout), strict=True):
+    parts = tokens.split(layout.counts, 1)
+    for windows, mask in zip(parts, attention.masks(layout), strict=True):
         for slab in windows.split(slab_length(windows, 1), 1):
             slab.copy_(attention.attend(slab, mask))
     return attention.proj(layout.scatter(tokens, x.shape))
-
-
-# --- steps
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -207,7 +172,6 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return the feature map with its channels last in memory; a copy only where they are not."""
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -217,7 +181,10 @@ def slab_length(x: Tensor, axis: int) -> int:
 
 
 def norm_and_activation(
-    norms: Sequence[nn.Module], act: Act, inputs: list[Tensor], overwrite: bool
+    norms: Sequence[nn.Module],
+    act: Callable[[Tensor], Tensor],
+    inputs: list[Tensor],
+    overwrite: bool,
 ) -> Tensor:
     """Return ``act(norm(x))`` of all inputs, concatenated along the channels; empties the list.
 

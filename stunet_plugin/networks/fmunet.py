@@ -4,9 +4,6 @@ Paper: the follow-up of MIS-FM (arXiv:2306.16925) on Volume Fusion. Published co
 github.com/openmedlab/MIS-FM and github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not
 copied. The same function as published, which builds the network of one mode, too; no deviation but
 how memory is saved (``preactivation_unet``).
-
-Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
-(axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -17,8 +14,7 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 
 from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple
-from stunet_plugin.networks.base_unet import Encoder, per_stage
-from stunet_plugin.networks.instance_norm import InstanceNorm
+from stunet_plugin.networks.base_unet import Encoder, InstanceNorm, per_stage
 from stunet_plugin.networks.preactivation_unet import (
     Decoder,
     PreActivation,
@@ -29,11 +25,8 @@ from stunet_plugin.networks.preactivation_unet import (
 
 FEATURES = (32, 64, 128, 256, 512)
 DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
-DEPTH = 2
-"""Residual convolutions per level."""
-
-NEGATIVE_SLOPE = 1e-2
-"""Of every LeakyReLU, and assumed by the He initialisation."""
+DEPTH = 2  # residual convolutions per level
+NEGATIVE_SLOPE = 1e-2  # of every LeakyReLU, and assumed by the He initialisation
 
 
 def unit(
@@ -64,7 +57,6 @@ class ResidualLevel(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, *spatial) to the same shape."""
         for residual in self.units:
             y = residual(x)
             y += x
@@ -76,21 +68,13 @@ class FMUNet(PreActivationUNet):
     """The network. A plans file can name it by its dotted path
     ``stunet_plugin.networks.fmunet.FMUNet``.
 
-    Args:
-        input_channels: image channels (and one-hot channels of a previous stage).
-        num_classes: outputs of each head.
-        mode: 0, 1 or 2, see :mod:`stunet_plugin.networks.anisotropy`.
-        strides: as nnU-Net reads them off a plan; they must be the mode's.
-        features_per_stage: channels of each level, full resolution first.
-        dropout_per_stage: before the residual convolutions of each level.
-        deep_supervision: see :class:`Decoder`.
+    ``mode`` is 0, 1 or 2, see :mod:`stunet_plugin.networks.anisotropy`; ``strides`` must be its.
+    ``dropout_per_stage`` is before the residual convolutions of each level.
 
     Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction,
     with more than one voxel left at the deepest level (instance normalisation). Output (batch,
-    num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
-
-    Raises:
-        ValueError: arguments that do not fit together, with what is allowed.
+    num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first. Arguments that
+    do not fit together are a ValueError.
     """
 
     def __init__(
@@ -141,6 +125,5 @@ class FMUNet(PreActivationUNet):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation of the published code: negative slope 1e-2, biases zero. For
-        ``network.apply``."""
+        """He initialisation as published, for ``network.apply``."""
         InitWeights_He(NEGATIVE_SLOPE)(module)

@@ -1,8 +1,4 @@
-"""Architecture of a plan: which network a trainer builds for a configuration of a plans file.
-
-Trainers (at training and at inference) and planners go through here, so that the network, its
-deep-supervision scales and the checks of a plan agree.
-"""
+"""Architecture of a plan: the network that trainers and planners build for a configuration."""
 
 from __future__ import annotations
 
@@ -13,13 +9,7 @@ import numpy as np
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import presets
-from stunet_plugin.networks.anisotropy import (
-    DIMENSIONS,
-    USE_FOR_2D,
-    AnisotropyMode,
-    choose_mode,
-    get_mode,
-)
+from stunet_plugin.networks.anisotropy import USE_FOR_2D, AnisotropyMode, choose_mode, get_mode
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import (
     Strides,
@@ -55,9 +45,6 @@ def resolve(
         configuration: of a plans file, inheritance resolved.
         network: what the trainer's name asks for; None is an STU-Net of the plan's size, or base.
         who: the trainer's name, for messages.
-
-    Raises:
-        PluginError: the plan is for another network or size, or its patch does not fit.
     """
     architecture, patch = configuration.get("architecture"), configuration.get("patch_size")
     kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
@@ -78,8 +65,8 @@ def resolve(
     check_patch_size(patch, strides, f"The network of {who}", advice)
     if tuple(patch) == total_stride(strides) and network is not presets.PCTNET:
         raise PluginError(
-            f"Patch size {list(patch)} leaves a single voxel at the deepest stage of {who}, and"
-            " instance norm cannot train on one. Double at least one axis in the plans file."
+            f"Patch size {list(patch)} leaves a single voxel at the deepest stage of {who}, too few"
+            " for instance norm. Double at least one axis in the plans file."
         )
     return resolved
 
@@ -99,13 +86,11 @@ def _resolve_stunet(
         size = preset or presets.get_preset(presets.DEFAULT_SIZE)
         resolved = stunet_architecture(size, kwargs["strides"])
     else:
-        ours = "STUNetPlanner_<size> (-p STUNetPlans_<size>)"
-        raise _other_network(who, planned, ours)
+        raise _other_network(who, planned, "STUNetPlanner_<size> (-p STUNetPlans_<size>)")
     return Resolved(resolved), as_strides(resolved["arch_kwargs"]["strides"])
 
 
 def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> None:
-    """Raise if the STU-Net of a plan is not the one that the trainer's name promises."""
     features, blocks = kwargs["features_per_stage"], kwargs["n_blocks_per_stage"]
     features = tuple(features) if isinstance(features, (list, tuple)) else (features,)
     blocks = (blocks,) * len(features) if isinstance(blocks, int) else tuple(blocks)
@@ -114,18 +99,17 @@ def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> No
         for name in ("n_stages", "kernel_sizes", "n_blocks_per_stage_decoder"):
             if kwargs.get(name) not in (published[name], 3, preset.blocks):
                 raise PluginError(
-                    f"{who} trains the published STU-Net {preset.name}, but the plan has {name}"
-                    f" {kwargs.get(name)}, not {published[name]}, and published weights would not"
-                    " fit. Use -tr STUNetTrainer to train it as planned."
+                    f"{who} trains the published STU-Net {preset.name} with {name}"
+                    f" {published[name]}, but the plan has {kwargs.get(name)}, which published"
+                    " weights do not fit. Use -tr STUNetTrainer to train it as planned."
                 )
         return
     planned = presets.find_preset(features, blocks)
     description = f"STU-Net {planned.name}" if planned else f"widths {features}, blocks {blocks}"
     trainer = who.replace(preset.name, planned.name, 1) if planned else "STUNetTrainer"
     raise PluginError(
-        f"{who} trains STU-Net {preset.name} (widths {list(preset.features_per_stage)}), but the"
-        f" plan is for {description}. Use -tr {trainer} with this plan, or"
-        f" -p STUNetPlans_{preset.name} with this trainer (planner STUNetPlanner_{preset.name})."
+        f"{who} trains STU-Net {preset.name}, but the plan is for {description}. Use -tr {trainer},"
+        f" or -p STUNetPlans_{preset.name} (planner STUNetPlanner_{preset.name})."
     )
 
 
@@ -134,7 +118,7 @@ def _resolve_misfm(
 ) -> tuple[Resolved, Strides]:
     architecture, patch = configuration["architecture"], configuration["patch_size"]
     planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
-    if len(patch) != DIMENSIONS:
+    if len(patch) != 3:
         raise PluginError(f"{who} cannot train with patch size {list(patch)}. {USE_FOR_2D}")
     if planned == network.class_name:
         if "mode" not in kwargs:
@@ -182,10 +166,11 @@ def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) 
 def fitting_patch(
     spacing: Sequence[float], patch_size: Sequence[int]
 ) -> tuple[list[int], AnisotropyMode]:
-    """Return the mode of MIS-FM that suits a spacing, and the patch size nearest to a wished one.
+    """Return the multiples of a mode's reduction nearest to a wished patch, and the mode of MIS-FM
+    that suits the spacing.
 
-    Each axis becomes a multiple of the mode's reduction, at least two of them: a single voxel at
-    the deepest level leaves nothing to attend to, and batch norm with little to count.
+    At least two per axis: a single voxel leaves nothing to attend to, and batch norm little to
+    count.
     """
     # A patch that every mode divides: here the patch follows the mode.
     mode, _ = choose_mode(spacing, [step * 2 for step in get_mode(0).reduction])

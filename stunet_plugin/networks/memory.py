@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from stunet_plugin.networks.activation_checkpointing import OFF, STAGE
 from stunet_plugin.networks.presets import (
@@ -30,22 +30,20 @@ PUBLISHED_STRIDES: Strides = ((1, 1, 1), *(((2, 2, 2),) * 5))
 
 GIGABYTE = 1024**3
 
-# Bytes per parameter for the whole training: float32 weight and gradient, and each value that the
-# optimizer keeps (momentum; running means of the gradient and its square).
+# Bytes per parameter: float32 weight and gradient, what the optimizer keeps (momentum; running
+# means of the gradient and its square), and autocast's half-precision copy.
 WEIGHT_AND_GRADIENT_BYTES = 2 * 4
 OPTIMIZER_VALUE_BYTES = 4
 SGD_VALUES, ADAM_VALUES = 1, 2
-# Autocast keeps a half-precision copy of every weight until the end of the backward pass.
 AUTOCAST_BYTES_PER_PARAMETER = 2
-# Per class and voxel, for nnU-Net's Dice and cross-entropy: float32 softmax, its input,
-# log-softmax, its input, and the one-hot target.
+# Of nnU-Net's Dice and cross-entropy: float32 softmax, its input, log-softmax, its input, and the
+# one-hot target.
 LOSS_BYTES_PER_LOGIT = 4 * 4 + 1
-# Activations that a residual block keeps, each as large as its output: the inputs of its two norms
-# and of its second convolution, and its output.
+# Of a residual block, each as large as its output: the inputs of its two norms and of its second
+# convolution, and its output.
 MAPS_OF_A_BLOCK = 4
 # While the widest layer is differentiated: the gradients of its output and inputs, and workspace.
-# STU-Net: in maps of the first stage, whose concatenation has twice the width; any other network:
-# in its largest activations.
+# STU-Net: in maps of the first stage; any other network: in its largest activations.
 BACKWARD_MAPS_STUNET, BACKWARD_MAPS = 5, 4
 # CUDA context, library handles, and the workspace that cuDNN picks its algorithms within.
 CUDA_CONTEXT_BYTES = 1.0 * GIGABYTE
@@ -61,17 +59,11 @@ def _peak(
     recomputed: float = 0,
     processes: int = 1,
 ) -> float:
-    """Return the peak in bytes of a training step with these numbers of elements, all of a whole
-    batch.
+    """Return the peak in bytes of a training step with these numbers of elements of a whole batch.
 
-    Args:
-        activations: kept from the forward to the backward pass.
-        backward: gradients of activations that exist at once.
-        mixed_precision: CUDA autocast to 2 bytes per element; otherwise float32 on the CPU,
-            without a CUDA context.
-        recomputed: activations that exist a second time at once.
-        processes: that weights, gradients and momentum are sharded over; the blocks that are
-            gathered are not counted.
+    ``activations`` are kept for the backward pass, where the gradients ``backward`` and the
+    ``recomputed`` activations exist at once. Without ``mixed_precision``: float32 on the CPU.
+    ``processes`` share weights, gradients and momentum; gathered blocks are not counted.
     """
     element = 2 if mixed_precision else 4
     kept = WEIGHT_AND_GRADIENT_BYTES + optimizer_values * OPTIMIZER_VALUE_BYTES
@@ -90,12 +82,8 @@ def _peak(
 def traced_training_memory(
     network: nn.Module, input_channels: int, patch_size: Sequence[int], batch_size: int
 ) -> float:
-    """Estimate the peak in bytes of one of nnU-Net's training steps on CUDA with Adam.
-
-    Args:
-        network: on the meta device, with deep supervision on.
-        batch_size: samples on this device.
-    """
+    """Estimate the peak in bytes of one of nnU-Net's training steps on CUDA with Adam; the network
+    is on the meta device, with deep supervision on."""
     import torch
 
     kept: dict[int, torch.Tensor] = {}
@@ -124,14 +112,6 @@ def traced_training_memory(
         logits=batch_size * sum(output[0].numel() for output in outputs),
         optimizer_values=ADAM_VALUES,
     )
-
-
-class Convolution(NamedTuple):
-    """Number of weights, output channels, and the stage whose resolution the output has."""
-
-    weights: int
-    outputs: int
-    stage: int
 
 
 @dataclass(frozen=True)
@@ -166,39 +146,36 @@ class STUNetShape:
                 yield stage, inputs, width, block == 0
                 inputs = width
 
-    def convolutions(self) -> Iterator[Convolution]:
-        """Yield every convolution of the network."""
+    def convolutions(self) -> Iterator[tuple[int, int, int]]:
+        """Yield weights, output channels, and the stage of the output of every convolution."""
         kernel = 3 ** len(self.strides[0])
         for stage, inputs, width, projects in self._blocks():
-            yield Convolution(inputs * width * kernel, width, stage)
-            yield Convolution(width * width * kernel, width, stage)
+            yield inputs * width * kernel, width, stage
+            yield width * width * kernel, width, stage
             if projects:
-                yield Convolution(inputs * width, width, stage)
+                yield inputs * width, width, stage
         for stage, width in enumerate(self.features[:-1]):
-            yield Convolution(self.features[stage + 1] * width, width, stage + 1)
-            yield Convolution(width * self.output_channels, self.output_channels, stage)
+            yield self.features[stage + 1] * width, width, stage + 1
+            yield width * self.output_channels, self.output_channels, stage
 
     def parameters(self) -> int:
         """Return the number of trained parameters; every block has two affine norms."""
         norms = sum(2 * 2 * width for _, _, width, _ in self._blocks())
-        return norms + sum(conv.weights + conv.outputs for conv in self.convolutions())
+        return norms + sum(weights + outputs for weights, outputs, _ in self.convolutions())
 
     def multiply_adds(self, patch_size: Sequence[int]) -> int:
         """Return the multiply-adds of a forward pass for one patch (the paper's FLOPs)."""
         voxels = self.voxels(patch_size)
-        return sum(conv.weights * voxels[conv.stage] for conv in self.convolutions())
+        return sum(weights * voxels[stage] for weights, _, stage in self.convolutions())
 
     def voxels(self, patch_size: Sequence[int]) -> list[int]:
-        """Return the voxels of each stage for one patch."""
         return [prod(shape) for shape in stage_shapes(patch_size, self.strides)]
 
     def kept_activations(self, patch_size: Sequence[int], checkpointing: str = OFF) -> int:
-        """Return the elements per sample that the forward pass keeps for the backward pass, logits
-        and loss aside.
+        """Return the elements per sample that the forward pass keeps, logits and loss aside.
 
-        A block keeps its maps (MAPS_OF_A_BLOCK), a decoder step the concatenation besides, the
-        network its input. With checkpointing there are the network's input and the output of each
-        block or stage.
+        A block keeps its maps, a decoder step the concatenation, the network its input; with
+        checkpointing the network's input and the output of each block or stage are all.
         """
         voxels = self.voxels(patch_size)
         inputs = self.input_channels * voxels[0]
@@ -211,8 +188,7 @@ class STUNetShape:
         return inputs + MAPS_OF_A_BLOCK * blocks + 2 * sum(maps[:-1])
 
     def recomputed_activations(self, patch_size: Sequence[int], checkpointing: str) -> int:
-        """Return the most elements per sample that the backward pass computes again at once: a
-        decoder's block or stage."""
+        """Return the most elements per sample that exist again at once: a decoder's block/stage."""
         if checkpointing == OFF:
             return 0
         blocks = self.blocks if checkpointing == STAGE else (1,) * len(self.blocks)
@@ -229,15 +205,8 @@ class STUNetShape:
         processes: int = 1,
         optimizer_values: int = SGD_VALUES,
     ) -> float:
-        """Estimate the peak in bytes of one of nnU-Net's training steps (deep supervision, Dice +
-        CE).
-
-        Args:
-            batch_size: samples on this device.
-            mixed_precision, processes: see :func:`_peak`.
-            checkpointing: one of ``activation_checkpointing.SETTINGS``.
-            optimizer_values: that the optimizer keeps per parameter.
-        """
+        """Estimate the peak in bytes of one of nnU-Net's training steps (deep supervision, Dice and
+        cross-entropy) with a batch per device; see :func:`_peak`."""
         voxels = self.voxels(patch_size)
         return _peak(
             self.parameters(),

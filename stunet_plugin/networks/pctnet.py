@@ -8,9 +8,6 @@ facts, not copied. The same function as published; deviations:
   published network builds those of all three modes and uses one of each.
 * Input of any size that the mode's reduction divides; published: the size it was built with.
 * A LayerNorm in every PCT block that the published forward never uses is not built.
-
-Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
-(axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -35,8 +32,7 @@ from stunet_plugin.networks.window_attention import WINDOW_SIZE, WindowTransform
 FEATURES = (24, 48, 128, 256, 512)
 DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
 FIRST_PYRAMID_LEVEL = 2
-NUM_HEADS = (4, 8, 16)
-"""Attention heads of levels 2, 3 and 4."""
+NUM_HEADS = (4, 8, 16)  # of levels 2, 3 and 4
 DEPTH = 2
 MLP_RATIO = 4
 DROP_PATH = 0.2
@@ -54,12 +50,6 @@ def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
     """A unit of skip and upsampled features; one PReLU serves both, as published."""
     norms = nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)
     return PreActivation(norms, nn.PReLU(), SameConv(2 * channels, channels, kernel_size))
-
-
-def up_unit(in_channels: int, out_channels: int, stride: Triple) -> PreActivation:
-    """BatchNorm - PReLU - transposed convolution, as large as its stride."""
-    conv = nn.ConvTranspose3d(in_channels, out_channels, stride, stride)
-    return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv)
 
 
 def conv_block(channels: int, kernel_size: Triple, dropout: float) -> nn.Sequential:
@@ -85,7 +75,6 @@ class PCTBlock(nn.Module):
         self.transformer = WindowTransformer(channels, dropout=dropout, **transformer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, *spatial) to the same shape."""
         if self.checkpointing and self.training:
             return checkpointed(self, self._sum, x)
         return self._sum(x)
@@ -100,32 +89,20 @@ class PCTNet(PreActivationUNet):
     """The network. A plans file can name it by its dotted path
     ``stunet_plugin.networks.pctnet.PCTNet``.
 
-    It needs no patch size: windows follow from each input, and the relative position tables have
-    the same shape whatever the patch (see ``window_attention.WindowAttention``).
+    Windows follow from each input, and the relative position tables have the same shape whatever
+    the patch (see ``window_attention.WindowAttention``).
 
     Args:
-        input_channels: image channels (and one-hot channels of a previous stage).
-        num_classes: outputs of each head.
-        mode: 0, 1 or 2, see :mod:`stunet_plugin.networks.anisotropy`.
-        strides: as nnU-Net reads them off a plan; they must be the mode's.
-        features_per_stage: channels of each level, full resolution first.
-        dropout_per_stage: of each level: before the second convolution of a block, and all dropouts
-            of a transformer.
-        window_size: voxels per axis of an attention window; where the smallest axis of a level is
-            not larger, the window becomes that axis.
-        num_heads: attention heads of levels 2, 3 and 4.
+        mode: 0, 1 or 2, see :mod:`stunet_plugin.networks.anisotropy`; ``strides`` must be its.
+        dropout_per_stage: before the second convolution of a block, and all of a transformer.
+        window_size: voxels per axis; at most the smallest axis of a level.
         depth: transformer blocks per PCT block, every second one shifted.
-        mlp_ratio: hidden width of a transformer's MLP over its channels.
         drop_path: probability that a sample skips a residual branch of a transformer in training.
-        deep_supervision: see :class:`Decoder`.
-        checkpoint_pyramid: activation checkpointing of the PCT blocks in training: less memory,
-            more time, the same gradients.
+        checkpoint_pyramid: activation checkpointing of the PCT blocks in training.
 
     Input (batch, input_channels, *spatial), each spatial size divisible by the mode's reduction.
     Output (batch, num_classes, *spatial), or a list of four, levels 0 to 3, full resolution first.
-
-    Raises:
-        ValueError: arguments that do not fit together, with what is allowed.
+    Arguments that do not fit together are a ValueError.
     """
 
     def __init__(
@@ -178,13 +155,18 @@ class PCTNet(PreActivationUNet):
             down = unit(features[level - 1], features[level], kernels[level])
             return nn.Sequential(nn.MaxPool3d(self.strides[level]), down, block(level))
 
+        def up(level: int) -> PreActivation:
+            below, stride = features[level + 1], self.mode.strides[level + 1]
+            conv = nn.ConvTranspose3d(below, features[level], stride, stride)
+            return PreActivation([nn.BatchNorm3d(below)], nn.PReLU(), conv)
+
         self.encoder = Encoder(
             map(stage, range(NUM_LEVELS)), features, nn.Conv3d, kernels, self.strides
         )
         steps = range(NUM_LEVELS)[-2::-1]
         self.decoder = Decoder(
             bottom=nn.Identity(),
-            ups=(up_unit(features[i + 1], features[i], self.mode.strides[i + 1]) for i in steps),
+            ups=map(up, steps),
             merges=(merge_unit(features[i], kernels[i]) for i in steps),
             blocks=map(block, steps),
             heads=(unit(features[i], num_classes, (1, 1, 1)) for i in steps),
@@ -193,7 +175,6 @@ class PCTNet(PreActivationUNet):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """The published initialisation: torch's own of every layer, tables from a normal
-        distribution. For ``network.apply``."""
+        """Torch's own initialisation, and the tables', as published; for ``network.apply``."""
         if reset := getattr(module, "reset_parameters", None):
             reset()

@@ -3,9 +3,6 @@
 Paper: MIS-FM, arXiv:2306.16925. Published code: github.com/openmedlab/MIS-FM and
 github.com/HiLab-git/PyMIC (Apache-2.0), read for facts, not copied. Deviation: norms and
 activations are computed again in the backward pass, and several inputs are normalised one by one.
-
-Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose
-(axis 0 is the coarse one).
 """
 
 from __future__ import annotations
@@ -25,15 +22,9 @@ from stunet_plugin.networks.topology import as_strides
 class PreActivation(nn.Module):
     """norm - activation - (dropout) - convolution, of one input or of several side by side.
 
-    Several inputs are normalised and activated one by one and then concatenated, which is the same
-    function as concatenating first (both act channel by channel) for less memory. In training only
-    the inputs are kept; norm and activation, little beside the convolution, are computed again.
-
-    Args:
-        norms: batch or instance norms, one per input.
-        act: activation, element by element.
-        conv: convolution or transposed convolution.
-        dropout: probability.
+    Several inputs, with a batch or instance norm each, are normalised and activated one by one and
+    then concatenated: the same function as concatenating first, for less memory. In training only
+    the inputs are kept; norm and activation are computed again.
     """
 
     def __init__(
@@ -46,7 +37,6 @@ class PreActivation(nn.Module):
         self.conv = conv
 
     def forward(self, inputs: Tensor | list[Tensor]) -> Tensor:
-        """One feature map (batch, channel, *spatial), or a list of them, to the convolution's."""
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
         # The compiler decides itself what to keep.
         if self.training and not torch.compiler.is_compiling():
@@ -76,17 +66,10 @@ class Stem(SameConv):
 
 
 class Decoder(nn.Module):
-    """From the deepest level to full resolution: upsample, concatenate as (skip, upsampled), merge,
-    then the level's block.
+    """From the deepest level, where ``bottom`` runs, to full resolution: upsample, concatenate as
+    (skip, upsampled), merge, then the level's block and head.
 
-    Attributes:
-        deep_supervision: return all heads' outputs (a list, full resolution first) or the
-            full-resolution one alone. All heads are always built, so that one checkpoint serves
-            both.
-        bottom: runs on the deepest features first.
-        ups, merges, blocks: one per step, deepest first.
-        seg_layers: the heads, deepest first; stock ``-pretrained_weights`` skips keys with
-            ``.seg_layers.``.
+    ``deep_supervision`` and ``seg_layers`` are as in ``stunet.STUNetDecoder``, all deepest first.
     """
 
     def __init__(
@@ -107,10 +90,8 @@ class Decoder(nn.Module):
         self.seg_layers = nn.ModuleList(heads)
 
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        """The encoder's outputs to (batch, num_classes, *spatial), or a list of them.
-
-        The list is emptied on the way, so that at inference nothing lives longer than needed.
-        """
+        """The encoder's outputs (the list is emptied) to (batch, num_classes, *spatial), or a list
+        of them."""
         x = self.bottom(skips.pop())
         outputs: list[Tensor] = []
         for up, merge, block, head in zip(

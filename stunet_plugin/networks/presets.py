@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from stunet_plugin.networks.anisotropy import AnisotropyMode
 
 NUM_STAGES = 6
-"""Resolution stages of STU-Net: one at full resolution, five after a pooling each."""
 WIDTH_MULTIPLIERS = (1, 2, 4, 8, 16, 16)
 """Channels of each stage as multiples of the base width."""
 REFERENCE_INPUT_CHANNELS, REFERENCE_OUTPUT_CHANNELS = 1, 105
@@ -26,23 +25,14 @@ PRETEXT_OUTPUTS = 5
 
 @dataclass(frozen=True)
 class STUNetPreset:
-    """One size of STU-Net.
+    """One size of STU-Net."""
 
-    Attributes:
-        name: what users type, as in ``STUNetTrainer_base``.
-        width: channels of the first stage.
-        blocks: residual blocks of every encoder and decoder stage.
-        parameters: published (``tiny``: computed) at 1 input channel and 105 outputs.
-        gpu_memory_gb: default of the planner's ``-gpu_memory_target``.
-        paper_tera_flops: at 128^3, a multiply-add counted once; None if unpublished.
-    """
-
-    name: str
-    width: int
-    blocks: int
-    parameters: int
-    gpu_memory_gb: float
-    paper_tera_flops: float | None
+    name: str  # what users type, as in ``STUNetTrainer_base``
+    width: int  # channels of the first stage
+    blocks: int  # residual blocks of every encoder and decoder stage
+    parameters: int  # published (tiny: computed) at 1 input channel and 105 outputs
+    gpu_memory_gb: float  # default of the planner's ``-gpu_memory_target``
+    paper_tera_flops: float | None  # at 128^3, a multiply-add counted once
 
     @property
     def features_per_stage(self) -> tuple[int, ...]:
@@ -63,31 +53,23 @@ PRESETS: dict[str, STUNetPreset] = {
         STUNetPreset("huge", 96, 3, 1_457_326_221, 80, 12.60),
     )
 }
-"""The sizes of STU-Net."""
-
-DEFAULT_SIZE = "base"
-"""What the published ``STUNetTrainer`` without a suffix trains."""
+DEFAULT_SIZE = "base"  # of the published ``STUNetTrainer`` without a suffix
 
 
 @dataclass(frozen=True)
 class MISFMPreset:
     """A network of MIS-FM, in its three anisotropy modes.
 
-    Attributes:
-        name: what users type, as in ``PCTNetTrainer``.
-        class_name: dotted path that a plans file names.
-        parameters: of ours at 1 input channel and 5 outputs, one number per mode.
-        published_parameters: of the published code built for a patch of 64 x 128 x 128. PCT-Net's
-            holds the stems and heads of all modes, norms that it never uses, and smaller tables.
-        weights: name of the published file.
-        gpu_memory_gb: default of the planner's ``-gpu_memory_target``.
+    ``parameters`` are of ours at 1 input channel and 5 outputs, ``published_parameters`` of the
+    published code built for 64 x 128 x 128; PCT-Net's holds the stems and heads of all modes, norms
+    that it never uses, and smaller tables.
     """
 
-    name: str
-    class_name: str
+    name: str  # what users type, as in ``PCTNetTrainer``
+    class_name: str  # dotted path that a plans file names
     parameters: tuple[int, int, int]
     published_parameters: tuple[int, int, int]
-    weights: str
+    weights: str  # name of the published file
     gpu_memory_gb: float = 8.0
 
     @property

@@ -6,8 +6,7 @@ Paper: Huang et al., arXiv:2304.06716, section 3. Published code: github.com/uni
 * The decoder convolves before it upsamples (a 1x1x1 convolution and a nearest upsampling commute),
   which saves the work and the memory of one full-resolution tensor with twice the channels.
 * Any number of stages, strides and odd kernels, in 3D and 2D; published: six stages in 3D.
-* Activations that no gradient needs are overwritten in place.
-* Activation checkpointing by stage or by block (``STUNet.checkpointing``).
+* Activations that no gradient needs are overwritten; activation checkpointing on request.
 
 Axes of all tensors: (batch, channel, *spatial), spatial in nnU-Net's order after its transpose.
 """
@@ -27,12 +26,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.activation_checkpointing import OFF, SETTINGS, STAGE, checkpointed
-from stunet_plugin.networks.base_unet import BaseUNet, Encoder, check_integer, per_stage
-from stunet_plugin.networks.instance_norm import InstanceNorm
+from stunet_plugin.networks.base_unet import (
+    BaseUNet,
+    Encoder,
+    InstanceNorm,
+    check_integer,
+    per_stage,
+)
 from stunet_plugin.networks.topology import Strides, as_strides
 
-NEGATIVE_SLOPE = 1e-2
-"""Of every LeakyReLU, and assumed by the He initialisation."""
+NEGATIVE_SLOPE = 1e-2  # of every LeakyReLU, and assumed by the He initialisation
 
 
 def activate(x: Tensor) -> Tensor:
@@ -43,11 +46,8 @@ def activate(x: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """conv - norm - LeakyReLU - conv - norm, plus the shortcut, then LeakyReLU.
 
-    Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        stride: of the first convolution and of the shortcut.
-        project_shortcut: the shortcut is a convolution of kernel size 1 with a bias and no norm
-            (first block of a stage, even where nothing changes), otherwise the identity.
+    Where it is projected (first block of a stage, even where nothing changes), the shortcut is a
+    strided convolution of kernel size 1 with a bias and no norm, otherwise the identity.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in_channels, *spatial) to (batch, out_channels, *spatial / stride)."""
         # In place is safe: instance norm keeps its input, not its output, and LeakyReLU's gradient
         # needs its result alone.
         y = activate(self.norm1(self.conv1(x)))
@@ -100,7 +99,6 @@ class ResidualStage(nn.Sequential):
         self.checkpointing = OFF
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in_channels, *spatial) to (batch, channels, *spatial / stride)."""
         if self.checkpointing == OFF:
             return super().forward(x)
         return self.checkpointed(lambda x: x, x)
@@ -117,15 +115,12 @@ class ResidualStage(nn.Sequential):
 
 
 class STUNetDecoder(nn.Module):
-    """Upsampling steps from the deepest stage to full resolution, with a segmentation head after
-    each.
+    """Upsampling steps to full resolution, with a segmentation head after each.
 
     Attributes:
         deep_supervision: return all heads' outputs (a list, full resolution first) or the
-            full-resolution one alone. All heads are always built, so that one checkpoint serves
-            both.
-        seg_layers: the heads, deepest first; stock ``-pretrained_weights`` skips keys with
-            ``.seg_layers.``.
+            full-resolution one. All are always built, so that one checkpoint serves both.
+        seg_layers: deepest first; stock ``-pretrained_weights`` skips keys with ``.seg_layers.``.
     """
 
     def __init__(
@@ -153,10 +148,8 @@ class STUNetDecoder(nn.Module):
         self.seg_layers = nn.ModuleList(conv_op(channels, num_classes, 1) for channels in skip)
 
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
-        """The encoder's outputs to (batch, num_classes, *spatial), or a list of them.
-
-        The list is emptied on the way, so that at inference nothing lives longer than needed.
-        """
+        """The encoder's outputs (the list is emptied) to (batch, num_classes, *spatial), or a list
+        of them."""
         x = skips.pop()
         outputs: list[Tensor] = []
         stage: Any
@@ -176,8 +169,6 @@ class STUNetDecoder(nn.Module):
 
 
 def _upsample_and_join(conv: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-    """(batch, channels of the stage below, *spatial / stride) and the encoder's output (batch,
-    channels, *spatial) to both side by side, (batch, 2 * channels, *spatial)."""
     # Convolve first, then repeat voxels: the same function as the other way round, for less.
     x = functional.interpolate(conv(x), size=skip.shape[2:], mode="nearest")
     return torch.cat((x, skip), dim=1)
@@ -187,24 +178,13 @@ class STUNet(BaseUNet):
     """The network. A plans file can name it by its dotted path
     ``stunet_plugin.networks.stunet.STUNet``.
 
-    Args:
-        input_channels: image channels (and one-hot channels of a previous stage).
-        num_classes: outputs of each head.
-        n_stages: resolution stages, at least two.
-        features_per_stage: channels of each stage, full resolution first.
-        conv_op: ``nn.Conv3d`` or ``nn.Conv2d``.
-        kernel_sizes: odd, per stage and axis; one number stands for all.
-        strides: per stage and axis, the first all ones.
-        n_blocks_per_stage: residual blocks of each encoder stage; one number stands for all.
-        n_blocks_per_stage_decoder: of each decoder stage, deepest first (one fewer).
-        deep_supervision: see :class:`STUNetDecoder`.
+    ``features_per_stage``, ``kernel_sizes`` (odd), ``strides`` (the first all ones) and
+    ``n_blocks_per_stage`` are of each stage, full resolution first, the decoder's blocks deepest
+    first; one number stands for all. ``conv_op`` is ``nn.Conv3d`` or ``nn.Conv2d``.
 
     Input (batch, input_channels, *spatial), each spatial size divisible by the product of the
-    strides. Output (batch, num_classes, *spatial), or a list of them, one per decoder stage, full
-    resolution first.
-
-    Raises:
-        ValueError: arguments that do not fit together, with what is allowed.
+    strides. Output (batch, num_classes, *spatial), or with deep supervision a list of them, one per
+    decoder stage, full resolution first. Arguments that do not fit together are a ValueError.
     """
 
     def __init__(
@@ -234,9 +214,7 @@ class STUNet(BaseUNet):
         self.strides = _per_axis("strides", strides, n_stages, dimensions)
         kernels = _per_axis("kernel_sizes", kernel_sizes, n_stages, dimensions)
         if any(step != 1 for step in self.strides[0]):
-            raise ValueError(
-                f"strides[0] must be all ones (full resolution), not {self.strides[0]}."
-            )
+            raise ValueError(f"strides[0] must be all ones, not {self.strides[0]}.")
         if any(size % 2 == 0 for kernel in kernels for size in kernel):
             raise ValueError(f"Kernel sizes must be odd so that shapes are kept, not {kernels}.")
 
@@ -249,24 +227,21 @@ class STUNet(BaseUNet):
 
     @property
     def checkpointing(self) -> str:
-        """One of ``activation_checkpointing.SETTINGS``: which activations the backward pass
-        computes again. The same outputs and gradients for less memory and one more forward pass; no
-        part of a state dict, of no effect without gradients."""
+        """One of ``activation_checkpointing.SETTINGS``: what the backward pass computes again, for
+        the same gradients; no part of a state dict."""
         return str(self.encoder.stages[0].checkpointing)
 
     @checkpointing.setter
     def checkpointing(self, setting: str) -> None:
         if setting not in SETTINGS:
-            raise ValueError(
-                f"checkpointing must be one of {', '.join(SETTINGS)}, not {setting!r}."
-            )
+            allowed = ", ".join(SETTINGS)
+            raise ValueError(f"checkpointing must be one of {allowed}, not {setting!r}.")
         for stage in (*self.encoder.stages, *self.decoder.stages):
             stage.checkpointing = setting
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """He initialisation of the published code: negative slope 1e-2, biases zero. For
-        ``network.apply``."""
+        """He initialisation as published, for ``network.apply``."""
         InitWeights_He(NEGATIVE_SLOPE)(module)
 
 
@@ -283,7 +258,7 @@ def _per_axis(
         raise ValueError(f"{name}: {error}") from error
     if len(full) != count or len(full[0]) != dimensions:
         raise ValueError(
-            f"{name} must be one positive integer, or {count} entries (one per stage) of"
-            f" {dimensions} (one per axis), not {value!r}."
+            f"{name} must be a positive integer, or {count} entries of {dimensions} each, not"
+            f" {value!r}."
         )
     return full

@@ -35,11 +35,9 @@ def as_strides(strides: Any) -> Strides:
 
 
 def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
-    """Fit a plan's strides to the published six stages.
+    """Cut a plan's poolings after its first entry to five, or pad them with ones at the deep end.
 
-    The plan's poolings after its first entry are cut to five, or padded with ones at the deep end
-    (facts from the published trainer, ``pool_op_kernel_sizes[1:]``). Kernel sizes stay 3
-    everywhere, so weights fit whatever the plan.
+    Facts from the published trainer (``pool_op_kernel_sizes[1:]``); kernels stay 3 everywhere.
     """
     strides = as_strides(plan_strides)
     no_pooling = (1,) * len(strides[0])
@@ -47,10 +45,8 @@ def published_strides(plan_strides: Sequence[Sequence[int]]) -> Strides:
 
 
 def strides_for_patch(patch_size: Sequence[int]) -> Strides:
-    """Return six stages with the poolings that a patch allows, for isotropic spacing.
-
-    An axis is halved, at most five times, while it is even and at least four voxels are left.
-    """
+    """Return six stages for isotropic spacing: an axis is halved, at most five times, while it is
+    even and at least four voxels are left."""
     sizes = [int(size) for size in patch_size]
     stages = [(1,) * len(sizes)]
     for _ in range(NUM_STAGES - 1):
@@ -85,11 +81,8 @@ def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int,
 
 
 def deep_supervision_scales(strides: Strides) -> list[list[float]]:
-    """Return one scale per decoder output, as nnU-Net's target downsampling takes them.
-
-    The decoder has one output for each stage but the deepest, so targets and outputs pair up by
-    construction.
-    """
+    """Return one scale per decoder output (each stage but the deepest), as nnU-Net's target
+    downsampling takes them."""
     return [
         [1 / step for step in total_stride(strides[: stage + 1])]
         for stage in range(len(strides) - 1)
@@ -99,23 +92,16 @@ def deep_supervision_scales(strides: Strides) -> list[list[float]]:
 def check_patch_size(
     patch_size: Sequence[int], strides: Strides, who: str, advice: str = "Use one of them."
 ) -> None:
-    """Raise a PluginError unless every axis of the patch is divisible by the total stride.
-
-    Args:
-        who: what the message calls the network.
-        advice: what to do with the nearest sizes that work.
-    """
-    total = total_stride(strides)
-    if len(patch_size) != len(total):
-        raise PluginError(
-            f"{who} has {len(total)} spatial axes, but the patch size {list(patch_size)} has"
-            f" {len(patch_size)}."
-        )
-    if any(size % step or size < step for size, step in zip(patch_size, total, strict=True)):
-        pairs = list(zip(patch_size, total, strict=True))
+    """Raise a PluginError unless every axis of the patch is divisible by the total stride; ``who``
+    names the network, ``advice`` says what to do with the nearest sizes that work."""
+    total, given = total_stride(strides), list(patch_size)
+    if len(given) != len(total):
+        raise PluginError(f"{who} has {len(total)} spatial axes; patch size {given} does not fit.")
+    pairs = list(zip(given, total, strict=True))
+    if any(size % step or size < step for size, step in pairs):
         below = [max(size // step, 1) * step for size, step in pairs]
         above = [max(-(-size // step), 1) * step for size, step in pairs]
         raise PluginError(
-            f"{who} takes patch sizes divisible by {list(total)}, not {list(patch_size)}. Nearest"
-            f" sizes that work: {below} and {above}. {advice}"
+            f"{who} takes patch sizes divisible by {list(total)}, not {given}. Nearest sizes that"
+            f" work: {below} and {above}. {advice}"
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 from operator import index
 from typing import Any, NamedTuple
@@ -30,35 +30,21 @@ from torch.nn import functional
 from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import Triple
 
-WINDOW_SIZE = 6
-"""Voxels per axis of the published windows."""
-
-TABLE_STD = 0.02
-"""Standard deviation of the published initialisation of the bias tables (a normal distribution cut
-at +-2)."""
-
+WINDOW_SIZE = 6  # voxels per axis of the published windows
+TABLE_STD = 0.02  # of the published bias tables: a normal distribution cut at +-2
 MASKED = -100.0
 """Added to the attention between regions that the cyclic shift has put side by side."""
 
 
 class WindowLayout(NamedTuple):
-    """How the tokens of a volume are put in windows; windows with the same mask are together.
+    """How the tokens of a volume are put in windows; windows with the same mask are together."""
 
-    Attributes:
-        window: voxels per axis of a window.
-        padded: shape of the volume in whole windows.
-        counts: windows that share each mask.
-        order: (tokens,) where the windows' tokens come from in the flattened padded volume.
-        inverse: (tokens,) where the padded volume's tokens come from in the windows.
-        masks: (mask, token, token), 0 or ``MASKED``.
-    """
-
-    window: int
-    padded: Triple
-    counts: list[int]
-    order: Tensor
-    inverse: Tensor
-    masks: Tensor
+    window: int  # voxels per axis
+    padded: Triple  # shape of the volume in whole windows
+    order: Tensor  # (tokens,) where the windows' come from in the flattened padded volume
+    inverse: Tensor  # (tokens,) where the padded volume's come from in the windows
+    masks: Tensor  # (mask, token, token), 0 or ``MASKED``
+    counts: list[int]  # windows that share each mask
 
     def gather(self, x: Tensor) -> Tensor:
         """(batch, *spatial, channel) to windows; padded voxels are zeros that take part in
@@ -69,39 +55,28 @@ class WindowLayout(NamedTuple):
         tokens: Tensor = _Reorder.apply(x.flatten(1, 3), self.order, self.inverse)
         return tokens.unflatten(1, (-1, self.window**3))
 
-    def split(self, windows: Tensor) -> tuple[Tensor, ...]:
-        """The windows of each mask."""
-        return windows.split(self.counts, 1)
-
     def scatter(self, windows: Tensor, shape: torch.Size) -> Tensor:
         """Windows to (batch, *spatial, channel) of this shape, padding cut off."""
         x = _Reorder.apply(windows.flatten(1, 2), self.inverse, self.order)
         return x.unflatten(1, self.padded)[:, : shape[1], : shape[2], : shape[3]]
 
 
-def windows_per_mask(grid: Sequence[int], shift: int) -> list[int]:
-    """Return how many windows share each mask, in the order of :class:`WindowLayout`.
-
-    With a shift, the last window of an axis holds what has come around from its start, so windows
-    are of eight kinds: last along none of the axes, the third, the second, ...
-    """
-    kinds = [(count - 1, 1) if shift else (count,) for count in grid]
-    return list(map(prod, itertools.product(*kinds)))
-
-
 def window_layout(shape: Triple, window: int, shift: int, device: torch.device) -> WindowLayout:
     """Return the layout of a padded volume, computed once per shape; in a compiled or exported
     graph, where tensors may not come from outside, by the graph itself."""
     build = _layout_tensors if torch.compiler.is_compiling() else _cached_layout_tensors
-    counts = windows_per_mask([size // window for size in shape], shift)
-    return WindowLayout(window, shape, counts, *build(shape, window, shift, device))
+    return WindowLayout(window, shape, *build(shape, window, shift, device))
 
 
 def _layout_tensors(
     shape: Triple, window: int, shift: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute order, inverse and masks; shapes depend on the arguments alone."""
-    depth, height, width = (size // window for size in shape)
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Compute order, inverse, masks and counts.
+
+    With a shift, the last window of an axis holds what has come around from its start, so windows
+    are of eight kinds: last along none of the axes, the third, the second, ...
+    """
+    depth, height, width = grid = [size // window for size in shape]
     tokens = torch.arange(prod(shape), device=device).reshape(shape)
     tokens = torch.roll(tokens, [-shift] * 3, (0, 1, 2))
     windows = tokens.reshape(depth, window, height, window, width, window)
@@ -116,20 +91,21 @@ def _layout_tensors(
         for axis in range(3):
             shape_of_pair = [window if other % 3 == axis else 1 for other in range(6)]
             pairs = [p for pair in pairs for p in (pair, pair | apart.reshape(shape_of_pair))]
-            split = [(count - 1, 1) for count in windows.shape[::2]][axis]
-            parts = [p for part in parts for p in part.split(split, axis)]
+            parts = [p for part in parts for p in part.split((grid[axis] - 1, 1), axis)]
     order = torch.cat([part.reshape(-1) for part in parts])
     inverse = torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=device))
     masks = [pair.reshape(window**3, window**3) * MASKED for pair in pairs]
-    return order, inverse, torch.stack(masks)
+    kinds = [(count - 1, 1) if shift else (count,) for count in grid]
+    counts = list(map(prod, itertools.product(*kinds)))
+    return order, inverse, torch.stack(masks), counts
 
 
 def offset_rows(window: int, window_size: int, device: torch.device | None = None) -> Tensor:
-    """Return which row of a table for windows of ``window_size`` the offset of token i from token j
-    reads, (window^3, window^3).
+    """Return the row of a table for windows of ``window_size`` that the offset of token i from
+    token j reads, (window^3, window^3).
 
-    Rows are in the order of the offsets (axis 0, 1, 2), each from ``1 - window_size`` to
-    ``window_size - 1``; a smaller window reads the rows of the offsets that it knows.
+    Rows are in the order of the offsets (axis 0, 1, 2), each from ``1 - window_size`` up; a smaller
+    window reads the rows of the offsets that it knows.
     """
     places = torch.arange(window, device=device)
     offsets = places[:, None] - places[None, :] + window_size - 1
@@ -179,15 +155,11 @@ class _ChannelsFirst(torch.autograd.Function):
 class WindowAttention(nn.Module):
     """Multi-head attention within windows, with a learned bias for the offset between two tokens.
 
-    The table holds one row per offset that a full window knows, (2 * window_size - 1)^3 of them,
-    whatever the window in use: a smaller window reads the rows of its offsets. So the state dict
-    has the same shapes for every patch size, an offset in voxels means the same in windows of all
-    sizes, and weights fit any plan.
-
-    The published table depends on the window that the network was built for, and its index has a
-    quirk that lets different offsets share a row. :mod:`stunet_plugin.weights.misfm_keys`
-    translates such tables to this one, function for function. ``shift`` moves the windows along
-    each axis; ``dropout`` is of attention weights and of the output.
+    The table has one row per offset in a full window, (2 * window_size - 1)^3; a smaller window
+    reads the rows of its offsets. So weights fit any plan, and an offset in voxels means the same
+    in windows of all sizes. Published tables depend on the window, and some of their offsets share
+    a row: :mod:`stunet_plugin.weights.misfm_keys` translates them, function for function.
+    ``dropout`` is of attention weights and of the output.
     """
 
     def __init__(
@@ -215,7 +187,8 @@ class WindowAttention(nn.Module):
             # torch's fused attention of the CPU has no dropout and no gradient of the mask, so it
             # would keep all weights.
             attend = functools.partial(checkpointed, self, self.attend)
-        attended = map(attend, layout.split(layout.gather(x)), self.masks(layout))
+        windows = layout.gather(x).split(layout.counts, 1)
+        attended = map(attend, windows, self.masks(layout))
         x = layout.scatter(torch.cat(list(attended), 1), x.shape)
         return functional.dropout(self.proj(x), self.dropout, self.training)
 
@@ -231,8 +204,7 @@ class WindowAttention(nn.Module):
         return window_layout((depth, height, width), window, shift, x.device)
 
     def masks(self, layout: WindowLayout) -> list[Tensor]:
-        """Return what is added to the attention in the windows of each mask, bias and mask:
-        (head, token, token) each."""
+        """Return bias plus mask, (head, token, token), for the windows of each mask."""
         rows_of = offset_rows if torch.compiler.is_compiling() else _cached_offset_rows
         table = self.relative_position_bias_table
         rows = rows_of(layout.window, self.window_size, table.device)
@@ -240,8 +212,7 @@ class WindowAttention(nn.Module):
         return [bias + mask for mask in layout.masks]
 
     def attend(self, windows: Tensor, mask: Tensor) -> Tensor:
-        """(batch, window, token, channel) and what is added to the attention, (head, token, token),
-        to the first shape."""
+        """Windows, and what is added to the attention (head, token, token), to windows."""
         qkv = self.qkv(windows.flatten(0, 1)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
@@ -283,11 +254,8 @@ class TransformerBlock(nn.Module):
 class WindowTransformer(nn.Module):
     """Transformer blocks on a feature map, every second one with its windows shifted by half.
 
-    Args:
-        dropout: of the input, attention weights, and outputs of linear layers.
-        depth: blocks.
-        mlp_ratio: hidden width of the MLP over the channels.
-        drop_path: probability that a sample skips a residual branch in training.
+    ``dropout`` is of the input, attention weights, and outputs of linear layers, ``drop_path`` the
+    probability that a sample skips a residual branch in training.
     """
 
     def __init__(

@@ -53,18 +53,16 @@ def test_plain_forwards_function(
 
 
 def test_only_where_it_may_be_taken() -> None:
+    applies = cpu_inference.applies
     network, x = build("STUNet").eval(), torch.empty(1, 1, 64, 64, 64)
-    assert not cpu_inference.applies(network, x)  # gradients
+    assert not applies(network, x)  # gradients
     with torch.no_grad():
-        assert cpu_inference.applies(network, x)
-        assert not cpu_inference.applies(network, image("STUNet"))  # small
-        assert not cpu_inference.applies(network, x.bfloat16())
-        assert not cpu_inference.applies(network, x.to("meta"))
-        assert not cpu_inference.applies(network.train(), x)
+        assert applies(network, x)
+        assert not applies(network, image("STUNet"))  # small
+        assert not applies(network, x.bfloat16())
+        assert not applies(network, x.to("meta"))
+        assert not applies(network.train(), x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not cpu_inference.applies(network.eval(), x)
-        head = network.decoder.seg_layers[0]
-        hook = head.register_forward_pre_hook(lambda *_: None)
-        assert not cpu_inference.applies(network, x)
-        hook.remove()
-        assert cpu_inference.applies(network, x)
+            assert not applies(network.eval(), x)
+        network.decoder.seg_layers[0].register_forward_pre_hook(lambda *_: None)
+        assert not applies(network, x)

@@ -5,27 +5,17 @@ from __future__ import annotations
 import pytest
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.topology import (
-    check_patch_size,
-    deep_supervision_scales,
-    published_strides,
-    stage_shapes,
-    strides_for_patch,
-    total_stride,
-)
+from stunet_plugin.networks import topology
+from stunet_plugin.networks.topology import published_strides
 
-ONE, TWO = [1, 1, 1], [2, 2, 2]
+ONE, TWO, FLAT = [1, 1, 1], [2, 2, 2], [1, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
         ([ONE, TWO, TWO, TWO], [ONE, TWO, TWO, TWO, ONE, ONE]),
-        ([ONE, TWO, TWO, TWO, TWO, TWO], [ONE, TWO, TWO, TWO, TWO, TWO]),
-        (
-            [ONE, [1, 2, 2], TWO, TWO, TWO, TWO, [1, 2, 2], TWO],
-            [ONE, [1, 2, 2], TWO, TWO, TWO, TWO],
-        ),
+        ([ONE, FLAT, TWO, TWO, TWO, TWO, FLAT, TWO], [ONE, FLAT, TWO, TWO, TWO, TWO]),
         ([ONE], [ONE] * 6),
         ([[1, 1]] + [[2, 2]] * 7, [[1, 1]] + [[2, 2]] * 5),
     ],
@@ -35,25 +25,23 @@ def test_poolings_are_cut_or_padded_to_five(plan: list, expected: list) -> None:
 
 
 def test_scales_follow_the_network_not_the_plan() -> None:
-    strides = published_strides([ONE, [1, 2, 2], TWO])
+    strides = published_strides([ONE, FLAT, TWO])
     half, quarter = [1, 0.5, 0.5], [0.5, 0.25, 0.25]
-    assert deep_supervision_scales(strides) == [[1, 1, 1], half, quarter, quarter, quarter]
+    scales = [[1, 1, 1], half, quarter, quarter, quarter]
+    assert topology.deep_supervision_scales(strides) == scales
     shapes = [(32, 64, 64), (32, 32, 32), *[(16, 16, 16)] * 4]
-    assert stage_shapes((32, 64, 64), strides) == shapes
+    assert topology.stage_shapes((32, 64, 64), strides) == shapes
 
 
 def test_patch_size_message_names_what_works() -> None:
     strides = published_strides([ONE, TWO, TWO, TWO, TWO, TWO])
-    assert total_stride(strides) == (32, 32, 32)
-    with pytest.raises(PluginError, match=r"\[96, 64, 32\] and \[128, 64, 32\]"):
-        check_patch_size((100, 64, 8), strides, "It")
-    check_patch_size((96, 64, 32), strides, "It")
-    with pytest.raises(
-        PluginError, match=r"\[32, 32, 32\].*\[100, 64, 32\].*\[96, 64, 32\] and \[128, 64, 32\]"
+    topology.check_patch_size((96, 64, 32), strides, "It")
+    for patch, message in (
+        ((100, 64, 8), r"\[32, 32, 32\].*\[100, 64, 8\].*\[96, 64, 32\] and \[128, 64, 32\]"),
+        ((64, 64), "3 spatial axes"),
     ):
-        check_patch_size((100, 64, 32), strides, "It")
-    with pytest.raises(PluginError, match="3 spatial axes"):
-        check_patch_size((64, 64), strides, "It")
+        with pytest.raises(PluginError, match=message):
+            topology.check_patch_size(patch, strides, "It")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +53,7 @@ def test_strides_that_are_none_are_refused(wrong: object) -> None:
 
 
 def test_poolings_that_a_patch_allows() -> None:
-    assert total_stride(strides_for_patch((128, 160, 256))) == (32, 32, 32)
-    assert total_stride(strides_for_patch((40, 56, 64))) == (8, 8, 16)
-    assert len(strides_for_patch((16, 16, 16))) == 6
+    for patch, total in (((128, 160, 256), (32, 32, 32)), ((40, 56, 64), (8, 8, 16))):
+        strides = topology.strides_for_patch(patch)
+        assert len(strides) == 6
+        assert topology.total_stride(strides) == total

@@ -1,9 +1,7 @@
-"""Window attention: the published function at every size, tables that fit every window, layouts
-made once."""
+"""Window attention: the published function at every size, tables that fit every window."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import window_attention
-from stunet_plugin.networks.window_attention import WindowTransformer, offset_rows, windows_per_mask
+from stunet_plugin.networks.window_attention import WindowTransformer, offset_rows
 from stunet_plugin.weights.misfm_keys import (
     published_rows,
     resample_table,
@@ -40,49 +38,23 @@ def plain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def transformer(**changes: float) -> WindowTransformer:
+def transformer() -> WindowTransformer:
     torch.manual_seed(0)
-    arguments = {
-        "dropout": 0.2,
-        "num_heads": HEADS,
-        "depth": 2,
-        "window_size": 6,
-        "mlp_ratio": 4,
-        "drop_path": 0.2,
-        **changes,
-    }
-    return WindowTransformer(CHANNELS, **arguments)
-
-
-@pytest.fixture
-def pair(
-    plain: ModuleType,
-) -> Callable[[tuple[int, ...]], tuple[Callable[[Tensor], Tensor], WindowTransformer]]:
-    """A published transformer for a shape, and ours with the same weights; both in float64 and eval
-    mode."""
-
-    def make(shape: tuple[int, ...]) -> tuple[Callable[[Tensor], Tensor], WindowTransformer]:
-        published = randomise(plain.PlainTransformer(CHANNELS, shape, HEADS, 0.2).double().eval())
-        prefix, own = "pyramid_ct.convtrans_e2.trans.", "encoder.stages.2.2.transformer."
-        weights = translate_pctnet(
-            {prefix + key: value for key, value in published.state_dict().items()}, mode=0
-        )
-        ours = transformer().double().eval()
-        ours.load_state_dict({key.removeprefix(own): value for key, value in weights.items()})
-
-        def run(x: Tensor) -> Tensor:
-            return (
-                published(x.flatten(2).transpose(1, 2), shape).transpose(1, 2).unflatten(2, shape)
-            )
-
-        return run, ours
-
-    return make
+    return WindowTransformer(CHANNELS, 0.2, HEADS, 2, window_size=6, mlp_ratio=4, drop_path=0.2)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_published_function_and_its_gradients(pair: Callable, shape: tuple[int, ...]) -> None:
-    published, ours = pair(shape)
+def test_published_function_and_its_gradients(plain: ModuleType, shape: tuple[int, ...]) -> None:
+    network = randomise(plain.PlainTransformer(CHANNELS, shape, HEADS, 0.2).double().eval())
+    prefix, own = "pyramid_ct.convtrans_e2.trans.", "encoder.stages.2.2.transformer."
+    weights = {prefix + key: value for key, value in network.state_dict().items()}
+    ours = transformer().double().eval()
+    translated = translate_pctnet(weights, mode=0).items()
+    ours.load_state_dict({key.removeprefix(own): value for key, value in translated})
+
+    def published(x: Tensor) -> Tensor:
+        return network(x.flatten(2).transpose(1, 2), shape).transpose(1, 2).unflatten(2, shape)
+
     x = torch.randn(2, CHANNELS, *shape, dtype=torch.float64, requires_grad=True)
     expected = published(x)
     torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-12)
@@ -109,11 +81,11 @@ def test_layouts_are_made_once_per_shape_and_stay_out_of_the_state_dict() -> Non
 
 
 def test_windows_with_the_same_mask_are_together() -> None:
-    assert windows_per_mask([2, 3, 4], shift=0) == [24]
-    counts = windows_per_mask([2, 3, 4], shift=3)
+    shape, device = (12, 18, 24), torch.device("cpu")
+    assert window_attention.window_layout(shape, 6, 0, device).counts == [24]
+    layout = window_attention.window_layout(shape, 6, 3, device)
     # Last along none of the axes, the third, the second, both, the first, ...
-    assert counts == [6, 2, 3, 1, 6, 2, 3, 1]
-    layout = window_attention.window_layout((12, 18, 24), 6, 3, torch.device("cpu"))
+    assert layout.counts == [6, 2, 3, 1, 6, 2, 3, 1]
     assert layout.masks.shape == (8, 216, 216)
     assert layout.masks[0].count_nonzero() == 0
     assert (layout.masks[7] == 0).float().mean() == 1 / 8  # eight regions of 27 tokens
@@ -147,16 +119,12 @@ def test_tables_of_another_window_are_resampled() -> None:
     table = torch.randn(11**3, HEADS)
     assert torch.equal(resample_table(table, 6), table)
     smaller = resample_table(table, 4)
-    assert torch.equal(
-        smaller.reshape(7, 7, 7, HEADS), table.reshape(11, 11, 11, HEADS)[2:9, 2:9, 2:9]
-    )
-    assert torch.equal(resample_table(resample_table(smaller, 6), 4), smaller)
+    cube, inner = table.reshape(11, 11, 11, HEADS), smaller.reshape(7, 7, 7, HEADS)
+    assert torch.equal(inner, cube[2:9, 2:9, 2:9])
     # Offsets that the smaller window does not know take the nearest that it does.
-    larger = resample_table(smaller, 6).reshape(11, 11, 11, HEADS)
-    assert torch.equal(larger[0, 5, 10], smaller.reshape(7, 7, 7, HEADS)[0, 3, 6])
-
-
-def test_a_table_of_no_window_is_refused() -> None:
+    larger = resample_table(smaller, 6)
+    assert torch.equal(resample_table(larger, 4), smaller)
+    assert torch.equal(larger.reshape(11, 11, 11, HEADS)[0, 5, 10], inner[0, 3, 6])
     assert [window_of_table((2 * window - 1) ** 3) for window in (1, 2, 6, 7)] == [1, 2, 6, 7]
     with pytest.raises(PluginError, match=r"1330 is none of"):
         resample_table(torch.zeros(1330, 4), 6)

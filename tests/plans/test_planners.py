@@ -157,7 +157,7 @@ def test_plans_fit_the_memory_target(nnunet_environment: Workspace, name: str) -
     chosen = plans["configurations"]["3d_fullres"]
     resolved, _ = resolve(chosen, planner.network_record, "a trainer")
     assert resolved == chosen["architecture"]
-    needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], 1, 6)
+    needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], (1, 6))
     assert needed <= 4 * GIGABYTE
     with pytest.raises(PluginError, match="belongs to plans of"):
         MISFM[name](int(PHANTOM_ID), plans_name="nnUNetPlans")

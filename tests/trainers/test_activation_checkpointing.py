@@ -28,7 +28,7 @@ def test_plans_fit_the_memory_of_the_setting_that_is_asked_for(
     found = {}
     for word in ("", "auto", *SETTINGS):
         monkeypatch.setenv(CHECKPOINTING.variable, word)
-        found[word] = planner.training_bytes(architecture, (128, 128, 128), 2, 1, 16)
+        found[word] = planner.training_bytes(architecture, (128, 128, 128), 2, (1, 16))
     assert found[""] == found["auto"] == found[OFF] > found[STAGE] > found[BLOCK]
 
 
