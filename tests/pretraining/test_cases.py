@@ -1,5 +1,3 @@
-"""Cases and scores: splits that do not fit, files that are missing, classes not learned."""
-
 from __future__ import annotations
 
 import json
@@ -32,10 +30,10 @@ def test_splits_and_files_that_do_not_fit_the_cases(tmp_path: Path) -> None:
         check_cases(data, fold, "")
     refused(1, "1 case.s. for fold 1 .* preprocessed .* example gone")
     (line,) = describe_cases(data, 0, expected=3)
-    assert line.startswith("1 preprocessed case(s) are not used"), line
+    assert line.startswith("1 preprocessed case(s) are not used")
     assert describe_cases(data, 7, expected=3) == describe_cases(data, "all", expected=None) == []
     (line,) = describe_cases(data, "all", expected=6)
-    assert line.startswith("Only 3 of the 6 cases of dataset.json are preprocessed"), line
+    assert line.startswith("Only 3 of the 6 cases of dataset.json are preprocessed")
     splits.write_text("[")
     refused(0, "splits_final.json is damaged")
     (data / "b_seg.b2nd").unlink()

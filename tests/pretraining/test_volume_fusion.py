@@ -95,8 +95,6 @@ def test_class_frequencies_of_tiles() -> None:
 
 def test_block_sizes_are_the_published_ones_in_the_published_patch() -> None:
     assert OverlappingBoxes().size_range(PUBLISHED_PATCH) == ([4, 8, 8], [40, 80, 80])
-    exactly_2023 = OverlappingBoxes(smallest=(1 / 8, 1 / 16, 1 / 16))
-    assert exactly_2023.size_range(PUBLISHED_PATCH) == ([8, 8, 8], [40, 80, 80])
     exactly_2025 = TiledBlocks(smallest=(1 / 8, 1 / 16, 1 / 16), largest=(1 / 2, 1 / 4, 1 / 4))
     assert exactly_2025.size_range(PUBLISHED_PATCH) == ([8, 8, 8], [32, 32, 32])
     mean = np.mean(TiledBlocks().size_range(PUBLISHED_PATCH), axis=0)

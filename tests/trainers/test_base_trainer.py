@@ -59,10 +59,7 @@ def test_deep_supervision_weighs_as_nnunet_does_for_the_plans_poolings(
     assert min(weights) > 0
 
 
-def test_trainer_without_size_takes_the_plans_or_base(make: Make) -> None:
-    trainer = make()
-    trainer.initialize()
-    assert trainer.network.encoder.output_channels == (2, 4, 8, 8)
+def test_trainer_without_size_takes_base_with_a_plan_of_another_network(make: Make) -> None:
     host = make(TINY).configuration_manager.configuration
     resolved = trainers.TRAINERS["STUNetTrainer"].resolve_architecture(host)
     assert resolved["arch_kwargs"]["features_per_stage"] == list(PRESETS["base"].features_per_stage)
