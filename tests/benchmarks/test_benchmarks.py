@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -20,16 +19,14 @@ PATCH = (32, 32, 64)
 CLASSES = 3
 
 
-@pytest.fixture
-def benchmarks(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a script of benchmarks/, which finds its neighbours in its own folder."""
+@pytest.fixture(autouse=True)
+def _scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module
 
 
 @pytest.fixture
-def measure_step(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmarks("measure_step")
+def measure_step() -> ModuleType:
+    return import_module("measure_step")
 
 
 @pytest.mark.parametrize(
@@ -79,23 +76,11 @@ def test_allocation_peaks_count_what_lives_at_the_same_time(measure_step: Module
     assert measure_step.allocation_peak(allocate) == 6000
 
 
-def test_operations_have_kinds(benchmarks: Callable[[str], ModuleType]) -> None:
-    kinds = {
-        "aten::mkldnn_convolution": "convolution",
-        "aten::convolution_backward": "convolution backward",
-        "aten::_foreach_add_": "optimizer",
-        "aten::native_group_norm": "norm and activation",
-        "aten::add_": "sums and products",
-        "aten::argmax": "other",
-    }
-    assert {name: benchmarks("profile_step").kind_of(name) for name in kinds} == kinds
-
-
 @pytest.mark.slow
 def test_step_writes_a_report_and_its_table(
-    benchmarks: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, out = benchmarks("step"), tmp_path / "report.json"
+    script, out = import_module("step"), tmp_path / "report.json"
     options = f"--networks tiny --patch 32 32 64 --repeats 1 --steps 1 --device cpu --out {out}"
     assert script.main(options.split()) == 0
     report = json.loads(out.read_text())
@@ -123,23 +108,18 @@ def test_step_writes_a_report_and_its_table(
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_measured(
-    benchmarks: Callable[[str], ModuleType],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str
 ) -> None:
     file = tmp_path / "present.json"
     file.write_text("{}")
     out = file if options.startswith(("--table", "--out")) else tmp_path / "new.json"
-    assert benchmarks("step").main(["--device", "cpu", *options.split(), str(out)]) == 2
+    assert import_module("step").main(["--device", "cpu", *options.split(), str(out)]) == 2
     assert capsys.readouterr().err.startswith("step.py: ")
     assert [path.name for path in tmp_path.iterdir()] == ["present.json"]
 
 
-def test_published_pipeline_computes_what_ours_does(
-    benchmarks: Callable[[str], ModuleType],
-) -> None:
-    plain = benchmarks("plain_volume_fusion")
+def test_published_pipeline_computes_what_ours_does() -> None:
+    plain = import_module("plain_volume_fusion")
     image = np.random.default_rng(0).normal(size=(1, 16, 16, 16))
     low, high = np.percentile(image, [1.5, 99.0])
     ours = stretch(torch.from_numpy(image), float(low), float(high))
@@ -154,10 +134,8 @@ def test_published_pipeline_computes_what_ours_does(
     assert float((drawn == 0).float().mean()) == pytest.approx(published, abs=0.02)
 
 
-def test_pipeline_reports_ours_beside_plain(
-    benchmarks: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    script, out = benchmarks("volume_fusion_pipeline"), tmp_path / "report.json"
+def test_pipeline_reports_ours_beside_plain(tmp_path: Path) -> None:
+    script, out = import_module("volume_fusion_pipeline"), tmp_path / "report.json"
     size = "--patch 16 24 24 --volume 24 40 40 --samples 2 --repeats 1 --out"
     assert script.main([*size.split(), str(out)]) == 0
     assert json.loads(out.read_text())["ours_over_plain"]["median"] > 0

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +17,12 @@ from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES
 from stunet_plugin.networks.presets import get_preset
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.trainers import __all__ as trainer_names
 from stunet_plugin.utils.geometry import Grid
 
 
-@pytest.fixture
-def experiments(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a script of experiments/, which finds its neighbours in its own folder."""
+@pytest.fixture(autouse=True)
+def _scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(repository / "experiments"))
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -71,14 +65,11 @@ DRY_RUNS = {
 
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_dry_run_prints_the_commands_and_writes_nothing(
-    experiments: Callable[[str], ModuleType],
-    data: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
+    data: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     work, model = data.parent / "work", data.parent / "model"
     options, *expected = [text.format(model=model) for text in DRY_RUNS[name]]
-    script = experiments(name)
+    script = import_module(name)
     arguments = [*options.split(), "--work", str(work), "--dry-run", "--data"]
     assert script.main([*arguments, str(data)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -90,10 +81,8 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
     assert f"{name}.py: --data" in capsys.readouterr().err
 
 
-def test_splits_never_mix_and_depend_on_nothing_but_the_names(
-    experiments: Callable[[str], ModuleType],
-) -> None:
-    common = experiments("common")
+def test_splits_never_mix_and_depend_on_nothing_but_the_names() -> None:
+    common = import_module("common")
     names = [f"case_{index:03d}" for index in range(217)]
     test, pool = common.hold_out(names, 60)
     assert (len(test), len(pool), len({*test, *pool})) == (60, 157, 217)
@@ -105,23 +94,8 @@ def test_splits_never_mix_and_depend_on_nothing_but_the_names(
         common.draw_labelled(pool, 1, 158)
 
 
-def test_work_folder_of_other_settings_is_refused(
-    experiments: Callable[[str], ModuleType], data: Path
-) -> None:
-    def begin(batch: int) -> Any:
-        work, common = data.parent / "work", experiments("common")
-        return common.Experiment(Namespace(data=data, work=work, batch=batch, dry_run=False))
-
-    begin(2)
-    begin(2)
-    with pytest.raises(PluginError, match="batch was 2.*another --work"):
-        begin(4)
-
-
-def test_copied_cases_keep_geometry_and_are_written_once(
-    experiments: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    common = experiments("common")
+def test_copied_cases_keep_geometry_and_are_written_once(tmp_path: Path) -> None:
+    common = import_module("common")
     label = sitk.GetImageFromArray(np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 2, 2))
     label.SetSpacing((0.5, 1, 2))
     for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"):
@@ -135,10 +109,8 @@ def test_copied_cases_keep_geometry_and_are_written_once(
     assert (tmp_path / "new" / "imagesTr" / "a_0000.nii.gz").is_symlink()
 
 
-def test_scans_and_labels_of_the_other_hospital_match(
-    experiments: Callable[[str], ModuleType],
-) -> None:
-    script, labels = experiments("hospitals"), np.zeros((12, 20, 14), np.float32)
+def test_scans_and_labels_of_the_other_hospital_match() -> None:
+    script, labels = import_module("hospitals"), np.zeros((12, 20, 14), np.float32)
     labels[3:9, 6:14, 2:8], labels[3:9, 6:14, 8:12] = 1, 2
     original = sitk.DICOMOrient(sitk.GetImageFromArray(labels), "RAS")
     scan = script.other_scanner(sitk.Cast(original * 60 + 20, sitk.sitkUInt8))
@@ -152,21 +124,8 @@ def test_scans_and_labels_of_the_other_hospital_match(
     assert sitk.GetArrayFromImage(scan)[found == 2].mean() < 80
 
 
-def test_every_arm_names_trainers_and_pretrainings_that_exist(
-    experiments: Callable[[str], ModuleType],
-) -> None:
-    script, networks = experiments("volume_fusion"), experiments("common").networks("small")
-    for arm in script.ARMS.values():
-        assert networks[arm.network].trainer + arm.suffix in trainer_names
-        assert networks[arm.network].pretext_trainer in trainer_names
-        assert (arm.pretraining or arm.network) in script.PRETRAININGS
-    assert len(script.ARMS) == sum(map(len, script.GROUPS.values()))
-
-
-def test_report_compares_with_scratch_of_the_same_seed(
-    experiments: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    report, arms = experiments("volume_fusion_report"), experiments("volume_fusion").ARMS
+def test_report_compares_with_scratch_of_the_same_seed(tmp_path: Path) -> None:
+    report, arms = import_module("volume_fusion_report"), import_module("volume_fusion").ARMS
     runs = {"stunet_scratch": (0.5, 0.6), "stunet_pretrained": (0.7, 0.7), "K___8": (0.6,)}
     for arm, dice in runs.items():
         for seed, value in enumerate(dice):
@@ -190,10 +149,8 @@ def test_report_compares_with_scratch_of_the_same_seed(
     assert len(list(tmp_path.glob("volume_fusion_*.png"))) == 3
 
 
-def test_ranking_that_is_right_but_for_one_pair(
-    experiments: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    script = experiments("ranking")
+def test_ranking_that_is_right_but_for_one_pair(tmp_path: Path) -> None:
+    script = import_module("ranking")
     levels = [{"consistency": 2.0, "energy": 0.5}, {"consistency": 4.0, "energy": 1.0}]
     averages = [{"name": "a", "score": -3.0, "levels": levels}, {"name": "b", "score": None}]
     sums = [{"name": "b", "score": None}, {"name": "a", "score": -9.0}]
@@ -220,14 +177,12 @@ def test_ranking_that_is_right_but_for_one_pair(
     assert (tmp_path / "r.png").stat().st_size > 0
 
 
-def test_rescaled_features_leave_the_rest_of_the_network_as_it_was(
-    experiments: Callable[[str], ModuleType],
-) -> None:
+def test_rescaled_features_leave_the_rest_of_the_network_as_it_was() -> None:
     def build(size: str) -> STUNet:
         arguments = stunet_architecture(get_preset(size), PUBLISHED_STRIDES)["arch_kwargs"]
         return STUNet(1, 3, **(arguments | {"conv_op": torch.nn.Conv3d, "deep_supervision": True}))
 
-    rescale = experiments("rescale_features")
+    rescale = import_module("rescale_features")
     torch.manual_seed(0)
     network = build("tiny").apply(STUNet.initialize)
     images, factors = torch.randn(2, 1, 32, 32, 64), [2.0, 0.5, 3.0, 1.0, 4.0]
@@ -242,3 +197,11 @@ def test_rescaled_features_leave_the_rest_of_the_network_as_it_was(
         assert torch.allclose(new, old * factor, atol=1e-4 * factor)
     with pytest.raises(PluginError, match="tiny, small or base"), torch.device("meta"):
         rescale.scale_features(build("large"), factors)
+
+
+def test_work_folder_of_other_settings_is_refused(data: Path) -> None:
+    given, experiment = {"data": data, "dry_run": False}, import_module("common").Experiment
+    for batch in (2, 2):
+        experiment(Namespace(work=data.parent / "work", batch=batch, **given))
+    with pytest.raises(PluginError, match="batch was 2.*another --work"):
+        experiment(Namespace(work=data.parent / "work", batch=4, **given))
