@@ -9,34 +9,42 @@ The arguments are those of ``nnUNetv2_train``; what each process does is nnU-Net
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import socket
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import joblib
 import torch
-from nnunetv2.paths import nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import distributed
 from torch.backends import cudnn
 
+from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
-from stunet_plugin.launch.consistency import check_consistency, check_results_are_shared
 from stunet_plugin.nnunet.commands import name_user
+from stunet_plugin.nnunet.registration import host_version
+from stunet_plugin.options import OPTIONS
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer
+from stunet_plugin.utils.files import sha256_of
 
 TIMEOUT_MINUTES = 60
 """Longer than the slowest process predicts 20 cases in the final validation, after which nnU-Net
 lets them wait for each other."""
+PATIENCE_SECONDS = 30.0
+"""For a new file to be seen from other machines: network file systems cache folders."""
 EXAMPLE = (
     "torchrun --nproc-per-node 2 -m stunet_plugin.launch 4 3d_fullres 0 -tr STUNetTrainer_large"
 )
@@ -112,11 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(options)
         process = Process.from_environment()
         device = choose_device(options.device, process)
-        with process_group(device, options.timeout):
-            check_consistency(options)
-            if process.local_processes != process.processes and nnUNet_results.is_set():
-                check_results_are_shared()
-            train(options, process, device)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        timeout = timedelta(minutes=options.timeout)
+        distributed.init_process_group(backend, timeout=timeout, device_id=gpu)
+        check_consistency(options)
+        if process.local_processes != process.processes and nnUNet_results.is_set():
+            check_results_are_shared()
+        train(options, process, device)
+        # Not after an error: it could wait for processes that are gone.
+        distributed.destroy_process_group()
         return 0
     except PluginError as error:
         tell_torchrun(str(error))
@@ -156,6 +168,93 @@ def check(options: argparse.Namespace) -> None:
         raise PluginError(f"--timeout must be above 0 minutes, not {options.timeout:g}.")
 
 
+def check_consistency(options: argparse.Namespace) -> None:
+    """Raise in every process unless all were started alike: arguments, options, plans, software."""
+    difference = first_difference(_gather((socket.gethostname(), settings_of(options))))
+    if difference is not None:
+        raise PluginError(
+            f"The processes were not started alike: {difference}. All need the same arguments,"
+            " STUNET_* variables, plans and versions."
+        )
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return what must be the same in every process, by the name that users know."""
+    found = {f"the argument {name}": str(value) for name, value in vars(options).items()}
+    found |= {option.variable: os.environ.get(option.variable, "not set") for option in OPTIONS}
+    found |= {
+        "stunet-plugin": __version__,
+        "nnunetv2": host_version(),
+        "torch": torch.__version__.partition("+")[0],
+        "nnUNet_results": "set" if nnUNet_results.is_set() else "not set",
+    }
+    dataset = options.dataset_name_or_id
+    # nnU-Net itself says what is wrong with a dataset's name.
+    with suppress(RuntimeError):
+        dataset = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
+    names = [f"{options.p}.json", "dataset.json"]
+    names += ["splits_final.json"] if options.fold != "all" else []
+    for file in (Path(nnUNet_preprocessed.get() or "", dataset, name) for name in names):
+        found[file.name] = sha256_of(file)[:8] if file.is_file() else "missing"
+    if options.pretrained_weights is not None:
+        weights = Path(options.pretrained_weights)
+        # Reading all of it takes minutes for the large sizes.
+        size = f"{weights.stat().st_size} bytes" if weights.is_file() else "missing"
+        found["the file of -pretrained_weights"] = size
+    return found
+
+
+def first_difference(everyone: Sequence[tuple[str, dict[str, str]]]) -> str | None:
+    """Return the first difference between two processes, each given as (machine, settings)."""
+    (machine, expected), *others = everyone
+    for rank, (other_machine, found) in enumerate(others, 1):
+        for name in {**expected, **found}:
+            here, there = expected.get(name, "not set"), found.get(name, "not set")
+            if here != there:
+                first, other = f"process 0 on {machine}", f"process {rank} on {other_machine}"
+                return f"{name} is {here} in {first}, {there} in {other}"
+    return None
+
+
+def check_results_are_shared() -> None:
+    """Raise in every process unless all see what the first writes to its results folder."""
+    results, names = Path(nnUNet_results), [""]
+    with ExitStack() as until_seen:
+        # If it cannot be written the trainer says so.
+        with suppress(OSError):
+            if distributed.get_rank() == 0:
+                results.mkdir(parents=True, exist_ok=True)
+                file = until_seen.enter_context(tempfile.NamedTemporaryFile(dir=results))
+                names = [Path(file.name).name]
+        distributed.broadcast_object_list(names)
+        if not names[0]:
+            return
+        everyone = _gather((_appears(results / names[0]), socket.gethostname(), str(results)))
+    (_, first_machine, first_folder), *_ = everyone
+    for rank, (seen, machine, folder) in enumerate(everyone):
+        if not seen:
+            raise PluginError(
+                f"nnUNet_results is not shared: process {rank} on {machine} does not see in its"
+                f" {folder} what process 0 on {first_machine} writes to its {first_folder}. Set"
+                " nnUNet_results to one folder on a shared file system."
+            )
+
+
+def _gather(own: Any) -> list[Any]:
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 def choose_device(kind: str, process: Process) -> torch.device:
     """Return this process's device, and give it its share of the machine's cores."""
     if kind == "cpu":
@@ -175,21 +274,10 @@ def choose_device(kind: str, process: Process) -> torch.device:
     return device
 
 
-@contextmanager
-def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
-    """Join the other processes, over NCCL between GPUs and gloo on the CPU."""
-    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    timeout = timedelta(minutes=timeout_minutes)
-    distributed.init_process_group(backend, timeout=timeout, device_id=gpu)
-    yield
-    # Not after an error: it could wait for processes that are gone.
-    distributed.destroy_process_group()
-
-
 def train(options: argparse.Namespace, process: Process, device: torch.device) -> None:
     """Do what ``nnUNetv2_train`` does, in one of several processes."""
-    with _silent():
-        # nnU-Net searches again below, and prints each file that it looks into.
+    # nnU-Net searches again below, and prints each file that it looks into.
+    with redirect_stdout(io.StringIO()):
         trainer_class = recursive_find_trainer_class_by_name(options.tr)
     ours = issubclass(trainer_class, DistributedTrainer)
     if not ours and (device.type != "cuda" or process.local_processes != process.processes):
@@ -200,7 +288,7 @@ def train(options: argparse.Namespace, process: Process, device: torch.device) -
         )
     fold = options.fold if options.fold == "all" else int(options.fold)
     dataset = (options.dataset_name_or_id, options.configuration, fold)
-    with _silent() if process.rank else nullcontext():
+    with redirect_stdout(io.StringIO()) if process.rank else nullcontext():
         trainer = get_trainer_from_args(*dataset, options.tr, options.p, options.c, device=device)
     trainer.disable_checkpointing = options.disable_checkpointing
     if ours and options.pretrained_weights is not None and not options.val:
@@ -212,12 +300,6 @@ def train(options: argparse.Namespace, process: Process, device: torch.device) -
     if options.val_best:
         trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_best.pth")))
     trainer.perform_actual_validation(options.npz)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.launch import __main__ as launch
-from stunet_plugin.launch import consistency
 
 from conftest import PHANTOM_ID, Workspace
 from trainer_helpers import DATASET
@@ -37,7 +36,7 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     """Two pretended machines with a process each, of which one is killed; then four processes with
     the network sharded. Losses, weights and momentum must be those of a single process."""
     monkeypatch.syspath_prepend(str(repository / "tests" / "tools"))
-    launched = importlib.import_module("launched")
+    launched = importlib.import_module("two_processes")
     folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
     launched.write_plans(folder)
     changes = {"STUNET_EPOCHS": str(EPOCHS), "STUNET_SEED": "1"}
@@ -138,12 +137,12 @@ def test_a_training_that_was_stopped_says_how_to_resume(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     set_ranks(monkeypatch, 0, 1, 0, 1)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setattr(launch, "process_group", fail)
+    monkeypatch.setattr(distributed, "init_process_group", fail)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert launch.main(["4", "3d_fullres", "0", "-device", "cpu"]) == code
     assert "start the same command with --c" in capsys.readouterr().err
@@ -155,12 +154,12 @@ def test_processes_that_were_started_differently_are_told_apart(
     nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def settings(*more: str) -> dict[str, str]:
-        return consistency.settings_of(launch.build_parser().parse_args([*TRAINING, *more]))
+        return launch.settings_of(launch.build_parser().parse_args([*TRAINING, *more]))
 
     first = settings("--c")
 
     def difference(*more: str) -> str | None:
-        return consistency.first_difference([("a", first), ("a", first), ("b", settings(*more))])
+        return launch.first_difference([("a", first), ("a", first), ("b", settings(*more))])
 
     assert difference("--c") is None
     assert difference() == "the argument c is True in process 0 on a, False in process 2 on b"
@@ -188,7 +187,7 @@ def test_results_that_are_not_shared_are_refused(
         everyone[:] = [(True, "a", "/first"), own]
 
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    monkeypatch.setattr(consistency, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(launch, "PATIENCE_SECONDS", 0)
     monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     send = monkeypatch.setattr
@@ -196,11 +195,11 @@ def test_results_that_are_not_shared_are_refused(
     send(distributed, "all_gather_object", gather)
     if shared:
         (tmp_path / "probe").touch()
-        consistency.check_results_are_shared()
+        launch.check_results_are_shared()
     else:
         message = "process 1 on .* does not see in its .* what process 0 on a writes to its /first"
         with pytest.raises(PluginError, match=message):
-            consistency.check_results_are_shared()
+            launch.check_results_are_shared()
 
 
 def test_nnunets_own_trainers_are_refused_beyond_the_gpus_of_one_machine(

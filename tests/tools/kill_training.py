@@ -114,15 +114,7 @@ def kill_once(plans: dict[str, Any], folder: Path, draws: random.Random, size: s
 def kill_many(
     kills: int, plans: dict[str, Any], folder: Path, seed: int, size: str = "tiny"
 ) -> dict[str, int]:
-    """Kill trainings, each of which resumes the one before; return counts of what came of it.
-
-    Args:
-        kills: how many.
-        plans: of a preprocessed dataset, with a configuration 3d_fullres.
-        folder: for the checkpoints.
-        seed: of the moments.
-        size: of STU-Net.
-    """
+    """Kill trainings, each of which resumes the one before; return counts of what came of it."""
     draws, reached = random.Random(seed), 0
     keys = ("kills", "in_a_write", "checkpoints_saved", "did_not_load", "epochs_lost", "epochs")
     counts = Counter(dict.fromkeys(keys, 0))

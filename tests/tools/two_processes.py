@@ -19,9 +19,12 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -29,24 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launched import (
-    BATCH,
-    FIXED_BATCHES,
-    PATCH,
-    PLANS,
-    Launch,
-    differences,
-    read,
-    same_weights_everywhere,
-    torchrun,
-    write_plans,
-)
 
 from stunet_plugin.demo.phantom import write_dataset
 from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.registration import host_version, trainers_folder
 from stunet_plugin.utils.files import write_atomically
 
+FIXED_BATCHES = Path(__file__).resolve().parent / "fixed_batches"
+"""Folder of FixedBatchesTrainer, for ``nnUNet_extTrainer``."""
+PLANS = "FixedBatchesPlans"
+PATCH = (16, 32, 32)
+BATCH = 4
 DATASET = "901"
 NAME = f"Dataset{DATASET}_Phantoms"
 NETWORK_PLANS, NETWORK_PATCH = "NetworkPlans", (32, 32, 32)
@@ -57,6 +53,111 @@ step; a wrong average or a missed batch is off by far more."""
 PRETEXT = "VolumeFusionTrainer_STUNet_tiny"
 NETWORKS = ("STUNetTrainer_tiny", "PCTNetTrainer", "FMUNetTrainer", PRETEXT, "VolumeFusionTrainer")
 KEPT_OUT = ("nnUNet_", "STUNET_", "FIXED_BATCHES_")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What came of a training: torchrun's exit code on each machine (None: it had to be stopped),
+    what each wrote, and the seconds until the last one ended."""
+
+    codes: list[int | None]
+    outputs: list[str]
+    seconds: float
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.outputs)
+
+
+def torchrun(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    machines: int = 1,
+    processes: int = 2,
+    limit: float = 600,
+) -> Launch:
+    """Start ``stunet_plugin.launch`` as if on several machines, ``processes`` on each, and wait;
+    outputs go to the folder. What runs after ``limit`` seconds is stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    group = str(uuid.uuid4())
+    shape = f"--nnodes {machines} --nproc-per-node {processes}"
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint localhost:{_free_port()} --rdzv-id {group}"
+    command = f"-m torch.distributed.run {shape} {meeting} -m stunet_plugin.launch"
+    logs = [folder / f"{group}_{machine}.txt" for machine in range(machines)]
+    start, started = time.monotonic(), []
+    for log in logs:
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command.split(), *arguments],
+                # What a killed process had in its buffers would be lost.
+                env={**environment, "PYTHONUNBUFFERED": "1"},
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        started.append(process)
+    codes: list[int | None] = []
+    for process in started:
+        try:
+            codes.append(process.wait(max(0.0, start + limit - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            # torchrun ends its processes before itself.
+            process.terminate()
+            process.wait()
+            codes.append(None)
+    outputs = [log.read_text(errors="replace") for log in logs]
+    return Launch(codes, outputs, time.monotonic() - start)
+
+
+def write_plans(dataset: Path, name: str = PLANS, patch: Sequence[int] = PATCH) -> None:
+    """Put plans with a small patch and a batch that four processes can split beside the others."""
+    plans = json.loads((dataset / "nnUNetPlans.json").read_text())
+    plans["plans_name"] = name
+    plans["configurations"]["3d_fullres"].update({"patch_size": list(patch), "batch_size": BATCH})
+    write_atomically(dataset / f"{name}.json", json.dumps(plans, indent=2))
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    return content
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
+    """Return the largest differences of two checkpoints: losses of all epochs (relative), weights
+    and momentum (absolute). Raises ValueError if names, epochs or kinds of tensors differ."""
+    found = {}
+    for key in ("train_losses", "val_losses"):
+        pairs = zip(first["logging"][key], second["logging"][key], strict=True)
+        found[key] = float(max(abs(a - b) / abs(a) for a, b in pairs))
+    weights = _largest_difference(first["network_weights"], second["network_weights"])
+    momentum = _largest_difference(_momentum(first), _momentum(second))
+    return {**found, "weights": weights, "momentum": momentum}
+
+
+def same_weights_everywhere(model: Path, ranks: int) -> bool:
+    """Say whether all processes had the same weights after every epoch, to the bit."""
+    written = [(model / f"weights_of_rank_{rank}.txt").read_text() for rank in range(ranks)]
+    return len(set(written)) == 1
+
+
+def _largest_difference(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> float:
+    plain = all(type(value) is torch.Tensor for value in second.values())
+    if first.keys() != second.keys() or not plain:
+        raise ValueError("The checkpoints hold other tensors.")
+    return max(float((value - second[name]).abs().max()) for name, value in first.items())
+
+
+def _momentum(checkpoint: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
+    states = checkpoint["optimizer_state"]["state"]
+    return {number: values["momentum_buffer"] for number, values in states.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -116,10 +217,7 @@ class Runs:
     def stock(self, words: Sequence[str], **environment: str) -> None:
         """Run a stock command."""
         print("+", *words, flush=True)
-        command, variables = (
-            [find_command(words[0]), *words[1:]],
-            {**self.environment, **environment},
-        )
+        command, variables = [find_command(words[0]), *words[1:]], self.environment | environment
         quiet = subprocess.DEVNULL
         subprocess.run(command, env=variables, cwd=self.work, check=True, stdout=quiet)
 
