@@ -41,10 +41,8 @@ def paired(models: list[Model], datasets: list[Dataset], **rules: Any) -> list[P
 
 
 def test_shared_classes_and_those_of_each_pair() -> None:
-    models, datasets = (
-        [model("T", "TotalSegmentator-v2")],
-        [dataset("F", "FLARE22"), dataset("A", "AbdomenCT-1K")],
-    )
+    models = [model("T", "TotalSegmentator-v2")]
+    datasets = [dataset("F", "FLARE22"), dataset("A", "AbdomenCT-1K")]
     shared = paired(models, datasets)
     assert [{scored.name for scored in pair.classes} for pair in shared] == [
         {"liver", "kidney", "spleen", "pancreas"}
@@ -115,12 +113,12 @@ def test_datasets_by_name_and_with_files_listed(
     for name in ("image.nii.gz", "label.nii.gz"):
         (folder / name).touch()
     files = {"one": {"images": ["image.nii.gz"], "label": "label.nii.gz"}}
-    description = {
+    description: dict[str, Any] = {
         "channel_names": {"0": "CT"},
         "labels": {"liver": 1},
-        "file_ending": ".nii.gz",
         "dataset": files,
     }
+    description["file_ending"] = ".nii.gz"
     (folder / "dataset.json").write_text(json.dumps(description))
     for given in (7, folder.name, str(folder)):
         found = read_dataset({"name": "D", "folder": given})
@@ -186,15 +184,9 @@ def test_storage_order_does_not_matter(tmp_path: Path) -> None:
 
 def test_other_voxels_are_refused_or_resampled(tmp_path: Path) -> None:
     reference = image(labels())
-    grid = (
-        (5, 8, 6),
-        sitk.Transform(),
-        sitk.sitkNearestNeighbor,
-        (3.5, -4, 5),
-        (2, 1.5, 2),
-        np.eye(3).ravel(),
-    )
-    coarse = sitk.Resample(reference, *grid)
+    how = (sitk.Transform(), sitk.sitkNearestNeighbor)
+    place = ((3.5, -4, 5), (2, 1.5, 2), np.eye(3).ravel())
+    coarse = sitk.Resample(reference, (5, 8, 6), *how, *place)
     found = scored(tmp_path, reference, coarse)
     assert not found.values
     assert (
@@ -220,15 +212,8 @@ def test_ignored_voxels_and_unknown_labels(tmp_path: Path) -> None:
     problem = scored(tmp_path, image(reference), image(prediction)).problem
     assert "prediction.nii.gz: undeclared label values (9 (1 voxels))" in problem
     (tmp_path / "prediction.nii.gz").write_bytes(b"nothing")
-    task = CaseTask(
-        ("m", "d", "c"),
-        tmp_path / "reference.nii.gz",
-        tmp_path / "prediction.nii.gz",
-        BOTH,
-        SYSTEM,
-        SYSTEM,
-        False,
-    )
+    paths = (tmp_path / "reference.nii.gz", tmp_path / "prediction.nii.gz")
+    task = CaseTask(("m", "d", "c"), *paths, BOTH, SYSTEM, SYSTEM, False)
     assert "not gzip" in score_case(task).problem
 
 

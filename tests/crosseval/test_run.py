@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -199,35 +200,16 @@ def test_two_models_on_two_datasets(
 
 
 def check_what_was_compared(summary: dict[str, Any], page: str, subjects: Path) -> None:
-    """Of the summary and of the report alone: which models and datasets these were, and how the
-    models predicted."""
-    model, flare, own = (
-        summary["models"]["apart"],
-        summary["datasets"]["FLARE"],
-        summary["datasets"]["Own"],
-    )
-    known = {
-        key: model[key]
-        for key in ("trainer", "configuration", "folds", "checkpoint", "mirroring", "step_size")
-    }
-    assert known == {
-        "trainer": "STUNetTrainer_tiny",
-        "configuration": "3d_fullres",
-        "folds": ["0"],
-        "checkpoint": "checkpoint_final.pth",
-        "mirroring": False,
-        "step_size": 1.0,
-    }
-    assert (flare["cases"], flare["labels_from"], flare["images"]) == (
-        3,
-        "FLARE22",
-        str(subjects / "flare" / "images"),
-    )
-    assert (own["folder"], own["part"], own["labels_from"]) == (
-        str(subjects / "raw"),
-        "Tr",
-        "dataset.json",
-    )
+    """Which models and datasets these were, and how the models predicted."""
+    model, datasets = summary["models"]["apart"], summary["datasets"]
+    known = {"trainer": "STUNetTrainer_tiny", "configuration": "3d_fullres", "folds": ["0"]}
+    how = {"checkpoint": "checkpoint_final.pth", "mirroring": False, "step_size": 1.0}
+    assert model == {**model, **known, **how}
+    images = str(subjects / "flare" / "images")
+    flare = {"cases": 3, "labels_from": "FLARE22", "images": images}
+    own = {"folder": str(subjects / "raw"), "part": "Tr", "labels_from": "dataset.json"}
+    assert datasets["FLARE"] == {**datasets["FLARE"], **flare}
+    assert datasets["Own"] == {**datasets["Own"], **own}
     places = str(subjects / "apart"), str(subjects / "flare" / "references")
     settings = "STUNetTrainer_tiny", model["plans"], "mirroring off", "step size 1"
     for text in (*places, *settings, "dataset.json: kidney", "FLARE22: liver"):
@@ -343,95 +325,64 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: object) -
     return re.sub(r"\s+", " ", message)
 
 
+M, D, LUNG = "--model M={apart} ", "--dataset D={own} ", "{own},labels=MSD-Lung "
+REFUSALS = {
+    D: "No models are given",
+    M + M + D: "Two models are called 'M'",
+    "--model 'M x={apart}' --model m_X={apart} " + D: "Two models are called 'M x' and 'm_X'",
+    "--model M " + D: "expected NAME=FOLDER",
+    M + "--dataset D,images={own}": "give folder (a raw dataset of nnU-Net), or images, references",
+    "--model M={own} " + D: "is no model folder of nnU-Net v2",
+    "--model M={apart},fold=3 " + D: "fold_3/checkpoint_final.pth is not there. ",
+    "--model M={apart},checkpoint=best.pth " + D: "fold_*/best.pth is not there. ",
+    "--model M={apart},step=1 " + D: "unknown entry 'step'; there are name, folder",
+    "--model M={apart},step-size=1 " + D: "Did you mean step_size?",
+    "--model M={apart},step_size=1.5 " + D: "step_size must be a number above 0",
+    "{models} " + D: "unknown entry 'modles'; there are models, datasets, output ... mean models?",
+    M + "--dataset D={own},labels={labels}": "{labels}: unknown entry 'lables'; there are name,"
+    " labels, groups ... Did you mean labels?",
+    M + "--dataset D={flare}": "has no dataset.json that says what its labels mean",
+    M + "--dataset D={own},part=Ts": "no folder of images {own}/imagesTs. Parts with images and"
+    " references: part=Tr.",
+    M + "--dataset D={own},labels=NOTHING": "neither a published label system",
+    M + D + "--classes liver": "The dataset D has no class liver; it has kidney, spleen, bone",
+    M + D + "--classes spleeen": "Did you mean spleen? Take it off the list of classes, or use",
+    M
+    + "--dataset D="
+    + LUNG: "Model M and dataset D share no class. D has: lung_tumour ... If they"
+    " mean the same classes under other names, give one of them",
+    M + D + "--dataset E=" + LUNG: "no class that all models and datasets have. D has: kidney, ..."
+    " --classes pair.",
+    M + "--dataset D=" + LUNG + "--classes pair": "Model M and dataset D share no class",
+    M + D + "--tolerance -1": "default_tolerance must be a number of millimetres",
+    M + D + "-np 0": "-np must be at least 1, not 0",
+    "{none}": "cannot be read",
+}
+"""Arguments, and the parts of what is said about them."""
+
+
 def test_wrong_input_is_refused(
     subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    apart, own, flare = subjects / "apart", subjects / "raw", subjects / "flare"
-    model, dataset = ("--model", f"M={apart}"), ("--dataset", f"D={own}")
-    (tmp_path / "modles.json").write_text(json.dumps({"modles": []}))
-    wrong = tmp_path / "lables.yaml"
-    wrong.write_text("name: Own\nlables: {kidney: 1}\n")
-    for arguments, message in (
-        (dataset, "No models are given"),
-        ((*model, *model, *dataset), "Two models are called 'M'"),
-        (
-            ("--model", f"M x={apart}", "--model", f"m_X={apart}", *dataset),
-            "Two models are called 'M x' and 'm_X'",
-        ),
-        (("--model", "M", *dataset), "expected NAME=FOLDER"),
-        (
-            (*model, "--dataset", f"D,images={own}"),
-            "give folder (a raw dataset of nnU-Net), or images, references and",
-        ),
-        (("--model", f"M={own}", *dataset), "is no model folder of nnU-Net v2"),
-        (("--model", f"M={apart},fold=3", *dataset), "fold_3/checkpoint_final.pth is not there. "),
-        (("--model", f"M={apart},checkpoint=best.pth", *dataset), "fold_*/best.pth is not there. "),
-        (
-            ("--model", f"M={apart},step=1", *dataset),
-            "unknown entry 'step'; there are name, folder",
-        ),
-        (("--model", f"M={apart},step-size=1", *dataset), "Did you mean step_size?"),
-        (
-            (tmp_path / "modles.json", *dataset),
-            "modles.json: unknown entry 'modles'; there are models, datasets, output",
-        ),
-        ((tmp_path / "modles.json", *dataset), "Did you mean models?"),
-        (
-            (*model, "--dataset", f"D={own},labels={wrong}"),
-            f"{wrong}: unknown entry 'lables'; there are name, labels, groups",
-        ),
-        ((*model, "--dataset", f"D={own},labels={wrong}"), "Did you mean labels?"),
-        (("--model", f"M={apart},step_size=1.5", *dataset), "step_size must be a number above 0"),
-        ((*model, "--dataset", f"D={flare}"), "has no dataset.json that says what its labels mean"),
-        (
-            (*model, "--dataset", f"D={own},part=Ts"),
-            f"no folder of images {own / 'imagesTs'}. Parts with images and references: part=Tr.",
-        ),
-        ((*model, "--dataset", f"D={own},labels=NOTHING"), "neither a published label system"),
-        (
-            (*model, *dataset, "--classes", "liver"),
-            "The dataset D has no class liver; it has kidney, spleen, bone",
-        ),
-        (
-            (*model, *dataset, "--classes", "spleeen"),
-            "Did you mean spleen? Take it off the list of classes, or use",
-        ),
-        (
-            (*model, "--dataset", f"D={own},labels=MSD-Lung"),
-            "Model M and dataset D share no class. D has: lung_tumour",
-        ),
-        (
-            (*model, "--dataset", f"D={own},labels=MSD-Lung"),
-            "If they mean the same classes under other names, give one of them",
-        ),
-        (
-            (*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"),
-            "no class that all models and datasets have. D has: kidney,",
-        ),
-        ((*model, *dataset, "--dataset", f"E={own},labels=MSD-Lung"), "--classes pair."),
-        (
-            (*model, "--dataset", f"D={own},labels=MSD-Lung", "--classes", "pair"),
-            "Model M and dataset D share no class",
-        ),
-        (
-            (*model, *dataset, "--tolerance", "-1"),
-            "default_tolerance must be a number of millimetres",
-        ),
-        ((*model, *dataset, "-np", "0"), "-np must be at least 1, not 0"),
-        ((tmp_path / "none.json",), "cannot be read"),
-    ):
-        assert message in refused(capsys, out, *arguments), message
+    places = {"apart": subjects / "apart", "own": subjects / "raw", "flare": subjects / "flare"}
+    names = {"models": "modles.json", "labels": "lables.yaml", "none": "none.json"}
+    places |= {key: tmp_path / name for key, name in names.items()}
+    places["models"].write_text(json.dumps({"modles": []}))
+    places["labels"].write_text("name: Own\nlables: {kidney: 1}\n")
+    for arguments, message in REFUSALS.items():
+        said = refused(capsys, out, *shlex.split(arguments.format(**places)))
+        for part in message.format(**places).split(" ... "):
+            assert part in said, arguments
     references = tmp_path / "references"
     write_image(np.zeros(SHAPE, np.uint8), references / "case0.nii.gz")
-    lacking = (*model, "--dataset", f"D={own},references={references}")
+    lacking = shlex.split(f"{M}--dataset D={{own}},references={references}".format(**places))
     assert "2 of 3 images have no reference" in refused(capsys, out, *lacking)
     for number in (1, 2):
         write_image(np.zeros((9, 14, 12), np.uint8), references / f"case{number}.nii.gz")
-    message = refused(capsys, out, *lacking)
     assert (
         "2 of 3 references do not lie on the voxels of their image. case1: reference 12 x 14 x 9"
-        " voxels" in message
+        " voxels" in refused(capsys, out, *lacking)
     )
 
 
@@ -450,14 +401,6 @@ def test_labels_that_the_system_does_not_have(
     assert "undeclared label values (2 (" in message
 
 
-def test_check_writes_nothing(
-    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert crosseval(setup_file(subjects, tmp_path), "-o", tmp_path / "out", "--check") == 0
-    assert "Classes (2)" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
 def test_check_reads_all_files(
     subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -468,6 +411,7 @@ def test_check_reads_all_files(
     )
     arguments = ("--model", f"M={subjects / 'apart'}", "--dataset", both, "-device", "cpu")
     assert crosseval(*arguments, "-o", tmp_path / "out", "--check") == 0
+    assert not (tmp_path / "out").exists()
     image = next((tmp_path / "images").glob("*.nii.gz"))
     image.write_bytes(image.read_bytes()[:-200])
     # ITK would fill the rest with zeros.
