@@ -105,6 +105,6 @@ def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def rows(dataset: Path, name: str) -> list[dict[str, str]]:
-    """Return the rows of one of a data set's tables."""
+    """Return the rows of one of a dataset's tables."""
     with (dataset / "unlabeled" / name).open(newline="") as file:
         return list(csv.DictReader(file))

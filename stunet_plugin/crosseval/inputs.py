@@ -20,7 +20,7 @@ from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.utils.validation import is_list, is_number
+from stunet_plugin.utils.validation import channel_names, is_list, is_number
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.crosseval import Crosseval
@@ -222,7 +222,7 @@ def read_model(entry: Mapping[str, Any]) -> Model:
     # That of all cases only where there are no others, as nnU-Net does.
     trained = [fold for fold in found if fold.isdigit()] or found[:1]
     folds = _take(entry, "fold", trained, _are_folds, "a number, a list of them, or 'all'", where)
-    channels = dataset.get("channel_names", dataset.get("modality", {}))
+    channels = channel_names(dataset, f"{where}dataset.json")
     step_size = _take(
         entry, "step_size", 0.5, _is_step_size, "a number above 0 and at most 1", where
     )

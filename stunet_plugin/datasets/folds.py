@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,10 @@ def balanced_folds(
         # Without a dataset of as many cases as folds there are no shares to keep.
         kind = StratifiedKFold if max(map(len, dealt.values())) >= FOLDS else KFold
         splitter = kind(FOLDS, shuffle=True, random_state=seed)
-        for val, (_, indices) in zip(validation, splitter.split(names, origins), strict=True):
+        with warnings.catch_warnings():  # of datasets with fewer cases than folds
+            warnings.simplefilter("ignore", UserWarning)
+            dealt_out = list(splitter.split(names, origins))
+        for val, (_, indices) in zip(validation, dealt_out, strict=True):
             val += [names[index] for index in indices]
     everything = {name for names in cases.values() for name in names}
     return [{"train": sorted(everything - set(val)), "val": sorted(val)} for val in validation]

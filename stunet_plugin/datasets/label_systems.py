@@ -135,9 +135,11 @@ def canonical_name(name: str) -> str:
     """Return the name that a class is known by: lower case, underscores, the side at the end, no
     synonyms. Letters of every script and signs that carry meaning (``<``, ``+``) stay."""
     folded = unicodedata.normalize("NFKC", name).casefold()
-    # Separators, controls and punctuation part words.
-    spaced = [" " if unicodedata.category(sign)[0] in "ZCP" else sign for sign in folded]
-    words = "".join(spaced).split()
+    # Separators, controls and punctuation part words; ER- is not ER, and #1 not 1.
+    parts = [unicodedata.category(sign)[0] in "ZCP" and sign != "#" for sign in folded]
+    words = "".join(" " if x else sign for x, sign in zip(parts, folded, strict=True)).split()
+    if words and folded.rstrip().endswith("-"):
+        words[-1] += "-"
     if len(words) > 1 and words[0] in SIDES:
         words = [*words[1:], words[0]]
     plain = "_".join(words)

@@ -20,8 +20,8 @@ from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_
 from stunet_plugin.errors import PluginError, few_lines
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS
 from stunet_plugin.utils.files import write_atomically
-from stunet_plugin.utils.image_files import PICTURES, ImageError, place_image
-from stunet_plugin.utils.images import read_images, read_label_array
+from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, place_image
+from stunet_plugin.utils.images import read_geometry, read_images, read_label_array
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.merge_datasets import MergeDatasets
@@ -205,6 +205,11 @@ class _Merge:
         if array.shape[1:] != found.labels.shape:
             size = f"{found.labels.shape}, its image {array.shape[1:]}"
             raise ImageError(case.label, "not of its image's size", size)
+        if self.ending not in (*PICTURES, *TIFF):
+            grid, own = read_geometry(case.images[0]), read_geometry(case.label)
+            if not own.agrees(grid):
+                differing = f"{own}; image {grid}"
+                raise ImageError(case.label, "not on the voxels of its image", differing)
         self.target.add_images(name, case.images, self.ending)
         if mapping.changes_nothing and not found.rounded:
             place_image(case.label, target, self.target.how)

@@ -223,7 +223,7 @@ class _PseudoLabelling:
         number = self.options.dataset_id
         target.say_written(
             "2d" if model.configuration == "2d" else CONFIGURATION,
-            ", or join it with labelled cases:"
+            "\nOr join it with labelled cases first:"
             f" stunet merge-datasets LABELLED {number} --train-only {number} -d ID",
         )
         return self._warn(records)

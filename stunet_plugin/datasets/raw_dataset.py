@@ -15,7 +15,8 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import RAW
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.utils.image_files import PICTURES, TIFF
+from stunet_plugin.utils.image_files import PICTURES, TIFF, side_files
+from stunet_plugin.utils.validation import channel_names
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
@@ -44,7 +45,7 @@ class RawDataset:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        names = _channel_names(self.description, self.name)
+        names = channel_names(self.description, self.name)
         return tuple(str(names[key]) for key in sorted(names, key=int))
 
     @property
@@ -86,7 +87,7 @@ def read_raw(folder: Path) -> RawDataset:
     if not file.is_file():
         raise PluginError(f"{folder} is no dataset of nnU-Net: it has no dataset.json.")
     description = read_json(file)
-    channels = len(_channel_names(description, str(file)))
+    channels = len(channel_names(description, str(file)))
     ending, labels = description.get("file_ending"), description.get("labels")
     if not isinstance(ending, str) or not re.fullmatch(r"(\.\w+)+", ending):
         raise PluginError(f"{file}: file_ending must be such as '.nii.gz', not {ending!r}.")
@@ -97,25 +98,20 @@ def read_raw(folder: Path) -> RawDataset:
     else:
         images = list_images(folder / "imagesTr", ending, channels)
         cases = [Case(x, images[x], folder / "labelsTr" / f"{x}{ending}") for x in images]
+        labelled = {x.name.removesuffix(ending) for x in folder.glob(f"labelsTr/[!.]*{ending}")}
+        if without := sorted(labelled - images.keys()):
+            count = f"{len(without)} label maps have no image in imagesTr"
+            raise PluginError(f"{folder.name}: {count} (for example {without[0]}).")
     lacking = [case.label for case in cases if not case.label.is_file()]
     if lacking:
         count = f"{len(lacking)} of {len(cases)} cases have no labels"
         raise PluginError(f"{folder.name}: {count} (for example {lacking[0]}).")
+    if ending in TIFF and len({bool(side_files(case.images[0])) for case in cases}) > 1:
+        alone = next(x.images[0] for x in cases if not side_files(x.images[0]))
+        raise PluginError(f"{alone} has no .json with its spacing, as other cases have.")
     if not cases:
         raise PluginError(f"{folder} has no cases: no images *_0000{ending} in imagesTr.")
     return RawDataset(folder, description, tuple(cases))
-
-
-def _channel_names(description: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the channels of a ``dataset.json``; older ones call them modality."""
-    names = description.get("channel_names", description.get("modality"))
-    wanted = set(map(str, range(len(names)))) if isinstance(names, dict) else set()
-    if not isinstance(names, dict) or not names or set(names) != wanted:
-        turned = isinstance(names, dict) and names and set(map(str, names.values())) == wanted
-        hint = " Here names and numbers are the wrong way round." if turned else ""
-        wrong = f'channel_names must be {{"0": "CT"}} and so on, not {names!r}.{hint}'
-        raise PluginError(f"{where}: {wrong}")
-    return names
 
 
 def _listed_cases(folder: Path, description: dict[str, Any], file: Path) -> list[Case]:

@@ -19,6 +19,7 @@ from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.image_files import MOVE, ImageError, place_image, side_files
 from stunet_plugin.utils.images import read_images
+from stunet_plugin.utils.validation import channel_names
 from stunet_plugin.weights.safe_loading import load_checkpoint
 
 PARTIAL = ".partial"
@@ -74,6 +75,7 @@ class Model:
                     " with `stunet import`."
                 )
         self.dataset = read_json(folder / "dataset.json")
+        channel_names(self.dataset, f"{folder / 'dataset.json'}")
         trained = trained_folds(folder, checkpoint)
         self.folds = trained if folds is None else tuple(folds)
         self.files = [folder / f"fold_{fold}" / checkpoint for fold in self.folds]

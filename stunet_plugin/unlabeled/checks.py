@@ -32,7 +32,7 @@ HIGHEST_CT_MINIMUM = -100.0
 
 
 class UnusableError(Exception):
-    """A scan that the data set cannot take.
+    """A scan that the dataset cannot take.
 
     Attributes:
         reason: one of a few, for counting.
@@ -113,7 +113,7 @@ def looks_like(low: float, sample: np.ndarray) -> str | None:
 
 
 def check_modality(modality: str, low: float, sample: np.ndarray) -> None:
-    """Refuse a scan whose values contradict the modality of the data set."""
+    """Refuse a scan whose values contradict the modality of the dataset."""
     seen = looks_like(low, sample)
     if seen is None or seen == modality:
         return

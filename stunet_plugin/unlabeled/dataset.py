@@ -1,4 +1,4 @@
-"""The data set in nnUNet_raw: its folder, who may write to it, and giving the files of a case their
+"""The dataset in nnUNet_raw: its folder, who may write to it, and giving the files of a case their
 places."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Choice:
-    """What a data set was begun with and keeps."""
+    """What a dataset was begun with and keeps."""
 
     modality: str
     file_ending: str
@@ -44,7 +44,7 @@ class Dataset:
         """Look at what is there; nothing is written.
 
         Raises:
-            PluginError: bad ID or name, nnUNet_raw not set, or another data set has the ID.
+            PluginError: bad ID or name, nnUNet_raw not set, or another dataset has the ID.
         """
         self.dataset_id = dataset_id
         self.folder = new_raw_folder(dataset_id, name)
@@ -74,7 +74,7 @@ class Dataset:
         return self.records / "settings.json"
 
     def choice(self) -> Choice | None:
-        """What the data set was begun with, None if it is new.
+        """What the dataset was begun with, None if it is new.
 
         Raises:
             PluginError: the record of it is damaged.
@@ -109,7 +109,7 @@ class Dataset:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Let no second run write to the data set.
+        """Let no second run write to the dataset.
 
         Raises:
             PluginError: one does.

@@ -33,7 +33,7 @@ class _Slice:
     position: float
     aside: np.ndarray
     """Where it lies in its own plane, in mm."""
-    step: float
+    spacing: tuple[float, ...]
     """Between its voxels, in mm."""
     size: tuple[int, ...]
     components: int
@@ -87,7 +87,7 @@ def _image(reader: Any, name: str) -> tuple[tuple[Any, ...], _Slice]:
     """Return the stack that an image belongs to (size and orientation), and the image."""
     axes = reader.GetDimension()
     direction = np.reshape(reader.GetDirection(), (axes, axes))
-    size, step = tuple(reader.GetSize()), min(reader.GetSpacing()[:2])
+    size, spacing = tuple(reader.GetSize()), tuple(reader.GetSpacing()[:2])
     position, aside = 0.0, np.zeros(2)
     if axes == 3:
         normal = np.cross(direction[:, 0], direction[:, 1])
@@ -96,7 +96,7 @@ def _image(reader: Any, name: str) -> tuple[tuple[Any, ...], _Slice]:
     # Written with few digits, so that noise in the last one does not make another stack.
     stack = (size[:2], tuple(np.round(direction.ravel(), 2) + 0.0))
     components, modality = reader.GetNumberOfComponents(), _tag(reader, MODALITY)
-    return stack, _Slice(name, position, aside, step, size, components, modality)
+    return stack, _Slice(name, position, aside, spacing, size, components, modality)
 
 
 def _series(folder: Source, label: str, slices: Sequence[_Slice], others: int) -> Source:
@@ -134,8 +134,10 @@ def _problem(slices: Sequence[_Slice]) -> tuple[str, str] | None:
     median = float(np.median(gaps))
     if np.ptp(gaps) > GAP_TOLERANCE * median:
         return "slices missing", f"gaps from {gaps.min():.2f} to {gaps.max():.2f} mm"
+    if not np.allclose([one.spacing for one in slices], first.spacing, rtol=1e-3):
+        return "several spacings in one series", f"{first.spacing} mm and others"
     shifts = [float(np.linalg.norm(one.aside - first.aside)) for one in slices]
-    if max(shifts) > SHIFT_TOLERANCE * first.step:
+    if max(shifts) > SHIFT_TOLERANCE * min(first.spacing):
         # ITK would stack the slices straight, each as far off as it is shifted.
         tilt = math.degrees(math.atan2(shifts[-1], slices[-1].position - first.position))
         found = f"gantry tilt of {tilt:.1f} degrees, the last slice is {shifts[-1]:.1f} mm aside"

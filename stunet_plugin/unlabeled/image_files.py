@@ -1,4 +1,4 @@
-"""Files of the data set: links to the scans where that is possible, conversions elsewhere, and
+"""Files of the dataset: links to the scans where that is possible, conversions elsewhere, and
 labels. All are first written under a temporary name."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def place_image(source: Source, scan: Scan, target: Path, copy: bool) -> str:
 
 
 def points_to(image: Path) -> str | None:
-    """Return the file that an image of the data set leads to, by a link or a header, or None if it
+    """Return the file that an image of the dataset leads to, by a link or a header, or None if it
     holds its voxels itself."""
     if image.is_symlink():
         return os.readlink(image)
@@ -57,7 +57,7 @@ def points_to(image: Path) -> str | None:
 
 
 def is_in_place(image: Path) -> bool:
-    """Whether an image of the data set is there, and so is what it leads to."""
+    """Whether an image of the dataset is there, and so is what it leads to."""
     return image.exists() and ((leads_to := points_to(image)) is None or os.path.exists(leads_to))
 
 

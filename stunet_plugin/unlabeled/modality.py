@@ -1,5 +1,5 @@
 """What is settled before anything is written: where to look, the modality and the kind of files of
-the data set."""
+the dataset."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 @dataclass(frozen=True)
 class Search:
-    """Where the scans are looked for: absolute folders, patterns to leave out, and the data set to
+    """Where the scans are looked for: absolute folders, patterns to leave out, and the dataset to
     stay out of."""
 
     folders: Sequence[str]
@@ -47,7 +47,7 @@ class Search:
 def check_choice(
     existing: Choice, modality: str | None, file_ending: str | None, folder: Path
 ) -> None:
-    """Raise if a run asks for something else than the data set was begun with."""
+    """Raise if a run asks for something else than the dataset was begun with."""
     for option, given, has in (
         ("--modality", modality, existing.modality),
         ("--file-ending", file_ending, existing.file_ending),
@@ -74,7 +74,7 @@ def check_tally(tally: Tally, folders: Sequence[str]) -> None:
 
 
 def frequent_ending(tally: Tally) -> str:
-    """Return the ending for the data set: that of most files, because these can be linked."""
+    """Return the ending for the dataset: that of most files, because these can be linked."""
     counts = Counter({ending: tally.scans[ending] for ending in DATASET_ENDINGS})
     # The header of a .mhd file can be written as that of a .mha file.
     counts[METAIMAGE] += tally.scans[METAIMAGE_HEADER]

@@ -122,7 +122,9 @@ def save_contact_sheet(cases: dict[str, tuple[Path, Path]], modality: str, path:
 def _write_table(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     # As objects: numbers stay as they are where another case lacks one.
     table = pd.DataFrame(rows, columns=list(columns), dtype=object)
-    write_if_new(path, table.to_csv(index=False, lineterminator="\r\n"))
+    # Names of files that are not UTF-8 are escaped: a table has one encoding.
+    text = table.to_csv(index=False, lineterminator="\r\n")
+    write_if_new(path, text.encode(errors="backslashreplace").decode())
 
 
 def _opens_now(record: Record) -> bool:

@@ -56,6 +56,8 @@ def check_start(path: Path | str) -> None:
     try:
         # SimpleITK aborts the process when it is given such a name.
         os.fspath(path).encode()
+        if Path(path).is_fifo():
+            raise ImageError(path, CANNOT_OPEN, "not a file but a pipe")
         with open(path, "rb") as file:
             start = file.read(2)
     except UnicodeEncodeError as error:

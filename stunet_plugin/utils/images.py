@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
+from tqdm import tqdm
 
 from stunet_plugin.errors import last_line
 from stunet_plugin.utils.geometry import Grid
@@ -178,6 +179,8 @@ def check_labels(
             raise ImageError(path, NOT_LABELS, f"it holds values such as {odd:.6g}")
         if distance.max(initial=0) > 0:
             _say_rounded(Path(path).parent)
+        if np.abs(nearest).max(initial=0) >= 2**31:
+            raise ImageError(path, NOT_LABELS, f"it holds {np.abs(nearest).max():.6g}")
         labels = nearest.astype(np.int32)
     if values is not None:
         found, counts = np.unique(labels, return_counts=True)
@@ -192,7 +195,8 @@ def check_labels(
 
 @cache
 def _say_rounded(folder: Path) -> None:
-    print(f"Note: label maps in {folder} hold values such as 0.9999; rounded.", flush=True)
+    # Not into the line of a bar.
+    tqdm.write(f"Note: label maps in {folder} are a little off whole numbers; rounded.")
 
 
 def _read_header(path: Path | str) -> tuple[Any, Grid]:

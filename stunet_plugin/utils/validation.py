@@ -132,3 +132,15 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def channel_names(description: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the channels of a ``dataset.json``; older ones call them modality."""
+    names = description.get("channel_names", description.get("modality"))
+    wanted = set(map(str, range(len(names)))) if isinstance(names, dict) else set()
+    if not isinstance(names, dict) or not names or set(names) != wanted:
+        turned = isinstance(names, dict) and names and set(map(str, names.values())) == wanted
+        hint = " Here names and numbers are the wrong way round." if turned else ""
+        wrong = f'channel_names must be {{"0": "CT"}} and so on, not {names!r}.{hint}'
+        raise PluginError(f"{where}: {wrong}")
+    return names

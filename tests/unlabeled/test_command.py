@@ -50,7 +50,7 @@ GOOD = {
     "f.mhd": "converted",
     "one_more_axis.nrrd": "converted",
 }
-"""Scans of the messy folder, in the order of their seeds, and how they get into a data set of
+"""Scans of the messy folder, in the order of their seeds, and how they get into a dataset of
 .nii.gz."""
 BAD = {
     "2d.nii": "one slice",
