@@ -57,9 +57,10 @@ def write_dicom(
     modality: str = "MR",
     positions: list[float] | None = None,
     tilt: float = 0.0,
+    wide: int = 0,
 ) -> None:
     """Write a series, its files named in another order than that of the slices; ``tilt`` in degrees
-    turns the slices about x, while the table moves along z."""
+    turns the slices about x, while the table moves along z; ``wide`` slices have larger voxels."""
     cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
     folder.mkdir(parents=True, exist_ok=True)
     settings = locale.setlocale(locale.LC_ALL)
@@ -67,7 +68,7 @@ def write_dicom(
     writer.KeepOriginalImageUIDOn()
     for index, part in enumerate(array):
         image = sitk.GetImageFromArray(part)
-        image.SetSpacing(SPACING[:2])
+        image.SetSpacing([step * (1.5 if index < wide else 1) for step in SPACING[:2]])
         position = SPACING[2] * index if positions is None else positions[index]
         tags = {
             "0008|0060": modality,

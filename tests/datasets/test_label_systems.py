@@ -47,6 +47,8 @@ def test_published_systems() -> None:
         ("left_common_iliac_vein", "iliac_vena_left"),
         ("prostate/uterus", "prostate_uterus"),
         ("left", "left"),
+        ("ER-", "er-"),
+        ("#1", "#1"),
     ],
 )
 def test_names_of_one_class_are_one_name(given: str, expected: str) -> None:

@@ -142,7 +142,8 @@ def test_labels_that_are_almost_whole_numbers_are_written_as_such(
     """nnU-Net would cut 0.9999 to 0."""
     label = write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 2) / "labelsTr" / "case0.nii.gz"
     expected = read_array(label)
-    write_array(label, np.where(expected > 0, expected - 1e-4, 0).astype(np.float32))
+    floats = np.where(expected > 0, expected - 1e-4, 0).astype(np.float32)
+    write_array(label, floats, (0, 5, -3))
     told = stunet(f"{MERGE} 1 3 --train-only 1")
     assert "rounded" in told
     # One case to validate on.
@@ -158,6 +159,7 @@ def test_labels_that_are_almost_whole_numbers_are_written_as_such(
     [
         ("labelsTr/case1", lambda x: np.where(x == 2, 7, x), "undeclared label values (7 ("),
         ("labelsTr/case1", lambda x: x[:5], "not of its image's size"),
+        ("labelsTr/case1", lambda x: x, "not on the voxels of its image"),
         ("imagesTr/case1_0000", lambda x: np.where(x == x.max(), np.nan, x), "1 of 990 voxels"),
     ],
 )

@@ -53,6 +53,26 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
         list_images(tmp_path, ".png", 3)
 
 
+@pytest.mark.parametrize(
+    ("ending", "name", "message"),
+    [
+        (".nii.gz", "imagesTr/case1_0000.nii.gz", "1 label maps have no image"),
+        (".nii.gz", "labelsTr/case1.nii.gz", "1 of 3 cases have no labels"),
+        (".tif", "imagesTr/case1.json", "case1_0000.tif has no .json with its spacing"),
+    ],
+)
+def test_lost_files_are_said(tmp_path: Path, ending: str, name: str, message: str) -> None:
+    folder = write_dataset(
+        tmp_path / "Dataset001_A", {"background": 0, "liver": 1}, 3, "CT", ending
+    )
+    for number in range(3):
+        (folder / f"imagesTr/case{number}.json").write_text('{"spacing": [3, 2, 1]}')
+    assert len(read_raw(folder).cases) == 3
+    (folder / name).unlink()
+    with pytest.raises(PluginError, match=message):
+        read_raw(folder)
+
+
 def test_damaged_descriptions_end_in_a_sentence_or_the_right_dataset(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "Dataset001_A", {"background": 0, "liver": 1}, 3)
     content = json.loads((folder / "dataset.json").read_text())

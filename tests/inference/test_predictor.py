@@ -19,7 +19,7 @@ from stunet_plugin.utils.image_files import side_files
 from stunet_plugin.utils.images import read_label_map
 
 from damage import damaged_json
-from dataset_helpers import write_array
+from dataset_helpers import change_json, write_array
 from import_helpers import load_model, make_network, published_weights, v1_plans, write_v1
 
 
@@ -100,10 +100,17 @@ def test_folds_and_models_that_cannot_predict(model: Path, images: list[Path]) -
             Model(model, ["0"])
 
 
+@pytest.mark.parametrize("names", [["CT"], {"CT": "0"}])
+def test_channel_names_of_another_form_are_refused(model: Path, names: object) -> None:
+    change_json(model / "dataset.json", channel_names=names)
+    with pytest.raises(PluginError, match="channel_names must be"):
+        Model(model)
+
+
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
 def test_damaged_descriptions_end_in_a_sentence_or_a_model(model: Path, name: str) -> None:
     content = json.loads((model / name).read_text())
-    for _, text in damaged_json(content, 60):
+    for _, text in damaged_json(content, 200):
         (model / name).write_text(text)
         with contextlib.suppress(PluginError):
             assert Model(model).trainer == "STUNetTrainer_tiny"

@@ -281,8 +281,8 @@ def test_modalities_by_their_values() -> None:
 
 
 def test_series_of_a_folder(tmp_path: Path) -> None:
-    """Two good series, one with a slice missing, one of two points in time, one of colour, and a
-    file that is none."""
+    """Two good series, one with a slice missing, one of two points in time, one slice, one of two
+    spacings, and a file that is none."""
     write_dicom(tmp_path, mr_array(1), 1)
     write_dicom(tmp_path, mr_array(2), 2, modality="CT")
     places = [SPACING[2] * index for index in range(SHAPE[0])]
@@ -291,6 +291,7 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
         tmp_path, mr_array(4), 4, positions=[places[index // 2] for index in range(SHAPE[0])]
     )
     write_dicom(tmp_path, mr_array(5)[:1], 5)
+    write_dicom(tmp_path, mr_array(6), 6, wide=3)
     (tmp_path / "report.dcm").write_bytes(bytes(200))
     (folder,) = walk([str(tmp_path)], ())
     series = series_of(folder)
@@ -300,13 +301,14 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
         "slices missing",
         "several volumes in one series",
         "one slice",
+        "several spacings in one series",
     ]
     assert series[2].problem is not None
     assert series[2].problem[1].endswith("; 1 of the folder's files cannot be read as images"), (
         "one may be the slice"
     )
     assert [one.modality for one in series[:2]] == [MR, CT]
-    assert len({one.key for one in series}) == 5
+    assert len({one.key for one in series}) == 6
     for seed, one in enumerate(series[:2], start=1):
         scan = read_scan(one)
         np.testing.assert_array_equal(scan.array, mr_array(seed))
