@@ -131,7 +131,7 @@ class Options:
             if variable.startswith("STUNET_") and variable not in known:
                 hint = did_you_mean(variable, known) or f" Options: {', '.join(known)}."
                 told = f"{variable} is set, but there is no such option"
-                raise PluginError(f"{told}.{hint} Unset it.")
+                raise PluginError(f"{told}.{hint} Rename or unset it.")
         for variable, option in known.items():
             if text := environment.get(variable, "").strip():
                 self._values[option] = option.parse(text)

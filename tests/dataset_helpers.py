@@ -19,7 +19,7 @@ def write_dataset(
     **more: Any,
 ) -> Path:
     """Cases of the same names in every dataset; the labels are drawn from all values."""
-    rng = np.random.default_rng(len(folder.name))
+    rng = np.random.default_rng(list(folder.name.encode()))
     values = sorted({x for entry in labels.values() for x in np.atleast_1d(entry).tolist()})
     for number in range(cases):
         for array, file in (

@@ -18,6 +18,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.options import OPTIONS
 from stunet_plugin.weights.pretrained import read_checkpoint
 
 UNFINISHED = ".unfinished"
@@ -61,6 +62,8 @@ class SafeTrainer(nnUNetTrainer):
             found = self._checkpoints_to_resume_from()
             advice = f"with --c resumes from {found[0]}" if found else "starts again"
             text = f"Interrupted in epoch {self.current_epoch}. The same command {advice}."
+            variables = [x.variable for x in OPTIONS if os.environ.get(x.variable)]
+            text += f" Set again: {', '.join(variables)}." if variables else ""
             self.print_to_log_file(text)
             raise KeyboardInterrupt(text) from None
 

@@ -47,8 +47,9 @@ class STUNetTrainer(CheckpointingTrainer):
 def _make_trainer(preset: STUNetPreset | None, schedule: Schedule) -> type[STUNetTrainer]:
     size = f"STU-Net {preset.name}" if preset else "STU-Net of the plan's size, or base"
     changes = asdict(schedule)
+    epochs = "1 epoch" if schedule.epochs == 1 else f"{schedule.epochs} epochs"
     attributes = {
-        "__doc__": f"{size}: {schedule.epochs} epochs, learning rate {schedule.learning_rate:g}.",
+        "__doc__": f"{size}: {epochs}, learning rate {schedule.learning_rate:g}.",
         "__module__": __name__,
         "preset": preset,
     }

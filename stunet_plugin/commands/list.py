@@ -81,6 +81,6 @@ def _names() -> str:
     ):
         lines.append(title)
         for name in module.__all__:
-            text = " ".join((getattr(module, name).__doc__ or "").split())
+            text = " ".join((getattr(module, name).__doc__ or "").replace("``", "").split())
             lines.append(f"  {name:<33}{text.partition('. ')[0].removesuffix('.')}")
     return "\n".join(lines)

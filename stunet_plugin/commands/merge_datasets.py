@@ -35,7 +35,7 @@ class MergeDatasets(Command):
         "--not-shown",
         metavar="DATASET=CLASS,...",
         help="classes that no image of a dataset shows, so that what it does not annotate need not"
-        " become ignore",
+        " become ignore; give the option again for each dataset",
     )
     train_only: tuple[str, ...] = repeated(
         "--train-only",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_
 from stunet_plugin.errors import PluginError, few_lines
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS
 from stunet_plugin.utils.files import write_atomically
-from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, place_image
+from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, hash_of_image, place_image
 from stunet_plugin.utils.images import read_geometry, read_images, read_label_array
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ class _Merge:
         yield f"Classes: {', '.join(self.joint.classes)}{ignore}"
         for part, mapping in self.pairs:
             training = ", training only" if part.train_only else ""
-            yield f"{part.name} ({part.system.name}): {len(part.raw.cases)} cases{training}"
+            system = "" if part.system.name == part.name else f" ({part.system.name})"
+            yield f"{part.name}{system}: {len(part.raw.cases)} cases{training}"
+            if part.not_shown:
+                yield f"  said to be shown by no image: {', '.join(part.not_shown)}"
             for what, names in (
                 ("does not annotate", mapping.missing),
                 ("become ignore, as they may hold one of these", mapping.hidden_in),
@@ -193,7 +197,26 @@ class _Merge:
         }
         cases = {part.name: part.new_names for part in self.parts}
         alone = [part.name for part in self.parts if part.train_only]
-        return balanced_folds(cases, alone, self.options.seed, own)
+        splits = balanced_folds(cases, alone, self.options.seed, own)
+        copies = self._copies()
+        for fold in splits if copies else ():
+            seen = {copy for name in fold["val"] for copy in copies.get(name, ())}
+            fold["train"] = [name for name in fold["train"] if name not in seen]
+        if splits and copies:
+            print(f"{len(copies)} cases have the same image: no fold trains on what it validates.")
+        return splits
+
+    def _copies(self) -> dict[str, set[str]]:
+        """Return the cases whose image several datasets have, with all cases of that image."""
+        images = [
+            (part.new_name(x.name), x.images[0]) for part in self.parts for x in part.raw.cases
+        ]
+        sizes = Counter(image.stat().st_size for _, image in images)
+        same: dict[str, set[str]] = {}
+        for name, image in images:
+            if sizes[image.stat().st_size] > 1:  # hashing all would read them all again
+                same.setdefault(hash_of_image(image), set()).add(name)
+        return {name: names for names in same.values() if len(names) > 1 for name in names}
 
     def _write_case(self, part: Part, mapping: LabelMapping, case: Case) -> None:
         name = part.new_name(case.name)

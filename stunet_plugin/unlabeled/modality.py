@@ -122,7 +122,7 @@ def guess_modality(search: Search) -> str:
         for modality, count in seen.most_common()
     )
     raise PluginError(
-        f"Mixed modalities: of the first scans look {found}. A dataset has one. {again}: scans of"
+        f"Mixed modalities among the first scans: {found}. A dataset has one. {again}: scans of"
         " the other are then left out and listed. Or give the folders of one modality only (-i)."
         " Nothing was written."
     )

@@ -237,6 +237,8 @@ def _advice(
 ) -> tuple[tuple[str, str], ...]:
     """Return (what it does, command) of each thing to run next."""
     place, network = shlex.quote(str(folder)), weights.misfm
+    import torch
+
     found = os.environ.get("nnUNet_extTrainer") or "registered" in registered(find_host()).values()
     first = () if found else (("First", "stunet register    # nnU-Net does not find our trainers"),)
     file = shlex.quote(str(folder / f"fold_{options.fold}" / CHECKPOINT))
@@ -264,6 +266,7 @@ def _advice(
     installed = f" -d {options.dataset_id} -c {CONFIGURATION} -tr {weights.trainer}"
     where = f"_from_modelfolder -m {place}" if options.out else installed
     predict = f"nnUNetv2_predict{where} -f {options.fold} -i IMAGES -o PREDICTIONS"
+    predict += "" if torch.cuda.is_available() else " -device cpu"
     return (*first, ("Predict", predict), ("Fine-tune", train))
 
 

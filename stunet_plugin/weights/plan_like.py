@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ def plan_like(options: PlanLike) -> int:
     print(f"Preprocess:   nnUNetv2_preprocess -d {number} -plans_name {name} -c {CONFIGURATION}")
     if channels != weights.input_channels:
         print(f"Channels:     import the weights with --in-channels {channels} first")
-    print(f"Fine-tune:    {train} -pretrained_weights {source.checkpoint}")
+    weights_file = shlex.quote(str(source.checkpoint.absolute()))
+    print(f"Fine-tune:    {train} -pretrained_weights {weights_file}")
     return 0
 
 

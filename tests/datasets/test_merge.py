@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ SPLEEN_LIVER = {"background": 0, "spleen": 1, "liver": 2}
 def test_two_datasets_become_one_that_nnunet_plans(raw: Path, stunet: Stunet) -> None:
     before = snapshot(raw)
     told = stunet(f"{MERGE} 1 Dataset002_B{CLASSES}")
-    assert "Dataset002_B (Dataset002_B): 3 cases\n  does not annotate: spleen" in told
+    assert "Dataset002_B: 3 cases\n  does not annotate: spleen" in told
     assert "Note: nnU-Net counts ignored voxels as foreground" in told
     merged = raw / "Dataset020_Merged"
     description = json.loads((merged / "dataset.json").read_text())
@@ -152,6 +153,17 @@ def test_labels_that_are_almost_whole_numbers_are_written_as_such(
     new = raw / "Dataset020_Merged" / "labelsTr" / "003_C_case0.nii.gz"
     assert not new.is_symlink()
     assert np.array_equal(read_array(new), expected)
+
+
+def test_no_fold_trains_on_a_copy_of_what_it_validates(raw: Path, stunet: Stunet) -> None:
+    folder = write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 6)
+    twin = raw / "Dataset004_D"
+    shutil.copytree(folder, twin)
+    assert "12 cases have the same image" in stunet(f"{MERGE} 3 4")
+    splits = json.loads((raw / "Dataset020_Merged" / "splits_final.json").read_text())
+    for fold in splits:
+        validated = {name.rpartition("_")[2] for name in fold["val"]}
+        assert validated.isdisjoint(name.rpartition("_")[2] for name in fold["train"])
 
 
 @pytest.mark.parametrize(
