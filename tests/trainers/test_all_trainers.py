@@ -143,6 +143,7 @@ def check_trains_resumes_and_predicts(make: Make, name: str, *where: str, **how:
     assert segmentation.max() < len(resumed.dataset_json["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["STUNetTrainer", "VolumeFusionTrainer_STUNet_tiny"])
 def test_trains_resumes_and_predicts(make: Make, name: str) -> None:
     check_trains_resumes_and_predicts(make, name)

@@ -226,6 +226,7 @@ def test_stock_commands_take_it(mess: Mess, monkeypatch: pytest.MonkeyPatch) -> 
     assert "3d_fullres" in workspace.plans("STUNetPlans_tiny", "900")["configurations"]
 
 
+@pytest.mark.slow
 def test_further_folders_join_and_changes_are_followed(
     run: Run, tmp_path: Path, dataset: Path
 ) -> None:
