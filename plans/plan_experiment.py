@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,15 +69,13 @@ def _check_fingerprint(file: Path) -> None:
 def _check_raw(folder: Path) -> None:
     """Raise unless a raw dataset has what nnU-Net's fingerprint reads."""
     file = folder / "dataset.json"
-    try:
-        description = json.loads(file.read_text())
-        lacking = [key for key in ("labels", "file_ending") if key not in description]
-    except FileNotFoundError as error:
-        raise PluginError(f"{folder} has no dataset.json, which nnU-Net needs.") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise PluginError(f"{file} cannot be read ({error}). Fix it.") from error
-    if lacking or not (description.get("channel_names") or description.get("modality")):
-        lacking = lacking or ["channel_names"]
+    if not file.is_file():
+        raise PluginError(f"{folder} has no dataset.json, which nnU-Net needs.")
+    description = read_json(file)
+    lacking = [key for key in ("labels", "file_ending") if key not in description]
+    if not (description.get("channel_names") or description.get("modality")):
+        lacking.append("channel_names")
+    if lacking:
         raise PluginError(f"{file} lacks {', '.join(lacking)}, which nnU-Net needs.")
     ending, images = description["file_ending"], folder / "imagesTr"
     if "dataset" not in description and not any(images.glob(f"*{ending}")):

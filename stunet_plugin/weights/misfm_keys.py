@@ -131,7 +131,8 @@ _ALL_MODULES = {name: ours for modules in _PCTNET_MODULES for name, ours in modu
 
 # A norm in every PCT block that the published forward never uses, and buffers that ours computes.
 _UNUSED = re.compile(
-    r"pyramid_ct\.convtrans_\w\d\.(norm_layer\.(weight|bias)|trans\.blocks\.\d\.attn\.relative_position_index)"
+    r"pyramid_ct\.convtrans_\w\d\.(norm_layer\.(weight|bias)"
+    r"|trans\.blocks\.\d\.attn\.relative_position_index)"
 )
 
 
