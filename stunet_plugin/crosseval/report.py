@@ -18,7 +18,7 @@ from stunet_plugin.crosseval.measures import DSC, LARGER_IS_BETTER, NSD, TITLES,
 from stunet_plugin.crosseval.predictions import prediction_file
 from stunet_plugin.crosseval.results import SIGNIFICANT, TESTED, Results
 from stunet_plugin.errors import few
-from stunet_plugin.utils.figures import distinct_colours, new_figure, plain_style, save_atomically
+from stunet_plugin.utils.figures import distinct_colours, saved_figure
 from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.utils.geometry import Grid, on_grid_of, resampled
 from stunet_plugin.utils.images import read_image, read_label_map
@@ -123,8 +123,7 @@ def save_heat_map(results: Results, path: Path) -> None:
     import seaborn
 
     rows, columns = len(results.models), len(results.datasets)
-    with plain_style():
-        figure = new_figure(2 * (1.6 + 1.1 * columns) + 1, 1.4 + 0.5 * rows)
+    with saved_figure(path, 2 * (1.6 + 1.1 * columns) + 1, 1.4 + 0.5 * rows) as figure:
         axes = figure.subplots(1, len(TESTED), squeeze=False)[0]
         for axis, measure in zip(axes, TESTED, strict=True):
             matrix = results.matrix(measure)
@@ -134,7 +133,6 @@ def save_heat_map(results: Results, path: Path) -> None:
             axis.set(title=measure, xlabel="", ylabel="")
             _slant(axis)
             axis.tick_params(axis="y", rotation=0, labelsize=8)
-        save_atomically(figure, path)
 
 
 def save_box_plots(results: Results, path: Path) -> None:
@@ -147,9 +145,8 @@ def save_box_plots(results: Results, path: Path) -> None:
     box = {"showfliers": False, "width": 0.6, "boxprops": {"alpha": 0.4}, "legend": False}
     points = {"color": "black", "size": 2.5, "alpha": 0.6, "jitter": False}
     cases = results.by_case().reset_index()
-    with plain_style():
-        width = 1.5 + len(datasets) * max(2.0, 0.5 * len(models) + 1)
-        figure = new_figure(width, 3.0 * len(TESTED))
+    width = 1.5 + len(datasets) * max(2.0, 0.5 * len(models) + 1)
+    with saved_figure(path, width, 3.0 * len(TESTED)) as figure:
         grid = figure.subplots(len(TESTED), len(datasets), squeeze=False, sharey="row")
         for row, measure in zip(grid, TESTED, strict=True):
             for axis, dataset in zip(row, datasets, strict=True):
@@ -161,7 +158,6 @@ def save_box_plots(results: Results, path: Path) -> None:
                 axis.set(xlabel="")
                 _slant(axis)
                 axis.grid(axis="y", alpha=0.3)
-        save_atomically(figure, path)
 
 
 def _slant(axis: Any) -> None:
@@ -197,8 +193,7 @@ def save_worst_cases(results: Results, out: Path, path: Path) -> None:
     names = list(dict.fromkeys(name for panel in panels for name in panel.outlines))
     colours = dict(zip(names, distinct_colours(len(names)), strict=False))
     rows = -(-max(len(panels), 1) // COLUMNS_OF_SHEET)
-    with plain_style():
-        figure = new_figure(3.4 * COLUMNS_OF_SHEET, 3.6 * rows + 0.8)
+    with saved_figure(path, 3.4 * COLUMNS_OF_SHEET, 3.6 * rows + 0.8) as figure:
         axes = figure.subplots(rows, COLUMNS_OF_SHEET, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
@@ -214,7 +209,6 @@ def save_worst_cases(results: Results, out: Path, path: Path) -> None:
             fontsize=8,
             frameon=False,
         )
-        save_atomically(figure, path)
 
 
 def _draw(axis: Any, panel: _Panel, colours: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stunet_plugin.utils.figures import plain_style, save_atomically
+from stunet_plugin.utils.figures import saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -19,18 +19,16 @@ def save_fusion_example(
 ) -> None:
     """Write a PNG, a row per sample: fused image, target and prediction, the three arrays, each
     (sample, *spatial); of three axes the middle slice of axis 0."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     if arrays[0].ndim == 4:
         arrays = [array[:, array.shape[1] // 2] for array in arrays]
     classes, samples = len(class_names), len(arrays[0])
-    with plain_style():
-        figure = Figure(figsize=(9, 3 * samples + 0.5), layout="constrained")
-        colours = _colour_map(classes)
-        in_gray: dict[str, Any] = {"cmap": "gray"}
-        in_colour = {"cmap": colours, "vmin": 0, "vmax": classes - 1, "interpolation": "nearest"}
-        columns = (("fused image", in_gray), ("target", in_colour), ("prediction", in_colour))
+    colours = _colour_map(classes)
+    in_gray: dict[str, Any] = {"cmap": "gray"}
+    in_colour = {"cmap": colours, "vmin": 0, "vmax": classes - 1, "interpolation": "nearest"}
+    columns = (("fused image", in_gray), ("target", in_colour), ("prediction", in_colour))
+    with saved_figure(path, 9, 3 * samples + 0.5) as figure:
         axes = figure.subplots(samples, 3, squeeze=False)
         for column, (array, (title, style)) in enumerate(zip(arrays, columns, strict=True)):
             for axis, sample in zip(axes[:, column], array, strict=True):
@@ -39,28 +37,23 @@ def save_fusion_example(
                 axis.set_axis_off()
         patches = [Patch(color=colours(k), label=f"alpha {class_names[k]}") for k in range(classes)]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(9, classes))
-        save_atomically(figure, path)
 
 
 def save_pretext_progress(
     log: Mapping[str, Sequence[Any]], class_names: Sequence[str], path: Path
 ) -> None:
     """Write a PNG of nnU-Net's log: losses, Dice per fusion class, learning rate, seconds."""
-    from matplotlib.figure import Figure
-
-    with plain_style():
-        figure = Figure(figsize=(12, 8), layout="constrained")
-        axes = figure.subplots(2, 2).ravel()
+    per_class = np.asarray(log["dice_per_class_or_region"])
+    colours = _colour_map(len(class_names))
+    with saved_figure(path, 12, 8) as figure:
+        losses, dice, rate, seconds = axes = figure.subplots(2, 2).ravel()
         titles = ("loss", "pretext Dice", "learning rate", "seconds per epoch")
         for axis, title in zip(axes, titles, strict=True):
             axis.set(title=title, xlabel="epoch")
             axis.grid(alpha=0.3)
-        losses, dice, rate, seconds = axes
         losses.plot(log["train_losses"], label="training")
         losses.plot(log["val_losses"], label="validation")
         losses.legend(fontsize=8)
-        per_class = np.asarray(log["dice_per_class_or_region"])
-        colours = _colour_map(len(class_names))
         for index, name in enumerate(class_names):
             dice.plot(per_class[:, index], color=colours(index), label=f"alpha {name}")
         dice.plot(np.nanmean(per_class, axis=1), color="black", linewidth=2, label="mean")
@@ -68,7 +61,6 @@ def save_pretext_progress(
         dice.legend(fontsize=8, ncols=2)
         rate.plot(log["lrs"])
         seconds.plot(np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"]))
-        save_atomically(figure, path)
 
 
 def _colour_map(count: int) -> Colormap:

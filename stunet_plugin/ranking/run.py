@@ -21,7 +21,7 @@ from stunet_plugin.ranking.features import read_features, sample_voxels, samples
 from stunet_plugin.ranking.options import FEWEST_CASES, Inputs
 from stunet_plugin.ranking.target import class_names, prepared_cases
 from stunet_plugin.utils.device import choose_device
-from stunet_plugin.utils.figures import plain_style, save_atomically
+from stunet_plugin.utils.figures import saved_figure
 from stunet_plugin.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -183,16 +183,11 @@ def _number(value: float | None) -> str:
 
 def save_ranking(results: Sequence[Result], dataset: str, path: Path) -> None:
     """Write a PNG with a bar per candidate, the best on top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     known = [result.score for result in results if result.score is not None] or [0.0]
     # Differences matter, the zero does not: bars begin below the lowest.
     reach = (max(known) - min(known)) or 1.0
     floor = min(known) - 0.15 * reach
-    with plain_style():
-        figure = Figure(figsize=(8, 1.2 + 0.4 * len(results)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with saved_figure(path, 8, 1.2 + 0.4 * len(results)) as figure:
         axis = figure.subplots()
         widths = [0.0 if x.score is None else x.score - floor for x in results]
         bars = axis.barh([x.candidate.name for x in results], widths, left=floor, color="tab:blue")
@@ -202,7 +197,6 @@ def save_ranking(results: Sequence[Result], dataset: str, path: Path) -> None:
         axis.set_xlim(floor, floor + 1.25 * reach)
         axis.set(xlabel="CCFV (higher ranks better)", title=f"Pretrained weights for {dataset}")
         axis.spines[["top", "right"]].set_visible(False)
-        save_atomically(figure, path)
 
 
 def _report(

@@ -35,7 +35,8 @@ def place_image(source: Source, scan: Scan, target: Path, copy: bool) -> str:
     if scan.as_it_is and not copy and (ending, wanted) == (discovery.METAIMAGE_HEADER, METAIMAGE):
         header = _pointing_header(source.path)
         if header is not None:
-            guarded(lambda: target.write_bytes(header))
+            with guarded():
+                target.write_bytes(header)
             return HEADER
     write_image(_compact(scan.array), scan.geometry, target)
     return CONVERTED
@@ -66,8 +67,7 @@ def write_image(array: np.ndarray, geometry: Grid, target: Path) -> None:
     the disk: ITK's writer of NIfTI says nothing when that is full. Raises OutputError."""
     image = sitk.GetImageFromArray(array)
     geometry.apply_to(image)
-
-    def write() -> None:
+    with guarded():
         sitk.WriteImage(
             image,
             str(target),
@@ -76,8 +76,6 @@ def write_image(array: np.ndarray, geometry: Grid, target: Path) -> None:
         )
         flush(target)
         _check_size(target, array.nbytes)
-
-    guarded(write)
 
 
 def _check_size(path: Path, voxel_bytes: int) -> None:

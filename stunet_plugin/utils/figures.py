@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LABEL_VALUES = 2**16
+"""Segmentations have 16 bits at most."""
 
 
 @dataclass(frozen=True)
@@ -26,55 +29,55 @@ class OverlayCase:
     spacing: Sequence[float]
 
 
+@contextmanager
+def saved_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield a figure (in inches) and write it as a PNG, whole or not at all: whoever looks at it
+    while a training runs never sees half of it."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    partial = path.with_name(f".{path.name}.partial")
+    # nnU-Net's progress plot leaves letters of a poster's size behind.
+    with style.context("default"):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(partial, dpi=110, format="png")
+    os.replace(partial, path)
+
+
 def save_overlays(cases: Sequence[OverlayCase], class_names: dict[int, str], path: Path) -> None:
     """Write a PNG with one row per case: image, reference, prediction, on the slice that shows most
     classes.
 
     Args:
         cases: at least one.
-        class_names: label value to name, background left out.
+        class_names: label value to name, background left out; other values are not shown.
         path: of the PNG.
     """
-    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colours = distinct_colours(len(class_names))
     values = sorted(class_names)
-    figure = new_figure(9, 2.7 * len(cases) + 0.6)
-    for row, case in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):
-        index = _best_slice(case, values)
-        labelled = case.image[case.reference > 0]
-        low, high = np.percentile(labelled if labelled.size else case.image, [1, 99])
-        low -= high - low  # around the labelled voxels, so that air does not take all grays
-        aspect = case.spacing[1] / case.spacing[2]
-        for axis in row:
-            axis.imshow(case.image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect)
-            axis.set_axis_off()
-        row[0].set_title(f"{case.name}: image, slice {index}", fontsize=9)
-        for axis, title in zip(row[1:], ("reference", "prediction"), strict=True):
-            labels = getattr(case, title)[index]
-            # Positions in the list of classes, as values may have gaps; background transparent.
-            positions = np.searchsorted(values, labels).astype(float)
-            positions[~np.isin(labels, values)] = np.nan
-            axis.imshow(
-                positions,
-                cmap=ListedColormap(colours),
-                vmin=-0.5,
-                vmax=len(values) - 0.5,
-                alpha=0.55,
-                aspect=aspect,
-                interpolation="nearest",
-            )
-            axis.set_title(title, fontsize=9)
-    patches = [
-        Patch(color=colour, label=class_names[value])
-        for value, colour in zip(values[:20], colours, strict=False)
-    ]
-    columns = min(6, len(patches))
-    figure.legend(
-        handles=patches, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
-    )
-    figure.savefig(path, dpi=130)
+    colours = dict(zip(values, distinct_colours(len(values)), strict=True))
+    palette = np.zeros((LABEL_VALUES, 4))
+    palette[values] = [(*colours[value], 0.55) for value in values]
+    with saved_figure(path, 9, 2.7 * len(cases) + 0.6) as figure:
+        for row, case in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):
+            index = _best_slice(case, values)
+            labelled = case.image[case.reference > 0]
+            low, high = np.percentile(labelled if labelled.size else case.image, [1, 99])
+            low -= high - low  # around the labelled voxels, so that air does not take all grays
+            aspect = case.spacing[1] / case.spacing[2]
+            for axis in row:
+                axis.imshow(case.image[index], cmap="gray", vmin=low, vmax=high, aspect=aspect)
+                axis.set_axis_off()
+            row[0].set_title(f"{case.name}: image, slice {index}", fontsize=9)
+            for axis, title in zip(row[1:], ("reference", "prediction"), strict=True):
+                labels = getattr(case, title)[index]
+                axis.imshow(palette[labels], aspect=aspect, interpolation="nearest")
+                axis.set_title(title, fontsize=9)
+        patches = [Patch(color=colours[value], label=class_names[value]) for value in values[:20]]
+        where = {"loc": "outside lower center", "ncols": min(6, len(patches))}
+        figure.legend(handles=patches, fontsize=8, frameon=False, **where)
 
 
 def _best_slice(case: OverlayCase, values: Sequence[int]) -> int:
@@ -86,35 +89,9 @@ def _best_slice(case: OverlayCase, values: Sequence[int]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return a figure (in inches) that no window is opened for."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def distinct_colours(count: int) -> list[tuple[float, float, float]]:
     """Well separated colours that stand out from gray."""
     from matplotlib.colors import hsv_to_rgb
 
     golden_ratio = 0.618034
-    hues = ((0.02 + index * golden_ratio) % 1 for index in range(max(count, 1)))
-    return [tuple(hsv_to_rgb((hue, 0.85, 1.0))) for hue in hues]
-
-
-def plain_style() -> AbstractContextManager[Any]:
-    """matplotlib's own style: nnU-Net's progress plot leaves letters of a poster's size behind."""
-    from matplotlib import style
-
-    context: AbstractContextManager[Any] = style.context("default")
-    return context
-
-
-def save_atomically(figure: Figure, path: Path) -> None:
-    """Write a figure so that whoever looks at it while a training runs never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    os.replace(partial, path)
+    return [tuple(hsv_to_rgb(((0.02 + x * golden_ratio) % 1, 0.85, 1.0))) for x in range(count)]

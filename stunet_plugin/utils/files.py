@@ -14,13 +14,13 @@ from typing import Any
 
 import filelock
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, last_line
 
 MAX_JSON_BYTES = 16 * 1024**2
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there as a whole or not at all."""
+    """Write a text file, whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".stunet_", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -39,15 +39,8 @@ def _encoded(text: str) -> bytes:
 
 @contextlib.contextmanager
 def lock(path: Path, who: str) -> Iterator[None]:
-    """Hold a lock file, so that no second process does the same.
-
-    Args:
-        path: the lock file; its folder must be there.
-        who: what another process that holds it is doing, for example "run is making X".
-
-    Raises:
-        PluginError: another process holds it.
-    """
+    """Hold a lock file, so that no second process does the same; raise PluginError if one does
+    ``who``, for example "run is making X"."""
     held = filelock.FileLock(path)
     try:
         held.acquire(timeout=0)
@@ -71,17 +64,10 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        PluginError: missing, too large, or no JSON object.
-    """
+    """Read a JSON object; raise PluginError if it is missing, too large, or none."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            size = path.stat().st_size
-            raise PluginError(
-                f"{path} is refused: such files take a few kB, this one {size} bytes."
-            )
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise PluginError(f"{path} is refused: such files take a few kB, not {size} bytes.")
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise PluginError(f"{path} cannot be read as JSON ({error}).") from error
@@ -117,12 +103,13 @@ def write_if_new(path: Path, text: str) -> None:
         write_atomically(path, text)
 
 
-def guarded(write: Any) -> None:
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Raise OutputError for what goes wrong inside."""
     try:
-        write()
+        yield
     except (OSError, RuntimeError) as error:
-        strerror = getattr(error, "strerror", None)
-        raise OutputError(strerror or str(error).strip().splitlines()[-1]) from error
+        raise OutputError(getattr(error, "strerror", None) or last_line(error)) from error
 
 
 def flush(path: Path) -> None:
@@ -131,9 +118,7 @@ def flush(path: Path) -> None:
 
 
 def copy_file(path: str, target: Path) -> str:
-    def copy() -> None:
+    with guarded():
         shutil.copyfile(path, target)
         flush(target)
-
-    guarded(copy)
     return COPY

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from scipy.spatial.distance import cdist
 
 NEAR = 1e-3
 """Headers agree if spacings, directions and (in voxels) origins do to this; programs write other
@@ -15,32 +16,27 @@ last digits."""
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Where the voxels are, in ITK's terms (millimetres, LPS, x first)."""
+class Grid:
+    """Where the voxels of an image lie, in ITK's terms (millimetres, LPS, x first)."""
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
     direction: tuple[float, ...]
 
-    @property
-    def axial(self) -> int:
-        """The axis of an array (z, y, x) that runs most along the patient."""
-        return 2 - int(np.argmax(np.abs(self.direction[6:9])))
+    @classmethod
+    def of(cls, image: Any) -> Grid:
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
     def apply_to(self, image: Any) -> None:
         image.SetSpacing(self.spacing)
         image.SetOrigin(self.origin)
         image.SetDirection(self.direction)
 
-
-class Grid(Geometry):
-    """Where the voxels of an image lie, and whether another one's lie there too."""
-
-    @classmethod
-    def of(cls, image: Any) -> Grid:
-        """Of an image, or of a reader that has read the header."""
-        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    @property
+    def axial(self) -> int:
+        """The axis of an array (z, y, x) that runs most along the patient."""
+        return 2 - int(np.argmax(np.abs(self.direction[6:9])))
 
     def agrees(self, other: Grid) -> bool:
         """Whether both have the same voxels in the same order."""
@@ -69,12 +65,8 @@ class Grid(Geometry):
 
 
 def on_grid_of(prediction: Any, reference: Any) -> Any | None:
-    """Return the prediction in the order of the reference's voxels if they have the same voxels,
-    else None.
-
-    Axes that are stored in another order or direction (RAS against LPS) are turned, which changes
-    no voxel.
-    """
+    """Return the prediction in the order of the reference's voxels (RAS turned to LPS), which
+    changes none; None if they have not the same voxels."""
     wanted = Grid.of(reference)
     if Grid.of(prediction).agrees(wanted):
         return prediction
@@ -97,10 +89,8 @@ def can_be_turned(one: Grid, other: Grid) -> bool:
     if len(one.size) != 3 or len(other.size) != 3:
         return False
     # The outermost voxels lie in the same places, whatever order they are stored in.
-    distances = np.linalg.norm(_corners(one)[:, None] - _corners(other)[None], axis=-1)
-    return sorted(one.size) == sorted(other.size) and bool(
-        distances.min(axis=0).max() <= 10 * NEAR * min(one.spacing)
-    )
+    farthest = cdist(_corners(one), _corners(other)).min(axis=0).max()
+    return sorted(one.size) == sorted(other.size) and farthest <= 10 * NEAR * min(one.spacing)
 
 
 def _corners(grid: Grid) -> np.ndarray:
