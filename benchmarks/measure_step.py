@@ -3,11 +3,10 @@
 What is measured is what nnU-Net runs (``nnUNetTrainer.train_step``, ``nnUNetPredictor``): autocast,
 gradient scaler and ``cudnn.benchmark`` on CUDA, float32 on the CPU. Data lie on the device already.
 
-Memory in bytes: ``peak_bytes`` is the peak of tensor memory during a step after warm-up. On CUDA
+The peak in bytes is that of tensor memory during a step after warm-up. On CUDA
 ``torch.cuda.max_memory_allocated``. On the CPU weights, optimizer state and data, plus the peak of
 what one further step, under torch's profiler, allocates and has not freed yet; buffers inside of
-convolutions are included and depend on the number of threads. ``reserved_bytes`` is
-``torch.cuda.max_memory_reserved`` since the process started, None on the CPU.
+convolutions are included and depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from networks import INPUT_CHANNELS, find_subject
+from networks import INPUT_CHANNELS, Subject, find_subject
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -69,14 +68,6 @@ class Case:
     steps: int
 
 
-def build_network(case: Case, deep_supervision: bool) -> nn.Module:
-    """Build one of the two networks, with the same kind of initialisation."""
-    subject = find_subject(case.size)
-    if case.network == PLAIN:
-        return subject.plain(case.classes, deep_supervision, tuple(case.patch))
-    return subject.ours(case.classes, deep_supervision)
-
-
 def build_pair(size: str, classes: int, patch: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     """Build ours and plain with deep supervision and the same weights, which they share."""
     torch.manual_seed(SEED)
@@ -112,16 +103,18 @@ class Step:
     """One ``nnUNetTrainer.train_step`` on random data, or the prediction of one patch at full
     resolution."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, subject: Subject) -> None:
         self.device, self.training = case.device, case.mode == TRAIN
-        self.parameters = build_network(case, deep_supervision=self.training).to(case.device)
+        outputs = case.classes, self.training
+        plain = case.network == PLAIN
+        built = subject.plain(*outputs, case.patch) if plain else subject.ours(*outputs)
+        self.parameters = built.to(case.device)
         self.network = torch.compile(self.parameters) if case.compiled else self.parameters
         batch = case.batch if self.training else 1
         self.data = torch.randn(batch, INPUT_CHANNELS, *case.patch, device=case.device)
         self.targets: list[Tensor] = []
         self.network.train(self.training)
         if self.training:
-            subject = find_subject(case.size)
             shapes = stage_shapes(case.patch, subject.strides)[:-1]
             self.loss = build_loss(len(shapes), case.compiled)
             self.optimizer = subject.optimizer(self.parameters.parameters())
@@ -133,11 +126,11 @@ class Step:
 
     def __call__(self) -> None:
         if not self.training:
-            with torch.no_grad(), autocast(self.device):
+            with torch.no_grad(), self.autocast():
                 self.network(self.data)
             return
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device):
+        with self.autocast():
             loss = self.loss(self.network(self.data), self.targets)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -145,65 +138,64 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def is_warm(self) -> bool:
-        return not self.training or len(self.optimizer.state) > 0
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return mixed precision where nnU-Net uses it: on CUDA alone."""
+        return torch.autocast("cuda") if self.device == "cuda" else nullcontext()
 
-    def resident(self) -> list[Tensor]:
-        """Drop the gradients and return the tensors that stay between steps."""
+    def warm_up(self) -> None:
+        """Run until time and memory are those of any later step.
+
+        Raises:
+            RuntimeError: no optimizer step went through.
+        """
+        for number in range(MOST_WARM_UP_STEPS):
+            self()
+            if number + 1 >= WARM_UP_STEPS and (not self.training or self.optimizer.state):
+                return
+        raise RuntimeError(f"infinite gradients in all of {MOST_WARM_UP_STEPS} steps")
+
+    def timed(self) -> float:
+        """Return the seconds of one step, with everything that the device had to do for it."""
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        self()
+        wait()
+        return time.perf_counter() - start
+
+    def resident(self) -> int:
+        """Drop the gradients and return the bytes that stay between steps."""
         moments: list[Tensor] = []
         if self.training:
             self.optimizer.zero_grad(set_to_none=True)
             values = (value for state in self.optimizer.state.values() for value in state.values())
             moments = [value for value in values if isinstance(value, Tensor)]
         network = (*self.parameters.parameters(), *self.parameters.buffers())
-        return [*network, *moments, self.data, *self.targets]
+        return storage_bytes([*network, *moments, self.data, *self.targets])
+
+    def peak(self) -> int:
+        """Return the peak in bytes of a step on the CPU."""
+        return self.resident() + max(allocation_peaks(self).values())
 
 
-def autocast(device: str) -> AbstractContextManager[Any]:
-    """Return mixed precision where nnU-Net uses it: on CUDA alone."""
-    return torch.autocast("cuda") if device == "cuda" else nullcontext()
-
-
-def make_step(case: Case) -> Step:
-    """Build a step where it is used: large sizes take long to initialise on the CPU."""
+def make_step(case: Case, subject: Subject | None = None) -> Step:
+    """Build a step, of the case's network or another one, where it is used: large sizes take long
+    to initialise on the CPU."""
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = case.device == "cuda"
     with torch.device(case.device):
-        return Step(case)
+        return Step(case, subject or find_subject(case.size))
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run a case; return seconds per step and the peaks of memory.
-
-    Raises:
-        RuntimeError: no optimizer step of the warm-up went through.
-    """
+    """Run a case; return seconds per step and the peak of memory in bytes."""
     step = make_step(case)
-    for warm_up in range(MOST_WARM_UP_STEPS):
-        step()
-        if warm_up + 1 >= WARM_UP_STEPS and step.is_warm():
-            break
-    else:
-        raise RuntimeError(f"infinite gradients in all of {MOST_WARM_UP_STEPS} steps")
+    step.warm_up()
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = [timed(step, case.device) for _ in range(case.steps)]
-    if case.device == "cuda":
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        peak, reserved = storage_bytes(step.resident()) + allocation_peak(step), None
-    return {"seconds": seconds, "peak_bytes": peak, "reserved_bytes": reserved}
-
-
-def timed(step: Callable[[], None], device: str) -> float:
-    """Return the seconds of one step, with everything that the device had to do for it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds = [step.timed() for _ in range(case.steps)]
+    peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else step.peak()
+    return {"seconds": seconds, "peak_bytes": peak}
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -212,34 +204,16 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def allocation_peak(step: Callable[[], object]) -> int:
-    """Return the peak in bytes of the CPU memory that a call allocates through torch.
+def allocation_peaks(step: Callable[[], object], stages: Sequence[str] = ()) -> dict[str, int]:
+    """Return the peak in bytes of the CPU memory that a call allocates through torch, within each
+    of its parts (what earlier parts left included), or of all of it under "".
 
     The call must free nothing that was allocated before it: the profiler does not know its size.
-    """
-    return max(itertools.accumulate((change for _, change in _trace(step)[0]), initial=0))
-
-
-def allocation_peaks(step: Callable[[], object], stages: Sequence[str]) -> dict[str, int]:
-    """Return the same peak within each part of a call, what earlier parts left included.
 
     Args:
         step: marks each part with ``torch.profiler.record_function``.
         stages: the names of the marks, each used once.
     """
-    changes, spans = _trace(step)
-    held = list(itertools.accumulate((change for _, change in changes), initial=0))
-    peaks = {}
-    for stage in stages:
-        start, end = spans[stage]
-        before, until = (sum(at < moment for at, _ in changes) for moment in (start, end))
-        peaks[stage] = max(held[before : until + 1])
-    return peaks
-
-
-def _trace(step: Callable[[], object]) -> tuple[list[tuple[float, int]], dict[str, Any]]:
-    """Run a call; return its allocations (positive) and releases in order, as (time, bytes), and
-    (start, end) of marked parts."""
     gc.collect()
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
@@ -250,9 +224,15 @@ def _trace(step: Callable[[], object]) -> tuple[list[tuple[float, int]], dict[st
         events = json.loads(trace.read_text())["traceEvents"]
     memory = (event for event in events if event.get("name") == "[memory]")
     changes = [(event["ts"], event["args"]["Bytes"]) for event in memory]
-    marks = (event for event in events if event.get("cat") == "user_annotation")
-    spans = {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in marks}
-    return sorted(changes, key=lambda change: change[0]), spans
+    changes.sort(key=lambda change: change[0])  # of the same moment, in the order they came
+    held = list(itertools.accumulate((change for _, change in changes), initial=0))
+    peaks = {} if stages else {"": max(held)}
+    for event in events:
+        if event.get("cat") == "user_annotation" and event["name"] in stages:
+            moments = event["ts"], event["ts"] + event["dur"]
+            before, until = (sum(at < moment for at, _ in changes) for moment in moments)
+            peaks[event["name"]] = max(held[before : until + 1])
+    return peaks
 
 
 def agreement(case: Case) -> dict[str, Any]:

@@ -11,24 +11,17 @@ Writes a JSON file and a Markdown table beside it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import report as reports
 import torch
-from measure_step import (
-    OURS,
-    TRAIN,
-    Case,
-    Step,
-    allocation_peak,
-    allocation_peaks,
-    build_loss,
-    make_step,
-    storage_bytes,
-)
+from measure_step import OURS, TRAIN, Case, Step, allocation_peaks, make_step, storage_bytes
+from networks import find_subject
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,11 +30,10 @@ from stunet_plugin.networks.activation_checkpointing import SETTINGS
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES, STUNetShape
 from stunet_plugin.networks.presets import get_preset
-from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.networks.topology import stage_shapes
 
 PATCH = (64, 64, 64)
 SIZE, OUTPUTS = "small", (3, 15, 105)
+CASE = Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, batch=1, classes=OUTPUTS[0], steps=1)
 STAGES = ("forward", "loss", "backward", "optimizer", "validation")
 MAKERS = {
     "convolution": "outputs of convolutions (inputs of the norms)",
@@ -97,7 +89,7 @@ def peaks_by_stage(step: Step, keep_gradients: bool) -> dict[str, int]:
         with record_function("validation"), torch.no_grad():
             step.loss(step.network(step.data), step.targets)
 
-    resident = storage_bytes(step.resident())
+    resident = step.resident()
     return {stage: resident + peak for stage, peak in allocation_peaks(run, STAGES).items()}
 
 
@@ -128,53 +120,31 @@ def kept_for_backward(step: Step) -> dict[str, int]:
 
 def measure(outputs: int) -> dict[str, int]:
     """Return bytes by what they are, of one number of outputs."""
-    step = make_step(Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, 1, outputs, 1))
+    step = make_step(replace(CASE, classes=outputs))
     step()
-    parts = {
-        "weights (gradients and momentum are as large)": storage_bytes(step.parameters.parameters())
-    }
-    parts |= {f"peak of {stage}": size for stage, size in peaks_by_stage(step, True).items()}
+    weights = storage_bytes(step.parameters.parameters())
+    peaks = peaks_by_stage(step, keep_gradients=True)
     without = peaks_by_stage(step, keep_gradients=False)["validation"]
-    parts["peak of validation, gradients discarded"] = without
-    return parts | {
-        f"kept for backward: {name}": size for name, size in kept_for_backward(step).items()
+    return {
+        "weights (gradients and momentum are as large)": weights,
+        **{f"peak of {stage}": size for stage, size in peaks.items()},
+        "peak of validation, gradients discarded": without,
+        **{f"kept for backward: {name}": size for name, size in kept_for_backward(step).items()},
     }
-
-
-def checkpointed_peak(shape: STUNetShape, arguments: dict[str, Any], setting: str) -> int:
-    """Return the peak in bytes of a step with one sample and a setting of checkpointing."""
-    torch.manual_seed(0)
-    arguments = {**arguments, "conv_op": nn.Conv3d, "deep_supervision": True}
-    network = STUNet(shape.input_channels, shape.output_channels, **arguments)
-    network.apply(network.initialize)
-    network.checkpointing = setting
-    shapes = stage_shapes(PATCH, shape.strides)[:-1]
-    loss = build_loss(len(shapes), compiled=False)
-    optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.99, nesterov=True)
-    data = torch.randn(1, 1, *PATCH)
-    outputs = shape.output_channels
-    targets = [torch.randint(outputs, (1, 1, *one), dtype=torch.int16) for one in shapes]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss(network(data), targets).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 12)
-        optimizer.step()
-
-    step()
-    optimizer.zero_grad(set_to_none=True)
-    momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
-    return storage_bytes([*network.parameters(), *momentum, data, *targets]) + allocation_peak(step)
 
 
 def checkpointed(blocks: int, outputs: int) -> dict[str, int]:
     """Return the peak of a step and its estimate, for each setting of activation checkpointing."""
-    preset = dataclasses.replace(get_preset("tiny"), width=WIDTH, blocks=blocks)
+    preset = replace(get_preset("tiny"), width=WIDTH, blocks=blocks)
     shape = STUNetShape.of_preset(preset, PUBLISHED_STRIDES, 1, outputs)
-    arguments = stunet_architecture(preset, PUBLISHED_STRIDES)["arch_kwargs"]
+    architecture = stunet_architecture(preset, PUBLISHED_STRIDES)
+    subject = replace(find_subject(SIZE), architecture=architecture)
     found = {}
     for setting in SETTINGS:
-        found[setting] = checkpointed_peak(shape, arguments, setting)
+        step = make_step(replace(CASE, classes=outputs), subject)
+        step.network.checkpointing = setting
+        step()
+        found[setting] = step.peak()
         estimate = shape.training_memory(PATCH, 1, mixed_precision=False, checkpointing=setting)
         found[f"{setting}, estimated"] = estimate
     return found
@@ -194,11 +164,9 @@ def markdown_tables(report: dict[str, Any]) -> str:
     return first + "\n\n" + reports.markdown(["MiB", *next(iter(networks.values()))], rows)
 
 
-def main() -> None:
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes to .md")
-    out = parser.parse_args().out
+def run(out: Path) -> None:
+    """Measure and write."""
+    reports.check_output(out)
     report = {
         **reports.about(threads=torch.get_num_threads()),
         "settings": {"size": SIZE, "patch": PATCH, "batch": 1, "checkpointed width": WIDTH},
@@ -212,5 +180,13 @@ def main() -> None:
     print(markdown_tables(report))
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes to .md")
+    options = parser.parse_args(arguments)
+    return reports.run_script(lambda: run(options.out), __file__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

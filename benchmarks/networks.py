@@ -23,7 +23,7 @@ from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES
 from stunet_plugin.networks.presets import MISFM_PRESETS, PCTNET, PRESETS, get_preset
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.networks.topology import Strides
+from stunet_plugin.networks.topology import Strides, as_strides
 from stunet_plugin.weights import misfm_keys, stunet
 
 INPUT_CHANNELS = 1
@@ -38,43 +38,37 @@ class Subject:
     """A network in two ways.
 
     Attributes:
-        strides: of both.
-        ours: builds it from a number of outputs and deep supervision, as a trainer does.
-        plain: builds it from a number of outputs, deep supervision and a patch size.
+        architecture: of ours, as plans hold it.
+        plain: builds the other one from a number of outputs, deep supervision and a patch size.
         translate: turns plain's state dict into ours.
         optimizer: as the trainer of this network makes it.
     """
 
-    strides: Strides
-    ours: Callable[[int, bool], nn.Module]
+    architecture: dict[str, Any]
     plain: Callable[[int, bool, tuple[int, ...]], nn.Module]
     translate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
+    @property
+    def strides(self) -> Strides:
+        return as_strides(self.architecture["arch_kwargs"]["strides"])
+
+    def ours(self, outputs: int, deep_supervision: bool) -> nn.Module:
+        """Build ours as a trainer does."""
+        keys = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+        described = (self.architecture[key] for key in keys)
+        network: nn.Module = get_network_from_plans(
+            *described, INPUT_CHANNELS, outputs, deep_supervision=deep_supervision
+        )
+        return network
+
 
 def find_subject(name: str) -> Subject:
     """Return the network of a name in NAMES."""
-    return _misfm(*MISFM[name]) if name in MISFM else _stunet(name)
-
-
-def _stunet(size: str) -> Subject:
-    preset = get_preset(size)
-
-    def plain(outputs: int, deep_supervision: bool, _: tuple[int, ...]) -> nn.Module:
-        network = PlainSTUNet(preset, PUBLISHED_STRIDES, INPUT_CHANNELS, outputs, deep_supervision)
-        return network.apply(STUNet.initialize)
-
-    return Subject(
-        PUBLISHED_STRIDES,
-        partial(_from_plan, stunet_architecture(preset, PUBLISHED_STRIDES)),
-        plain,
-        stunet.translate_state_dict,
-        partial(torch.optim.SGD, lr=1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True),
-    )
-
-
-def _misfm(network: Any, number: int) -> Subject:
-    mode, is_pctnet = get_mode(number), network is PCTNET
+    if name not in MISFM:
+        return _stunet(name)
+    network, number = MISFM[name]
+    is_pctnet = network is PCTNET
 
     def plain(outputs: int, deep_supervision: bool, patch: tuple[int, ...]) -> nn.Module:
         common = INPUT_CHANNELS, outputs, number
@@ -84,21 +78,19 @@ def _misfm(network: Any, number: int) -> Subject:
         built = PlainFMUNet(*common, fmunet.FEATURES, fmunet.DROPOUT, deep_supervision)
         return built.apply(fmunet.FMUNet.initialize)
 
-    return Subject(
-        mode.strides,
-        partial(_from_plan, network.architecture(mode)),
-        plain,
-        partial(misfm_keys.translate_pctnet, mode=number)
-        if is_pctnet
-        else misfm_keys.translate_fmunet,
-        partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-5),
-    )
+    translate_pctnet = partial(misfm_keys.translate_pctnet, mode=number)
+    translate = translate_pctnet if is_pctnet else misfm_keys.translate_fmunet
+    optimizer = partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-5)
+    return Subject(network.architecture(get_mode(number)), plain, translate, optimizer)
 
 
-def _from_plan(architecture: dict[str, Any], outputs: int, deep_supervision: bool) -> nn.Module:
-    keys = ("network_class_name", "arch_kwargs", "_kw_requires_import")
-    values = (architecture[key] for key in keys)
-    network: nn.Module = get_network_from_plans(
-        *values, INPUT_CHANNELS, outputs, deep_supervision=deep_supervision
-    )
-    return network
+def _stunet(size: str) -> Subject:
+    preset = get_preset(size)
+
+    def plain(outputs: int, deep_supervision: bool, _: tuple[int, ...]) -> nn.Module:
+        network = PlainSTUNet(preset, PUBLISHED_STRIDES, INPUT_CHANNELS, outputs, deep_supervision)
+        return network.apply(STUNet.initialize)
+
+    sgd = partial(torch.optim.SGD, lr=1e-2, weight_decay=3e-5, momentum=0.99, nesterov=True)
+    architecture = stunet_architecture(preset, PUBLISHED_STRIDES)
+    return Subject(architecture, plain, stunet.translate_state_dict, sgd)

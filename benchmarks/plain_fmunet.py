@@ -7,6 +7,7 @@ ones. Axes of all tensors: (batch, channel, *spatial).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,11 @@ def conv(
     """A convolution that keeps the size but for its stride."""
     padding = kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
     return nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
+
+
+def named(**parts: nn.Module) -> nn.Sequential:
+    """One part after the other, under the published names."""
+    return nn.Sequential(OrderedDict(parts))
 
 
 def norm_act(channels: int) -> list[nn.Module]:
@@ -46,30 +52,23 @@ class PlainResidualLevel(nn.Module):
         return x
 
 
-class PlainDown(nn.Module):
-    """norm - activation - strided convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: Triple, stride: Triple) -> None:
-        super().__init__()
-        strided = conv(in_channels, out_channels, kernel, stride)
-        self.down = nn.Sequential(*norm_act(in_channels), strided)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(x)
-
-
 class PlainUp(nn.Module):
-    """Narrow and upsample the deeper features, concatenate (skip, upsampled), and merge."""
+    """Upsample the deeper features, concatenate (skip, upsampled), and merge."""
 
-    def __init__(self, deep: int, skip: int, scale: Triple, kernel: Triple) -> None:
+    def __init__(self, up: nn.Module, merge: nn.Module) -> None:
         super().__init__()
-        factors = tuple(map(float, scale))
-        upsample = nn.Upsample(scale_factor=factors, mode="trilinear", align_corners=True)
-        self.up = nn.Sequential(*norm_act(deep), nn.Conv3d(deep, skip, 1), upsample)
-        self.conv = nn.Sequential(*norm_act(2 * skip), conv(2 * skip, skip, kernel))
+        self.up, self.conv = up, merge
 
-    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
         return self.conv(torch.cat([skip, self.up(deep)], dim=1))
+
+
+def plain_up(skip: int, deep: int, scale: Triple, kernel: Triple) -> PlainUp:
+    """Narrows before it upsamples."""
+    factors = tuple(map(float, scale))
+    upsample = nn.Upsample(scale_factor=factors, mode="trilinear", align_corners=True)
+    up = nn.Sequential(*norm_act(deep), nn.Conv3d(deep, skip, 1), upsample)
+    return PlainUp(up, nn.Sequential(*norm_act(2 * skip), conv(2 * skip, skip, kernel)))
 
 
 class PlainFMUNet(nn.Module):
@@ -104,8 +103,9 @@ class PlainFMUNet(nn.Module):
             self.decoder[f"de_conv{level}"] = PlainResidualLevel(*sizes)
         for level, (scale, kernel) in enumerate(zip(scales, kernels, strict=False)):
             fine, coarse = widths[level], widths[level + 1]
-            self.encoder[f"down{level}"] = PlainDown(fine, coarse, kernel, scale)
-            self.decoder[f"upcat{level}"] = PlainUp(coarse, fine, scale, kernel)
+            down = nn.Sequential(*norm_act(fine), conv(fine, coarse, kernel, scale))
+            self.encoder[f"down{level}"] = named(down=down)
+            self.decoder[f"upcat{level}"] = plain_up(fine, coarse, scale, kernel)
         self.out_layers = nn.ModuleList(
             nn.Sequential(*norm_act(width), conv(width, num_classes, kernel))
             for width, kernel in zip(widths[:-1], kernels, strict=False)
@@ -119,7 +119,7 @@ class PlainFMUNet(nn.Module):
         x = self.decoder[f"de_conv{NUM_LEVELS - 1}"](encoded[-1])
         decoded: list[Tensor] = []
         for level in reversed(range(NUM_LEVELS - 1)):
-            x = self.decoder[f"de_conv{level}"](self.decoder[f"upcat{level}"](x, encoded[level]))
+            x = self.decoder[f"de_conv{level}"](self.decoder[f"upcat{level}"](encoded[level], x))
             decoded.insert(0, x)
         if not self.deep_supervision:
             return self.out_layers[0](decoded[0])

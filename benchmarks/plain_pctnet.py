@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from plain_fmunet import conv
+from plain_fmunet import PlainUp, conv, named
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,47 +30,35 @@ def norm_act(channels: int) -> list[nn.Module]:
     return [nn.BatchNorm3d(channels), nn.PReLU()]
 
 
-class PlainUnit(nn.Module):
-    """norm - activation - convolution; behind a max-pooling if it goes a level down."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: Triple, pooling: Triple | None = None
-    ) -> None:
-        super().__init__()
-        self.pool = None if pooling is None else nn.MaxPool3d(pooling)
-        self.conv = nn.Sequential(*norm_act(in_channels), conv(in_channels, out_channels, kernel))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.pool is None else self.pool(x))
+def plain_unit(in_channels: int, out_channels: int, kernel: Triple) -> nn.Sequential:
+    """norm - activation - convolution."""
+    unit = nn.Sequential(*norm_act(in_channels), conv(in_channels, out_channels, kernel))
+    return named(conv=unit)
 
 
-class PlainConvBlock(nn.Module):
+def plain_down(in_channels: int, out_channels: int, kernel: Triple, pooling: Triple) -> nn.Module:
+    """A unit behind a max-pooling."""
+    unit = plain_unit(in_channels, out_channels, kernel)
+    return named(pool=nn.MaxPool3d(pooling), conv=unit.conv)
+
+
+def plain_conv_block(channels: int, kernel: Triple, dropout: float) -> nn.Sequential:
     """norm - activation - convolution - norm - activation - dropout - convolution."""
-
-    def __init__(self, channels: int, kernel: Triple, dropout: float) -> None:
-        super().__init__()
-        self.conv_conv = nn.Sequential(
-            *norm_act(channels),
-            conv(channels, channels, kernel),
-            *norm_act(channels),
-            nn.Dropout(dropout),
-            conv(channels, channels, kernel),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_conv(x)
+    first, second = (conv(channels, channels, kernel) for _ in range(2))
+    before, between = norm_act(channels), [*norm_act(channels), nn.Dropout(dropout)]
+    return named(conv_conv=nn.Sequential(*before, first, *between, second))
 
 
-class PlainUp(nn.Module):
-    """Upsample the deeper features, concatenate (skip, upsampled), and merge."""
+def plain_up(skip: int, deep: int, scale: Triple, kernel: Triple) -> PlainUp:
+    """Narrows while it upsamples."""
+    up = nn.Sequential(*norm_act(deep), nn.ConvTranspose3d(deep, skip, scale, scale))
+    return PlainUp(up, nn.Sequential(*norm_act(2 * skip), conv(2 * skip, skip, kernel)))
 
-    def __init__(self, skip: int, deep: int, scale: Triple, kernel: Triple) -> None:
-        super().__init__()
-        self.up = nn.Sequential(*norm_act(deep), nn.ConvTranspose3d(deep, skip, scale, scale))
-        self.conv = nn.Sequential(*norm_act(2 * skip), conv(2 * skip, skip, kernel))
 
-    def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
-        return self.conv(torch.cat([skip, self.up(deep)], dim=1))
+def plain_mlp(channels: int, dropout: float) -> nn.Sequential:
+    wide, drops = MLP_RATIO * channels, [nn.Dropout(dropout) for _ in range(2)]
+    fc1, fc2 = nn.Linear(channels, wide), nn.Linear(wide, channels)
+    return named(fc1=fc1, act=nn.GELU(), drop1=drops[0], fc2=fc2, drop2=drops[1])
 
 
 def into_windows(x: Tensor, window: int) -> Tensor:
@@ -119,17 +107,6 @@ class PlainAttention(nn.Module):
         return self.proj_drop(self.proj(rearrange(attention @ v, "n h t c -> n t (h c)")))
 
 
-class PlainMLP(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, MLP_RATIO * channels)
-        self.fc2 = nn.Linear(MLP_RATIO * channels, channels)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(functional.gelu(self.fc1(x)))))
-
-
 class PlainTransformerBlock(nn.Module):
     """norm - (shifted) window attention, plus the input; norm - MLP, plus its input."""
 
@@ -141,7 +118,7 @@ class PlainTransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = PlainAttention(channels, heads, self.window, dropout)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = PlainMLP(channels, dropout)
+        self.mlp = plain_mlp(channels, dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         batch, tokens, channels = x.shape
@@ -201,7 +178,7 @@ class PlainPCTBlock(nn.Module):
 
     def __init__(self, channels: int, shape: Shape, heads: int, dropout: float) -> None:
         super().__init__()
-        self.conv = PlainConvBlock(channels, (3, 3, 3), dropout)
+        self.conv = plain_conv_block(channels, (3, 3, 3), dropout)
         self.trans = PlainTransformer(channels, shape, heads, dropout)
         self.norm_layer = nn.LayerNorm(channels)
         self.pos_drop = nn.Dropout(dropout)
@@ -223,10 +200,10 @@ class PlainStem(nn.Module):
         super().__init__()
         pooling = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
         self.proj = conv(channels, widths[0], kernels[0])
-        self.conv0 = PlainConvBlock(widths[0], kernels[0], dropout[0])
-        self.conv1 = PlainConvBlock(widths[1], kernels[1], dropout[1])
-        self.down1 = PlainUnit(widths[0], widths[1], kernels[1], pooling[0])
-        self.down2 = PlainUnit(widths[1], widths[2], (3, 3, 3), pooling[1])
+        self.conv0 = plain_conv_block(widths[0], kernels[0], dropout[0])
+        self.conv1 = plain_conv_block(widths[1], kernels[1], dropout[1])
+        self.down1 = plain_down(widths[0], widths[1], kernels[1], pooling[0])
+        self.down2 = plain_down(widths[1], widths[2], (3, 3, 3), pooling[1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         level0 = self.conv0(self.proj(x))
@@ -245,15 +222,15 @@ class PlainPyramid(nn.Module):
         def block(level: int) -> PlainPCTBlock:
             return PlainPCTBlock(widths[level], shapes[level], NUM_HEADS[level], dropout[level])
 
-        self.down3 = PlainUnit(widths[0], widths[1], kernel, (2, 2, 2))
-        self.down4 = PlainUnit(widths[1], widths[2], kernel, (2, 2, 2))
-        self.up3 = PlainUp(widths[0], widths[1], (2, 2, 2), kernel)
-        self.up4 = PlainUp(widths[1], widths[2], (2, 2, 2), kernel)
+        self.down3 = plain_down(widths[0], widths[1], kernel, (2, 2, 2))
+        self.down4 = plain_down(widths[1], widths[2], kernel, (2, 2, 2))
+        self.up3 = plain_up(widths[0], widths[1], (2, 2, 2), kernel)
+        self.up4 = plain_up(widths[1], widths[2], (2, 2, 2), kernel)
         self.convtrans_e2, self.convtrans_d2 = block(0), block(0)
         self.convtrans_e3, self.convtrans_d3 = block(1), block(1)
         self.convtrans_e4 = block(2)
-        self.out_conv2 = PlainUnit(widths[0], num_classes, (1, 1, 1))
-        self.out_conv3 = PlainUnit(widths[1], num_classes, (1, 1, 1))
+        self.out_conv2 = plain_unit(widths[0], num_classes, (1, 1, 1))
+        self.out_conv3 = plain_unit(widths[1], num_classes, (1, 1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features of levels 2 and 3."""
@@ -272,12 +249,12 @@ class PlainHead(nn.Module):
     ) -> None:
         super().__init__()
         scales = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
-        self.up1 = PlainUp(widths[0], widths[1], scales[0], kernels[0])
-        self.up2 = PlainUp(widths[1], widths[2], scales[1], kernels[1])
-        self.conv0 = PlainConvBlock(widths[0], kernels[0], dropout[0])
-        self.conv1 = PlainConvBlock(widths[1], kernels[1], dropout[1])
-        self.out_conv0 = PlainUnit(widths[0], num_classes, (1, 1, 1))
-        self.out_conv1 = PlainUnit(widths[1], num_classes, (1, 1, 1))
+        self.up1 = plain_up(widths[0], widths[1], scales[0], kernels[0])
+        self.up2 = plain_up(widths[1], widths[2], scales[1], kernels[1])
+        self.conv0 = plain_conv_block(widths[0], kernels[0], dropout[0])
+        self.conv1 = plain_conv_block(widths[1], kernels[1], dropout[1])
+        self.out_conv0 = plain_unit(widths[0], num_classes, (1, 1, 1))
+        self.out_conv1 = plain_unit(widths[1], num_classes, (1, 1, 1))
 
     def forward(self, level0: Tensor, level1: Tensor, level2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features of levels 0 and 1."""

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-SCALE = (0.7, 1.5)
-GAMMA = (0.7, 1.5)
+SCALE = GAMMA = (0.7, 1.5)
 BLOCK = (8, 32)
 FOREGROUND = 0.7
 CLASSES = 4
@@ -32,30 +31,23 @@ def fused_sample(scan: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarra
     if random.random() < 0.25:
         first, second = 1 - first, 1 - second
     class_map = tile_classes(patch_size)
-    return fuse(first, second, class_map), class_map
+    alpha = class_map * 1.0 / CLASSES
+    return alpha * first + (1.0 - alpha) * second, class_map
 
 
 def resized_crop(scan: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
     """Crop at a random scale per axis, inside the scan, and zoom it linearly to the patch."""
-    lengths = [
-        min(int(patch * random.uniform(*SCALE)), axis)
-        for patch, axis in zip(patch_size, scan.shape[1:], strict=True)
-    ]
-    starts = [
-        random.randint(0, axis - length)
-        for axis, length in zip(scan.shape[1:], lengths, strict=True)
-    ]
-    crop = scan[
-        (
-            slice(None),
-            *(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)),
-        )
-    ]
-    return ndimage.zoom(
-        crop,
-        [1.0, *(patch / length for patch, length in zip(patch_size, lengths, strict=True))],
-        order=1,
-    )
+    axes = scan.shape[1:]
+    wanted = [int(patch * random.uniform(*SCALE)) for patch in patch_size]
+    lengths = [min(*pair) for pair in zip(wanted, axes, strict=True)]
+    starts = [random.randint(0, axis - one) for axis, one in zip(axes, lengths, strict=True)]
+    crop = scan[(slice(None), *block_at(starts, lengths))]
+    return ndimage.zoom(crop, [1.0, *np.divide(patch_size, lengths)], order=1)
+
+
+def block_at(starts: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    pairs = zip(starts, sizes, strict=True)
+    return tuple(slice(start, start + size) for start, size in pairs)
 
 
 def random_flip(image: np.ndarray) -> np.ndarray:
@@ -96,18 +88,7 @@ def tile_classes(patch_size: Sequence[int]) -> np.ndarray:
     class_map = np.zeros((1, *patch_size), np.uint8)
     for position, is_chosen in zip(np.ndindex(*grid), chosen, strict=True):
         if is_chosen:
-            starts = [
-                index * size + offset
-                for index, size, offset in zip(position, sizes, offsets, strict=True)
-            ]
-            block = tuple(
-                slice(start, start + size) for start, size in zip(starts, sizes, strict=True)
-            )
-            class_map[(slice(None), *block)] = random.randint(1, CLASSES)
+            steps = zip(position, sizes, offsets, strict=True)
+            starts = [index * size + offset for index, size, offset in steps]
+            class_map[(slice(None), *block_at(starts, sizes))] = random.randint(1, CLASSES)
     return class_map
-
-
-def fuse(foreground: np.ndarray, background: np.ndarray, class_map: np.ndarray) -> np.ndarray:
-    alpha = class_map * 1.0 / CLASSES
-    fused: np.ndarray = alpha * foreground + (1.0 - alpha) * background
-    return fused

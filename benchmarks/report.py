@@ -1,4 +1,4 @@
-"""Report of a benchmark: machine, versions, spread over rounds, Markdown table, JSON file."""
+"""Scripts that report: machine, versions, spread over rounds, Markdown, JSON, exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def bytes_text(size: float) -> str:
     return f"{size / GIBIBYTE:.2f} GiB" if size >= GIBIBYTE else f"{1024 * size / GIBIBYTE:.0f} MiB"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
     """Return a Markdown table; all columns but the first ``texts`` are numbers."""
     rule = ["---"] * texts + ["---:"] * (len(header) - texts)
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
@@ -89,3 +90,15 @@ def write(out: Path, report: dict[str, Any], table: str) -> None:
     """Write the report and, beside it, its table."""
     write_atomically(out, json.dumps(report, indent=1) + "\n")
     write_atomically(out.with_suffix(".md"), table + "\n")
+
+
+def run_script(work: Callable[[], int | None], script: str, interrupted: str = "") -> int:
+    """Run the work of a script and return its exit code: 2 for wrong input, 130 if interrupted."""
+    try:
+        return work() or 0
+    except PluginError as error:
+        print(f"{Path(script).name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"Interrupted. {interrupted}".rstrip(), file=sys.stderr)
+        return 130

@@ -3,8 +3,9 @@
 "Plain" is a transcription of the published network in its published order of operations
 (``plain_stunet.py``, ``plain_pctnet.py``, ``plain_fmunet.py``); the same weights must give the same
 outputs, which is checked first. Each measurement (``measure_step.py``) has a process of its own,
-and the two alternate for several rounds, so that a drift of the machine's speed meets both. Writes
-a JSON file and a Markdown table beside it. Linux or macOS.
+and the two alternate for several rounds, so that a drift of the machine's speed meets both. With
+``--profile`` the share of time of each kind of operation (``profile_step.py``) instead. Writes a
+JSON file and a Markdown table beside it. Linux or macOS.
 
 Exit codes: 0 done, 1 the networks disagree or a measurement failed (the others are written),
 2 wrong input, 130 interrupted.
@@ -14,24 +15,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import profile_step
 import report as reports
 import torch
 from measure_step import INFERENCE, OURS, PLAIN, TRAIN, Case, agreement, measure
 from networks import MISFM, MODE_PATCHES, NAMES, find_subject
-from report import bytes_text, markdown, ratio_text, seconds_text
+from report import bytes_text, ratio_text, seconds_text
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.topology import check_patch_size, total_stride
+from stunet_plugin.utils.files import read_json
 
 AGREEMENT_LIMIT = 1e-4
 """Largest difference of outputs, relative to the largest output, that rounding may explain."""
@@ -40,6 +43,8 @@ DEFAULTS = {
     "cuda": (["small", "base", "large", "huge"], 128, 10),
 }
 """Networks, patch of STU-Net and timed steps per device."""
+MEASURES = {"time": ("seconds", seconds_text), "memory": ("peak_bytes", bytes_text)}
+"""Name in the table to key in the JSON, and how a value is written."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,25 +63,33 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, help="rounds in which the two alternate (5)")
     add("--steps", type=int, help="timed steps per round (3 on the CPU, 10 on a GPU)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--profile", action="store_true", help="shares of the operations instead, in one round")
+    add("--peak-tflops", type=float, metavar="N", help="of the GPU; the share that is reached")
     add("--out", type=Path, metavar="FILE", help="JSON file; the table goes to .md beside it")
     add("--table", type=Path, metavar="FILE", help="print the table of this JSON file, no more")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        if options.table is not None:
-            print(markdown_table(json.loads(options.table.read_text())))
-            return 0
-        return run(options, check(options))
-    except (PluginError, OSError, ValueError, KeyError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    options = build_parser().parse_args(arguments)
+    return reports.run_script(lambda: carry_out(options), __file__)
+
+
+def carry_out(options: argparse.Namespace) -> int:
+    """Measure and write, or print the table of what was; return the exit code."""
+    if options.table is not None:
+        report = read_json(options.table)
+        if "results" not in report:
+            raise PluginError(f"--table {options.table}: not written by step.py --out.")
+        print(markdown_table(report))
+        return 0
+    cases = check(options)
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    keys = ("device", "batch", "classes", "modes", "compile", "repeats", "steps")
+    settings = {key: getattr(options, key) for key in keys}
+    settings["precision"] = "float16 autocast" if gpu else "float32"
+    report = {**reports.about(threads=torch.get_num_threads(), gpu=gpu), "settings": settings}
+    return (profile if options.profile else compare)(options, cases, report)
 
 
 def check(options: argparse.Namespace) -> list[Case]:
@@ -108,23 +121,42 @@ def check(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def run(options: argparse.Namespace, cases: Sequence[Case]) -> int:
-    """Compare, measure and write; return the exit code."""
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
-    keys = ("device", "batch", "classes", "modes", "compile", "repeats", "steps")
-    settings = {key: getattr(options, key) for key in keys}
-    settings["precision"] = "float16 autocast" if gpu else "float32"
-    report = {**reports.about(threads=torch.get_num_threads(), gpu=gpu), "settings": settings}
+def in_new_process(work: Callable[[Case], dict[str, Any]], case: Case) -> dict[str, Any]:
+    """Run a measurement in a fresh process, whose peak of memory is its own; return its result, or
+    an ``error``."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(work, case).result()
+        except Exception as error:  # out of memory, or killed for it
+            text = f"{type(error).__name__}: {error}"
+    print(f"{case.size} {case.mode}, {case.network}: {text}", file=sys.stderr, flush=True)
+    return {"error": text}
+
+
+def profile(options: argparse.Namespace, cases: Sequence[Case], report: dict[str, Any]) -> int:
+    """Profile both networks in each mode, and write."""
+    work = partial(profile_step.profile_step, peak_tflops=options.peak_tflops)
+    rows = report["rows"] = []
+    for case, mode, network in itertools.product(cases, options.modes, (OURS, PLAIN)):
+        one = replace(case, mode=mode, network=network, compiled=options.compile)
+        row = in_new_process(work, one)
+        if "error" in row:
+            return 1
+        rows.append(row)
+        reports.write(options.out, report, profile_step.table(rows))
+    print(f"{profile_step.table(rows)}\n\nWritten: {options.out}")
+    return 0
+
+
+def compare(options: argparse.Namespace, cases: Sequence[Case], report: dict[str, Any]) -> int:
+    """Compare outputs, measure both networks, and write; return the exit code."""
     report |= {"agreement": {}, "results": []}
     failed = False
     for case in cases:
-        try:
-            found = in_new_process(agreement, case)
-        except Exception as error:
-            print(f"{case.size}: could not compare the outputs ({error}).", file=sys.stderr)
+        found = report["agreement"][case.size] = in_new_process(agreement, case)
+        if "error" in found:
             failed = True
             continue
-        report["agreement"][case.size] = found
         print(f"{case.size}, same weights: {found}", flush=True)
         if found["largest_difference"] > AGREEMENT_LIMIT * found["largest_output"]:
             print(f"{case.size}: the two networks do not compute the same.", file=sys.stderr)
@@ -139,46 +171,34 @@ def run(options: argparse.Namespace, cases: Sequence[Case]) -> int:
     return 1 if failed else 0
 
 
-def in_new_process(work: Callable[[Case], dict[str, Any]], case: Case) -> dict[str, Any]:
-    """Run a measurement in a fresh process, whose peak of memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, case).result()
-
-
 def measure_pair(case: Case, repeats: int) -> dict[str, Any]:
     """Measure ours and plain in turn; one that fails is not tried again."""
     rounds: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: []}
-    errors: dict[str, str] = {}
+    networks: dict[str, dict[str, Any]] = {}
     title = f"{case.size} {case.mode}{' compiled' if case.compiled else ''}"
     for number, network in itertools.product(range(repeats), rounds):
-        if network in errors:
+        if network in networks:
             continue
-        try:
-            measured = in_new_process(measure, replace(case, network=network))
-        except Exception as error:  # out of memory, or killed for it
-            errors[network] = f"{type(error).__name__}: {error}"
-            print(f"{title}, {network}: {errors[network]}", file=sys.stderr, flush=True)
+        measured = in_new_process(measure, replace(case, network=network))
+        if "error" in measured:
+            networks[network] = measured
             continue
         measured["seconds"] = statistics.median(measured["seconds"])
         rounds[network].append(measured)
-        text = f"{seconds_text(measured['seconds'])}, {bytes_text(measured['peak_bytes'])}"
+        text = ", ".join(write(measured[key]) for key, write in MEASURES.values())
         print(f"{title}, round {number + 1} of {repeats}, {network}: {text}", flush=True)
     values = {
-        name: {key: [one[key] for one in found if one[key] is not None] for key in found[0]}
+        name: {key: [one[key] for one in found] for key, _ in MEASURES.values()}
         for name, found in rounds.items()
-        if name not in errors
     }
-    networks = {
-        name: {key: reports.spread(one) if one else None for key, one in found.items()}
-        for name, found in values.items()
-    }
-    networks |= {name: {"error": text} for name, text in errors.items()}
-    measures = {"time": "seconds", "memory": "peak_bytes"}
-    ratios = (
-        {m: reports.ratios(values[OURS][k], values[PLAIN][k]) for m, k in measures.items()}
-        if not errors
-        else None
-    )
+    ratios = None
+    if not networks:
+        ratios = {
+            name: reports.ratios(values[OURS][key], values[PLAIN][key])
+            for name, (key, _) in MEASURES.items()
+        }
+    for name in rounds.keys() - networks:
+        networks[name] = {key: reports.spread(one) for key, one in values[name].items()}
     about = {"size": case.size, "patch": list(case.patch), "mode": case.mode}
     return {**about, "compiled": case.compiled, "networks": networks, "ratios": ratios}
 
@@ -187,26 +207,21 @@ def markdown_table(report: dict[str, Any]) -> str:
     """Return the results as a Markdown table, with a line on how they came about."""
     settings, machine, versions = report["settings"], report["machine"], report["versions"]
     header = ["network", "step"]
-    for measure_name in ("time", "memory"):
-        header += [f"{measure_name} ours", f"{measure_name} plain", "ours / plain"]
+    for name in MEASURES:
+        header += [f"{name} ours", f"{name} plain", "ours / plain"]
     rows = []
     patches = [" x ".join(map(str, result["patch"])) for result in report["results"]]
     one_patch = len(set(patches)) == 1
     for result, patch in zip(report["results"], patches, strict=True):
         row = [result["size"] + ("" if one_patch else f", {patch}")]
         row.append(result["mode"] + (", compiled" if result["compiled"] else ""))
-        for key, ratio, text in (
-            ("seconds", "time", seconds_text),
-            ("peak_bytes", "memory", bytes_text),
-        ):
+        for name, (key, write) in MEASURES.items():
             for network in (result["networks"][OURS], result["networks"][PLAIN]):
-                row.append("failed" if "error" in network else text(network[key]["median"]))
-            row.append(ratio_text(result["ratios"][ratio]) if result["ratios"] else "")
+                row.append("failed" if "error" in network else write(network[key]["median"]))
+            row.append(ratio_text(result["ratios"][name]) if result["ratios"] else "")
         rows.append(row)
     cpu = f"{machine['cpu']}, {machine['threads']} thread(s), {machine['cores']} core(s)"
-    packages = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "nnunetv2", "stunet-plugin")
-    )
+    packages = ", ".join(f"{one} {versions[one]}" for one in ("torch", "nnunetv2", "stunet-plugin"))
     note = (
         f"{machine['gpu'] or cpu}; {packages}; {report['date'][:10]}."
         f" {f'Patch {patches[0]}, batch' if one_patch else 'Batch'} {settings['batch']} in training"
@@ -214,7 +229,7 @@ def markdown_table(report: dict[str, Any]) -> str:
         f" {settings['repeats']} round(s) of {settings['steps']} step(s), each in a process of its"
         " own; in brackets the lowest and highest ratio of a round."
     )
-    return f"{markdown(header, rows, 2)}\n\n{note}"
+    return f"{reports.markdown(header, rows, 2)}\n\n{note}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,14 @@ import report as reports
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from plain_volume_fusion import fused_sample
-from report import seconds_text, spread
+from report import seconds_text
 from scipy.ndimage import gaussian_filter
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.pretraining.subvolumes import SubVolumeLoader
 from stunet_plugin.pretraining.volume_fusion import SCHEMES, VolumeFusion
 
-SCANS = 3
-BATCH = 2
+SCANS, BATCH = 3, 2
 
 
 def make_scans(shape: Sequence[int], folder: Path) -> list[np.ndarray]:
@@ -56,68 +56,56 @@ def make_scans(shape: Sequence[int], folder: Path) -> list[np.ndarray]:
     return scans
 
 
-def plain_samples(scans: list[np.ndarray], patch: Sequence[int]) -> Iterator[None]:
-    while True:
-        fused_sample(random.choice(scans), patch)
-        yield
-
-
-def our_samples(folder: Path, patch: Sequence[int]) -> Iterator[None]:
-    loader = SubVolumeLoader(nnUNetDatasetBlosc2(str(folder)), BATCH, patch)
-    fusion, generator = VolumeFusion(), torch.Generator()
-    while True:
-        foreground, background = next(loader)["data"].chunk(2)
-        fusion(foreground, background, generator)
-        yield from [None] * BATCH
-
-
-def seconds_per_sample(samples: Iterator[None], count: int) -> float:
+def seconds_per_sample(make_batch: Callable[[], object], samples: int) -> float:
+    batches = -(-samples // BATCH)
     start = time.perf_counter()
-    for _ in range(count):
-        next(samples)
-    return (time.perf_counter() - start) / count
+    for _ in range(batches):
+        make_batch()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / batches / BATCH
 
 
-def measure_fusion(patch: Sequence[int], device: str, count: int) -> dict[str, float]:
+def fuse_alone(patch: Sequence[int], device: str, samples: int) -> dict[str, float]:
     """Return seconds per sample of the fusion alone, per scheme, on a device."""
     foreground, background = torch.rand(2, BATCH, 1, *patch, device=device)
     seconds = {}
     for year, scheme in SCHEMES.items():
         fusion, generator = VolumeFusion(scheme=scheme), torch.Generator().manual_seed(0)
-        for repeats in (2, count):  # the first to warm up
-            start = time.perf_counter()
-            for _ in range(repeats):
-                fusion(foreground, background, generator)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[str(year)] = (time.perf_counter() - start) / repeats / BATCH
+        fuse = partial(fusion, foreground, background, generator)
+        seconds_per_sample(fuse, BATCH)  # warms up
+        seconds[str(year)] = seconds_per_sample(fuse, samples)
     return seconds
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and return the report."""
     torch.set_num_threads(1)
+    patch, count = options.patch, options.samples
     rounds: dict[str, list[float]] = {"ours": [], "plain": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        scans = make_scans(options.volume, Path(temporary))
-        pipelines = {
-            "ours": our_samples(Path(temporary), options.patch),
-            "plain": plain_samples(scans, options.patch),
+    with tempfile.TemporaryDirectory() as folder:
+        scans = make_scans(options.volume, Path(folder))
+        loader = SubVolumeLoader(nnUNetDatasetBlosc2(folder), BATCH, patch)
+        fusion, generator = VolumeFusion(), torch.Generator()
+        make = {
+            "ours": lambda: fusion(*next(loader)["data"].chunk(2), generator),
+            "plain": lambda: [fused_sample(random.choice(scans), patch) for _ in range(BATCH)],
         }
         for number in range(options.repeats + 1):
-            for name, samples in pipelines.items():
-                seconds = seconds_per_sample(samples, options.samples)
+            for name, found in rounds.items():
+                seconds = seconds_per_sample(make[name], count)
                 if number:  # the first round warms up
-                    rounds[name].append(seconds)
+                    found.append(seconds)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    fusion = {device: measure_fusion(options.patch, device, options.samples) for device in devices}
     settings = {key: getattr(options, key) for key in ("patch", "volume", "samples", "repeats")}
     return {
         **reports.about(),
         "settings": settings,
-        "seconds_per_sample": {name: spread(values) for name, values in rounds.items()},
+        "seconds_per_sample": {name: reports.spread(found) for name, found in rounds.items()},
         "ours_over_plain": reports.ratios(rounds["ours"], rounds["plain"]),
-        "fusion_alone_seconds_per_sample": fusion,
+        "fusion_alone_seconds_per_sample": {
+            device: fuse_alone(patch, device, count) for device in devices
+        },
     }
 
 
@@ -140,7 +128,16 @@ def markdown_table(report: dict[str, Any]) -> str:
     return f"{table}\n\n{note}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def run(options: argparse.Namespace) -> None:
+    if min(*options.patch, *options.volume, options.samples, options.repeats) < 1:
+        raise PluginError("All numbers must be at least 1.")
+    reports.check_output(options.out)
+    report = measure(options)
+    reports.write(options.out, report, markdown_table(report))
+    print(markdown_table(report))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Time per sample of Volume Fusion, ours beside the published pipeline.",
         epilog="Example: python benchmarks/volume_fusion_pipeline.py --out pipeline.json",
@@ -151,25 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=20, help="per round")
     add("--repeats", type=int, default=5, help="rounds in which the two alternate")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file; the table goes to .md")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
-    try:
-        if min(*options.patch, *options.volume, options.samples, options.repeats) < 1:
-            raise PluginError("All numbers must be at least 1.")
-        reports.check_output(options.out)
-        report = run(options)
-    except PluginError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    reports.write(options.out, report, markdown_table(report))
-    print(markdown_table(report))
-    return 0
+    options = parser.parse_args(arguments)
+    return reports.run_script(lambda: run(options), __file__)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import random
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,44 +23,33 @@ def _scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
 
 
-@pytest.fixture
-def measure_step() -> ModuleType:
-    return import_module("measure_step")
-
-
 @pytest.mark.parametrize(
-    ("name", "patch", "outputs", "limit"),
-    [
-        ("tiny", PATCH, 5, 1e-5),
-        ("PCTNet-mode1", (16, 64, 112), 4, 3e-5),
-        # Its instance norms magnify rounding: either network is 1e-5 off a float64 run.
-        ("FMUNet-mode2", (16, 64, 112), 4, 3e-5),
-    ],
+    ("name", "patch", "outputs"), [("PCTNet-mode1", (16, 64, 112), 4), ("tiny", PATCH, 5)]
 )
 def test_both_networks_are_the_same_function(
-    measure_step: ModuleType, name: str, patch: tuple[int, ...], outputs: int, limit: float
+    name: str, patch: tuple[int, ...], outputs: int
 ) -> None:
-    case = measure_step.Case("ours", name, "inference", False, "cpu", patch, 1, CLASSES, 1)
-    found = measure_step.agreement(case)
+    script = import_module("measure_step")
+    found = script.agreement(script.Case("ours", name, "train", False, "cpu", patch, 1, CLASSES, 1))
     assert found["outputs"] == outputs
-    assert found["largest_difference"] <= limit * found["largest_output"]
+    assert found["largest_difference"] <= 3e-5 * found["largest_output"]
 
 
-def test_both_networks_have_the_same_gradients(measure_step: ModuleType) -> None:
-    ours, plain = (network.double() for network in measure_step.build_pair("tiny", CLASSES, PATCH))
+def test_both_networks_have_the_same_gradients() -> None:
+    script = import_module("measure_step")
+    ours, plain = (network.double() for network in script.build_pair("tiny", CLASSES, PATCH))
     data = torch.randn(1, 1, *PATCH, dtype=torch.float64)
     for network in (ours, plain):
         sum(output.square().mean() for output in network(data)).backward()
     gradients = {name: value.grad for name, value in plain.named_parameters()}
-    translated = measure_step.find_subject("tiny").translate(gradients)
+    translated = script.find_subject("tiny").translate(gradients)
     own = {name: value.grad for name, value in ours.named_parameters()}
-    assert own.keys() == translated.keys()
     largest = max(gradient.abs().max() for gradient in own.values())
     assert largest > 0
-    assert all((own[name] - translated[name]).abs().max() <= 1e-9 * largest for name in own)
+    torch.testing.assert_close(own, translated, rtol=0, atol=1e-9 * float(largest))
 
 
-def test_allocation_peaks_count_what_lives_at_the_same_time(measure_step: ModuleType) -> None:
+def test_allocation_peaks_count_what_lives_at_the_same_time() -> None:
     kept = []
 
     def allocate() -> None:
@@ -71,9 +59,9 @@ def test_allocation_peaks_count_what_lives_at_the_same_time(measure_step: Module
         with torch.profiler.record_function("second"):
             torch.empty(3000, dtype=torch.uint8)
 
-    peaks = measure_step.allocation_peaks(allocate, ["first", "second"])
-    assert peaks == {"first": 6000, "second": 4000}
-    assert measure_step.allocation_peak(allocate) == 6000
+    peaks = import_module("measure_step").allocation_peaks
+    assert peaks(allocate, ["first", "second"]) == {"first": 6000, "second": 4000}
+    assert peaks(allocate) == {"": 6000}
 
 
 @pytest.mark.slow
@@ -83,29 +71,26 @@ def test_step_writes_a_report_and_its_table(
     script, out = import_module("step"), tmp_path / "report.json"
     options = f"--networks tiny --patch 32 32 64 --repeats 1 --steps 1 --device cpu --out {out}"
     assert script.main(options.split()) == 0
-    report = json.loads(out.read_text())
-    assert [result["mode"] for result in report["results"]] == ["train", "inference"]
-    for result in report["results"]:
+    results = json.loads(out.read_text())["results"]
+    assert [result["mode"] for result in results] == ["train", "inference"]
+    for result in results:
         for key, ratio in (("seconds", "time"), ("peak_bytes", "memory")):
             ours, plain = (result["networks"][one][key]["median"] for one in ("ours", "plain"))
-            assert min(ours, plain) > 0
             assert result["ratios"][ratio]["median"] == pytest.approx(ours / plain)
     # Less memory in training is what our order of operations is for.
-    assert report["results"][0]["ratios"]["memory"]["median"] < 0.95
-    assert "| tiny | train |" in out.with_suffix(".md").read_text()
+    assert 0 < results[0]["ratios"]["memory"]["median"] < 0.95
     assert script.main(["--table", str(out)]) == 0
     assert "| tiny | train |" in capsys.readouterr().out
+    assert "| tiny | train |" in out.with_suffix(".md").read_text()
+    profile = f"{options}.json --profile --modes train --peak-tflops 1"
+    assert script.main(profile.split()) == 0
+    for row in json.loads(Path(f"{out}.json").read_text())["rows"]:
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert row["share_of_peak"] > 0
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        "--table",
-        "--out",
-        "--steps 0 --out",
-        "--patch 32 32 32 --out",
-        "--networks PCTNet-mode0 --patch 24 32 32 --out",
-    ],
+    "options", ["--table", "--out", "--steps 0 --out", "--patch 32 32 32 --out"]
 )
 def test_wrong_input_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str
