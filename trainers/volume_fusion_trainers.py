@@ -66,7 +66,7 @@ class VolumeFusionMixin(MISFMOptimizer):
         self.initial_lr = self._options.fraction(names.VF_RATE, self.initial_lr)
         # STUNET_SEED seeds the global generator; the processes of a training draw differently.
         seed = int(torch.randint(2**62, ())) + self.local_rank
-        self._fusion_draws = torch.Generator().manual_seed(seed)
+        self._fusion_draws = np.random.default_rng(seed)
         super().initialize()
 
     def _describe_fusion(self) -> dict[str, Any]:

@@ -11,10 +11,7 @@ from typing import Any
 
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from stunet_plugin.nnunet.names import FOLDS, PREPROCESSED
-
-SPLITS = "splits_final.json"
-"""In the raw dataset nnU-Net's planners find it and copy it to where training reads it."""
+from stunet_plugin.nnunet.names import FOLDS, PREPROCESSED, SPLITS
 
 
 def balanced_folds(
@@ -23,8 +20,9 @@ def balanced_folds(
     seed: int,
     own: Mapping[str, Sequence[Collection[str]]],
 ) -> list[dict[str, list[str]]]:
-    """Return nnU-Net's ``splits_final.json``: folds of as equal a size as can be, for each dataset
-    and altogether; none where there are fewer cases to validate on than folds.
+    """Return nnU-Net's ``splits_final.json``, which its planners copy from the raw dataset: folds
+    of as equal a size as can be, for each dataset and altogether; none where there are fewer cases
+    to validate on than folds.
 
     Args:
         cases: dataset to its cases.

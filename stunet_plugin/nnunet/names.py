@@ -20,3 +20,4 @@ RESULTS, RAW, PREPROCESSED = "nnUNet_results", "nnUNet_raw", "nnUNet_preprocesse
 DEFAULT_DATASET_ID = 101
 DEFAULT_FOLD = "0"
 FOLDS = 5
+SPLITS = "splits_final.json"

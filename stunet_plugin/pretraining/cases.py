@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.names import FOLDS
+from stunet_plugin.nnunet.names import FOLDS, SPLITS
 
 
 def check_cases(folder: Path, fold: int | str, train_on_all: str) -> None:
@@ -22,7 +22,7 @@ def check_cases(folder: Path, fold: int | str, train_on_all: str) -> None:
             f"{len(lacking)} file(s) of preprocessed cases are missing in {folder}, for example"
             f" {lacking[0]}. Run nnUNetv2_preprocess again."
         )
-    splits = _splits(folder)
+    splits = folder.parent / SPLITS
     if fold != "all" and not splits.is_file() and len(cases) < FOLDS:
         raise PluginError(
             f"{folder} has {len(cases)} case(s), too few for nnU-Net's {FOLDS} folds. Pretrain on"
@@ -39,7 +39,7 @@ def check_cases(folder: Path, fold: int | str, train_on_all: str) -> None:
 def describe_cases(folder: Path, fold: int | str, expected: object) -> list[str]:
     """Return lines for the log about cases that a training does not use; ``expected`` is their
     number in ``dataset.json``."""
-    cases, splits = _cases_in(folder), _splits(folder)
+    cases, splits = _cases_in(folder), folder.parent / SPLITS
     lines = []
     if isinstance(expected, int) and len(cases) < expected:
         lines.append(
@@ -57,10 +57,6 @@ def describe_cases(folder: Path, fold: int | str, expected: object) -> list[str]
 
 def _cases_in(folder: Path) -> set[str]:
     return set(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
-
-
-def _splits(folder: Path) -> Path:
-    return folder.parent / "splits_final.json"
 
 
 def _in_split(splits: Path, fold: int | str) -> set[str]:

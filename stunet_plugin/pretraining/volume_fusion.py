@@ -78,14 +78,15 @@ class OverlappingBoxes(BlockSizes):
     fewest: int = 10
     most: int = 40
 
-    def paint(self, class_map: Tensor, classes: int, generator: torch.Generator) -> None:
+    def paint(self, class_map: Tensor, classes: int, rng: np.random.Generator) -> None:
         """Draw the blocks of a sample and write their classes into its class map of zeros."""
         patch = np.array(class_map.shape)
-        count = int(torch.randint(self.fewest, self.most + 1, (), generator=generator))
-        sizes = _integers(count, *self.size_range(class_map.shape), generator)
-        starts = _integers(count, 0 * patch, patch - 1, generator) - sizes // 2
-        drawn = torch.randint(1, classes + 1, (count,), generator=generator).tolist()
-        for start, size, fusion_class in zip(starts, sizes, drawn, strict=True):
+        smallest, largest = self.size_range(class_map.shape)
+        shape = (rng.integers(self.fewest, self.most, endpoint=True), len(patch))
+        sizes = rng.integers(smallest, largest, shape, endpoint=True)
+        starts = rng.integers(patch, size=shape) - sizes // 2
+        drawn = rng.integers(1, classes, len(sizes), endpoint=True)
+        for start, size, fusion_class in zip(starts, sizes, drawn.tolist(), strict=True):
             box = tuple(map(slice, start.clip(min=0), (start + size).clip(max=patch)))
             class_map[box] = fusion_class
 
@@ -104,19 +105,17 @@ class TiledBlocks(BlockSizes):
     largest: Fraction = 5 / 16
     foreground: float = 0.7
 
-    def paint(self, class_map: Tensor, classes: int, generator: torch.Generator) -> None:
+    def paint(self, class_map: Tensor, classes: int, rng: np.random.Generator) -> None:
         """Draw the blocks of a sample and write their classes into its class map of zeros."""
-        size = _integers(1, *self.size_range(class_map.shape), generator)[0]
+        size = rng.integers(*self.size_range(class_map.shape), endpoint=True)
         grid, margin = np.divmod(class_map.shape, size)
-        offset = _integers(1, 0 * margin, margin, generator)[0]
-        tiles = torch.zeros(grid.tolist(), dtype=torch.uint8)
+        offset = rng.integers(0, margin, endpoint=True)
+        drawn = np.zeros(grid, np.uint8)
         # If there is one tile only, 70 % of it would be none.
-        blended = max(int(tiles.numel() * self.foreground), 1)
-        chosen = torch.randperm(tiles.numel(), generator=generator)[:blended]
-        tiles.view(-1)[chosen] = torch.randint(
-            1, classes + 1, (blended,), generator=generator, dtype=torch.uint8
-        )
-        tiles = tiles.to(class_map.device)
+        blended = max(int(drawn.size * self.foreground), 1)
+        chosen = rng.permutation(drawn.size)[:blended]
+        drawn.flat[chosen] = rng.integers(1, classes, blended, endpoint=True)
+        tiles = torch.from_numpy(drawn).to(class_map.device)
         for axis, (start, side) in enumerate(zip(offset.tolist(), size.tolist(), strict=True)):
             tiles = tiles.repeat_interleave(side, dim=axis)
             class_map = class_map.narrow(axis, start, tiles.shape[axis])
@@ -152,20 +151,20 @@ class VolumeFusion:
             raise PluginError(f"Volume Fusion needs 1 to 255 fusion classes, not {self.classes}.")
 
     def __call__(
-        self, foreground: Tensor, background: Tensor, generator: torch.Generator
+        self, foreground: Tensor, background: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         """Fuse sub-volumes (batch, channel, *spatial) with values from 0 to 1; return images of
-        that shape and class maps (batch, *spatial), uint8. The generator is on the CPU: the same
-        state gives the same result on any device."""
-        class_map = self.draw_class_maps(foreground[:, 0], generator)
-        inverted = torch.rand(len(foreground), generator=generator) < self.inverted
+        that shape and class maps (batch, *spatial), uint8. The same state of ``rng`` gives the same
+        result on any device."""
+        class_map = self.draw_class_maps(foreground[:, 0], rng)
+        inverted = rng.random(len(foreground)) < self.inverted
         return self.fuse(foreground, background, class_map, inverted.tolist()), class_map
 
-    def draw_class_maps(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_class_maps(self, like: Tensor, rng: np.random.Generator) -> Tensor:
         """Draw k of every voxel, uint8; ``like`` gives the shape (batch, *spatial) and device."""
         class_maps = torch.zeros_like(like, dtype=torch.uint8)
         for class_map in class_maps:
-            self.scheme.paint(class_map, self.classes, generator)
+            self.scheme.paint(class_map, self.classes, rng)
         return class_maps
 
     def fuse(
@@ -188,17 +187,3 @@ class VolumeFusion:
     def class_names(self) -> list[str]:
         """Return the alpha of each class as text: 0, 1/4, ..., 1."""
         return ["0", *(f"{index}/{self.classes}" for index in range(1, self.classes)), "1"]
-
-
-def _integers(
-    count: int,
-    lowest: Sequence[int] | np.ndarray,
-    highest: Sequence[int] | np.ndarray,
-    generator: torch.Generator,
-) -> np.ndarray:
-    """Draw rows of integers, uniform from ``lowest`` to ``highest`` (included) of each column."""
-    low, high = np.array(lowest), np.array(highest)
-    # In float64 a draw just below 1 cannot round up to the next integer.
-    shares = torch.rand((count, len(low)), generator=generator, dtype=torch.float64).numpy()
-    numbers: np.ndarray = (low + shares * (high - low + 1)).astype(int)
-    return numbers

@@ -76,8 +76,7 @@ def check_start(path: Path | str) -> None:
 def side_files(path: Path | str, elsewhere: bool = False) -> list[Path]:
     """Return the other files that belong to an image: the voxels of a detached header (.mhd,
     .nhdr), and the .json with the spacing of nnU-Net's .tif. Voxels in other folders, which a
-    header only points to, count with ``elsewhere``.
-    """
+    header only points to, count with ``elsewhere``."""
     path = Path(path)
     ending = ending_of(path)
     if ending in (*META, *NRRD):
@@ -98,11 +97,8 @@ def hash_of_image(path: Path) -> str:
 
 def place_image(source: Path, target: Path, how: str) -> None:
     """Link, copy or move an image with the files that belong to it, under names that appear when
-    they are complete; nothing is done where the target is there.
-
-    Raises:
-        ImageError: its voxels are in several files.
-    """
+    they are complete; nothing is done where the target is there. Raise ImageError if its voxels are
+    in several files."""
     if os.path.lexists(target):
         return
     stem, new_stem = (x.name[: len(x.name) - len(ending_of(x))] for x in (source, target))
@@ -180,15 +176,8 @@ def _with_data_file(path: Path, name: str) -> bytes:
 
 
 def check_data(path: Path | str, reader: Any) -> None:
-    """Compare the voxels of a MetaImage, NRRD or GIPL file with its header.
-
-    Args:
-        path: of the file; other formats are not checked.
-        reader: ITK's, which has read the header.
-
-    Raises:
-        ImageError: they are fewer or more.
-    """
+    """Raise ImageError if a MetaImage, NRRD or GIPL file has fewer or more voxels than its header
+    says, which ``reader``, ITK's, has read; other formats are not checked."""
     ending = ending_of(path)
     if ending not in (*META, *NRRD, ".gipl"):
         return
@@ -248,18 +237,15 @@ def _check_length(path: Path | str, found: int, expected: int) -> None:
 # --- NIfTI
 
 
-def nifti_header(path: Path | str, file: Any = None) -> Any:
-    """Return nibabel's header of a NIfTI file (``file``: the same, open at its start), or raise an
-    ImageError."""
-    if file is None:
-        with _opened(path) as opened:
-            return nifti_header(path, opened)
+def nifti_header(path: Path | str) -> Any:
+    """Return nibabel's header of a NIfTI file, or raise an ImageError."""
+    check_start(path)
     try:
-        start = file.read(4)
-        file.seek(0)
-        second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
-        kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
-        header = kind.from_fileobj(file, check=False)
+        with _opened(path) as file:
+            second = nibabel.Nifti2Header.may_contain_header(file.read(540))
+            file.seek(0)
+            kind = nibabel.Nifti2Header if second else nibabel.Nifti1Header
+            header = kind.from_fileobj(file, check=False)
         header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
     except (EOFError, zlib.error, OSError) as error:
         raise ImageError(path, CUT_OFF, last_line(error)) from error
@@ -269,37 +255,33 @@ def nifti_header(path: Path | str, file: Any = None) -> Any:
 
 
 def nifti_voxels(path: Path | str) -> np.ndarray:
-    """Return the voxels (z, y, x) of a NIfTI file, read to its end, where the checksum is.
-
-    Raises:
-        ImageError: it is cut off, or holds no single volume of real numbers.
-    """
-    with _opened(path) as file:
-        header = nifti_header(path, file)
-        shape, dtype = header.get_data_shape(), header.get_data_dtype()
-        if not len(shape) or any(count != 1 for count in shape[3:]):
-            reason = COMPONENTS if len(shape) == 5 and shape[3] == 1 else AXES
-            raise ImageError(path, reason, f"{' x '.join(map(str, shape))} voxels")
-        if dtype.kind not in "iuf":
-            raise ImageError(path, COMPONENTS, "colours or complex numbers")
-        expected = int(header.get_data_offset()) + math.prod(map(int, shape)) * dtype.itemsize
-        most = _DEFLATE_RATIO if str(path).lower().endswith(".gz") else 1
-        if not 0 < expected <= os.path.getsize(path) * most:
-            raise ImageError(path, CUT_OFF, f"its header asks for {expected} bytes")
-        try:
-            file.seek(0)
-            second = isinstance(header, nibabel.Nifti2Header)
-            kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    """Return the voxels (z, y, x) of a NIfTI file, read to its end, where the checksum is; raise
+    ImageError if it is cut off, or holds no single volume of real numbers."""
+    header = nifti_header(path)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    if not len(shape) or any(count != 1 for count in shape[3:]):
+        reason = COMPONENTS if len(shape) == 5 and shape[3] == 1 else AXES
+        raise ImageError(path, reason, f"{' x '.join(map(str, shape))} voxels")
+    if dtype.kind not in "iuf":
+        raise ImageError(path, COMPONENTS, "colours or complex numbers")
+    expected = int(header.get_data_offset()) + math.prod(map(int, shape)) * dtype.itemsize
+    most = _DEFLATE_RATIO if str(path).lower().endswith(".gz") else 1
+    if not 0 < expected <= os.path.getsize(path) * most:
+        raise ImageError(path, CUT_OFF, f"its header asks for {expected} bytes")
+    second = isinstance(header, nibabel.Nifti2Header)
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    try:
+        with _opened(path) as file:
             voxels = kind.from_file_map(kind.make_file_map({"image": file}), mmap=False).dataobj
             scaled = (voxels.slope, voxels.inter) != (1, 0)
             array = np.asarray(np.asarray(voxels, np.float32) if scaled else voxels.get_unscaled())
             surplus = 0
             while piece := file.read(_PIECE):
                 surplus += len(piece)
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged files raise whatever they happen to break
-            raise ImageError(path, CUT_OFF, last_line(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise whatever they happen to break
+        raise ImageError(path, CUT_OFF, last_line(error)) from error
     if surplus:
         raise ImageError(path, CUT_OFF, f"{surplus} bytes more than its header asks for")
     # ITK has neither float128 nor foreign byte orders.
@@ -308,7 +290,6 @@ def nifti_voxels(path: Path | str) -> np.ndarray:
 
 
 def _opened(path: Path | str) -> Any:
-    check_start(path)
     return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")
 
 
@@ -316,11 +297,8 @@ def _opened(path: Path | str) -> Any:
 
 
 def picture_voxels(path: Path | str) -> np.ndarray:
-    """Return the voxels of a .png, .bmp, .jpg or .tif as nnU-Net's readers see them.
-
-    Raises:
-        ImageError: it is cut off or damaged.
-    """
+    """Return the voxels of a .png, .bmp, .jpg or .tif as nnU-Net's readers see them; raise
+    ImageError if it is cut off or damaged."""
     check_start(path)
     try:
         if ending_of(path) in TIFF:

@@ -52,22 +52,14 @@ class LabelArray(NamedTuple):
 
 def read_geometry(path: Path | str) -> Grid:
     """Return where the voxels of an image are, from its header alone; axes of length 1 after the
-    third are dropped, a negative pixdim is taken as its size.
-
-    Raises:
-        ImageError: the header cannot be read, or is not that of one volume with one value per
-            voxel (pictures may have colours).
-    """
+    third are dropped, a negative pixdim is taken as its size. Raise ImageError if it cannot be read
+    or is not of one volume with one value per voxel (pictures may have colours)."""
     return _read_header(path)[1]
 
 
 def read_image(path: Path | str) -> Any:
     """Return an image (sitk.Image of two or three axes) that is whole, finite, of one volume and,
-    pictures apart, of one value per voxel.
-
-    Raises:
-        ImageError: it is not.
-    """
+    pictures apart, of one value per voxel; raise ImageError if it is not."""
     grid = read_geometry(path)
     if ending_of(path) in NIFTI:
         array = nifti_voxels(path)
@@ -83,12 +75,8 @@ def read_image(path: Path | str) -> Any:
 
 
 def check_image(path: Path | str) -> None:
-    """Read an image that one of nnU-Net's readers is to read then.
-
-    Raises:
-        ImageError: see :func:`read_image`; skewed axes and colours of pictures are left to that
-            reader.
-    """
+    """Raise ImageError as :func:`read_image`, but leave skewed axes and colours of pictures to the
+    reader of nnU-Net that is to read the image then."""
     ending = ending_of(path)
     if ending in NIFTI:
         array = nifti_voxels(path)
@@ -103,10 +91,7 @@ def check_image(path: Path | str) -> None:
 
 def check_finite(path: Path | str, array: np.ndarray) -> None:
     """Raise an ImageError if voxels (any shape) are NaN or infinite."""
-    bad = 0
-    if array.dtype.kind == "f":
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-    if bad:
+    if array.dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(array))):
         raise ImageError(path, NOT_FINITE, f"{bad} of {array.size} voxels are NaN or infinite")
 
 
@@ -114,12 +99,7 @@ def read_images(
     paths: Sequence[Path], reader: Any, channels: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the images of a case (channel, z, y, x) and their geometry as one of nnU-Net's readers
-    sees them.
-
-    Raises:
-        ImageError: see :func:`check_image`, the reader cannot read them, or they have another
-            number of channels.
-    """
+    sees them; raise ImageError if they are bad, it cannot read them, or the channels are others."""
     for path in paths:
         check_image(path)
     names = [os.fspath(path) for path in paths]
@@ -131,11 +111,8 @@ def read_images(
 
 
 def read_label_map(path: Path | str, values: Collection[int] | None = None) -> Any:
-    """Return a label map as a sitk.Image of integers, checked for the declared values if given.
-
-    Raises:
-        ImageError: see :func:`read_image` and :func:`check_labels`.
-    """
+    """Return a label map as a sitk.Image of integers, checked for the declared values if given;
+    raise ImageError as :func:`read_image` and :func:`check_labels`."""
     image = read_image(path)
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise ImageError(path, COMPONENTS, "a label map in colours")
@@ -164,32 +141,26 @@ def check_labels(
     path: Path | str, array: np.ndarray, values: Collection[int] | None = None
 ) -> np.ndarray:
     """Return labels (any shape) as integers; values within 1e-3 of one are rounded, which is said
-    once.
-
-    Raises:
-        ImageError: values that are no whole numbers, or not declared.
-    """
+    once. Raise ImageError if they are no whole numbers, or not declared."""
     check_finite(path, array)
     labels = array
     if array.dtype.kind == "f":
         nearest = np.rint(array)
         distance = np.abs(array - nearest)
-        if distance.max(initial=0) > ROUNDING:
-            odd = array.ravel()[int(distance.argmax())]
-            raise ImageError(path, NOT_LABELS, f"it holds values such as {odd:.6g}")
-        if distance.max(initial=0) > 0:
+        odd = array[(distance > ROUNDING) | (np.abs(nearest) >= 2**31)]
+        if odd.size:
+            raise ImageError(path, NOT_LABELS, f"it holds values such as {odd[0]:.6g}")
+        if distance.any():
             _say_rounded(Path(path).parent)
-        if np.abs(nearest).max(initial=0) >= 2**31:
-            raise ImageError(path, NOT_LABELS, f"it holds {np.abs(nearest).max():.6g}")
         labels = nearest.astype(np.int32)
     if values is not None:
         found, counts = np.unique(labels, return_counts=True)
-        odd = [(int(x), int(n)) for x, n in zip(found, counts, strict=True) if x not in values]
-        if odd:
-            listed = ", ".join(f"{value} ({count} voxels)" for value, count in odd[:5])
+        pairs = zip(found.tolist(), counts.tolist(), strict=True)
+        others = [f"{value} ({count} voxels)" for value, count in pairs if value not in values]
+        if others:
             known = ", ".join(map(str, sorted(values)))
             advice = f"Declared are {known}: declare them, or fix or remove the case."
-            raise ImageError(path, UNDECLARED, listed, advice)
+            raise ImageError(path, UNDECLARED, ", ".join(others[:5]), advice)
     return labels
 
 
