@@ -12,12 +12,14 @@ class Demo(Command):
 
     command = "demo"
     example = "stunet demo --size small --out my_demo"
-    failure = "a command of nnU-Net failed, or the disk is full"
+    failure = "a command of nnU-Net failed, the network found nothing, or the disk is full"
 
     dataset: int | None = option(
         "--dataset", metavar="ID", help="a dataset in nnUNet_raw instead of the embedded one"
     )
-    size: str = option("--size", default="small", choices=SIZES, help="size of STU-Net")
+    size: str = option(
+        "--size", default="small", choices=SIZES, help="of STU-Net; tiny learns next to nothing"
+    )
     epochs: int | None = option("--epochs", help="epochs of 15 iterations; 10 if not given")
     out: str = option(
         "--out", default="stunet_demo", metavar="FOLDER", help="for everything that is written"

@@ -22,10 +22,4 @@ class Doctor(Command):
     def run(self) -> int:
         from stunet_plugin.nnunet.doctor import examine
 
-        return examine(self.trainer, _our_trainers)
-
-
-def _our_trainers() -> list[str]:
-    from stunet_plugin import trainers
-
-    return list(trainers.__all__)
+        return examine(self.trainer)

@@ -41,6 +41,8 @@ OTHER_MINUTES = 2
 """Of an epoch of the embedded dataset on two cores; of all but training."""
 FOLD = "0"
 OVERLAY_ROWS = 3
+LEAST_DICE = 0.1
+"""Mean Dice below which nobody takes the result for one."""
 PROCESSES = min(os.cpu_count() or 1, 8)
 """At most nnU-Net's own number."""
 SHOWN = ("predicting ", "Mean Validation Dice", "Preprocessing", "Experiment planning")
@@ -54,8 +56,8 @@ class CommandFailedError(PluginError):
 
 
 def run_demo(options: Demo) -> int:
-    """Run all steps and return an exit code: 1 if a command of nnU-Net failed; a PluginError is for
-    wrong input, a KeyboardInterrupt says how to start again."""
+    """Run all steps and return an exit code: 1 if a command of nnU-Net failed or the network found
+    nothing; a PluginError is for wrong input, a KeyboardInterrupt says how to start again."""
     if options.epochs is not None and options.epochs < 1:
         raise PluginError(f"--epochs must be at least 1, not {options.epochs}.")
     find_host()
@@ -80,7 +82,7 @@ def run_demo(options: Demo) -> int:
     command = shlex.join(["stunet", "demo", *chain.from_iterable(given)])
     start_again = f"Start again: rm -r {shlex.quote(str(folder))} && {command}"
     try:
-        _Run(options, source).run()
+        dice = _Run(options, source).run()
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(start_again) from error
     except CommandFailedError as error:
@@ -88,7 +90,17 @@ def run_demo(options: Demo) -> int:
         return 1
     minutes = (time.monotonic() - started) / 60
     print(f"\nDone in {minutes:.1f} minutes on {options.device}. Everything is in {folder}")
-    return 0
+    # Not a number where no case has any of the classes.
+    if dice >= LEAST_DICE:
+        return 0
+    longer = f"--epochs {5 * (options.epochs or DEFAULT_EPOCHS)}"
+    advice = "--size small (the default)" if options.size == "tiny" else longer
+    print(
+        f"\nstunet demo: this network finds next to nothing (mean Dice {dice:.3f}). All commands"
+        f" ran; its training was too short, or it is too small. Try {advice}.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 class _Run:
@@ -105,7 +117,8 @@ class _Run:
         self.model = self.folder / RESULTS / name / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
         self.predictions, self.held_out = self.folder / "predictions", self.folder / "held_out"
 
-    def run(self) -> None:
+    def run(self) -> float:
+        """Run all steps, print the results and return the mean Dice."""
         minutes = OTHER_MINUTES + CPU_MINUTES[self.size] * self.epochs
         told = f"This takes about {minutes:.0f} minutes on two cores, a few on a GPU."
         if self.source:
@@ -114,7 +127,7 @@ class _Run:
         for number, step in enumerate((self.data, self.train, self.predict, self.evaluate), 1):
             print(f"\n[{number}/4] {(step.__doc__ or '').rstrip('.')}", flush=True)
             step()
-        self._report()
+        return self._report()
 
     def data(self) -> None:
         """Dataset, planned and preprocessed."""
@@ -158,18 +171,14 @@ class _Run:
 
     def evaluate(self) -> None:
         """Evaluate."""
-        folders = [str(self.held_out / "labels"), str(self.predictions)]
-        if any(isinstance(value, list) for value in self.dataset.description["labels"].values()):
-            files = ("-djfile", self.model / "dataset.json", "-pfile", self.model / "plans.json")
-            self._stock("nnUNetv2_evaluate_folder", *folders, *map(str, files))
-        else:
-            values = map(str, self._class_names())
-            self._stock("nnUNetv2_evaluate_simple", *folders, "-l", *values)
+        folders = (self.held_out / "labels", self.predictions)
+        files = ("-djfile", self.model / "dataset.json", "-pfile", self.model / "plans.json")
+        self._stock("nnUNetv2_evaluate_folder", *map(str, (*folders, *files)))
 
-    def _report(self) -> None:
-        """Print the Dice table and write the picture."""
+    def _report(self) -> float:
+        """Print the Dice table, write the picture and return the mean Dice."""
         summary = json.loads((self.predictions / "summary.json").read_text())
-        names, ending = self._class_names(), self.dataset.file_ending
+        ending = self.dataset.file_ending
         keys = {
             label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
             for name, value in self.dataset.description["labels"].items()
@@ -194,8 +203,9 @@ class _Run:
             volume, *maps = map(sitk.GetArrayFromImage, (image, *map(read_label_map, files)))
             spacing = image.GetSpacing()[::-1]
             overlays.append(OverlayCase(case, volume, maps[0], maps[1], spacing))
-        save_overlays(overlays, names, picture)
+        save_overlays(overlays, self._class_names(), picture)
         print(f"\nOverlay: {picture}\nCurve:   {self.model / f'fold_{FOLD}' / 'progress.png'}")
+        return float(table.loc["mean Dice", "mean"])
 
     def _class_names(self) -> dict[int, str]:
         """Label value to name, without background and ignore; a region has its first label's."""

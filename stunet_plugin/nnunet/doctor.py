@@ -8,16 +8,17 @@ import os
 import platform
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 from stunet_plugin import __version__
-from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import NAMELESS
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, host_version, registered, trainers_folder
+from stunet_plugin.nnunet.registry import HINT
 from stunet_plugin.options import Options
 
 OK, WARNING, WRONG = "ok", "! ", "!!"
@@ -40,10 +41,10 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def examine(trainer: str, ours: Callable[[], Iterable[str]]) -> int:
-    """Print the report; return 0 if nothing is wrong, else 1. ``ours`` returns our trainers."""
+def examine(trainer: str) -> int:
+    """Print the report; return 0 if nothing is wrong, else 1."""
     wrong = 0
-    for finding in findings(trainer, ours):
+    for finding in findings(trainer):
         wrong += finding.mark == WRONG
         print(f"[{finding.mark}] {finding.what}: {finding.state}", flush=True)
         if finding.advice:
@@ -52,7 +53,7 @@ def examine(trainer: str, ours: Callable[[], Iterable[str]]) -> int:
     return 1 if wrong else 0
 
 
-def findings(trainer: str, ours: Callable[[], Iterable[str]]) -> Iterator[Finding]:
+def findings(trainer: str) -> Iterator[Finding]:
     """Examine versions, registration, libraries, GPU, user and environment, one after the other."""
     yield Finding(OK, "stunet-plugin", f"{__version__}, Python {platform.python_version()}")
     try:
@@ -62,7 +63,7 @@ def findings(trainer: str, ours: Callable[[], Iterable[str]]) -> Iterator[Findin
     else:
         yield Finding(OK, "nnunetv2", f"{host_version()} in {host}")
         yield from _registration(host)
-        yield _lookup(trainer, ours)
+        yield _lookup(trainer)
     for package in LIBRARIES:
         try:
             yield Finding(OK, package, importlib.metadata.version(package))
@@ -101,11 +102,11 @@ def _registration(host: Path) -> Iterator[Finding]:
             yield Finding(WRONG, what, state, "Run: stunet register")
 
 
-def _lookup(name: str, ours: Callable[[], Iterable[str]]) -> Finding:
+def _lookup(name: str) -> Finding:
     """Ask nnU-Net itself for a trainer, as its commands do."""
-    silent = io.StringIO()
+    said = io.StringIO()
     try:
-        with redirect_stdout(silent), redirect_stderr(silent), warnings.catch_warnings():
+        with redirect_stdout(None), redirect_stderr(said), warnings.catch_warnings():
             # nnU-Net imports all its trainers on the way, and some of their libraries complain.
             warnings.simplefilter("ignore")
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -113,10 +114,10 @@ def _lookup(name: str, ours: Callable[[], Iterable[str]]) -> Finding:
             module = recursive_find_trainer_class_by_name(name).__module__
     except Exception as error:
         state = f"nnU-Net does not find {name} ({type(error).__name__})"
-        known = list(ours())
-        hint = did_you_mean(name, known, 0.7)
-        advice = "Run: stunet register" if name in known else f"Ours: stunet list --trainers.{hint}"
-        return Finding(WRONG, "look-up", state, advice)
+        # Where nnU-Net sees our trainers, they have answered a name that is nearly right.
+        hints = [line for line in said.getvalue().splitlines() if line.startswith(HINT)]
+        advice = "Ours: stunet list --trainers. Not registered? Run: stunet register"
+        return Finding(WRONG, "look-up", state, hints[-1] if hints else advice)
     return Finding(OK, "look-up", f"nnU-Net finds {name} in {module}")
 
 

@@ -10,6 +10,7 @@ from stunet_plugin.errors import PluginError, did_you_mean, nearest
 
 NEAR = 0.8
 """Similarity of a name that is taken for a misspelt one of ours."""
+HINT = "stunet-plugin: "
 
 
 class Registry(dict[str, Any]):
@@ -34,7 +35,7 @@ class Registry(dict[str, Any]):
         near = nearest(name, self, NEAR)
         alike = near is not None and near[:3].lower() == name[:3].lower()
         ours = alike or _plain(name).startswith(self._prefixes)
-        return f"stunet-plugin: {self._unknown(name)}" if ours else None
+        return f"{HINT}{self._unknown(name)}" if ours else None
 
     def module_getattr(self, module: str) -> Callable[[str], Any]:
         """Return the ``__getattr__`` of a module with these classes: it prints the hint.

@@ -72,15 +72,14 @@ class Candidate:
         evaluation mode; raise PluginError if the weights do not fit it."""
         network = self._initial(channels, seed)
         if self.file is not None:
-            weights = _read_weights(self.file)[1]
+            weights = _read_checkpoint(self.file)["network_weights"]
             mismatches = describe_mismatches(network, weights, heads_too=False)
             if mismatches:
                 raise PluginError(
                     f"{self.name}: the weights in {self.file} do not fit the network of"
                     f" {self.plan.name}: {mismatches}. Choose other plans (-p), or leave -p out."
                 )
-            own = {name for name in network.state_dict() if HEADS not in name}
-            kept = {name: value for name, value in weights.items() if name in own}
+            kept = {name: value for name, value in weights.items() if HEADS not in name}
             network.load_state_dict(kept, strict=False)
         return network.eval()
 
@@ -120,18 +119,17 @@ def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candida
         if one.trainer and target is not None:
             found.append(Candidate(one.name, None, one.trainer, target))
         elif one.path:
-            file = one.file
-            checkpoint, _ = _read_weights(file)
-            plan = target or _own_plan(checkpoint, file)
-            found.append(Candidate(one.name, file, str(checkpoint["trainer_name"]), plan))
+            checkpoint = _read_checkpoint(one.file)
+            plan = target or _own_plan(checkpoint, one.file)
+            found.append(Candidate(one.name, one.file, str(checkpoint["trainer_name"]), plan))
     for one in given:
         if not one.path and not one.trainer:
             found += _random_ones(found, one.name)
     return found
 
 
-def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a checkpoint of nnU-Net v2, mapped into memory, and its weights."""
+def _read_checkpoint(file: Path) -> dict[str, Any]:
+    """Return a checkpoint of nnU-Net v2, mapped into memory."""
     checkpoint = load_checkpoint(file)
     weights = checkpoint.get("network_weights")
     if not isinstance(weights, Mapping) or not checkpoint.get("trainer_name"):
@@ -139,7 +137,7 @@ def _read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{file} is no checkpoint of nnU-Net v2. Published weights become one with `stunet"
             " import`; `stunet inspect` says what a file is."
         )
-    return checkpoint, dict(weights)
+    return checkpoint
 
 
 def _own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:

@@ -15,7 +15,7 @@ Everything is computed in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -72,14 +72,15 @@ class LevelScore:
         consistency: W.
         class_distances: class to its mean distance over pairs of cases.
         energy: F.
-        score: their logarithm; None where W is zero or anything is not finite (features that do not
-            vary, broken weights).
+        score: their logarithm; None where W is zero (features that do not vary).
+
+    All are None where features are not finite (broken weights).
     """
 
-    consistency: float
-    class_distances: dict[int, float]
-    energy: float
-    score: float | None
+    consistency: float | None = None
+    class_distances: dict[int, float] = field(default_factory=dict)
+    energy: float | None = None
+    score: float | None = None
 
 
 def score_level(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +48,10 @@ class Named:
             return cls(name or path, trainer=path.partition(":")[2])
         return cls(name or path.rstrip("/"), path)
 
-    @property
+    @cached_property
     def file(self) -> Path:
-        """The checkpoint; raises PluginError if there is none."""
-        file = find_model(self.path).checkpoint
-        if not file.is_file():
-            raise PluginError(
-                f"{file}: no such file. Name a model folder of nnU-Net, or a checkpoint."
-            )
-        return file
+        """The checkpoint; raises PluginError for a folder without one."""
+        return find_model(self.path).checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,17 +106,17 @@ def _check_candidates(candidates: tuple[Named, ...], options: Rank) -> None:
 def _choose_cases(raw: RawDataset, options: Rank) -> tuple[str, ...]:
     """Return the cases that are named, or drawn with the seed."""
     known = [case.name for case in raw.cases]
-    names = sorted(set(known if options.names is None else options.names))
+    names = options.names
+    if names is None:
+        names = np.random.default_rng(options.seed).permutation(known)[: options.cases].tolist()
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known)
             raise PluginError(f"--names: {raw.name} has no case {name}.{hint}")
-    if len(names) < FEWEST_CASES:
-        raise PluginError(f"{len(names)} labelled case(s) make no pair. Take two, better ten.")
-    if options.names is not None:
-        return tuple(names)
-    drawn = np.random.default_rng(options.seed).permutation(len(known))[: options.cases]
-    return tuple(known[index] for index in sorted(drawn))
+    chosen = tuple(sorted(set(names)))
+    if len(chosen) < FEWEST_CASES:
+        raise PluginError(f"{len(chosen)} labelled case(s) make no pair. Take two, better ten.")
+    return chosen
 
 
 def _read_plans(raw: RawDataset, folder: Path | None, options: Rank) -> dict[str, Any] | None:

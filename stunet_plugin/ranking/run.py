@@ -58,7 +58,7 @@ class LevelFeatures:
 
     def score(self, options: Rank) -> LevelScore:
         if not self.finite:
-            return LevelScore(float("nan"), {}, float("nan"), None)
+            return LevelScore()
         return score_level(self.compared, self.means, options.published_sums, options.variety)
 
 
@@ -81,27 +81,26 @@ def run_rank(options: Rank, inputs: Inputs) -> int:
     """Rank, and print the table; return 0. A PluginError (wrong input) comes before any writing."""
     # What nnU-Net and the networks have to say is no part of the result.
     with contextlib.redirect_stdout(sys.stderr):
-        results, alike = _rank(options, inputs)
-    print(ranking_table(results, alike))
+        results = _rank(options, inputs)
+    print(ranking_table(results))
     if options.json is not None:
-        report = json.dumps(_report(options, inputs, results, alike), indent=1)
+        report = json.dumps(_report(options, inputs, results), indent=1)
         write_atomically(Path(options.json), f"{report}\n")
     if options.figure is not None:
         save_ranking(results, inputs.raw.name, Path(options.figure))
     return 0
 
 
-def same_networks(candidates: Sequence[Candidate]) -> list[list[str]]:
+def by_architecture(results: Sequence[Result]) -> list[list[str]]:
     """Return the names of the candidates with one architecture, for each architecture."""
     groups: dict[Any, list[str]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.shapes, []).append(candidate.name)
+    for result in results:
+        groups.setdefault(result.candidate.shapes, []).append(result.candidate.name)
     return list(groups.values())
 
 
-def _rank(options: Rank, inputs: Inputs) -> tuple[list[Result], list[list[str]]]:
-    """Score all candidates; return them with the best first, and their names by architecture.
-    Progress goes to stderr."""
+def _rank(options: Rank, inputs: Inputs) -> list[Result]:
+    """Score all candidates and return them, the best first. Progress goes to stderr."""
     device, raw = torch.device(choose_device(options.device)), inputs.raw
     plan = None if inputs.plans is None else Plan(inputs.plans, options.configuration)
     if plan is not None:
@@ -120,19 +119,15 @@ def _rank(options: Rank, inputs: Inputs) -> tuple[list[Result], list[list[str]]]
         raise PluginError(
             f"--levels must be from 1 to {fewest.levels} for {fewest.name}, not {levels}."
         )
-    print(
-        f"{raw.name}: {len(inputs.cases)} of {len(raw.cases)} cases, {len(candidates)} candidates,"
-        f" {levels} levels",
-        flush=True,
-    )
+    cases = f"{len(inputs.cases)} of {len(raw.cases)} cases"
+    print(f"{raw.name}: {cases}, {len(candidates)} candidates, {levels} levels", flush=True)
     results = []
     for candidate in candidates:
         result = _score(candidate, inputs, levels, options, device)
         results.append(result)
         print(f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)", flush=True)
     # Without a score last; equal ones as they were given.
-    results.sort(key=lambda x: np.inf if x.score is None else -x.score)
-    return results, same_networks(candidates)
+    return sorted(results, key=lambda x: np.inf if x.score is None else -x.score)
 
 
 def _score(
@@ -159,9 +154,9 @@ def _score(
     return Result(candidate, scores, time.monotonic() - started)
 
 
-def ranking_table(results: Sequence[Result], alike: Sequence[Sequence[str]]) -> str:
+def ranking_table(results: Sequence[Result]) -> str:
     """Return the ranking, the best first, as aligned text: score, score per level from coarse to
-    fine, name; and :func:`same_networks`."""
+    fine, name; and which can be compared."""
     steps = range(len(results[0].levels))[::-1]
     names = "  ".join(f"{f'level 1/{2**step}':>9}" for step in steps)
     lines = [f"{'rank':>4}  {'CCFV':>8}  {names}  weights"]
@@ -171,7 +166,7 @@ def ranking_table(results: Sequence[Result], alike: Sequence[Sequence[str]]) -> 
         lines.append(f"{place:>4}  {_number(result.score):>8}  {cells}  {result.candidate.name}")
     if any(result.score is None for result in results):
         lines.append("n/a: features that do not vary, or are not finite (broken weights).")
-    if len(alike) > 1:
+    if len(alike := by_architecture(results)) > 1:
         groups = " | ".join(", ".join(names) for names in alike)
         lines.append(f"These are {len(alike)} architectures; compare within each: {groups}")
     return "\n".join(lines)
@@ -199,9 +194,7 @@ def save_ranking(results: Sequence[Result], dataset: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def _report(
-    options: Rank, inputs: Inputs, results: Sequence[Result], alike: Sequence[Sequence[str]]
-) -> dict[str, Any]:
+def _report(options: Rank, inputs: Inputs, results: Sequence[Result]) -> dict[str, Any]:
     left_out = ("json", "figure", "weights", "names")
     names = class_names(inputs.raw)
     return {
@@ -210,7 +203,7 @@ def _report(
         "cases": list(inputs.cases),
         "samples": samples_of_levels(len(results[0].levels)),
         "options": {key: x for key, x in asdict(options).items() if key not in left_out},
-        "by_architecture": alike,
+        "by_architecture": by_architecture(results),
         "candidates": [
             {
                 "rank": None if result.score is None else rank,
@@ -229,6 +222,4 @@ def _report(
 
 def _level_report(level: LevelScore, names: Mapping[int, str]) -> dict[str, Any]:
     distances = {names[label]: x for label, x in level.class_distances.items()}
-    numbers = {"consistency": level.consistency, "energy": level.energy}
-    finite = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
-    return {"score": level.score, **finite, "class_distances": distances}
+    return {**asdict(level), "class_distances": distances}

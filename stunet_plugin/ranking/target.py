@@ -18,7 +18,7 @@ from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.ranking.candidates import Plan
 from stunet_plugin.ranking.options import Inputs
 from stunet_plugin.utils import images
-from stunet_plugin.utils.geometry import can_be_turned, on_grid_of
+from stunet_plugin.utils.geometry import on_grid_of
 from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, ending_of
 
 
@@ -103,10 +103,11 @@ def _in_order_of(case: Case, reader: Any, labels: np.ndarray) -> np.ndarray:
         if error.reason == images.SKEWED:
             return labels
         raise
-    if not can_be_turned(grid, wanted):
-        raise ImageError(case.label, "not on its image's voxels", f"{grid}; image {wanted}")
-    # That reader turns both itself.
-    if grid.agrees(wanted) or type(reader).__name__.endswith("Reorient"):
+    if grid.agrees(wanted):
         return labels
     turned = on_grid_of(images.read_label_map(case.label), images.read_image(case.images[0]))
-    return np.asarray(sitk.GetArrayFromImage(turned))
+    if turned is None:
+        raise ImageError(case.label, "not on its image's voxels", f"{grid}; image {wanted}")
+    # That reader turns both itself.
+    by_reader = type(reader).__name__.endswith("Reorient")
+    return labels if by_reader else np.asarray(sitk.GetArrayFromImage(turned))

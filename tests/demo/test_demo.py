@@ -6,17 +6,15 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from stunet_plugin.cli import main
-from stunet_plugin.commands.demo import Demo
 from stunet_plugin.demo import run
 from stunet_plugin.demo.phantom import HOUNSFIELD, LABELS, make_case, write_dataset
-from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import find_command
 
 from conftest import Stunet
@@ -42,15 +40,8 @@ def test_phantoms_are_ct_like_and_reproducible(tmp_path: Path) -> None:
 
 
 def test_a_dataset_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-
-    def fail(image: object, path: str) -> None:
-        written.append(path)
-        if len(written) == 3:
-            raise RuntimeError("disk full")
-
-    monkeypatch.setattr(sitk, "WriteImage", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
+    monkeypatch.setattr(sitk, "WriteImage", Mock(side_effect=[None, None, OSError("disk full")]))
+    with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path / "raw" / "Dataset001_A", num_cases=4)
     assert list((tmp_path / "raw").iterdir()) == []
 
@@ -96,17 +87,13 @@ TINY = ("--size", "tiny", "--epochs", "3")
 
 @pytest.mark.parametrize(("end", "code"), [("exit 3", 1), ("sleep 0.3; kill -INT $PPID", 130)])
 def test_a_demo_that_fails_or_is_interrupted_says_how_to_start_again(
-    commands: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    end: str,
-    code: int,
+    commands: Path, stunet: Stunet, end: str, code: int
 ) -> None:
-    monkeypatch.setenv("END", f"{end}; sleep 60")
-    monkeypatch.setattr(run, "write_dataset", lambda folder: write_dataset(folder, 2))
+    stunet.patch.setenv("END", f"{end}; sleep 60")
+    stunet.patch.setattr(run, "write_dataset", lambda folder: write_dataset(folder, 2))
     given = [*TINY, "--out", str(commands), "--device", "cpu"]
     assert main(["demo", *given]) == code
-    told, errors = capsys.readouterr()
+    told, errors = stunet.capsys.readouterr()
     assert "    Preprocessing Dataset999_StunetDemo\n" in told
     last = errors.splitlines()[-1]
     assert f"rm -r '{commands}' && " in last
@@ -138,14 +125,11 @@ def test_the_whole_run(tmp_path: Path) -> None:
         folder.mkdir()
     clean = {x: y for x, y in os.environ.items() if not x.startswith(("nnUNet", "STUNET"))}
     words = ["--size", "tiny", "--epochs", "1", "--device", "cpu", "--out", str(out)]
-    told = subprocess.run(
-        [find_command("stunet"), "demo", *words],
-        env={**clean, "HOME": str(home)},
-        cwd=out.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command, clean = [find_command("stunet"), "demo", *words], {**clean, "HOME": str(home)}
+    done = subprocess.run(command, env=clean, cwd=out.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "finds next to nothing (mean Dice 0.0" in done.stderr
+    assert "Try --size small" in done.stderr
     for text in (
         "This takes about 2 minutes",
         "$ nnUNetv2_train 999 3d_fullres 0 -tr STUNetTrainer_tiny",
@@ -153,29 +137,22 @@ def test_the_whole_run(tmp_path: Path) -> None:
         "mean Dice",
         "Everything is in",
     ):
-        assert text in told
+        assert text in done.stdout
     assert (out / "overlay.png").stat().st_size > 10_000
     assert os.listdir(out.parent) == ["demo"]
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
-def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dataset(tmp_path / "raw" / "Dataset003_Few", num_cases=3)
-    (tmp_path / "raw" / "Dataset004_Empty").mkdir()
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    thesis = tmp_path / "mine" / "thesis.tex"
-    thesis.parent.mkdir()
-    thesis.write_text("important")
-    for options, message in (
-        ({"epochs": 0}, "--epochs must be at least 1, not 0"),
-        ({"out": str(thesis.parent)}, "not empty"),
-        ({"out": str(thesis / "demo")}, r"Cannot write to .*thesis.tex"),
-        ({"dataset": 3}, "splits into 5 folds, .* has only 3 labelled cases"),
-        ({"dataset": 4}, "no dataset.json"),
-        ({"dataset": 901}, "Expected one Dataset901_.*found 0"),
+def test_wrong_input(nnunet_folders: Path, stunet: Stunet) -> None:
+    write_dataset(nnunet_folders / "nnUNet_raw" / "Dataset003_Few", num_cases=3)
+    (nnunet_folders / "nnUNet_raw" / "Dataset004_Empty").mkdir()
+    (nnunet_folders / "thesis.tex").write_text("important")
+    for words, message in (
+        ("--epochs 0", "--epochs must be at least 1, not 0"),
+        (f"--out {nnunet_folders}", "not empty"),
+        (f"--out {nnunet_folders}/thesis.tex/demo", "Cannot write to"),
+        ("--dataset 3", "has only 3 labelled cases"),
+        ("--dataset 4", "no dataset.json"),
+        ("--dataset 901", "Expected one Dataset901_"),
     ):
-        given: dict[str, Any] = {"out": str(tmp_path / "x"), "size": "tiny", "device": "cpu"}
-        with pytest.raises(PluginError, match=message):
-            run.run_demo(Demo(**{**given, **options}))
-    assert sorted(os.listdir(tmp_path)) == ["mine", "raw"]
-    assert thesis.read_text() == "important"
+        assert message in stunet.refuse("demo --device cpu --out", nnunet_folders / "x", words)

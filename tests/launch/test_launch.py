@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.launch import __main__ as launch
 
-from conftest import PHANTOM_ID, Workspace
+from conftest import PHANTOM_ID, Stunet, Workspace
 from trainer_helpers import DATASET
 
 CPU = torch.device("cpu")
@@ -80,9 +81,8 @@ def test_killed_on_two_machines_and_resumed_sharded_in_four_processes(
     predictor.network.load_state_dict(predictor.list_of_parameters[0])
 
 
-def set_ranks(patch: pytest.MonkeyPatch, *numbers: int) -> None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    for name, number in zip(names, numbers, strict=True):
+def set_ranks(patch: pytest.MonkeyPatch, **ranks: int) -> None:
+    for name, number in ranks.items():
         patch.setenv(name, str(number))
 
 
@@ -102,26 +102,21 @@ def set_ranks(patch: pytest.MonkeyPatch, *numbers: int) -> None:
     ],
 )
 def test_wrong_arguments_and_machines_are_refused_and_torchruns_last_lines_say_why(
-    arguments: str,
-    gpus: int | None,
-    fact: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    arguments: str, gpus: int | None, fact: str, stunet: Stunet
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
+    stunet.patch.delenv("RANK", raising=False)
     if gpus is not None:
-        set_ranks(monkeypatch, 9, 16, 1, 8)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        set_ranks(stunet.patch, RANK=9, WORLD_SIZE=16, LOCAL_RANK=1, LOCAL_WORLD_SIZE=8)
+        stunet.patch.setattr(torch.cuda, "device_count", lambda: gpus)
     # What cannot be told to torchrun is printed all the same.
-    for file in (tmp_path / "gone" / "error.json", tmp_path / "error.json"):
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    for file in (stunet.folder / "gone" / "error.json", stunet.folder / "error.json"):
+        stunet.patch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
         try:
             code = launch.main(["4", "3d_fullres", *arguments.split()])
         except SystemExit as error:
             code = error.code
         assert code == 2
-        assert fact in capsys.readouterr().err
+        assert fact in stunet.capsys.readouterr().err
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert fact in ChildFailedError("launch", {0: failure}).format_msg()
     assert failure.timestamp > 0
@@ -131,23 +126,16 @@ def test_wrong_arguments_and_machines_are_refused_and_torchruns_last_lines_say_w
     ("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("Connection reset by peer"), 1)]
 )
 def test_a_training_that_was_stopped_says_how_to_resume(
-    error: BaseException,
-    code: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    error: BaseException, code: int, stunet: Stunet
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    set_ranks(monkeypatch, 0, 1, 0, 1)
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setattr(distributed, "init_process_group", fail)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    set_ranks(stunet.patch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+    stunet.patch.setenv("TORCHELASTIC_ERROR_FILE", str(stunet.folder / "error.json"))
+    stunet.patch.setattr(distributed, "init_process_group", Mock(side_effect=error))
+    stunet.patch.setattr(torch, "set_num_threads", lambda _: None)
     assert launch.main(["4", "3d_fullres", "0", "-device", "cpu"]) == code
-    assert "start the same command with --c" in capsys.readouterr().err
+    assert "start the same command with --c" in stunet.capsys.readouterr().err
     # Told to torchrun it would hide which process was killed.
-    assert not (tmp_path / "error.json").exists()
+    assert not (stunet.folder / "error.json").exists()
 
 
 def test_processes_that_were_started_differently_are_told_apart(
@@ -177,9 +165,8 @@ def test_processes_that_were_started_differently_are_told_apart(
         assert found[name] == "missing"
 
 
-@pytest.mark.parametrize("shared", [True, False])
 def test_results_that_are_not_shared_are_refused(
-    shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Seen from the second machine; what the first one would send and receive is replaced."""
 
@@ -193,13 +180,11 @@ def test_results_that_are_not_shared_are_refused(
     send = monkeypatch.setattr
     send(distributed, "broadcast_object_list", lambda names: names.__setitem__(0, "probe"))
     send(distributed, "all_gather_object", gather)
-    if shared:
-        (tmp_path / "probe").touch()
+    message = "process 1 on .* does not see in its .* what process 0 on a writes to its /first"
+    with pytest.raises(PluginError, match=message):
         launch.check_results_are_shared()
-    else:
-        message = "process 1 on .* does not see in its .* what process 0 on a writes to its /first"
-        with pytest.raises(PluginError, match=message):
-            launch.check_results_are_shared()
+    (tmp_path / "probe").touch()
+    launch.check_results_are_shared()
 
 
 def test_nnunets_own_trainers_are_refused_beyond_the_gpus_of_one_machine(
@@ -211,13 +196,11 @@ def test_nnunets_own_trainers_are_refused_beyond_the_gpus_of_one_machine(
     assert not list(nnunet_environment.results.rglob("nnUNetTrainer__*"))
 
 
-def test_the_launcher_knows_nnunets_arguments(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "--help"])
+def test_the_launcher_knows_nnunets_arguments(stunet: Stunet) -> None:
+    stunet.patch.setattr(sys, "argv", ["nnUNetv2_train", "--help"])
     with pytest.raises(SystemExit):
         run_training_entry()
-    theirs = set(re.findall(r"^  (--?\w+)", capsys.readouterr().out, re.MULTILINE))
+    theirs = set(re.findall(r"^  (--?\w+)", stunet.capsys.readouterr().out, re.MULTILINE))
     assert {"-tr", "--c", "-device"} < theirs
     assert theirs <= set(launch.build_parser()._option_string_actions)
 

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.pctnet import PCTNet
 from stunet_plugin.ranking.features import (
     head_modules,
     read_features,
@@ -18,7 +17,7 @@ from stunet_plugin.ranking.features import (
     samples_of_levels,
 )
 
-from import_helpers import make_network
+from network_helpers import build, image
 
 SHAPE = (20, 24, 36)
 
@@ -63,12 +62,12 @@ def test_voxels_are_drawn_per_label_and_do_not_depend_on_other_cases() -> None:
 
 @pytest.mark.parametrize("patch", [(16, 16, 16), (16, 16), (24, 32, 40)])
 def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(patch: tuple[int, ...]) -> None:
-    image = coordinates(SHAPE)
+    where = coordinates(SHAPE)
     segmentation = (np.indices(SHAPE).sum(0) > 40).astype(np.int8)
     voxels = sample_voxels(segmentation, [0, 1], "case", 0)
-    coarse, half, full = read_features(Pyramid(len(patch)), image, voxels, patch, 0.5, 3)
+    coarse, half, full = read_features(Pyramid(len(patch)), where, voxels, patch, 0.5, 3)
     for label, indices in voxels.items():
-        expected = image.numpy()[(slice(None), *indices.T)].T
+        expected = where.numpy()[(slice(None), *indices.T)].T
         assert np.allclose(full[label], expected, rtol=1e-4, atol=1e-3)
         assert len(half[label]) == min(len(indices), 200)
         assert len(coarse[label]) == min(len(indices), 100)
@@ -78,11 +77,11 @@ def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(patch: tuple
 
 def test_features_between_voxels_are_those_of_torchs_interpolation() -> None:
     torch.manual_seed(0)
-    image, size = torch.rand(2, 16, 16, 16), (16, 16, 16)
+    noise, size = torch.rand(2, 16, 16, 16), (16, 16, 16)
     voxels = sample_voxels(np.ones(size), [1], "case", 0)
-    coarse, half, _ = read_features(Pyramid(3), image, voxels, size, 1.0, 3)
+    coarse, half, _ = read_features(Pyramid(3), noise, voxels, size, 1.0, 3)
     for found, factor, count in ((coarse, 4, 100), (half, 2, 200)):
-        pooled = functional.avg_pool3d(image[None], factor)
+        pooled = functional.avg_pool3d(noise[None], factor)
         upsampled = functional.interpolate(pooled, size=size, mode="trilinear")[0]
         expected = upsampled.numpy()[(slice(None), *voxels[1][:count].T)].T
         assert np.allclose(found[1], expected, atol=1e-5)
@@ -99,25 +98,14 @@ def test_windows_without_sampled_voxels_are_not_computed() -> None:
         head_modules(network)
 
 
-@pytest.mark.parametrize("name", ["STU-Net", "PCT-Net"])
+@pytest.mark.parametrize("name", ["STUNet", "PCTNet 1"])
 def test_heads_of_every_network(name: str) -> None:
-    network: nn.Module = make_network("tiny")
-    network.decoder.deep_supervision = True  # type: ignore[union-attr]
-    if name == "PCT-Net":
-        more = {"features_per_stage": (4, 8, 8, 8, 8), "num_heads": (2, 2, 2)}
-        network = PCTNet(1, 2, mode=0, deep_supervision=True, **more)
-    image = torch.rand(1, 32, 32, 64)
-    network.eval()
-    heads = list(network.decoder.seg_layers)[-2:]  # type: ignore[union-attr, arg-type]
-    taken: list[torch.Tensor] = []
-    hooks = [x.register_forward_pre_hook(lambda _, given: taken.append(given[0])) for x in heads]
+    """Applied to the features that were read, the last head gives the network's output."""
+    network, given = build(name).eval(), image(name)[:1]
+    voxels = {1: np.argwhere(np.ones(given.shape[2:]))[::97][:400]}
+    features = read_features(network, given[0], voxels, given.shape[2:], 0.5, 2)
+    head = head_modules(network)[-1]
     with torch.no_grad():
-        network(image[None])
-    for hook in hooks:
-        hook.remove()
-    expected = [level.clone() for level in taken]
-    voxels = {1: np.argwhere(np.ones((32, 32, 64)))[:: 32 * 5][:400]}
-    features = read_features(network, image, voxels, (32, 32, 64), 0.5, 2)
-    assert [level[1].shape[1] for level in features] == [level.shape[1] for level in expected]
-    at_voxels = expected[-1][0].numpy()[(slice(None), *voxels[1].T)].T
-    assert np.allclose(features[-1][1], at_voxels, atol=1e-3)
+        found = head(torch.from_numpy(features[-1][1])[..., None, None, None]).flatten(1)
+        expected = network(given)[0][0].numpy()[(slice(None), *voxels[1].T)].T
+    assert np.allclose(found, expected, atol=1e-3)

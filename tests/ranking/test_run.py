@@ -19,7 +19,7 @@ from stunet_plugin.cli import main
 from stunet_plugin.datasets.raw_dataset import RawDataset
 from stunet_plugin.ranking.candidates import Candidate, Plan
 from stunet_plugin.ranking.ccfv import LevelScore
-from stunet_plugin.ranking.run import Result, ranking_table, same_networks
+from stunet_plugin.ranking.run import Result, by_architecture, ranking_table
 from stunet_plugin.ranking.target import class_names
 
 from conftest import Stunet
@@ -97,7 +97,7 @@ def test_ranking_of_models_with_their_own_plans(folders: Path, stunet: Stunet) -
     assert table.startswith("rank      CCFV")
     assert "Dataset004_Boxes: 3 of 4 cases, 3 candidates, 3 levels" in progress
     found = rank(stunet, words)
-    assert found["by_architecture"] == [["first", "two", "random"]]
+    assert found["by_architecture"] == [[entry["name"] for entry in found["candidates"]]]
     assert "architectures" not in table
     assert [entry["rank"] for entry in found["candidates"]] == [1, 2, 3]
     assert len(found["cases"]) == 3
@@ -220,10 +220,9 @@ def test_other_architectures_are_pointed_out(folders: Path) -> None:
         Candidate("b", None, "STUNetTrainer", Plan(wide, "3d_fullres")),
         Candidate("c", None, "STUNetTrainer", plan),
     ]
-    alike = same_networks(candidates)
-    assert alike == [["a", "c"], ["b"]]
-    results = [Result(candidate, (LevelScore(1.0, {}, 1.0, 1.0),), 0.0) for candidate in candidates]
-    last = ranking_table(results, alike).splitlines()[-1]
+    results = [Result(candidate, (LevelScore(score=1.0),), 0.0) for candidate in candidates]
+    assert by_architecture(results) == [["a", "c"], ["b"]]
+    last = ranking_table(results).splitlines()[-1]
     assert last.startswith("These are 2 architectures")
     assert last.endswith(": a, c | b")
 
