@@ -1,4 +1,4 @@
-"""Experiments on real data: work folder, settings, stock commands, trainings, tables.
+"""Experiments on real data: work folder, settings, stock commands, trainings.
 
 What is finished stays finished: the same line resumes after an interruption. Exit codes of all
 scripts: 0 done, 1 a command failed, 2 wrong input, 130 interrupted.
@@ -13,9 +13,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,32 +24,20 @@ import torch
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import find_command
-from stunet_plugin.nnunet.registration import host_version, trainers_folder
-from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.nnunet.registration import trainers_folder
+from stunet_plugin.utils.files import read_json, write_atomically
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import report
+
+TRAINERS = Path(__file__).resolve().parent / "trainers"
 BASE_CONFIGURATION, CONFIGURATION = "3d_fullres", "3d_fullres_small_batch"
 SPLIT_SEED = 2025
-TRAINERS = Path(__file__).resolve().parent / "trainers"
-NOT_KEPT = [
-    "data",
-    "work",
-    "json",
-    "figure",
-    "figures",
-    "report",
-    "dry_run",
-    "groups",
-    "arms",
-    "networks",
-    "only_cases",
-]
+FILES = ("data", "work", "json", "figure", "figures", "report")
+NOT_KEPT = (*FILES, "dry_run", "groups", "arms", "networks", "only_cases")
 """Options that may differ between runs in one work folder."""
 
 Change = Callable[[sitk.Image], sitk.Image]
-
-
-class CommandError(Exception):
-    """A stock command failed; the message says which and where its output is."""
 
 
 class Dataset(NamedTuple):
@@ -83,15 +70,13 @@ class Network:
 
 def networks(stunet_size: str) -> dict[str, Network]:
     """Return the networks by name, STU-Net in one size."""
-    found = {
-        name.lower(): Network(
-            f"{name}Trainer", f"{name}Planner", f"{name}Plans", f"VolumeFusionTrainer_{name}"
-        )
-        for name in ("PCTNet", "FMUNet")
-    }
     pretext = f"VolumeFusionTrainer_STUNet_{stunet_size}"
-    stunet = Network(f"STUNetTrainer_{stunet_size}", pretext_trainer=pretext)
-    return {"stunet": stunet, **found, "nnunet": Network("nnUNetTrainerBudget")}
+    found = {"nnunet": Network("nnUNetTrainerBudget")}
+    found["stunet"] = Network(f"STUNetTrainer_{stunet_size}", pretext_trainer=pretext)
+    for name in ("PCTNet", "FMUNet"):
+        ours = f"{name}Trainer", f"{name}Planner", f"{name}Plans", f"VolumeFusionTrainer_{name}"
+        found[name.lower()] = Network(*ours)
+    return found
 
 
 class Experiment:
@@ -109,10 +94,14 @@ class Experiment:
 
     def _keep_settings(self) -> None:
         """Write the settings into a new work folder, or compare them with those there."""
-        kept = {name: value for name, value in vars(self.options).items() if name not in NOT_KEPT}
+        kept = {
+            name: value
+            for name, value in vars(self.options).items()
+            if name not in NOT_KEPT.split()
+        }
         kept = json.loads(json.dumps(kept, default=str))
         file = self.work / "settings.json"
-        was = json.loads(file.read_text()) if file.is_file() else kept
+        was = read_json(file) if file.is_file() else kept
         changed = [f"{name} was {was.get(name)}" for name in kept if was.get(name) != kept[name]]
         if changed:
             raise PluginError(
@@ -129,10 +118,14 @@ class Experiment:
             parts: strings are split at blanks, lists are taken as they are.
             log: its folder is nnUNet_results.
             environment: variables to set.
+
+        Raises:
+            SystemExit: the command failed.
         """
         words: list[str] = []
         for part in parts:
-            words += part.split() if isinstance(part, str) else map(str, _as_list(part))
+            listed = part if isinstance(part, (list, tuple)) else [part]
+            words += part.split() if isinstance(part, str) else map(str, listed)
         log = log or self.work / "logs" / "prepare.log"
         environment = {"nnUNet_results": str(log.parent), **environment}
         assignments = " ".join(f"{name}={value}" for name, value in environment.items())
@@ -158,7 +151,7 @@ class Experiment:
             command = [find_command(words[0]), *words[1:]]
             code = subprocess.run(command, env=variables, stdout=output, stderr=output).returncode
         if code != 0:
-            raise CommandError(f"{shlex.join(words)} ended with {code}; its output is in {log}.")
+            sys.exit(f"{shlex.join(words)} ended with {code}; its output is in {log}.")
 
     def preprocess(
         self,
@@ -176,30 +169,28 @@ class Experiment:
         if done.is_file():
             return
         if not (folder / "dataset_fingerprint.json").is_file():
-            self.run("nnUNetv2_extract_fingerprint -np 2 -d", [dataset.number])
+            self.run("nnUNetv2_extract_fingerprint -np 2 -d", dataset.number)
         if plans_of is not None:
-            move = "nnUNetv2_move_plans_between_datasets -sp", [network.plans]
-            self.run(*move, "-s", plans_of.number, "-t", dataset.number)
+            where = f"-s {plans_of.number} -t {dataset.number} -sp {network.plans}"
+            self.run("nnUNetv2_move_plans_between_datasets", where)
             if not self.dry_run:
                 # nnU-Net's planner would have copied it.
                 shutil.copyfile(self.raw / dataset.folder / "dataset.json", folder / "dataset.json")
         else:
             ours = f"stunet plan -pl {network.planner} -d"
-            self.run(ours if network.planner else "nnUNetv2_plan_experiment -d", [dataset.number])
+            self.run(ours if network.planner else "nnUNetv2_plan_experiment -d", dataset.number)
             if not self.dry_run:
-                self._add_configuration(folder / f"{network.plans}.json")
-        plans = "-plans_name", [network.plans], "-c", [BASE_CONFIGURATION]
-        self.run("nnUNetv2_preprocess -np 2 -d", [dataset.number], *plans)
+                file = folder / f"{network.plans}.json"
+                plans = json.loads(file.read_text())
+                own = {"inherits_from": BASE_CONFIGURATION, "batch_size": self.options.batch}
+                own |= {"patch_size": self.options.patch} if self.options.patch else {}
+                plans["configurations"][CONFIGURATION] = own
+                write_atomically(file, json.dumps(plans, indent=2))
+        named = f"{dataset.number} -plans_name {network.plans} -c {BASE_CONFIGURATION}"
+        self.run("nnUNetv2_preprocess -np 2 -d", named)
         if not self.dry_run:
             write_atomically(folder / "splits_final.json", json.dumps(splits))
             done.touch()
-
-    def _add_configuration(self, file: Path) -> None:
-        plans = json.loads(file.read_text())
-        patch = {"patch_size": list(self.options.patch)} if self.options.patch else {}
-        own = {"inherits_from": BASE_CONFIGURATION, "batch_size": self.options.batch, **patch}
-        plans["configurations"][CONFIGURATION] = own
-        write_atomically(file, json.dumps(plans, indent=2))
 
     def training_options(self, iterations: int, seed: int, validation: int = 1) -> dict[str, str]:
         """Return the variables of a training on labels, in whole epochs."""
@@ -240,10 +231,6 @@ class Experiment:
     def cases(self) -> tuple[list[str], list[str]]:
         """Return the test cases and the others, the same for the same data."""
         return hold_out(cases_in(self.data / "labelsTr"), self.options.test_cases)
-
-
-def _as_list(part: Any) -> Iterable[object]:
-    return part if isinstance(part, (list, tuple)) else [part]
 
 
 def cases_in(folder: Path) -> list[str]:
@@ -338,12 +325,6 @@ def read_run(fold: Path) -> dict[str, Any]:
     }
 
 
-def about(**more: Any) -> dict[str, Any]:
-    """Return date and versions, for a JSON file."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"date": date, "torch": torch.__version__, "nnunetv2": host_version(), **more}
-
-
 def without_nan(value: Any) -> Any:
     """Return the same with None for every NaN, which JSON does not have."""
     if isinstance(value, dict):
@@ -353,14 +334,12 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table whose first column is text."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows)) + "\n"
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> Callable[..., Any]:
-    """Add what all experiments take; return ``add_argument`` for the others."""
+def build_parser(script: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all experiments take."""
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        Path(script).name, description=description, formatter_class=show_defaults
+    )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER", help="raw dataset with labels")
     add("--work", type=Path, required=True, metavar="FOLDER", help="for everything in between")
@@ -371,20 +350,15 @@ def add_common_options(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     help_text = "predict eight times faster; no mirrored training samples"
     add("--no-mirroring", dest="mirroring", action="store_false", help=help_text)
     add("--dry-run", action="store_true", help="print the commands and run none")
-    return add
+    return parser
 
 
-def run_script(work: Callable[[], None], script: str) -> int:
-    """Run the work of a script and return its exit code."""
-    try:
-        work()
-    except PluginError as error:
-        print(f"{Path(script).name}: {error}", file=sys.stderr)
-        return 2
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; the same line resumes.", file=sys.stderr)
-        return 130
-    return 0
+def run_script(
+    parser: argparse.ArgumentParser,
+    carry_out: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Parse, carry out, and return the exit code."""
+    options = parser.parse_args(arguments)
+    resume = "The same line resumes."
+    return report.run_script(lambda: carry_out(options), parser.prog, resume)

@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,28 @@ from common import (
     Dataset,
     Experiment,
     Network,
-    about,
-    add_common_options,
+    build_parser,
     cases_in,
     copy_cases,
     describe,
-    markdown,
     read_run,
     relabel,
     run_script,
 )
+from report import about, markdown
 
 from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.utils.geometry import Grid
 
 matplotlib.use("agg")
 
 LABELLED_CASES, TEST_CASES = 8, 12
 SEEDS = (1, 2, 3)
 TASKS = {
-    "merged": (Dataset(14, "Hippocampus"), {"background": 0, "hippocampus": 1}, (0, 1, 1)),
+    "merged": (Dataset(14, "Hippocampus"), ("background", "hippocampus"), (0, 1, 1)),
     "two parts again": (
         Dataset(15, "Hippocampus"),
-        {"background": 0, "anterior": 1, "posterior": 2},
+        ("background", "anterior", "posterior"),
         (0, 1, 2),
     ),
 }
@@ -67,12 +68,9 @@ SIZE, PLANS = "small", "nnUNetPlans"
 
 def write_published(checkpoint: Path, file: Path) -> None:
     """Write a checkpoint of ours as nnU-Net v1 would have saved the published network."""
-    trained = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    weights = {}
-    for name, value in trained["network_weights"].items():
-        for pattern, replacement in PUBLISHED_NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        weights[name] = value
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=False)["network_weights"]
+    for pattern, published in PUBLISHED_NAMES.items():
+        weights = {re.sub(pattern, published, name): value for name, value in weights.items()}
     torch.save({"epoch": 5, "state_dict": weights, "lr_scheduler_state_dict": None}, file)
 
 
@@ -107,12 +105,11 @@ class Circle(Experiment):
                 self.run("nnUNetv2_predict_from_modelfolder", folders, settings)
         different = total = 0
         for case in [] if self.dry_run else self.validated:
-            one, other = (sitk.ReadImage(str(folder / f"{case}.nii.gz")) for folder in predicted)
-            assert np.allclose(one.GetDirection(), other.GetDirection(), atol=1e-5)
-            assert np.allclose(one.GetOrigin(), other.GetOrigin(), atol=1e-5)
-            labels = [sitk.GetArrayFromImage(image) for image in (one, other)]
-            different += int((labels[0] != labels[1]).sum())
-            total += labels[0].size
+            both = [sitk.ReadImage(str(folder / f"{case}.nii.gz")) for folder in predicted]
+            assert Grid.of(both[0]).agrees(Grid.of(both[1])), case
+            one, other = (sitk.GetArrayFromImage(image) for image in both)
+            different += int((one != other).sum())
+            total += one.size
         return {"cases": len(self.validated), "voxels": total, "voxels_that_differ": different}
 
     def make_dataset(self, task: str) -> None:
@@ -123,7 +120,8 @@ class Circle(Experiment):
         train, test = order[:LABELLED_CASES], order[LABELLED_CASES : LABELLED_CASES + TEST_CASES]
         if not self.dry_run:
             copy_cases(self.data, target, self.validated, label=relabel(values))
-            describe(self.data, target, len(self.validated), labels)
+            numbered = {name: value for value, name in enumerate(labels)}
+            describe(self.data, target, len(self.validated), numbered)
         self.preprocess(dataset, Network(f"STUNetTrainer_{SIZE}"), [{"train": train, "val": test}])
 
     def fine_tune(self) -> list[dict[str, Any]]:
@@ -175,27 +173,23 @@ def carry_out(options: argparse.Namespace) -> None:
     runs = circle.fine_tune()
     if options.dry_run:
         return
-    report = about(machine=options.machine, both_folders=comparison, runs=runs)
+    report = {**about(note=options.machine), "both_folders": comparison, "runs": runs}
     report["budget"] = {"epochs": options.epochs, "iterations": options.iterations_per_epoch}
     write_atomically(options.json, json.dumps(report, indent=1))
     save_curves(runs, options.figures / "fine_tuning_curves.png")
     print(comparison, table(runs), sep="\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = add_common_options(parser)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser(__file__, __doc__.partition("\n")[0])
+    add = parser.add_argument
     add("--model", type=Path, required=True, help="model folder of the finished training")
     add("--epochs", type=int, default=4, help="of every fine-tuning and training from scratch")
     add("--machine", default="", help="what it runs on, in words")
     add("--figures", type=Path, default=Path("."), help="folder for the PNG")
     add("--json", type=Path, required=True, help="file for the numbers")
     parser.set_defaults(iterations_per_epoch=25)
-    options = parser.parse_args(arguments)
-    options.model = options.model.resolve()
-    return run_script(lambda: carry_out(options), __file__)
+    return run_script(parser, carry_out, arguments)
 
 
 if __name__ == "__main__":

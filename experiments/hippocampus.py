@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import SimpleITK as sitk
-from common import about, read_run, run_script
+from common import read_run
+from report import about, run_script
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.figures import OverlayCase, save_overlays
@@ -39,16 +40,9 @@ def save_curves(runs: dict[str, dict[str, Any]], path: Path) -> None:
         for curve, read in curves.items()
         for epoch, value in enumerate(read(run), 1)
     ]
+    axes = {"x": "epoch", "y": "value", "hue": "run", "col": "curve"}
     grid = sns.relplot(
-        pd.DataFrame(rows),
-        x="epoch",
-        y="value",
-        hue="run",
-        col="curve",
-        kind="line",
-        marker="o",
-        height=3.4,
-        facet_kws={"sharey": False},
+        pd.DataFrame(rows), **axes, kind="line", marker="o", facet_kws={"sharey": False}
     )
     grid.set_titles("{col_name}").figure.savefig(path, dpi=130)
 
@@ -65,9 +59,9 @@ def overlay_cases(fold: Path, raw: Path) -> list[OverlayCase]:
     for case in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
         name = Path(case["prediction_file"]).name.removesuffix(".nii.gz")
         image = sitk.ReadImage(str(raw / "imagesTr" / f"{name}_0000.nii.gz"))
-        labels = (raw / "labelsTr" / f"{name}.nii.gz", fold / "validation" / f"{name}.nii.gz")
-        volumes = [image, *(sitk.ReadImage(str(file)) for file in labels)]
-        arrays = [sitk.GetArrayFromImage(volume) for volume in volumes]
+        folders = raw / "labelsTr", fold / "validation"
+        labels = [sitk.ReadImage(str(folder / f"{name}.nii.gz")) for folder in folders]
+        arrays = map(sitk.GetArrayFromImage, (image, *labels))
         title = f"{name}, Dice {mean_dice(case):.2f}"
         rows.append(OverlayCase(title, *arrays, image.GetSpacing()[::-1]))
     return rows
@@ -85,7 +79,7 @@ def make_figures(options: argparse.Namespace) -> None:
     cases = overlay_cases(next(iter(folds.values())), options.raw)
     labels = {1: "anterior", 2: "posterior"}
     save_overlays(cases, labels, options.out / f"{options.stem}_overlay.png")
-    report = about(machine=options.machine, runs=runs)
+    report = {**about(note=options.machine), "runs": runs}
     write_atomically(options.json, json.dumps(report, indent=1))
     for name, run in runs.items():
         minutes = f"{sum(run['epoch_seconds']) / 60:.1f} min"

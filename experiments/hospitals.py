@@ -24,7 +24,7 @@ from common import (
     Dataset,
     Experiment,
     Network,
-    add_common_options,
+    build_parser,
     cases_in,
     copy_cases,
     describe,
@@ -124,16 +124,13 @@ class Hospitals(Experiment):
     def evaluate(self, models: dict[str, Path]) -> Path:
         """Run all models on the test cases of both hospitals; return the folder of the report."""
         out, file = self.work / "crosseval", self.work / "crosseval.json"
-        mirroring = self.options.mirroring
+        shared = {"mirroring": self.options.mirroring}
         tested = {"hospital A": A.folder, "hospital B": B.folder, "hospital B turned": TURNED}
+        sources = {name: self.raw / folder for name, folder in tested.items()}
         setup = {
-            "models": [
-                {"name": name, "folder": str(folder), "mirroring": mirroring}
-                for name, folder in models.items()
-            ],
+            "models": [{"name": name, "folder": str(models[name]), **shared} for name in models],
             "datasets": [
-                {"name": name, "folder": str(self.raw / folder), "part": "Ts"}
-                for name, folder in tested.items()
+                {"name": name, "folder": str(sources[name]), "part": "Ts"} for name in sources
             ],
             "default_tolerance": TOLERANCE,
             "output": str(out),
@@ -194,11 +191,8 @@ def carry_out(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = add_common_options(parser)
+    parser = build_parser(__file__, __doc__.partition("\n")[0])
+    add = parser.add_argument
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to train")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what each is trained on")
     add("--size", default="small", help="of STU-Net")
@@ -207,8 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--test-cases", type=int, default=20, help="of each hospital")
     add("--seed", type=int, default=1, help="of the training cases and the initial weights")
     add("--report", type=Path, metavar="FOLDER", help="for a copy of report and pictures")
-    options = parser.parse_args(arguments)
-    return run_script(lambda: carry_out(options), __file__)
+    return run_script(parser, carry_out, arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,20 @@ import seaborn as sns
 from common import (
     CONFIGURATION,
     Dataset,
-    about,
-    add_common_options,
+    build_parser,
     copy_cases,
     describe,
-    markdown,
     relabel,
     run_script,
     without_nan,
 )
+from report import about, markdown
 from scipy.stats import kendalltau, pearsonr, weightedtau
 from volume_fusion import LABELLED, UNLABELLED, FusionExperiment
 from volume_fusion_report import DSC, mean_scores
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.utils.files import read_json, write_atomically
 
 matplotlib.use("agg")
 
@@ -76,6 +76,8 @@ class RankingExperiment(FusionExperiment):
 
     def prepare(self) -> None:
         """Make the three datasets, plan them alike, and preprocess."""
+        if not self.dry_run:
+            (self.work / "ranking").mkdir(exist_ok=True)
         taken = {case for labelled in self.folds().values() for case in labelled}
         cases = [case for case in self.cases()[1] if case not in taken]
         if len(cases) < 2:
@@ -124,14 +126,12 @@ class RankingExperiment(FusionExperiment):
         found: list[dict[str, Any]] = []
         for variant, more in (("averages", ""), ("sums", "--published-sums")):
             file = self.work / "ranking" / f"{variant}_seed_{seed}.json"
-            present = json.loads(file.read_text())["candidates"] if file.is_file() else []
+            present = read_json(file)["candidates"] if file.is_file() else []
             if {entry["name"] for entry in present} != {one.name for one in candidates}:
-                if not self.dry_run:
-                    file.parent.mkdir(parents=True, exist_ok=True)
                 where = f"-d {LABELLED.number} -p {PLANS} -c {CONFIGURATION} --seed {seed} {more}"
                 device = f"--device {self.options.device}"
                 self.run("stunet rank", given, where, device, "--names", cases, "--json", file)
-            found.append({} if self.dry_run else json.loads(file.read_text()))
+            found.append({} if self.dry_run else read_json(file))
         return {} if self.dry_run else scores_of_ranking(*found)
 
 
@@ -154,94 +154,78 @@ def scores_of_ranking(averages: Mapping[str, Any], sums: Mapping[str, Any]) -> d
     by_sums = {entry["name"]: entry["score"] for entry in sums["candidates"]}
     found = {}
     for entry in averages["candidates"]:
-        name, score = entry["name"], entry["score"]
-        found[name] = {"ccfv": score, "published_sums": by_sums[name], "spread": None}
-        found[name]["consistency"] = None
-        if score is not None:
-            consistency = np.array([level["consistency"] for level in entry["levels"]])
-            energy = np.array([level["energy"] for level in entry["levels"]])
-            found[name]["spread"] = -float(np.log(energy * consistency).sum())
-            found[name]["consistency"] = -float(np.log(consistency).sum())
+        scores = {"ccfv": entry["score"], "published_sums": by_sums[entry["name"]]}
+        scores |= {"spread": None, "consistency": None}
+        if entry["score"] is not None:
+            levels = pd.DataFrame(entry["levels"])
+            logarithms = np.log(levels[["consistency", "energy"]]).sum()
+            scores["spread"] = -float(logarithms.sum())
+            scores["consistency"] = -float(logarithms["consistency"])
+        found[entry["name"]] = scores
     return found
 
 
-def summarise(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Average scores and Dice over seeds, and correlate them: over all, and within a size.
-
-    Returns:
-        candidates (name, size, dice, dice_spread, one column per variant), and correlations
-        (group, variant, candidates, kendall_tau, kendall_p, weighted_tau, pearson_r).
-    """
+def average(runs: pd.DataFrame) -> pd.DataFrame:
+    """Average over seeds: name, size, dice, a column per variant, dice_spread."""
     groups = runs.groupby(["name", "size"], sort=False)
-    keys = list(VARIANTS)
-    spread = groups["dice"].std(ddof=0).rename("dice_spread")
-    candidates = pd.concat(
-        [groups[["dice", *keys]].agg(lambda one: one.mean(skipna=False)), spread], axis=1
-    ).reset_index()
+    means = groups[["dice", *VARIANTS]].agg(lambda one: one.mean(skipna=False))
+    return means.assign(dice_spread=groups["dice"].std(ddof=0)).reset_index()
+
+
+def correlate(candidates: pd.DataFrame) -> pd.DataFrame:
+    """Correlate each variant with the Dice, over all candidates and within a size: group, variant,
+    candidates, kendall_tau, kendall_p, weighted_tau, pearson_r."""
     rows = []
-    sizes = {size: candidates[candidates["size"] == size] for size in candidates["size"].unique()}
-    for group, members in {"all": candidates, **sizes}.items():
-        for key in keys:
-            known = members[[key, "dice"]].dropna()
+    for group, members in (("all", candidates), *candidates.groupby("size", sort=False)):
+        for variant in VARIANTS:
+            known = members[[variant, "dice"]].dropna()
             # Three points have a tau of 1 by chance once in six.
             if len(known) >= 3:
-                pair = known[key], known["dice"]
+                pair = known[variant], known["dice"]
                 tau, p = kendalltau(*pair)
-                others = weightedtau(*pair).statistic, pearsonr(*pair).statistic
-                rows.append((group, key, len(known), tau, p, *others))
-    header = [
-        "group",
-        "variant",
-        "candidates",
-        "kendall_tau",
-        "kendall_p",
-        "weighted_tau",
-        "pearson_r",
-    ]
-    return candidates, pd.DataFrame(rows, columns=header)
+                found = {"group": group, "variant": variant, "candidates": len(known)}
+                found |= {"kendall_tau": tau, "kendall_p": p}
+                found["weighted_tau"] = weightedtau(*pair).statistic
+                found["pearson_r"] = pearsonr(*pair).statistic
+                rows.append(found)
+    return pd.DataFrame(rows)
 
 
 def write_report(
     runs: list[dict[str, Any]], options: argparse.Namespace, out: Path, figure: Path | None
 ) -> None:
     """Write the numbers of all finished runs as JSON, tables beside it, and a scatter plot."""
-    frame = pd.DataFrame(runs).astype(dict.fromkeys(VARIANTS, float))
-    candidates, correlations = summarise(frame)
-    shown = candidates.sort_values("dice", ascending=False)
+    candidates = average(pd.DataFrame(runs).astype(dict.fromkeys(VARIANTS, float)))
+    found = {
+        "candidates": candidates.to_dict("records"),
+        "correlations": correlate(candidates).to_dict("records"),
+    }
     rows = [
         [one["name"], f"{one['dice']:.3f} ± {one['dice_spread']:.3f}"]
         + ["n/a" if np.isnan(one[key]) else f"{one[key]:.2f}" for key in VARIANTS]
-        for one in shown.to_dict("records")
+        for one in sorted(found["candidates"], key=itemgetter("dice"), reverse=True)
     ]
     text = markdown(["weights", "Dice", *VARIANTS.values()], rows)
     rows = [
         [f"{one['group']} ({one['candidates']}), {VARIANTS[one['variant']]}"]
-        + [f"{one[key]:.2f}" for key in correlations.columns[3:]]
-        for one in correlations.to_dict("records")
+        + [f"{value:.2f}" for value in list(one.values())[3:]]
+        for one in found["correlations"]
     ]
     header = ["candidates, score", "Kendall's tau", "p", "weighted tau", "Pearson's r"]
-    write_atomically(out.with_suffix(".md"), f"{text}\n{markdown(header, rows)}")
-    tables = {"candidates": candidates, "correlations": correlations}
+    write_atomically(out.with_suffix(".md"), f"{text}\n\n{markdown(header, rows)}\n")
     settings = {name: str(value) for name, value in vars(options).items()}
-    found = {name: one.to_dict("records") for name, one in tables.items()}
-    report = about(settings=settings, **found, runs=runs)
+    report = {**about(), "settings": settings, **found, "runs": runs}
     write_atomically(out, json.dumps(without_nan(report), indent=1))
     if figure is not None:
         long = candidates.melt(["name", "size", "dice"], list(VARIANTS), "variant", "score")
-        grid = sns.relplot(
-            long,
-            x="score",
-            y="dice",
-            hue="name",
-            style="size",
-            col="variant",
-            facet_kws={"sharex": False},
-        )
+        axes = {"x": "score", "y": "dice", "hue": "name", "style": "size", "col": "variant"}
+        grid = sns.relplot(long, **axes, facet_kws={"sharex": False})
         grid.set_titles("{col_name}").figure.savefig(figure, dpi=130)
 
 
 def carry_out(options: argparse.Namespace) -> None:
     """Prepare, pretrain, rank, fine-tune; report after every fine-tuning."""
+    options.size = options.sizes[0]
     candidates, experiment = candidates_of(options), RankingExperiment(options)
     experiment.prepare()
     runs: list[dict[str, Any]] = []
@@ -258,11 +242,8 @@ def carry_out(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = add_common_options(parser)
+    parser = build_parser(__file__, __doc__.partition("\n")[0])
+    add = parser.add_argument
     add("--sizes", nargs="+", default=["tiny", "small"], help="of STU-Net")
     add("--shares", type=float, nargs="+", default=[1.0, 0.1], help="of the pretraining")
     add("--cases", type=int, nargs=1, default=[8], help="labelled cases to fine-tune and rank on")
@@ -272,9 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--fine-tune-iterations", type=int, default=100, help="of each fine-tuning")
     add("--json", type=Path, metavar="FILE", help="for the numbers; the tables go to .md")
     add("--figure", type=Path, metavar="FILE", help="for the scatter plot, .png")
-    options = parser.parse_args(arguments)
-    options.size = options.sizes[0]
-    return run_script(lambda: carry_out(options), __file__)
+    return run_script(parser, carry_out, arguments)
 
 
 if __name__ == "__main__":

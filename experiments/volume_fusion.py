@@ -24,7 +24,7 @@ from common import (
     Dataset,
     Experiment,
     Network,
-    add_common_options,
+    build_parser,
     copy_cases,
     describe,
     draw_labelled,
@@ -168,8 +168,8 @@ class FusionExperiment(Experiment):
             write_rescaled(weights, self.preprocessed / UNLABELLED.folder / name, rescaled)
         return rescaled
 
-    def fine_tune(self, arm: Arm, seed: int, count: int) -> Path:
-        """Train on labelled cases, and score the test cases; return the folder of the run."""
+    def fine_tune(self, arm: Arm, seed: int, count: int) -> None:
+        """Train on labelled cases, and score the test cases."""
         network, weights = self.networks[arm.network], self.starting_weights(arm)
         options = self.training_options(self.options.fine_tune_iterations, seed) | arm.options
         if arm.warmup:
@@ -177,7 +177,7 @@ class FusionExperiment(Experiment):
             options["STUNET_WARMUP_EPOCHS"] = str(epochs)
         results = self.work / "fine_tuning" / arm.folder / f"cases_{count}_seed_{seed}"
         trainer = network.trainer + arm.suffix
-        return self.train_labelled(results, trainer, network.plans, (seed, count), options, weights)
+        self.train_labelled(results, trainer, network.plans, (seed, count), options, weights)
 
     def train_labelled(
         self,
@@ -187,13 +187,12 @@ class FusionExperiment(Experiment):
         draw: tuple[int, int],
         options: dict[str, str],
         weights: Path | None,
-    ) -> Path:
+    ) -> None:
         """Train on the labelled cases of a draw and write ``scores.json`` into ``results``."""
         number = list(self.folds()).index(draw)
         fold = self.train(results, LABELLED, trainer, plans, number, options, weights)
         if not self.dry_run:
             score_run(fold, self.raw / LABELLED.folder / "labelsTr", results / "scores.json")
-        return results
 
 
 def carry_out(options: argparse.Namespace) -> None:
@@ -216,11 +215,8 @@ def carry_out(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = add_common_options(parser)
+    parser = build_parser(__file__, __doc__.partition("\n")[0])
+    add = parser.add_argument
     add("--groups", nargs="+", choices=list(GROUPS), default=["stunet"], help="what to compare")
     add("--size", default="small", help="of STU-Net")
     add("--cases", type=int, nargs="+", default=[4, 8, 16], help="numbers of labelled cases")
@@ -232,8 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--merged", action="store_true", help="train and score the structures as one")
     add("--json", type=Path, metavar="FILE", help="for the numbers; the table goes to .md")
     add("--figures", type=Path, metavar="FOLDER", help="for the plots")
-    options = parser.parse_args(arguments)
-    return run_script(lambda: carry_out(options), __file__)
+    return run_script(parser, carry_out, arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import matplotlib
 import pandas as pd
 import seaborn as sns
 import SimpleITK as sitk
-from common import about, markdown, read_run, without_nan
+from common import read_run, without_nan
+from report import about, markdown
 
 from stunet_plugin.crosseval.measures import ASSD, DSC, HD95, score
 from stunet_plugin.utils.files import write_atomically
@@ -49,31 +52,25 @@ def mean_scores(scores: Mapping[str, Any]) -> dict[str, float]:
     return {**frame.mean(), "missed": int(frame[ASSD].isna().sum())}
 
 
-def collect(work: Path, arms: Mapping[str, Any]) -> pd.DataFrame:
-    """Return one row per finished run: arm, labelled cases, seed, mean scores, training loss."""
-    records = []
-    for file in sorted((work / "fine_tuning").glob("*/cases_*_seed_*/scores.json")):
+def collect(work: Path, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a record per finished run: arm, labelled cases, seed, mean scores and by how much the
+    Dice is over scratch, training loss."""
+    runs = []
+    for file in (work / "fine_tuning").glob("*/cases_*_seed_*/scores.json"):
         _, count, _, seed = file.parent.name.split("_")
         arm, scores = arms[file.parent.parent.name], json.loads(file.read_text())
-        record = {"arm": arm.name, "network": arm.network, "cases": int(count), "seed": int(seed)}
+        run = {"arm": arm.name, "network": arm.network, "cases": int(count), "seed": int(seed)}
         loss = {key: scores[key] for key in ("seconds", "train_loss")}
-        records.append({**record, **mean_scores(scores), **loss})
-    runs = pd.DataFrame(records)
-    if runs.empty:
-        return runs
+        runs.append({**run, **mean_scores(scores), **loss})
     order = [arm.name for arm in arms.values()]
-    runs = runs.sort_values(["cases", "seed"]).sort_values(
-        "arm", key=lambda names: names.map(order.index), kind="stable"
-    )
-    scratch = runs.assign(key=runs["network"] + " scratch").merge(
-        runs[["arm", "cases", "seed", DSC]].rename(columns={"arm": "key", DSC: "scratch"}),
-        on=["key", "cases", "seed"],
-        how="left",
-    )
-    over = scratch[DSC] - scratch["scratch"]
-    return scratch.drop(columns=["key", "scratch"]).assign(
-        over_scratch=over.where(~scratch["arm"].str.endswith(" scratch"))
-    )
+    place = itemgetter("arm", "cases", "seed")
+    runs.sort(key=lambda run: (order.index(run["arm"]), *place(run)))
+    dice = {place(run): run[DSC] for run in runs}
+    for run in runs:
+        scratch = f"{run['network']} scratch"
+        other = dice.get((scratch, run["cases"], run["seed"]), math.nan)
+        run["over_scratch"] = math.nan if run["arm"] == scratch else run[DSC] - other
+    return runs
 
 
 def table(runs: pd.DataFrame, settings: Mapping[str, Any]) -> str:
@@ -100,7 +97,7 @@ def table(runs: pd.DataFrame, settings: Mapping[str, Any]) -> str:
     ]
     structures = "structures merged into one" if settings["merged"] else "both structures"
     return (
-        f"{markdown(header, rows)}\nMean over {settings['test_cases']} test cases, {structures};"
+        f"{markdown(header, rows)}\n\nMean over {settings['test_cases']} test cases, {structures};"
         " ± is the standard deviation over seeds."
         f" Batch {settings['batch']}, {settings['pretrain_iterations']} iterations of pretraining,"
         f" {settings['fine_tune_iterations']} on labels, STU-Net {settings['size']},"
@@ -111,19 +108,17 @@ def table(runs: pd.DataFrame, settings: Mapping[str, Any]) -> str:
 def save_figures(runs: pd.DataFrame, folder: Path) -> None:
     """Write Dice against labelled cases, the Dice of every run, and the training loss."""
     folder.mkdir(parents=True, exist_ok=True)
-    dice = sns.relplot(
-        runs, x="cases", y=DSC, hue="arm", col="network", kind="line", marker="o", err_style="bars"
-    )
-    dice.figure.savefig(folder / "volume_fusion_dice.png", dpi=130)
-    seeds = sns.catplot(runs, x=DSC, y="arm", col="cases", kind="strip", alpha=0.6)
-    seeds.figure.savefig(folder / "volume_fusion_seeds.png", dpi=110)
-    losses = runs.explode("train_loss").rename(columns={"train_loss": "training loss"})
-    losses["training loss"] = losses["training loss"].astype(float)
+    losses = runs.explode("train_loss").astype({"train_loss": float})
     losses["epoch"] = losses.groupby(["arm", "cases", "seed"]).cumcount() + 1
-    curves = sns.relplot(
-        losses, x="epoch", y="training loss", hue="arm", col="cases", kind="line", errorbar=None
-    )
-    curves.figure.savefig(folder / "volume_fusion_loss.png", dpi=130)
+    line: dict[str, Any] = {"kind": "line", "hue": "arm"}
+    bars = {"marker": "o", "err_style": "bars"}
+    figures = {
+        "dice": sns.relplot(runs, x="cases", y=DSC, col="network", **line, **bars),
+        "seeds": sns.catplot(runs, x=DSC, y="arm", col="cases", kind="strip", alpha=0.6),
+        "loss": sns.relplot(losses, x="epoch", y="train_loss", col="cases", errorbar=None, **line),
+    }
+    for name, grid in figures.items():
+        grid.figure.savefig(folder / f"volume_fusion_{name}.png", dpi=130)
 
 
 def write_report(
@@ -134,17 +129,14 @@ def write_report(
     figures: Path | None,
 ) -> None:
     """Write the numbers of all finished runs as JSON, their table beside it, and the figures."""
-    runs = collect(work, arms)
-    if runs.empty:
-        return
-    scores = sorted((work / "pretraining").rglob("pretext_score.json"))
     pretraining = {
         file.relative_to(work / "pretraining").parts[0]: json.loads(file.read_text())
-        for file in scores
+        for file in sorted((work / "pretraining").rglob("pretext_score.json"))
     }
-    records = runs.to_dict("records")
-    report = about(settings=dict(settings), pretraining=pretraining, runs=records)
+    runs = collect(work, arms)
+    report = {**about(), "settings": dict(settings), "pretraining": pretraining, "runs": runs}
     write_atomically(out, json.dumps(without_nan(report), indent=1))
-    write_atomically(out.with_suffix(".md"), table(runs, settings))
+    frame = pd.DataFrame(runs)
+    write_atomically(out.with_suffix(".md"), table(frame, settings))
     if figures is not None:
-        save_figures(runs, figures)
+        save_figures(frame, figures)

@@ -13,6 +13,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import published_strides
 from stunet_plugin.options import EPOCHS, ITERATIONS, MIRRORING, SEED, VAL_ITERATIONS, Options
 
@@ -26,22 +27,14 @@ class nnUNetTrainerBudget(nnUNetTrainer):
     budget = (1000, 250, 50)
     """Epochs, iterations and validation iterations per epoch without the variables."""
 
-    # nnU-Net reads the names of these parameters off the signature.
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def initialize(self) -> None:
         options, (epochs, iterations, validation) = Options(), self.budget
         self.num_epochs = options.whole(EPOCHS, epochs)
         self.num_iterations_per_epoch = options.whole(ITERATIONS, iterations)
         self.num_val_iterations_per_epoch = options.whole(VAL_ITERATIONS, validation)
         self.mirroring = bool(options.whole(MIRRORING, 1))
         torch.manual_seed(options.whole(SEED, 0))
+        super().initialize()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:
         *others, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -69,12 +62,7 @@ class PlainSTUNetTrainer_small_ep5(nnUNetTrainerBudget):
     ) -> torch.nn.Module:
         strides = published_strides(configuration_manager.pool_op_kernel_sizes)
         sizes = num_input_channels, num_output_channels, enable_deep_supervision
-        network = PlainSTUNet(get_preset("small"), strides, *sizes)
-        for module in network.modules():
-            if isinstance(module, torch.nn.Conv3d):
-                torch.nn.init.kaiming_normal_(module.weight, a=1e-2)
-                torch.nn.init.zeros_(module.bias)
-        return network
+        return PlainSTUNet(get_preset("small"), strides, *sizes).apply(STUNet.initialize)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self.network.deep_supervision = enabled

@@ -10,18 +10,19 @@ Exit codes: 0 every checkpoint loaded, 1 one did not, 2 wrong input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import random
-import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
@@ -40,8 +41,9 @@ PATIENCE_SECONDS = 300.0
 """For a write to begin."""
 
 
-def train_until_killed(plans: dict[str, Any], folder: Path, pipe: int, size: str) -> None:
+def train_until_killed(plans: dict[str, Any], folder: Path, tell: Any, size: str) -> None:
     """Resume from a folder's checkpoint, tell its epoch, then train and save until killed."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     os.environ["nnUNet_n_proc_DA"] = "0"
     architecture = stunet_architecture(get_preset(size), STRIDES)
     changes = {"patch_size": PATCH, "batch_size": 2, "architecture": architecture}
@@ -49,66 +51,56 @@ def train_until_killed(plans: dict[str, Any], folder: Path, pipe: int, size: str
     plans["continue_training"] = True
     labels = {"background": 0, "a": 1, "b": 2}
     description = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
-    trainer = TRAINERS[f"STUNetTrainer_{size}"](
-        plans, "3d_fullres", 0, description, torch.device("cpu")
-    )
+    trainer_class = TRAINERS[f"STUNetTrainer_{size}"]
+    trainer = trainer_class(plans, "3d_fullres", 0, description, torch.device("cpu"))
     trainer.output_folder = str(folder)
     trainer.initialize()
     maybe_load_checkpoint(trainer, True, False)
     trainer.set_deep_supervision_enabled(True)
-    os.write(pipe, f"start {trainer.current_epoch}\n".encode())
+    tell.send(trainer.current_epoch)
     trainer.network.train()
-    shapes = [
-        [max(round(extent * part), 1) for extent, part in zip(PATCH, scale, strict=True)]
-        for scale in trainer._get_deep_supervision_scales()
-    ]
+    scales = trainer._get_deep_supervision_scales()
+    shapes = [np.maximum(np.multiply(PATCH, scale).round().astype(int), 1) for scale in scales]
     while True:
         targets = [torch.randint(0, 3, (2, 1, *shape)).short() for shape in shapes]
         trainer.train_step({"data": torch.randn(2, 1, *PATCH), "target": targets})
         trainer.save_checkpoint(str(folder / "checkpoint_latest.pth"))
         trainer.current_epoch += 1
-        os.write(pipe, f"saved {trainer.current_epoch}\n".encode())
+        tell.send(trainer.current_epoch)
         # nnU-Net writes it when the validation is the best so far.
         if random.random() < 0.3:
             trainer.save_checkpoint(str(folder / "checkpoint_best.pth"))
 
 
-def kill_once(plans: dict[str, Any], folder: Path, draws: random.Random, size: str) -> Any:
-    """Start a training and kill it; return the epoch it resumed at (None if it did not), the epochs
-    that it saved, and whether a write was cut short."""
+def kill_once(
+    plans: dict[str, Any], folder: Path, draws: random.Random, size: str
+) -> tuple[list[int], bool]:
+    """Start a training and kill it; return the epoch that it resumed at (none if it did not) and
+    those that it saved, and whether a write was cut short."""
     seconds, in_a_write = draws.random() * LONGEST_SECONDS, draws.random() < 0.5
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        try:
-            os.close(reading)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            random.seed(seconds)
-            train_until_killed(plans, folder, writing, size)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with os.fdopen(reading) as told:
-        lines = [told.readline()]
-        if lines[0]:
-            time.sleep(seconds)
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while in_a_write and time.monotonic() < deadline:
-                if any(folder.glob(f"*{UNFINISHED}")):
-                    break
-                time.sleep(0.001)
-            os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        lines += told
+    context = multiprocessing.get_context("fork")
+    told, tell = context.Pipe(duplex=False)
+    process = context.Process(target=train_until_killed, args=(plans, folder, tell, size))
+    random.seed(seconds)
+    process.start()
+    tell.close()
+    epochs = []
+    with told, contextlib.suppress(EOFError):
+        epochs.append(told.recv())
+        time.sleep(seconds)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while in_a_write and time.monotonic() < deadline:
+            if any(folder.glob(f"*{UNFINISHED}")):
+                break
+            time.sleep(0.001)
+        process.kill()
+        while True:
+            epochs.append(told.recv())
+    process.join()
     leftovers = list(folder.glob(f"*{UNFINISHED}"))
     for leftover in leftovers:
         leftover.unlink()
-    start = [int(line.split()[1]) for line in lines if line.startswith("start")]
-    saved = [int(line.split()[1]) for line in lines if line.startswith("saved")]
-    return start[0] if start else None, saved, bool(leftovers)
+    return epochs, bool(leftovers)
 
 
 def kill_many(
@@ -119,13 +111,13 @@ def kill_many(
     keys = ("kills", "in_a_write", "checkpoints_saved", "did_not_load", "epochs_lost", "epochs")
     counts = Counter(dict.fromkeys(keys, 0))
     for _ in range(kills):
-        start, saved, cut_short = kill_once(plans, folder, draws, size)
-        counts.update(kills=1, in_a_write=cut_short, checkpoints_saved=len(saved))
-        if start is None:
+        epochs, cut_short = kill_once(plans, folder, draws, size)
+        counts.update(kills=1, in_a_write=cut_short, checkpoints_saved=len(epochs[1:]))
+        if not epochs:
             counts["did_not_load"] += 1
             continue
-        counts["epochs_lost"] += max(reached - start, 0)
-        reached = counts["epochs"] = max([start, *saved])
+        counts["epochs_lost"] += max(reached - epochs[0], 0)
+        reached = counts["epochs"] = max(epochs)
         print(f"\r{dict(counts)}", end="", flush=True)
     print()
     return dict(counts)

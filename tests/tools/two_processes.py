@@ -16,15 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -32,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from stunet_plugin.demo.phantom import write_dataset
 from stunet_plugin.nnunet.commands import find_command
@@ -50,23 +49,26 @@ NETWORK_PLANS, NETWORK_PATCH = "NetworkPlans", (32, 32, 32)
 TOLERANCE = 1e-3
 """Of losses (relative) and weights: in float32, sums in another order drift apart from step to
 step; a wrong average or a missed batch is off by far more."""
-PRETEXT = "VolumeFusionTrainer_STUNet_tiny"
+FIXED, PRETEXT = "FixedBatchesTrainer", "VolumeFusionTrainer_STUNet_tiny"
 NETWORKS = ("STUNetTrainer_tiny", "PCTNetTrainer", "FMUNetTrainer", PRETEXT, "VolumeFusionTrainer")
 KEPT_OUT = ("nnUNet_", "STUNET_", "FIXED_BATCHES_")
+
+
+def training(trainer: str, plans: str) -> str:
+    return f"{DATASET} 3d_fullres 0 -tr {trainer} -p {plans} -device cpu"
+
+
+TRAINING = training(FIXED, PLANS)
 
 
 @dataclass(frozen=True)
 class Launch:
     """What came of a training: torchrun's exit code on each machine (None: it had to be stopped),
-    what each wrote, and the seconds until the last one ended."""
+    what all wrote, and the seconds until the last one ended."""
 
     codes: list[int | None]
-    outputs: list[str]
+    output: str
     seconds: float
-
-    @property
-    def output(self) -> str:
-        return "\n".join(self.outputs)
 
 
 def torchrun(
@@ -82,22 +84,17 @@ def torchrun(
     folder.mkdir(parents=True, exist_ok=True)
     group = str(uuid.uuid4())
     shape = f"--nnodes {machines} --nproc-per-node {processes}"
-    meeting = f"--rdzv-backend c10d --rdzv-endpoint localhost:{_free_port()} --rdzv-id {group}"
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint localhost:{get_free_port()} --rdzv-id {group}"
     command = f"-m torch.distributed.run {shape} {meeting} -m stunet_plugin.launch"
+    words = [sys.executable, *command.split(), *arguments]
+    # What a killed process had in its buffers would be lost.
+    variables = {**environment, "PYTHONUNBUFFERED": "1"}
     logs = [folder / f"{group}_{machine}.txt" for machine in range(machines)]
     start, started = time.monotonic(), []
     for log in logs:
         with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, *command.split(), *arguments],
-                # What a killed process had in its buffers would be lost.
-                env={**environment, "PYTHONUNBUFFERED": "1"},
-                cwd=folder,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-        started.append(process)
+            how: dict[str, Any] = {"stdout": output, "stderr": output, "stdin": subprocess.DEVNULL}
+            started.append(subprocess.Popen(words, env=variables, cwd=folder, **how))
     codes: list[int | None] = []
     for process in started:
         try:
@@ -107,8 +104,8 @@ def torchrun(
             process.terminate()
             process.wait()
             codes.append(None)
-    outputs = [log.read_text(errors="replace") for log in logs]
-    return Launch(codes, outputs, time.monotonic() - start)
+    output = "\n".join(log.read_text(errors="replace") for log in logs)
+    return Launch(codes, output, time.monotonic() - start)
 
 
 def write_plans(dataset: Path, name: str = PLANS, patch: Sequence[int] = PATCH) -> None:
@@ -152,12 +149,6 @@ def _largest_difference(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> 
 def _momentum(checkpoint: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
     states = checkpoint["optimizer_state"]["state"]
     return {number: values["momentum_buffer"] for number, values in states.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -210,50 +201,43 @@ class Runs:
             raw.parent.mkdir(parents=True, exist_ok=True)
             write_dataset(raw, num_cases=6, seed=1)
         words = f"nnUNetv2_plan_and_preprocess -d {DATASET} -c 3d_fullres -npfp 1 -np 1"
-        self.stock(words.split(), nnUNet_n_proc_DA="1")
+        self.stock(words, nnUNet_n_proc_DA="1")
         write_plans(self.preprocessed, NETWORK_PLANS, NETWORK_PATCH)
         write_plans(self.preprocessed)
 
-    def stock(self, words: Sequence[str], **environment: str) -> None:
+    def stock(self, line: str, **environment: str) -> None:
         """Run a stock command."""
-        print("+", *words, flush=True)
-        command, variables = [find_command(words[0]), *words[1:]], self.environment | environment
-        quiet = subprocess.DEVNULL
-        subprocess.run(command, env=variables, cwd=self.work, check=True, stdout=quiet)
+        print("+", line, flush=True)
+        command, *words = line.split()
+        variables, quiet = self.environment | environment, subprocess.DEVNULL
+        found = [find_command(command), *words]
+        subprocess.run(found, env=variables, cwd=self.work, check=True, stdout=quiet)
 
     def results(self, name: str) -> Path:
         """Return the folder of a training's results."""
         return self.work / "results" / re.sub(r"\W+", "_", name)
 
-    def arguments(self, trainer: str = "FixedBatchesTrainer", plans: str = PLANS) -> list[str]:
-        return f"{DATASET} 3d_fullres 0 -tr {trainer} -p {plans} -device cpu".split()
-
-    def model(self, name: str, trainer: str = "FixedBatchesTrainer", plans: str = PLANS) -> Path:
+    def model(self, name: str, trainer: str = FIXED, plans: str = PLANS) -> Path:
         return self.results(name) / NAME / f"{trainer}__{plans}__3d_fullres" / "fold_0"
 
     def launch(
-        self, scenario: Scenario, name: str, arguments: Sequence[str], **environment: str
+        self, scenario: Scenario, name: str, options: str = "", how: str = TRAINING, **more: str
     ) -> Launch:
         """Train in several processes, with the results under a name."""
-        print(f"+ {name}: {scenario.name}", *arguments, flush=True)
-        variables = {**self.environment, "nnUNet_results": str(self.results(name)), **environment}
-        variables["STUNET_SHARD"] = str(int(scenario.sharded))
-        if "--c" not in arguments:
+        print(f"+ {name}: {scenario.name}", how, options, flush=True)
+        shard = str(int(scenario.sharded))
+        variables = {"nnUNet_results": str(self.results(name)), "STUNET_SHARD": shard, **more}
+        if "--c" not in options:
             shutil.rmtree(self.results(name), ignore_errors=True)
-        machines = scenario.machines, scenario.processes
-        return torchrun(arguments, variables, self.work / "logs", *machines)
-
-    def alone(self) -> dict[str, Any]:
-        """Train in one process with the stock command, once."""
-        file = self.model("alone") / "checkpoint_final.pth"
-        if not file.is_file():
-            words = ["nnUNetv2_train", *self.arguments()]
-            self.stock(words, nnUNet_results=str(self.results("alone")))
-        return read(file)
+        words, machines = [*how.split(), *options.split()], (scenario.machines, scenario.processes)
+        return torchrun(words, self.environment | variables, self.work / "logs", *machines)
 
     def against_one(self, name: str) -> dict[str, Any]:
-        """Compare a finished training with that in one process."""
-        found = differences(self.alone(), read(self.model(name) / "checkpoint_final.pth"))
+        """Compare a finished training with that in one process, which is run once."""
+        alone = self.model("alone") / "checkpoint_final.pth"
+        if not alone.is_file():
+            self.stock(f"nnUNetv2_train {TRAINING}", nnUNet_results=str(self.results("alone")))
+        found = differences(read(alone), read(self.model(name) / "checkpoint_final.pth"))
         shown = {
             f"largest_difference_of_{key}": float(f"{value:.2g}") for key, value in found.items()
         }
@@ -267,7 +251,7 @@ def failed(launch: Launch) -> dict[str, Any]:
 
 def compare(runs: Runs, scenario: Scenario) -> dict[str, Any]:
     """Compare a whole training in several processes with one in one."""
-    launch = runs.launch(scenario, scenario.name, runs.arguments())
+    launch = runs.launch(scenario, scenario.name)
     if launch.codes != [0] * scenario.machines:
         return failed(launch)
     found = runs.against_one(scenario.name)
@@ -281,15 +265,15 @@ def compare(runs: Runs, scenario: Scenario) -> dict[str, Any]:
 def kill_and_resume(runs: Runs, first: Scenario, second: Scenario) -> dict[str, Any]:
     """Let one process kill itself halfway, and resume the training in other processes."""
     name = f"{first.name} killed, resumed in {second.name}"
-    arguments = [*runs.arguments(), "--timeout", "10"]
-    launch = runs.launch(first, name, arguments, FIXED_BATCHES_KILL=f"1:{runs.epochs // 2}")
+    kill = f"1:{runs.epochs // 2}"
+    launch = runs.launch(first, name, "--timeout 10", FIXED_BATCHES_KILL=kill)
     stopped = {
         "exit_codes_after_the_kill": launch.codes,
         "seconds_from_start_to_end": round(launch.seconds, 1),
         "named_by_torchrun": "SIGKILL" in launch.output,
         "others_say_why_they_stop": "All processes of this training end" in launch.output,
     }
-    resumed = runs.launch(second, name, [*runs.arguments(), "--c"])
+    resumed = runs.launch(second, name, "--c")
     if resumed.codes != [0] * second.machines:
         return {**stopped, **failed(resumed)}
     found = runs.against_one(name)
@@ -300,8 +284,8 @@ def kill_and_resume(runs: Runs, first: Scenario, second: Scenario) -> dict[str, 
 def validate(runs: Runs, trainer: str, sharded: bool = False) -> dict[str, Any]:
     """Run nnU-Net's own loading, training and final validation in two processes."""
     scenario = Scenario(f"{trainer}{' sharded' * sharded} as it is", 1, 2, sharded)
-    arguments = runs.arguments(trainer, NETWORK_PLANS)
-    launch = runs.launch(scenario, scenario.name, arguments, STUNET_EPOCHS="1")
+    how = training(trainer, NETWORK_PLANS)
+    launch = runs.launch(scenario, scenario.name, how=how, STUNET_EPOCHS="1")
     if launch.codes != [0]:
         return failed(launch)
     folder = runs.model(scenario.name, trainer, NETWORK_PLANS)
@@ -324,24 +308,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = Runs(options.work.resolve(), options.epochs, options.iterations)
     runs.prepare()
-    work: dict[str, Callable[[], dict[str, Any]]] = {
-        scenario.name: partial(compare, runs, scenario) for scenario in SCENARIOS
-    }
+    work = {scenario.name: partial(compare, runs, scenario) for scenario in SCENARIOS}
     for first, second in KILLED:
         name = f"killed in {first.name}, resumed in {second.name}"
         work[name] = partial(kill_and_resume, runs, first, second)
     for trainer in NETWORKS:
         work[f"{trainer}, final validation"] = partial(validate, runs, trainer)
-    for trainer in ("STUNetTrainer_tiny", PRETEXT):
+    for trainer in (NETWORKS[0], PRETEXT):
         work[f"{trainer}, sharded, final validation"] = partial(validate, runs, trainer, True)
-    results: dict[str, Any] = {}
+    results = {}
     for name in (name for name in work if options.only in name):
         results[name] = work[name]()
         print(json.dumps({name: results[name]}), flush=True)
-    versions = {"torch": torch.__version__, "nnunetv2": host_version()}
     record = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"torch": torch.__version__, "nnunetv2": host_version()},
         "training": {"epochs": options.epochs, "iterations": options.iterations}
         | {"batch": BATCH, "patch": PATCH, "size": "tiny"},
         "tolerance": TOLERANCE,

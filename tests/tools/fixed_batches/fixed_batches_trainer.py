@@ -36,16 +36,9 @@ class FixedBatchesTrainer(TRAINERS["STUNetTrainer_tiny"]):  # type: ignore[misc,
 
     learning_rate = 1e-3
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def initialize(self) -> None:
         self.save_every = 1
+        super().initialize()
 
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()
