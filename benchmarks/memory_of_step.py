@@ -24,7 +24,6 @@ from measure_step import OURS, TRAIN, Case, Step, allocation_peaks, make_step, s
 from networks import find_subject
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stunet_plugin.networks.activation_checkpointing import SETTINGS
 from stunet_plugin.networks.from_plan import stunet_architecture
@@ -36,35 +35,15 @@ SIZE, OUTPUTS = "small", (3, 15, 105)
 CASE = Case(OURS, SIZE, TRAIN, False, "cpu", PATCH, batch=1, classes=OUTPUTS[0], steps=1)
 STAGES = ("forward", "loss", "backward", "optimizer", "validation")
 MAKERS = {
-    "convolution": "outputs of convolutions (inputs of the norms)",
-    "leaky_relu_": "outputs of LeakyReLU (inputs of convolutions)",
-    "cat": "concatenations",
+    "ConvolutionBackward0": "outputs of convolutions (inputs of the norms)",
+    "LeakyReluBackward1": "outputs of LeakyReLU (inputs of convolutions)",
+    "CatBackward0": "concatenations",
 }
 """By the operation that made a tensor, what it is."""
 LOSS_KIND, OTHERS = "in the loss", "image and targets, statistics of norms, small maps"
 WIDTH, CHECKPOINTED = 8, ((1, 3), (2, 3), (3, 3), (2, 105))
 """Of the networks with checkpointing: base width; blocks per stage and outputs."""
 MEBIBYTE = 2**20
-
-
-class Makers(TorchDispatchMode):
-    """Notes for each storage the operation that made it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maker: dict[int, str] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor):
-                place = value.untyped_storage().data_ptr()
-                # Views are made by what made the whole; what works in place counts.
-                if name.endswith("_") or place not in given:
-                    self.maker[place] = name
-        return result
 
 
 def peaks_by_stage(step: Step, keep_gradients: bool) -> dict[str, int]:
@@ -97,19 +76,22 @@ def kept_for_backward(step: Step) -> dict[str, int]:
     """Return the bytes that autograd keeps when the loss is there, by what they are."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in step.parameters.parameters()}
     kept: dict[int, tuple[Tensor, str]] = {}
-    makers, kind = Makers(), ""
+    in_loss = False
+    step.network.train()
 
     def note(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in weights and tensor.numel():
-            made_by = MAKERS.get(makers.maker.get(place, ""), OTHERS)
-            # Held on to, so that no later storage has the same place.
-            kept.setdefault(place, (tensor, kind or made_by))
+            made_by = MAKERS.get(tensor.grad_fn.name() if tensor.grad_fn else "", OTHERS)
+            # An operation that keeps its own output does not say who made it; whoever takes it
+            # does. Held on to, so that no later storage has the same place.
+            if place not in kept or kept[place][1] == OTHERS:
+                kept[place] = tensor, LOSS_KIND if in_loss and place not in kept else made_by
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), makers:
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = step.network(step.data)
-        kind = LOSS_KIND
+        in_loss = True
         loss = step.loss(outputs, step.targets)
     total: Counter[str] = Counter()
     for tensor, what in kept.values():

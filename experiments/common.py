@@ -94,11 +94,7 @@ class Experiment:
 
     def _keep_settings(self) -> None:
         """Write the settings into a new work folder, or compare them with those there."""
-        kept = {
-            name: value
-            for name, value in vars(self.options).items()
-            if name not in NOT_KEPT.split()
-        }
+        kept = {name: value for name, value in vars(self.options).items() if name not in NOT_KEPT}
         kept = json.loads(json.dumps(kept, default=str))
         file = self.work / "settings.json"
         was = read_json(file) if file.is_file() else kept
@@ -181,7 +177,7 @@ class Experiment:
             self.run(ours if network.planner else "nnUNetv2_plan_experiment -d", dataset.number)
             if not self.dry_run:
                 file = folder / f"{network.plans}.json"
-                plans = json.loads(file.read_text())
+                plans = read_json(file)
                 own = {"inherits_from": BASE_CONFIGURATION, "batch_size": self.options.batch}
                 own |= {"patch_size": self.options.patch} if self.options.patch else {}
                 plans["configurations"][CONFIGURATION] = own
@@ -284,7 +280,7 @@ def copy_cases(
 
 def describe(data: Path, target: Path, count: int, labels: dict[str, int] | None = None) -> None:
     """Write the dataset.json of a copy, with other labels if there are."""
-    description = json.loads((data / "dataset.json").read_text()) | {"numTraining": count}
+    description = read_json(data / "dataset.json") | {"numTraining": count}
     description |= {"labels": labels} if labels else {}
     write_atomically(target / "dataset.json", json.dumps(description, indent=1))
 
@@ -308,11 +304,11 @@ def read_run(fold: Path) -> dict[str, Any]:
         PluginError: the training or its validation has not finished.
     """
     files = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise PluginError(f"{fold} holds no finished training: {missing[0].name} is missing.")
+    for file in files:
+        if not file.is_file():
+            raise PluginError(f"{fold} holds no finished training: {file.name} is missing.")
     checkpoint = torch.load(files[0], map_location="cpu", weights_only=False)
-    log, summary = checkpoint["logging"], json.loads(files[1].read_text())
+    log, summary = checkpoint["logging"], read_json(files[1])
     seconds = np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"])
     return {
         "trainer": checkpoint["trainer_name"],
@@ -325,21 +321,16 @@ def read_run(fold: Path) -> dict[str, Any]:
     }
 
 
-def without_nan(value: Any) -> Any:
-    """Return the same with None for every NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+def write_json(out: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file with null for every NaN, which JSON does not have."""
+    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_atomically(out, json.dumps(plain, indent=1))
 
 
 def build_parser(script: str, description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all experiments take."""
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        Path(script).name, description=description, formatter_class=show_defaults
-    )
+    shown = {"description": description, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(Path(script).name, **shown)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER", help="raw dataset with labels")
     add("--work", type=Path, required=True, metavar="FOLDER", help="for everything in between")

@@ -13,7 +13,6 @@ STU-Net small on Dataset004_Hippocampus (fold 0):
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -37,10 +36,10 @@ from common import (
     read_run,
     relabel,
     run_script,
+    write_json,
 )
 from report import about, markdown
 
-from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.utils.geometry import Grid
 
 matplotlib.use("agg")
@@ -175,7 +174,7 @@ def carry_out(options: argparse.Namespace) -> None:
         return
     report = {**about(note=options.machine), "both_folders": comparison, "runs": runs}
     report["budget"] = {"epochs": options.epochs, "iterations": options.iterations_per_epoch}
-    write_atomically(options.json, json.dumps(report, indent=1))
+    write_json(options.json, report)
     save_curves(runs, options.figures / "fine_tuning_curves.png")
     print(comparison, table(runs), sep="\n")
 

@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import SimpleITK as sitk
-from common import read_run
+from common import read_run, write_json
 from report import about, run_script
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.figures import OverlayCase, save_overlays
-from stunet_plugin.utils.files import write_atomically
 
 matplotlib.use("agg")
 
@@ -80,7 +79,7 @@ def make_figures(options: argparse.Namespace) -> None:
     labels = {1: "anterior", 2: "posterior"}
     save_overlays(cases, labels, options.out / f"{options.stem}_overlay.png")
     report = {**about(note=options.machine), "runs": runs}
-    write_atomically(options.json, json.dumps(report, indent=1))
+    write_json(options.json, report)
     for name, run in runs.items():
         minutes = f"{sum(run['epoch_seconds']) / 60:.1f} min"
         print(name, run["trainer"], run["mean_validation_dice"], run["validation_dice"], minutes)

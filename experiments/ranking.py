@@ -30,7 +30,7 @@ from common import (
     describe,
     relabel,
     run_script,
-    without_nan,
+    write_json,
 )
 from report import about, markdown
 from scipy.stats import kendalltau, pearsonr, weightedtau
@@ -215,7 +215,7 @@ def write_report(
     write_atomically(out.with_suffix(".md"), f"{text}\n\n{markdown(header, rows)}\n")
     settings = {name: str(value) for name, value in vars(options).items()}
     report = {**about(), "settings": settings, **found, "runs": runs}
-    write_atomically(out, json.dumps(without_nan(report), indent=1))
+    write_json(out, report)
     if figure is not None:
         long = candidates.melt(["name", "size", "dice"], list(VARIANTS), "variant", "score")
         axes = {"x": "score", "y": "dice", "hue": "name", "style": "size", "col": "variant"}

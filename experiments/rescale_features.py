@@ -15,6 +15,7 @@ from typing import Any
 import blosc2
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
@@ -27,13 +28,9 @@ CASES = 4
 
 def read_patches(files: Sequence[Path], patch_size: Sequence[int]) -> Tensor:
     """Return corner patches of preprocessed cases, zero-padded, shape (case, channel, *patch)."""
-    patches = []
-    for file in files:
-        image = np.asarray(blosc2.open(str(file))[:], dtype=np.float32)
-        corner = image[(slice(None), *(slice(size) for size in patch_size))]
-        missing = np.subtract(patch_size, corner.shape[1:])
-        patches.append(np.pad(corner, [(0, 0), *((0, more) for more in missing)]))
-    return torch.from_numpy(np.stack(patches))
+    corner = [[0, size] for size in patch_size]
+    images = (np.asarray(blosc2.open(str(file))[:], dtype=np.float32) for file in files)
+    return torch.from_numpy(np.stack([crop_and_pad_nd(image, corner) for image in images]))
 
 
 def spreads(network: STUNet, images: Tensor) -> list[float]:

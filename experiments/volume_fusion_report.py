@@ -13,7 +13,7 @@ import matplotlib
 import pandas as pd
 import seaborn as sns
 import SimpleITK as sitk
-from common import read_run, without_nan
+from common import read_run, write_json
 from report import about, markdown
 
 from stunet_plugin.crosseval.measures import ASSD, DSC, HD95, score
@@ -135,7 +135,7 @@ def write_report(
     }
     runs = collect(work, arms)
     report = {**about(), "settings": dict(settings), "pretraining": pretraining, "runs": runs}
-    write_atomically(out, json.dumps(without_nan(report), indent=1))
+    write_json(out, report)
     frame = pd.DataFrame(runs)
     write_atomically(out.with_suffix(".md"), table(frame, settings))
     if figures is not None:
