@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import locale
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 
 SHAPE = (14, 24, 26)
@@ -20,33 +23,30 @@ def mr_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     generator = np.random.default_rng(seed)
     z, y, x = np.ogrid[tuple(slice(-1, 1, size * 1j) for size in shape)]
     body = (x / 0.8) ** 2 + (y / 0.75) ** 2 + 0 * z < 1
-    return np.where(
-        body, 500 + generator.normal(0, 60, shape), np.abs(generator.normal(0, 12, shape))
-    ).astype(np.int16)
+    inside, outside = 500 + generator.normal(0, 60, shape), abs(generator.normal(0, 12, shape))
+    return np.where(body, inside, outside).astype(np.int16)
 
 
 def ct_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     """The same in Hounsfield units."""
-    return (
-        np.where(mr_array(seed, shape) > 200, 40, -1000).astype(np.int16)
-        + mr_array(seed, shape) // 20
-    )
+    mr = mr_array(seed, shape)
+    return np.where(mr > 200, 40, -1000).astype(np.int16) + mr // 20
 
 
-def to_image(
-    array: np.ndarray, spacing: tuple[float, ...] = SPACING, vector: bool = False
-) -> sitk.Image:
+def write(
+    path: Path,
+    array: np.ndarray,
+    spacing: tuple[float, ...] = SPACING,
+    vector: bool = False,
+    direction: tuple[int, ...] = (-1, 0, 0, 0, -1, 0, 0, 0, 1),
+) -> Path:
     image = sitk.GetImageFromArray(array, isVector=vector)
     image.SetSpacing(spacing[: image.GetDimension()])
     if image.GetDimension() == 3:
         image.SetOrigin((-12.5, 30.25, 7.0))
-        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
-    return image
-
-
-def write(path: Path, array: np.ndarray, **options: object) -> Path:
+        image.SetDirection(direction)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(to_image(array, **options), str(path))  # type: ignore[arg-type]
+    sitk.WriteImage(image, str(path))
     return path
 
 
@@ -84,6 +84,18 @@ def write_dicom(
         writer.Execute(image)
     # GDCM's writer sets the locale of the process to C.
     locale.setlocale(locale.LC_ALL, settings)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let this process and its children write no larger files, as if the disk were full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def truncate(path: Path, share: float) -> Path:

@@ -44,10 +44,7 @@ def body_mask(
         axial: the axis from foot to head.
         modality: ``CT`` or ``MR``.
     """
-    factors = [
-        max(1, min(int(WORKING_SPACING / step), size))
-        for step, size in zip(spacing, array.shape, strict=True)
-    ]
+    factors = (WORKING_SPACING / np.asarray(spacing)).astype(int).clip(1, array.shape)
     means = block_means(array, factors)
     threshold = CT_THRESHOLD if modality == CT else mr_threshold(means)
     if threshold is None:
@@ -55,27 +52,23 @@ def body_mask(
     tissue = means > threshold
     body = tissue
     if modality == CT:
-        steps = [step * factor for step, factor in zip(spacing, factors, strict=True)]
-        body = _without_table(tissue, steps, axial)
-    body = _fill_slices(_large_components(body), axial)
+        body = _without_table(tissue, factors * spacing, axial)
+    in_slice = np.expand_dims(ndimage.generate_binary_structure(2, 1), axial)
+    body = ndimage.binary_fill_holes(_large_components(body), in_slice)
     if body.mean() < MINIMUM_SHARE:
         return None
     return _to_voxels(body, array, factors, threshold)
 
 
-def block_means(array: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+def block_means(array: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Return the means over blocks of voxels, float32; the last block of an axis may be smaller."""
     starts = [np.arange(0, size, factor) for size, factor in zip(array.shape, factors, strict=True)]
-    means = np.empty([len(start) for start in starts], dtype=np.float32)
-    rows, columns = (
-        np.diff(start, append=size) for start, size in zip(starts[1:], array.shape[1:], strict=True)
-    )
-    area = np.outer(rows, columns).astype(np.float32)
-    for index, start in enumerate(starts[0]):
-        slab = array[start : start + factors[0]].mean(axis=0, dtype=np.float32)
-        means[index] = (
-            np.add.reduceat(np.add.reduceat(slab, starts[1], axis=0), starts[2], axis=1) / area
-        )
+    # A layer of blocks at a time: float32 at full resolution would take twice the scan.
+    slabs = (array[start : start + factors[0]].sum(axis=0, dtype=np.float32) for start in starts[0])
+    sums = np.stack([np.add.reduceat(slab, starts[1], axis=0) for slab in slabs])
+    counts = [np.diff(start, append=size) for start, size in zip(starts, array.shape, strict=True)]
+    voxels = np.einsum("i,j,k", *counts).astype(np.float32)
+    means: np.ndarray = np.add.reduceat(sums, starts[2], axis=2) / voxels
     return means
 
 
@@ -96,26 +89,21 @@ def mr_threshold(means: np.ndarray) -> float | None:
     return low + split**2 * (high - low)
 
 
-def _without_table(tissue: np.ndarray, steps: Sequence[float], axial: int) -> np.ndarray:
-    radii = [
-        0 if axis == axial else max(1, round(OPENING_RADIUS / step))
-        for axis, step in enumerate(steps)
-    ]
+def _without_table(tissue: np.ndarray, steps: np.ndarray, axial: int) -> np.ndarray:
+    radii = np.round(OPENING_RADIUS / steps).astype(int).clip(1)
+    radii[axial] = 0
     opened = ndimage.binary_opening(tissue, _ellipsoid(radii))
     if not opened.any():
         # Nothing is thicker than the table: a finger, an animal.
         return tissue
     kept = _large_components(opened)
-    return (
-        ndimage.binary_dilation(kept, _ellipsoid([radius + (radius > 0) for radius in radii]))
-        & tissue
-    )
+    return ndimage.binary_dilation(kept, _ellipsoid(radii + (radii > 0))) & tissue
 
 
-def _ellipsoid(radii: Sequence[int]) -> np.ndarray:
-    grids = np.ogrid[tuple(slice(-radius, radius + 1) for radius in radii)]
-    squares = [(grid / max(radius, 1)) ** 2 for grid, radius in zip(grids, radii, strict=True)]
-    inside: np.ndarray = squares[0] + squares[1] + squares[2] <= 1
+def _ellipsoid(radii: np.ndarray) -> np.ndarray:
+    z, y, x = np.ogrid[tuple(slice(-radius, radius + 1) for radius in radii)]
+    depth, height, width = radii.clip(1)
+    inside: np.ndarray = (z / depth) ** 2 + (y / height) ** 2 + (x / width) ** 2 <= 1
     return inside
 
 
@@ -128,16 +116,10 @@ def _large_components(mask: np.ndarray) -> np.ndarray:
     return (sizes >= COMPONENT_SHARE * sizes.max())[labels]
 
 
-def _fill_slices(mask: np.ndarray, axial: int) -> np.ndarray:
-    return np.stack(
-        [ndimage.binary_fill_holes(part) for part in np.moveaxis(mask, axial, 0)], axis=axial
-    )
-
-
 def _to_voxels(
-    body: np.ndarray, array: np.ndarray, factors: Sequence[int], threshold: float
+    body: np.ndarray, array: np.ndarray, factors: np.ndarray, threshold: float
 ) -> np.ndarray:
-    if max(factors) == 1:
+    if factors.max() == 1:
         return body.astype(np.uint8)
     block = np.ones((3, 3, 3), dtype=bool)
     inside = ndimage.binary_erosion(body, block, border_value=1)

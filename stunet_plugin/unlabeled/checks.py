@@ -20,8 +20,7 @@ LABEL_MAP_VALUES = 16
 """An image with fewer values than this among the sampled voxels is a label map, not a scan."""
 MANY_LABELS, EQUAL_NEIGHBOURS = 256, 0.6
 """With fewer values than the first, one is a label map if more than the second of neighbouring
-voxels are equal (real scans of
-8 bits: under 0.1; maps of organs: over 0.8)."""
+voxels are equal (real scans of 8 bits: under 0.1; maps of organs: over 0.8)."""
 COMPARED_SLICES = 16
 SAMPLED_VOXELS = 200_000
 AIR = (-1100.0, -900.0)
@@ -32,20 +31,12 @@ HIGHEST_CT_MINIMUM = -100.0
 
 
 class UnusableError(Exception):
-    """A scan that the dataset cannot take.
+    """A scan that the dataset cannot take: a reason, one of a few for counting, and what was
+    found."""
 
-    Attributes:
-        reason: one of a few, for counting.
-        detail: what was found in this scan.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
-
-
-class UnreachableError(UnusableError):
-    """Not the scan's own fault: the next run tries again."""
 
 
 def check_header(size: Sequence[int], spacing: Sequence[float], components: int = 1) -> None:
@@ -68,18 +59,12 @@ def check_header(size: Sequence[int], spacing: Sequence[float], components: int 
 
 
 def check_voxels(array: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Refuse images that hold no scan; return the lowest and highest value and a sample of the
-    voxels (1D, about ``SAMPLED_VOXELS``).
-
-    Args:
-        array: (z, y, x).
-    """
+    """Refuse images (z, y, x) that hold no scan; return the lowest and highest value and a sample
+    of the voxels (1D, about ``SAMPLED_VOXELS``)."""
     # NaN spreads through min and max, so they see all values that are not finite.
     low, high = float(array.min()), float(array.max())
-    if (
-        not (math.isfinite(low) and math.isfinite(high))
-        or max(abs(low), abs(high)) > np.finfo(np.float32).max
-    ):
+    limit = np.finfo(np.float32).max
+    if not -limit <= low <= high <= limit:
         raise UnusableError("not finite", "NaN or infinite values")
     if low == high:
         raise UnusableError("constant", f"every voxel is {low:g}")
@@ -115,17 +100,15 @@ def looks_like(low: float, sample: np.ndarray) -> str | None:
 def check_modality(modality: str, low: float, sample: np.ndarray) -> None:
     """Refuse a scan whose values contradict the modality of the dataset."""
     seen = looks_like(low, sample)
-    if seen is None or seen == modality:
-        return
-    if modality == CT:
-        raise UnusableError(
-            "not in Hounsfield units",
-            f"lowest value {low:g}: another modality, or a CT stored with an offset",
-        )
-    raise UnusableError("another modality", "looks like CT: much of it is air in Hounsfield units")
+    if (modality, seen) == (CT, MR):
+        detail = f"lowest value {low:g}: another modality, or a CT stored with an offset"
+        raise UnusableError("not in Hounsfield units", detail)
+    if (modality, seen) == (MR, CT):
+        detail = "looks like CT: much of it is air in Hounsfield units"
+        raise UnusableError("another modality", detail)
 
 
-def check_tag(modality: str, tag: str) -> None:
+def check_tag(allowed: Sequence[str], tag: str) -> None:
     """Refuse a DICOM series by its modality tag (0008,0060)."""
-    if tag and tag != modality:
+    if tag and tag not in allowed:
         raise UnusableError("another modality", f"DICOM says {tag}")

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -23,12 +23,12 @@ DATASET_ENDINGS = (NIFTI_GZ, METAIMAGE, NRRD, NIFTI)
 EXCLUDED = ("labelsTr", "labelsTs", "gt_segmentations")
 """Folders of labels in nnU-Net's layout."""
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-DICOM_MAGIC_AT, DICOM_MAGIC = 128, b"DICM"
 DICOM_TRIALS = 3
 """Files without a telling name that are opened in a folder, to see whether it is one of DICOM."""
 OTHER_ENDINGS_KEPT = 30
 _WORD_ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
 
+Entry = os.DirEntry[str]
 FILE, DICOM_FOLDER, DICOM_SERIES = "file", "DICOM folder", "DICOM series"
 
 
@@ -43,7 +43,6 @@ class Source:
         series: instance UID of a DICOM series, with a number where it holds several stacks.
         files: names of its slices in their order in space.
         problem: reason and detail why it cannot be used, where the search has seen that already.
-        unreachable: the problem may be gone at the next run.
     """
 
     path: str
@@ -53,7 +52,6 @@ class Source:
     files: tuple[str, ...] = ()
     modality: str = ""
     problem: tuple[str, str] | None = None
-    unreachable: bool = False
 
     @property
     def key(self) -> str:
@@ -63,13 +61,8 @@ class Source:
 
 @dataclass
 class Tally:
-    """What a walk met, in numbers.
-
-    Attributes:
-        scans: files by ending (in lower case).
-        dicom_folders: folders with DICOM files.
-        others: files of other kinds, by ending.
-    """
+    """What a walk met, in numbers: scans by ending (in lower case), folders with DICOM files, and
+    files of other kinds by ending."""
 
     scans: Counter[str] = field(default_factory=Counter)
     dicom_folders: int = 0
@@ -83,6 +76,13 @@ class Tally:
         ending = os.path.splitext(name)[1].lower() or "no ending"
         known = ending in self.others or len(self.others) < OTHER_ENDINGS_KEPT
         self.others[ending if known else "other endings"] += 1
+
+    @property
+    def frequent_ending(self) -> str:
+        """The ending for a dataset: that of most files, because these can be linked."""
+        # The header of a .mhd file can be written as that of a .mha file.
+        counts = self.scans + Counter({METAIMAGE: self.scans[METAIMAGE_HEADER]})
+        return max(DATASET_ENDINGS, key=lambda ending: counts[ending])
 
     def others_in_words(self) -> str:
         return ", ".join(f"{count} {ending}" for ending, count in self.others.most_common(5))
@@ -111,95 +111,84 @@ def walk(
         avoid: a folder to stay out of: the dataset that is being made.
         tally: is told what the walk meets.
     """
-    walker = _Walker(
-        exclude, _identity(avoid) if avoid and os.path.isdir(avoid) else None, tally or Tally()
-    )
+    closed = (_identity(avoid),) if avoid and os.path.isdir(avoid) else ()
     for folder in folders:
-        yield from walker.walk(folder, ())
+        yield from _walk(folder, closed, exclude, tally or Tally())
 
 
-@dataclass
-class _Walker:
-    exclude: Sequence[str]
-    avoid: tuple[int, int] | None
-    tally: Tally
-
-    def walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Source]:
-        try:
-            identity = _identity(folder)
-            if identity in above or identity == self.avoid:
-                return
-            with os.scandir(folder) as listing:
-                entries = sorted(
-                    (entry for entry in listing if self._wanted(entry.name)),
-                    key=lambda entry: entry.name,
-                )
-        except OSError as error:
-            yield _closed(folder, error.strerror or str(error))
+def _walk(
+    folder: str, closed: tuple[tuple[int, int], ...], exclude: Sequence[str], tally: Tally
+) -> Iterator[Source]:
+    try:
+        identity = _identity(folder)
+        if identity in closed:
             return
-        folders: list[str] = []
-        dicom: dict[str, os.DirEntry[str]] = {}
-        single: dict[str, os.DirEntry[str]] = {}
-        for entry in entries:
-            if _is_folder(entry):
-                slice_ = self._only_dicom(entry.path)
-                if slice_ is not None:
-                    single[os.path.join(entry.name, slice_.name)] = slice_
-                folders.append(entry.path)
-            elif ending := scan_ending(entry.name):
-                self.tally.scans[ending] += 1
-                yield _file_source(entry)
-            elif _may_be_dicom(entry.name) and entry.is_file():
-                dicom[entry.name] = entry
-            else:
-                self.tally.add_other(entry.name)
-        del entries
-        if len(single) > 1:
-            # A folder per slice.
-            dicom |= single
-            together = {os.path.dirname(entry.path) for entry in single.values()}
-            folders = [path for path in folders if path not in together]
-        if dicom:
-            yield from self._dicom(folder, dicom)
-        for path in folders:
-            yield from self.walk(path, (*above, identity))
+        with os.scandir(folder) as listing:
+            entries = sorted(_wanted(listing, exclude), key=lambda entry: entry.name)
+    except OSError as error:
+        yield _closed(folder, error.strerror or str(error))
+        return
+    folders: list[str] = []
+    dicom: dict[str, Entry] = {}
+    single: dict[str, Entry] = {}
+    for entry in entries:
+        if _is(entry.is_dir):
+            slice_ = _only_dicom(entry.path, exclude)
+            if slice_ is not None:
+                single[os.path.join(entry.name, slice_.name)] = slice_
+            folders.append(entry.path)
+        elif ending := scan_ending(entry.name):
+            tally.scans[ending] += 1
+            yield _file_source(entry)
+        elif _may_be_dicom(entry.name) and _is(entry.is_file):
+            dicom[entry.name] = entry
+        else:
+            tally.add_other(entry.name)
+    del entries
+    if len(single) > 1:
+        # A folder per slice.
+        dicom |= single
+        together = {os.path.dirname(entry.path) for entry in single.values()}
+        folders = [path for path in folders if path not in together]
+    if _is_dicom(list(dicom.values())):
+        tally.dicom_folders += 1
+        yield _dicom_source(folder, dicom)
+    else:
+        for name in dicom:
+            tally.add_other(name)
+    for path in folders:
+        yield from _walk(path, (*closed, identity), exclude, tally)
 
-    def _only_dicom(self, folder: str) -> os.DirEntry[str] | None:
-        """The DICOM file of a folder that holds nothing else."""
-        try:
-            with os.scandir(folder) as listing:
-                first = list(islice(filter(lambda x: self._wanted(x.name), listing), 2))
-            if len(first) != 1 or scan_ending(first[0].name) or not first[0].is_file():
-                return None
-        except OSError:
-            return None
-        return first[0] if _may_be_dicom(first[0].name) and _is_dicom(first) else None
 
-    def _wanted(self, name: str) -> bool:
-        return not name.startswith(".") and not any(
-            fnmatchcase(name, pattern) for pattern in self.exclude
-        )
+def _wanted(listing: Iterable[Entry], exclude: Sequence[str]) -> Iterator[Entry]:
+    for entry in listing:
+        if not any(fnmatchcase(entry.name, pattern) for pattern in (".*", *exclude)):
+            yield entry
 
-    def _dicom(self, folder: str, entries: dict[str, os.DirEntry[str]]) -> Iterator[Source]:
-        if not _is_dicom(list(entries.values())):
-            for name in entries:
-                self.tally.add_other(name)
-            return
-        self.tally.dicom_folders += 1
-        digest = blake2b(digest_size=16)
-        try:
-            for name, entry in entries.items():
-                status = entry.stat()
-                text = f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"
-                digest.update(text.encode(errors="surrogateescape"))
-        except OSError as error:
-            yield _closed(folder, f"{name}: {error.strerror}", DICOM_FOLDER)
-            return
-        yield Source(folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entries))
+
+def _only_dicom(folder: str, exclude: Sequence[str]) -> Entry | None:
+    """The DICOM file of a folder that holds nothing else."""
+    with contextlib.suppress(OSError), os.scandir(folder) as listing:
+        first = list(islice(_wanted(listing, exclude), 2))
+        if len(first) == 1 and first[0].is_file() and _may_be_dicom(first[0].name):
+            return first[0] if _is_dicom(first) else None
+    return None
+
+
+def _dicom_source(folder: str, entries: dict[str, Entry]) -> Source:
+    digest = blake2b(digest_size=16)
+    try:
+        for name, entry in entries.items():
+            status = entry.stat()
+            text = f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"
+            digest.update(text.encode(errors="surrogateescape"))
+    except OSError as error:
+        return _closed(folder, f"{name}: {error.strerror}", DICOM_FOLDER)
+    return Source(folder, DICOM_FOLDER, digest.hexdigest(), files=tuple(entries))
 
 
 def _closed(path: str, why: str, kind: str = FILE) -> Source:
-    return Source(path, kind, problem=(CANNOT_OPEN, why), unreachable=True)
+    return Source(path, kind, problem=(CANNOT_OPEN, why))
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -207,14 +196,15 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; a link in a circle is of none."""
     try:
-        return entry.is_dir()
+        return kind()
     except OSError:
         return False
 
 
-def _file_source(entry: os.DirEntry[str]) -> Source:
+def _file_source(entry: Entry) -> Source:
     try:
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -236,12 +226,11 @@ def _may_be_dicom(name: str) -> bool:
     return name != "DICOMDIR" and (ending in DICOM_ENDINGS or not _WORD_ENDING.fullmatch(ending))
 
 
-def _is_dicom(entries: Sequence[os.DirEntry[str]]) -> bool:
+def _is_dicom(entries: Sequence[Entry]) -> bool:
     if any(entry.name.lower().endswith(DICOM_ENDINGS) for entry in entries):
         return True
     for entry in entries[:DICOM_TRIALS]:
         with contextlib.suppress(OSError), open(entry.path, "rb") as file:
-            file.seek(DICOM_MAGIC_AT)
-            if file.read(len(DICOM_MAGIC)) == DICOM_MAGIC:
+            if file.read(132)[128:] == b"DICM":
                 return True
     return False

@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled import discovery
-from stunet_plugin.unlabeled.discovery import METAIMAGE, NIFTI, Source, scan_ending
+from stunet_plugin.unlabeled.discovery import METAIMAGE, METAIMAGE_HEADER, Source, scan_ending
 from stunet_plugin.unlabeled.reading import Scan
 from stunet_plugin.utils.files import copy_file, flush, guarded, link_or_copy
 from stunet_plugin.utils.geometry import Grid
+from stunet_plugin.utils.image_files import NIFTI, side_files, with_data_file
 
 COMPRESSION = 1
 """gzip's fastest: half the time of its default for a few per cent more bytes."""
 NIFTI_HEADER_BYTES = 352
-_METAIMAGE_DATA = "ElementDataFile"
-_METAIMAGE_HEADER_BYTES = 1 << 16
 
 CONVERTED, HEADER = "converted", "header that points to the data"
 
@@ -28,13 +26,15 @@ CONVERTED, HEADER = "converted", "header that points to the data"
 def place_image(source: Source, scan: Scan, target: Path, copy: bool) -> str:
     """Make the image of a case, whose ending is the dataset's, and return how; raise OutputError if
     it cannot be written."""
-    ending = scan_ending(source.path) if source.kind == discovery.FILE else ""
-    wanted = scan_ending(target.name)
-    if scan.as_it_is and ending == wanted:
-        return copy_file(source.path, target) if copy else link_or_copy(source.path, target)
-    if scan.as_it_is and not copy and (ending, wanted) == (discovery.METAIMAGE_HEADER, METAIMAGE):
-        header = _pointing_header(source.path)
-        if header is not None:
+    # The header of a .mhd file can be that of a .mha file.
+    ending = scan_ending(source.path).replace(METAIMAGE_HEADER, METAIMAGE)
+    if scan.as_it_is and ending == scan_ending(target.name):
+        data = side_files(source.path, elsewhere=True)
+        if not data:
+            return copy_file(source.path, target) if copy else link_or_copy(source.path, target)
+        place = str(data[0].absolute())
+        if not copy and "%" not in place:  # for ITK a pattern of names
+            header = with_data_file(Path(source.path), place)
             with guarded():
                 target.write_bytes(header)
             return HEADER
@@ -47,14 +47,8 @@ def points_to(image: Path) -> str | None:
     holds its voxels itself."""
     if image.is_symlink():
         return os.readlink(image)
-    if not image.name.endswith(METAIMAGE) or image.stat().st_size > _METAIMAGE_HEADER_BYTES:
-        return None
-    for line in image.read_bytes().splitlines():
-        key, _, value = line.partition(b"=")
-        if key.strip() == _METAIMAGE_DATA.encode():
-            name = os.fsdecode(value.strip())
-            return name if os.path.isabs(name) else None
-    return None
+    data = side_files(image, elsewhere=True)
+    return str(data[0]) if data else None
 
 
 def is_in_place(image: Path) -> bool:
@@ -68,27 +62,21 @@ def write_image(array: np.ndarray, geometry: Grid, target: Path) -> None:
     image = sitk.GetImageFromArray(array)
     geometry.apply_to(image)
     with guarded():
-        sitk.WriteImage(
-            image,
-            str(target),
-            useCompression=not target.name.endswith(NIFTI),
-            compressionLevel=COMPRESSION,
-        )
+        compress = not target.name.endswith(".nii")
+        sitk.WriteImage(image, str(target), compress, compressionLevel=COMPRESSION)
         flush(target)
-        _check_size(target, array.nbytes)
+        if target.name.endswith(NIFTI):
+            _check_size(target, NIFTI_HEADER_BYTES + array.nbytes)
 
 
-def _check_size(path: Path, voxel_bytes: int) -> None:
-    expected = NIFTI_HEADER_BYTES + voxel_bytes
+def _check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size
-    if path.name.endswith(discovery.NIFTI_GZ):
+    if path.name.endswith(".gz"):
         # The last four bytes of a gzip stream are the size of its content.
         with path.open("rb") as file:
             file.seek(max(0, size - 4))
-            whole = int.from_bytes(file.read(), "little") == expected % 2**32
-    else:
-        whole = size == expected or not path.name.endswith(NIFTI)
-    if not whole:
+            size, expected = int.from_bytes(file.read(), "little"), expected % 2**32
+    if size != expected:
         free = shutil.disk_usage(path.parent).free
         raise OSError(f"only a part of {path.name} could be written ({free // 1024} kB free)")
 
@@ -102,27 +90,3 @@ def _compact(array: np.ndarray) -> np.ndarray:
             if limits.min <= array.min() and array.max() <= limits.max:
                 return array.astype(small, copy=False)
     return array.astype(np.float32, copy=False)
-
-
-def _pointing_header(path: str) -> bytes | None:
-    """The header of a .mhd file as that of a .mha file that leads to the same voxels; None where
-    these are in several files, or the header is not as expected."""
-    with open(path, "rb") as file:
-        content = file.read(_METAIMAGE_HEADER_BYTES + 1)
-    lines = content.splitlines()
-    last = next((line for line in reversed(lines) if line.strip()), b"")
-    key, _, value = last.partition(b"=")
-    name = os.fsdecode(value.strip())
-    if (
-        len(content) > _METAIMAGE_HEADER_BYTES
-        or key.strip() != _METAIMAGE_DATA.encode()
-        or "%" in name
-    ):
-        return None
-    data = os.path.join(os.path.dirname(path), name)
-    if not os.path.isfile(data):
-        return None
-    kept = lines[: len(lines) - 1 - lines[::-1].index(last)]
-    return b"\n".join(
-        [*kept, f"{_METAIMAGE_DATA} = ".encode() + os.fsencode(os.path.abspath(data)), b""]
-    )

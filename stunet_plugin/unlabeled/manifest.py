@@ -18,8 +18,6 @@ CASE, SKIPPED, FAILED, FOLDER = "case", "skipped", "failed", "folder"
 folder that is done."""
 DUPLICATE = "duplicate"
 """Reason: the same voxels as a case, which the record names."""
-FILE, FILE_BEFORE = "records.sqlite", "manifest.jsonl"
-"""The second: lines of JSON, of versions before; read once."""
 # Replaced records stay, not valid, until the next one is written: the last one may be taken back.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records
@@ -72,67 +70,41 @@ class Manifest:
         OSError: it cannot be written.
     """
 
+    FILE = "records.sqlite"
+
     def __init__(self, folder: Path, is_complete: Callable[[Record], bool]) -> None:
-        self.path, before = folder / FILE, folder / FILE_BEFORE
+        self.path = folder / self.FILE
         # Without sqlite's locks, which some network file systems lack: the dataset has its own.
         uri = f"{self.path.absolute().as_uri()}?nolock=1"
         try:
             self._base = sqlite3.connect(uri, uri=True, isolation_level=None)
             self._base.executescript(_SCHEMA)
-            (number,) = self._base.execute("SELECT count(*) FROM records").fetchone()
+            last = self._one("1 ORDER BY number DESC")
         except sqlite3.OperationalError as error:
             raise OSError(errno.EIO, str(error)) from error
         except sqlite3.DatabaseError as error:
             raise PluginError(
                 f"{self.path} is damaged ({error}). Remove it: the next run reads all scans again."
             ) from error
-        if before.is_file():
-            if not number:
-                self._carry_over(before)
-            before.unlink()
-        last = self._one("1 ORDER BY number DESC")
         if last is not None and last.status == CASE and not is_complete(last):
             with self._writing():
-                self._base.execute(
-                    "DELETE FROM records WHERE number = (SELECT max(number) FROM records)"
-                )
+                newest = "(SELECT max(number) FROM records)"
+                self._base.execute(f"DELETE FROM records WHERE number = {newest}")
                 self._base.execute("UPDATE records SET valid = 1 WHERE NOT valid")
-
-    def _carry_over(self, before: Path) -> None:
-        with self._writing(), before.open("rb") as file:
-            for line in file:
-                try:
-                    record = Record(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue  # torn by a kill
-                if record.status != FOLDER:  # looked into again: that version took tilted series
-                    self._insert(record)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            self._base.execute("BEGIN")
-            yield
-            self._base.execute("COMMIT")
+            with self._base:
+                self._base.execute("BEGIN")
+                yield
         except sqlite3.OperationalError as error:
             raise OSError(errno.ENOSPC, f"{self.path.name}: {error}") from error
-        finally:
-            if self._base.in_transaction:
-                self._base.execute("ROLLBACK")
 
     def _one(self, which: str, *values: str) -> Record | None:
         found = self._base.execute(f"SELECT content FROM records WHERE {which} LIMIT 1", values)
         row = found.fetchone()
         return Record(**json.loads(row[0])) if row else None
-
-    def _insert(self, record: Record) -> None:
-        # As ASCII: names of files need not be text.
-        key, case = json.dumps(record.key), record.case if record.status == CASE else None
-        run = self._base.execute
-        run("DELETE FROM records WHERE NOT valid")
-        run("UPDATE records SET valid = 0 WHERE source = ? OR of_case = ?", (key, case))
-        values = (key, case, json.dumps(asdict(record)))
-        run("INSERT INTO records (source, of_case, valid, content) VALUES (?, ?, 1, ?)", values)
 
     @property
     def cases(self) -> int:
@@ -153,9 +125,16 @@ class Manifest:
         Raises:
             OSError: the disk is full.
         """
-        if record.status != FAILED or self.last(record.key) != record:
-            with self._writing():
-                self._insert(record)
+        if record.status == FAILED and self.last(record.key) == record:
+            return
+        # As ASCII: names of files need not be text.
+        key, case = json.dumps(record.key), record.case if record.status == CASE else None
+        values = (key, case, json.dumps(asdict(record)))
+        with self._writing():
+            run = self._base.execute
+            run("DELETE FROM records WHERE NOT valid")
+            run("UPDATE records SET valid = 0 WHERE source = ? OR of_case = ?", (key, case))
+            run("INSERT INTO records (source, of_case, valid, content) VALUES (?, ?, 1, ?)", values)
 
     def records(self) -> Iterator[Record]:
         """The records in the order in which they were written."""

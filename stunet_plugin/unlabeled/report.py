@@ -15,10 +15,10 @@ import pandas as pd
 import SimpleITK as sitk
 
 from stunet_plugin.unlabeled.checks import CT
-from stunet_plugin.unlabeled.dataset import Choice, Dataset
+from stunet_plugin.unlabeled.dataset import Dataset
 from stunet_plugin.unlabeled.discovery import Tally
 from stunet_plugin.unlabeled.image_files import is_in_place
-from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest, Record
+from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Record
 from stunet_plugin.utils.files import write_if_new
 from stunet_plugin.utils.image_files import CANNOT_OPEN
 from stunet_plugin.utils.workers import run_ordered
@@ -33,34 +33,32 @@ PLANES = ("axes y, x", "axes z, x", "axes z, y")
 INCHES = 2.6
 
 
-def write_reports(
-    dataset: Dataset, choice: Choice, manifest: Manifest, tally: Tally
-) -> Counter[str]:
+def write_reports(dataset: Dataset, tally: Tally) -> Counter[str]:
     """Write the tables and the summary, where they differ from what is there; return how many
     sources were left out, by reason. Cases that somebody removed from the dataset are not listed.
     """
     cases, skipped, missing, broken = [], [], 0, 0
-    for record in manifest.records():
+    for record in dataset.manifest.records():
         one = {"source": record.source, "series": record.series}
         if record.status == CASE:
-            if not dataset.has(record.case, choice):
+            if not dataset.has(record.case):
                 continue
             facts = {name: _flat(value) for name, value in record.facts.items()}
             cases.append({"case": record.case, **one, **facts})
             if not os.path.exists(record.source):
                 missing += 1
-                broken += not is_in_place(dataset.files_of(record.case, choice)[0])
+                broken += not is_in_place(dataset.files_of(record.case)[0])
         elif record.status != FOLDER and not _opens_now(record):
+            found = {"reason": record.reason, "detail": record.detail}
             again = "yes" if record.status == FAILED else "no"
-            found = {"reason": record.reason, "detail": record.detail, "tried_again": again}
-            skipped.append({**one, **found})
+            skipped.append({**one, **found, "tried_again": again})
     _write_table(dataset.records / CASES, cases, CASE_COLUMNS)
     _write_table(dataset.records / SKIPPED, skipped, SKIPPED_COLUMNS)
     reasons = Counter(row["reason"] for row in skipped)
     summary = {
         "dataset": dataset.folder.name,
-        "modality": choice.modality,
-        "file_ending": choice.file_ending,
+        "modality": dataset.modality,
+        "file_ending": dataset.file_ending,
         "cases": len(cases),
         "left_out": dict(reasons.most_common()),
         "sources_missing": missing,
@@ -77,16 +75,16 @@ def write_reports(
     return reasons
 
 
-def write_picture(dataset: Dataset, choice: Choice, manifest: Manifest) -> None:
+def write_picture(dataset: Dataset) -> None:
     """Draw some cases with their masks, in a worker process.
 
     Those with the first names: names are hashes, so that is a random choice, always the same.
     """
-    cases = (record.case for record in manifest.records() if record.status == CASE)
-    names = heapq.nsmallest(SHEET_ROWS, (case for case in cases if dataset.has(case, choice)))
-    sheet = {name: dataset.files_of(name, choice) for name in names}
+    cases = (record.case for record in dataset.manifest.records() if record.status == CASE)
+    names = heapq.nsmallest(SHEET_ROWS, (case for case in cases if dataset.has(case)))
+    sheet = {name: dataset.files_of(name) for name in names}
     temporary = dataset.temporary / PICTURE
-    draw = partial(save_contact_sheet, modality=choice.modality, path=temporary)
+    draw = partial(save_contact_sheet, modality=dataset.modality, path=temporary)
     result = next(run_ordered(iter([sheet]), draw, processes=1))
     if result.failure:
         print(f"No picture: {result.failure}.")

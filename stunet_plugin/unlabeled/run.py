@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,24 +19,22 @@ from tqdm import tqdm
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import FOLDS
-from stunet_plugin.unlabeled.dataset import Choice, Dataset
-from stunet_plugin.unlabeled.discovery import EXCLUDED, Source, Tally
-from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Manifest
-from stunet_plugin.unlabeled.modality import (
-    Search,
-    check_choice,
-    check_tally,
-    frequent_ending,
-    guess_modality,
-)
-from stunet_plugin.unlabeled.prepare_case import Prepared, prepare, record_of
-from stunet_plugin.unlabeled.report import PICTURE, write_picture, write_reports
+from stunet_plugin.unlabeled.checks import MODALITIES
+from stunet_plugin.unlabeled.dataset import Dataset, Prepared
+from stunet_plugin.unlabeled.discovery import EXCLUDED, SCAN_ENDINGS, Source, Tally, walk
+from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER
+from stunet_plugin.unlabeled.prepare_case import prepare, probe, record_of
+from stunet_plugin.unlabeled.report import PICTURE, SKIPPED, write_picture, write_reports
 from stunet_plugin.utils.files import OutputError
-from stunet_plugin.utils.workers import run_ordered
+from stunet_plugin.utils.image_files import PICTURES, TIFF
+from stunet_plugin.utils.workers import Finished, run_ordered
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.unlabeled import Unlabeled
 
+PROBED_SCANS = 5
+"""Per folder, to tell the modality."""
+PROBED_SOURCES = 100
 DESCRIBE_EVERY = 2.0
 """Seconds between updates of dataset.json, so that a killed run leaves a usable dataset."""
 LINE_EVERY = 30.0
@@ -51,31 +52,22 @@ def run_unlabeled(options: Unlabeled) -> int:
         raise PluginError(f"-np must be at least 1, not {options.processes}.")
     dataset = Dataset(options.dataset_id, options.name)
     folders = _input_folders(options.folders, dataset)
-    search = Search(folders, (*EXCLUDED, *options.exclude), dataset.folder)
-    existing = dataset.choice()
-    if existing is not None and not dataset.count_cases(existing):
-        # A run that found nothing, perhaps with the wrong modality, does not bind this one.
-        existing = None
-    if existing is not None:
-        check_choice(existing, options.modality, options.file_ending, dataset.folder)
+    search = partial(walk, exclude=(*EXCLUDED, *options.exclude), avoid=str(dataset.folder))
+    _check_choice(options, dataset)
     print(f"Looking for scans in {', '.join(folders)}", flush=True)
     tally = Tally()
-    for _ in search.sources(tally):
+    for _ in search(folders, tally=tally):
         pass
-    check_tally(tally, folders)
-    choice = existing or Choice(
-        options.modality or guess_modality(search), options.file_ending or frequent_ending(tally)
-    )
-    print(
-        f"  files and DICOM folders: {tally.candidates}; {choice.modality},"
-        f" {choice.file_ending}; into {dataset.folder}",
-        flush=True,
-    )
+    _check_tally(tally, folders)
+    modality = dataset.modality or options.modality
+    modality = modality or _guess_modality([search([folder]) for folder in folders])
+    file_ending = dataset.file_ending or options.file_ending or tally.frequent_ending
+    choice = f"{modality}, {file_ending}; into {dataset.folder}"
+    print(f"  files and DICOM folders: {tally.candidates}; {choice}", flush=True)
     try:
-        if existing is None:
-            dataset.begin(choice)
-        with dataset.locked(), contextlib.closing(dataset.open_manifest(choice)) as manifest:
-            return _collect(options, dataset, search, tally, choice, manifest)
+        dataset.begin(modality, file_ending)
+        with dataset.opened():
+            return _collect(dataset, search(folders), tally, options)
     except (OSError, OutputError) as error:
         raise PluginError(
             f"Cannot write to {dataset.folder}: {getattr(error, 'strerror', None) or error}. What"
@@ -94,26 +86,94 @@ def _input_folders(folders: tuple[str, ...], dataset: Dataset) -> list[str]:
     return list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
 
 
-def _collect(
-    options: Unlabeled,
-    dataset: Dataset,
-    search: Search,
-    tally: Tally,
-    choice: Choice,
-    manifest: Manifest,
-) -> int:
-    started, before = time.monotonic(), manifest.cases
+def _check_choice(options: Unlabeled, dataset: Dataset) -> None:
+    """Raise if a run asks for something else than the dataset was begun with."""
+    for option, given, has in (
+        ("--modality", options.modality, dataset.modality),
+        ("--file-ending", options.file_ending, dataset.file_ending),
+    ):
+        if has and given not in (None, has):
+            raise PluginError(
+                f"{option} {given}: {dataset.folder} was begun with {has}, and a dataset has only"
+                f" one. Leave {option} out, or make another dataset with another -d."
+            )
+
+
+def _check_tally(tally: Tally, folders: Sequence[str]) -> None:
+    """Raise if there is nothing that could be a scan."""
+    if tally.candidates:
+        return
+    others = tally.others_in_words()
+    found = f"only other files: {others}" if others else "no files at all"
+    pictures = not tally.others.keys().isdisjoint((*PICTURES, *TIFF))
+    flat = " Pictures in 2D are no scans: volumes are needed." if pictures else ""
+    raise PluginError(
+        f"No scans in {', '.join(folders)}: {found}. Taken are {', '.join(SCAN_ENDINGS)} and DICOM"
+        f" series, in folders of any depth.{flat} Nothing was written."
+    )
+
+
+def _guess_modality(searches: Sequence[Iterator[Source]]) -> str:
+    """Return what the first scans of every folder look like.
+
+    Raises:
+        PluginError: they look like several modalities, or like none.
+    """
+    seen: dict[str, list[str]] = defaultdict(list)
+    reasons: Counter[str] = Counter()
+    further = operator.attrgetter("further")
+    for sources in searches:
+        usable = 0
+        for result in run_ordered(islice(sources, PROBED_SOURCES), probe, 1, further):
+            record = _prepared(result).record
+            if record.status == CASE:
+                usable += 1
+                if modality := record.facts["modality"]:
+                    seen[modality].append(record.source)
+            elif record.status != FOLDER:
+                reasons[record.reason] += 1
+            if usable == PROBED_SCANS:
+                break
+    if len(seen) == 1:
+        ((modality, scans),) = seen.items()
+        what = f"which the first scans look like ({len(scans)} seen; --modality overrules)"
+        print(f"  taken for {modality}, {what}", flush=True)
+        return modality
+    again = f"Say which with --modality {' or '.join(MODALITIES)}"
+    if not seen:
+        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+        raise PluginError(
+            f"The first scans do not tell their modality{f' ({why})' if why else ''}. {again}."
+            " Nothing was written."
+        )
+    found = "; ".join(
+        f"{len(scans)} like {modality}, for example {scans[0]}" for modality, scans in seen.items()
+    )
+    raise PluginError(
+        f"Mixed modalities among the first scans: {found}. A dataset has one. {again}: scans of"
+        " the other are then left out and listed. Or give the folders of one modality only (-i)."
+        " Nothing was written."
+    )
+
+
+def _prepared(result: Finished) -> Prepared:
+    failed = record_of(result.task, FAILED, "could not be processed", result.failure)
+    return result.value or Prepared(failed)
+
+
+def _collect(dataset: Dataset, sources: Iterator[Source], tally: Tally, options: Unlabeled) -> int:
+    started, before = time.monotonic(), dataset.manifest.cases
     try:
-        _prepare_all(options, dataset, search, tally, choice, manifest)
+        _prepare_all(dataset, sources, tally.candidates, options)
     finally:
         # Also when interrupted: what is finished can be used. On a full disk this makes room.
         dataset.clear_unfinished()
-        if cases := dataset.count_cases(choice):
-            dataset.write_description(choice, cases)
-        reasons = write_reports(dataset, choice, manifest, tally)
-    new = manifest.cases - before
+        if cases := dataset.count_cases():
+            dataset.write_description(cases)
+        reasons = write_reports(dataset, tally)
+    new = dataset.manifest.cases - before
     if cases and (new or not (dataset.records / PICTURE).exists()):
-        write_picture(dataset, choice, manifest)
+        write_picture(dataset)
     seconds = time.monotonic() - started
     number = f"{cases} {'case' if cases == 1 else 'cases'}, {new} new"
     print(f"{dataset.folder.name}: {number}, in {seconds:.0f} s.")
@@ -122,42 +182,34 @@ def _collect(
 
 
 def _prepare_all(
-    options: Unlabeled,
-    dataset: Dataset,
-    search: Search,
-    tally: Tally,
-    choice: Choice,
-    manifest: Manifest,
+    dataset: Dataset, sources: Iterator[Source], candidates: int, options: Unlabeled
 ) -> None:
     every = 0.5 if sys.stderr.isatty() else LINE_EVERY
-    progress = tqdm(total=tally.candidates, unit="scan", mininterval=every, maxinterval=every)
+    progress = tqdm(total=candidates, unit="scan", mininterval=every, maxinterval=every)
     new: Counter[str] = Counter()
 
     def wanted(source: Source) -> bool:
-        done = dataset.is_done(source, manifest, choice)
+        done = dataset.is_done(source)
         progress.update(done)
         return not done
 
     results = run_ordered(
-        filter(wanted, search.sources()),
-        partial(prepare, dataset.settings(choice, options.copy)),
+        filter(wanted, sources),
+        partial(prepare, dataset, options.copy),
         options.processes or joblib.cpu_count(),
-        further=lambda prepared: [series for series in prepared.further if wanted(series)],
+        further=lambda prepared: [*filter(wanted, prepared.further)],
     )
     failed_folders: set[str] = set()
     described = 0.0
     # Closed at once when something is raised, so that no worker goes on.
     with progress, contextlib.closing(results):
-        for result in results:
-            prepared = result.value or Prepared(
-                record_of(result.task, FAILED, "could not be processed", result.failure)
-            )
+        for prepared in map(_prepared, results):
             if prepared.disk_error:
                 raise OutputError(prepared.disk_error)
             if prepared.record.status == FOLDER and prepared.record.source in failed_folders:
                 # To be looked into again.
                 continue
-            record = dataset.commit(prepared, manifest, choice)
+            record = dataset.commit(prepared)
             if record.status == FAILED:
                 failed_folders.add(record.source)
             if record.status == FOLDER:
@@ -166,7 +218,7 @@ def _prepare_all(
             progress.set_postfix(new, refresh=False)
             progress.update()
             if record.status == CASE and time.monotonic() - described > DESCRIBE_EVERY:
-                dataset.write_description(choice, manifest.cases)
+                dataset.write_description(dataset.manifest.cases)
                 described = time.monotonic()
 
 
@@ -177,8 +229,7 @@ def _say(dataset: Dataset, tally: Tally, cases: int, reasons: Counter[str]) -> N
         print(f"  files of other kinds: {others}")
     print(f"Tables, summary and picture: {dataset.records}")
     if not cases:
-        table = dataset.records / "skipped.csv"
-        print(f"No scan could be used; {table} says why for each.", file=sys.stderr)
+        print(f"No scan could be used; {dataset.records / SKIPPED} says why.", file=sys.stderr)
         return
     if cases == 1:
         print("One scan only: Volume Fusion will take both of its sub-volumes from it.")

@@ -108,11 +108,11 @@ def place_image(source: Path, target: Path, how: str) -> None:
             # Without the channel, as in the name of the source's.
             name = f"{new_stem[: len(new_stem) - len(stem) + len(other.stem)]}.json"
         elif other.parent != source.parent:
-            header = _with_data_file(source, str(other.absolute()))
+            header = with_data_file(source, str(other.absolute()))
             continue
         else:
             name = other.name if stem == new_stem else f"{new_stem}{other.suffix}"
-            header = _with_data_file(source, name)
+            header = with_data_file(source, name)
         _place_file(other, target.with_name(name), how)
     _place_file(source, target, how, header)
 
@@ -168,7 +168,7 @@ def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
     return None if name.upper() == "LOCAL" else path.parent / name
 
 
-def _with_data_file(path: Path, name: str) -> bytes:
+def with_data_file(path: Path, name: str) -> bytes:
     """Return a detached header that names another file for its voxels."""
     new = os.fsencode(name)
     pattern = rb"(?mi)^((?:ElementDataFile\s*=|data ?file\s*:)[ \t]*)[^\r\n]*"

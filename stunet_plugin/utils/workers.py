@@ -11,10 +11,10 @@ import os
 import signal
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from stunet_plugin.errors import PluginError
 
@@ -30,19 +30,13 @@ _READY = ("ready",)
 """A worker's first message: one that dies before it cannot work at all."""
 
 
-class Finished(NamedTuple):
+@dataclass(eq=False)
+class Finished:
     """A task with its result, or with the reason why there is none (then ``value`` is None)."""
 
     task: Any
-    value: Any
+    value: Any = None
     failure: str = ""
-
-
-class _Slot:
-    def __init__(self, task: Any) -> None:
-        self.task = task
-        self.finished: Finished | None = None
-        self.children: list[_Slot] = []
 
 
 def run_ordered(
@@ -65,47 +59,37 @@ def run_ordered(
         PluginError: no worker can be started.
     """
     workers = [_Worker(work, time_limit) for _ in range(processes)]
-    slots: deque[_Slot] = deque()
-    waiting: deque[_Slot] = deque()
+    ordered: list[Finished] = []
+    waiting: list[Finished] = []
     more = True
     try:
-        while more or slots:
+        while more or ordered:
             for worker in workers:
-                room = more and len(slots) < processes * TASKS_PER_PROCESS
-                if worker.slot is None and not waiting and room:
+                if worker.task is not None:
+                    continue
+                if not waiting and more and len(ordered) < processes * TASKS_PER_PROCESS:
                     task = next(tasks, None)
                     more = task is not None
                     if more:
-                        waiting.append(_Slot(task))
-                        slots.append(waiting[0])
-                if worker.slot is None and waiting:
-                    worker.start(waiting.popleft())
-            while slots and (first := slots[0]).finished is not None:
-                slots.popleft()
-                if first.children:
-                    slots.extendleft(reversed([*first.children, first]))
-                    first.children = []
-                else:
-                    yield first.finished
-            for worker in _heard(workers):
-                slot = worker.slot
-                finished = worker.answer()
-                if slot is not None and finished is not None:
-                    slot.finished = finished
-                    if finished.value is not None:
-                        slot.children = [_Slot(task) for task in further(finished.value)]
-                        waiting.extendleft(reversed(slot.children))
+                        waiting = [Finished(task)]
+                        ordered += waiting
+                if waiting:
+                    worker.start(waiting.pop(0))
+            while ordered and (ordered[0].value is not None or ordered[0].failure):
+                yield ordered.pop(0)
+            busy = [worker for worker in workers if worker.task is not None]
+            if busy:
+                handles = [one for x in busy for one in (x.connection, x.process.sentinel)]
+                wait(handles, timeout=LOOK_EVERY)
+            for finished in filter(None, [worker.answer() for worker in busy]):
+                if finished.value is not None:
+                    brought = [Finished(task) for task in further(finished.value)]
+                    place = ordered.index(finished)
+                    ordered[place:place] = brought
+                    waiting[:0] = brought
     finally:
         for worker in workers:
             worker.stop()
-
-
-def _heard(workers: Sequence[_Worker]) -> list[_Worker]:
-    """Wait for busy workers; return those that said something, ended or took too long."""
-    busy = [worker for worker in workers if worker.slot is not None]
-    handles = [handle for x in busy for handle in (x.connection, x.process.sentinel)]
-    ready = wait(handles, timeout=LOOK_EVERY) if busy else []
-    return [x for x in busy if x.late or x.connection in ready or x.process.sentinel in ready]
 
 
 class _Worker:
@@ -113,19 +97,19 @@ class _Worker:
 
     def __init__(self, work: Callable[[Any], Any], time_limit: float) -> None:
         self.work, self.time_limit = work, time_limit
-        self.slot: _Slot | None = None
+        self.task: Finished | None = None
         self.process: Any = None
 
-    def start(self, slot: _Slot) -> None:
+    def start(self, task: Finished) -> None:
         for _ in range(2):
             if self.process is None or not self.process.is_alive():
                 self._spawn()
             try:
-                self.connection.send(slot.task)
+                self.connection.send(task.task)
                 break
             except OSError:  # it died since it was asked
                 self.stop()
-        self.slot, self.since = slot, time.monotonic()
+        self.task, self.since = task, time.monotonic()
 
     def _spawn(self) -> None:
         self.stop()
@@ -143,22 +127,24 @@ class _Worker:
         return time.monotonic() - self.since > limit
 
     def answer(self) -> Finished | None:
-        """Return what became of the task; None while the process starts."""
-        assert self.slot is not None
+        """Return the task with what became of it; None while the process starts or works on it."""
+        assert self.task is not None
         message: Any = None
+        # In this order: a process that ended may have sent its result before.
+        goes_on = self.process.is_alive() and not self.late
         try:
-            # A process that ended may have sent its result before.
             if self.connection.poll():
                 message = self.connection.recv()
+            elif goes_on:
+                return None
         except (EOFError, OSError):
             pass
         if message == _READY:
             self.ready, self.since = True, time.monotonic()
             return None
-        if message is None:
-            message = None, self._end()
-        task, self.slot = self.slot.task, None
-        return Finished(task, *message)
+        finished, self.task = self.task, None
+        finished.value, finished.failure = message or (None, self._end())
+        return finished
 
     def _end(self) -> str:
         """Stop the process; return what ended it."""

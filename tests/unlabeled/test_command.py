@@ -23,8 +23,9 @@ import SimpleITK as sitk
 
 from stunet_plugin.cli import main
 from stunet_plugin.unlabeled import run as command
+from stunet_plugin.unlabeled.dataset import Dataset, Prepared
 from stunet_plugin.unlabeled.discovery import Source
-from stunet_plugin.unlabeled.prepare_case import Prepared, Settings, prepare
+from stunet_plugin.unlabeled.prepare_case import prepare
 
 from conftest import Workspace
 from unlabeled_helpers import (
@@ -484,11 +485,11 @@ def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
     assert snapshot(folder) == before
 
 
-def prepare_or_die(settings: Settings, source: Source) -> Prepared:
+def prepare_or_die(dataset: Dataset, copy: bool, source: Source) -> Prepared:
     """Stands for a library that crashes on a file."""
     if source.path.endswith("deadly.nii"):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return prepare(settings, source)
+    return prepare(dataset, copy, source)
 
 
 @pytest.mark.slow
