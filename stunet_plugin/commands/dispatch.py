@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import multiprocessing
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from stunet_plugin import __version__
 from stunet_plugin.commands import COMMANDS, GROUPS
 from stunet_plugin.commands.command import Command
 from stunet_plugin.errors import PluginError, did_you_mean
-from stunet_plugin.nnunet.commands import name_user, terminate_as_interrupt
+from stunet_plugin.nnunet.commands import name_user
 
 WAIT_FOR_WORKERS = 5.0
 """Seconds, for each."""
@@ -89,14 +91,36 @@ def disk_is_full(error: BaseException | None) -> bool:
 def interruptible(resume: str) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a run, its worker processes first so that none prints last; how to
     resume is added to the KeyboardInterrupt's message."""
+    _keep_default_in_forked_workers()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with terminate_as_interrupt():
-            yield
+        yield
     except KeyboardInterrupt as error:
         for worker in multiprocessing.active_children():
             worker.kill()
             worker.join(WAIT_FOR_WORKERS)
         raise KeyboardInterrupt(" ".join(filter(None, (str(error), resume)))) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@functools.cache
+def _keep_default_in_forked_workers() -> None:
+    """Let SIGTERM end forked workers at once: their pools wait for that.
+
+    It is held back during the fork, where Python would lose it and the pool would wait for ever.
+    """
+    if not hasattr(os, "register_at_fork"):
+        return
+    terminate = {signal.SIGTERM}
+    hold = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, terminate)
+    release = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, terminate)
+
+    def release_with_default() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=release_with_default)
 
 
 def build_parser() -> argparse.ArgumentParser:

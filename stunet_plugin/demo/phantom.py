@@ -4,9 +4,6 @@ Hounsfield values, noise and anisotropic spacing."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,30 +25,25 @@ def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> No
     """Write an nnU-Net v2 raw dataset of phantoms, the same for the same seed.
 
     Args:
-        folder: ``DatasetXXX_NAME``; must not be there yet. It appears as a whole or not at all.
+        folder: ``DatasetXXX_NAME``; must not be there yet.
         num_cases: scans to make.
         seed: of everything random.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as temporary:
-        unfinished = Path(temporary, folder.name)
-        for part in ("imagesTr", "labelsTr"):
-            (unfinished / part).mkdir(parents=True)
-        for index, generator in enumerate(np.random.default_rng(seed).spawn(num_cases)):
-            image, labels, spacing = make_case(generator)
-            name = f"phantom_{index:03d}"
-            for file, array in (
-                (f"imagesTr/{name}_0000.nii.gz", image.astype(np.int16)),
-                (f"labelsTr/{name}.nii.gz", labels),
-            ):
-                written = sitk.GetImageFromArray(array)
-                written.SetSpacing([float(step) for step in spacing[::-1]])
-                sitk.WriteImage(written, str(unfinished / file))
-        content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_cases}
-        description = json.dumps({**content, "file_ending": ".nii.gz"}, indent=2)
-        (unfinished / "dataset.json").write_text(description)
-        shutil.copymode(folder.parent, unfinished)
-        os.replace(unfinished, folder)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for index, generator in enumerate(np.random.default_rng(seed).spawn(num_cases)):
+        image, labels, spacing = make_case(generator)
+        name = f"phantom_{index:03d}"
+        for file, array in (
+            (f"imagesTr/{name}_0000.nii.gz", image.astype(np.int16)),
+            (f"labelsTr/{name}.nii.gz", labels),
+        ):
+            written = sitk.GetImageFromArray(array)
+            written.SetSpacing([float(step) for step in spacing[::-1]])
+            sitk.WriteImage(written, str(folder / file))
+    content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_cases}
+    description = json.dumps({**content, "file_ending": ".nii.gz"}, indent=2)
+    (folder / "dataset.json").write_text(description)
 
 
 def make_case(

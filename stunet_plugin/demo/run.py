@@ -71,12 +71,9 @@ def run_demo(options: Demo) -> int:
                 f"nnU-Net splits into {FOLDS} folds, {source.folder} has only {len(source.cases)}"
                 " labelled cases."
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise PluginError(f"{folder} is not empty. Remove it, or choose another with --out.")
-    except OSError as error:
-        raise PluginError(f"Cannot write to {folder} ({error.strerror}). Choose --out.") from error
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise PluginError(f"{folder} is not empty. Remove it, or choose another with --out.")
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     given = [(f"--{name}", str(value)) for name, value in vars(options).items() if value]
     command = shlex.join(["stunet", "demo", *chain.from_iterable(given)])

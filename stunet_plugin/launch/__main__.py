@@ -208,8 +208,8 @@ def first_difference(everyone: Sequence[tuple[str, dict[str, str]]]) -> str | No
     """Return the first difference between two processes, each given as (machine, settings)."""
     (machine, expected), *others = everyone
     for rank, (other_machine, found) in enumerate(others, 1):
-        for name in {**expected, **found}:
-            here, there = expected.get(name, "not set"), found.get(name, "not set")
+        for name, here in expected.items():
+            there = found.get(name, "not set")
             if here != there:
                 first, other = f"process 0 on {machine}", f"process {rank} on {other_machine}"
                 return f"{name} is {here} in {first}, {there} in {other}"

@@ -10,6 +10,7 @@ import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +72,10 @@ def findings(trainer: str) -> Iterator[Finding]:
             yield Finding(WRONG, package, "not installed", f"Run: pip install {package}")
     yield from _gpus()
     yield from _user()
-    for name, value in ((name, os.environ.get(name)) for name in (*FOLDERS, EXTERNAL, *PROCESSES)):
-        if (value is None and name in PROCESSES) or (not value and name == EXTERNAL):
-            continue
-        yield _processes(name, value or "") if name in PROCESSES else _folder(name, value or "")
+    yield from (_folder(name, os.environ.get(name, "")) for name in FOLDERS)
+    if external := os.environ.get(EXTERNAL):
+        yield _folder(EXTERNAL, external)
+    yield from (_processes(name, os.environ[name]) for name in PROCESSES if name in os.environ)
     try:
         yield from (Finding(OK, "option", line) for line in Options().lines())
     except PluginError as error:
@@ -95,9 +96,8 @@ def _registration(host: Path) -> Iterator[Finding]:
         elif what == "trainers" and found:
             yield Finding(OK, what, f"{state}, but found through {EXTERNAL}")
         elif what == "planners" and external and states["trainers"] != "registered":
-            # Without registration one plans with `stunet plan`.
-            state += "; use `stunet plan` instead of nnUNetv2_plan_experiment"
-            yield Finding(OK, what, state)
+            instead = "use `stunet plan` instead of nnUNetv2_plan_experiment"
+            yield Finding(OK, what, f"{state}; {instead}")
         else:
             yield Finding(WRONG, what, state, "Run: stunet register")
 
@@ -148,24 +148,23 @@ def _user() -> Iterator[Finding]:
 
 
 def _folder(variable: str, value: str) -> Finding:
-    export = f"Run: export {variable}="
+    wrong, export = partial(Finding, WRONG, variable), f"Run: export {variable}="
     if not value:
-        advice = f"{export}/path/to/{variable}    # {FOLDERS[variable]}"
-        return Finding(WRONG, variable, "not set", advice)
+        return wrong("not set", f"{export}/path/to/{variable}    # {FOLDERS[variable]}")
     meant = value.strip().strip("'\"").strip()
     if meant != value or meant.startswith("~"):
         meant = str(Path(meant).expanduser())
         state = f"{value!r} holds a ~, quotes or blanks, which nnU-Net takes as part of the name"
-        return Finding(WRONG, variable, state, f"{export}{shlex.quote(meant)}")
+        return wrong(state, f"{export}{shlex.quote(meant)}")
     external = variable == EXTERNAL
     for folder in value.split(os.pathsep) if external else [value]:
         if not Path(folder).is_dir():
             make = f"Run: mkdir -p {shlex.quote(os.path.abspath(folder))}"
             advice = f"{export}$(stunet path trainers)" if external else make
-            return Finding(WRONG, variable, f"{folder} (no such folder)", advice)
+            return wrong(f"{folder} (no such folder)", advice)
     if not external and not os.access(value, os.W_OK):
         advice = f"Make it writable, or set {variable} to another folder."
-        return Finding(WRONG, variable, f"{value} (not writable)", advice)
+        return wrong(f"{value} (not writable)", advice)
     return Finding(OK, variable, value)
 
 

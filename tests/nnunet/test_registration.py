@@ -17,7 +17,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import registration
 from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.registration import BRIDGE_NAME, BRIDGES, registered
-from stunet_plugin.nnunet.registry import Registry
+from stunet_plugin.plans import PLANNERS
 
 from conftest import PHANTOM_ID, Stunet, Workspace
 
@@ -32,10 +32,6 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return host
 
 
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def test_register_and_unregister_are_idempotent(host: Path, stunet: Stunet) -> None:
     for command, expected, state in (
         ("register", "registered in", "registered"),
@@ -45,7 +41,7 @@ def test_register_and_unregister_are_idempotent(host: Path, stunet: Stunet) -> N
     ):
         assert stunet(command).count(expected) == 2
         assert registered(host) == {"trainers": state, "planners": state}
-    assert files(host) == []
+    assert not list(host.rglob("*.py"))
     for what in ("trainers", "plans"):
         folder = Path(stunet("path", what).strip())
         assert (folder.name, (folder / "__init__.py").is_file()) == (what, True)
@@ -81,7 +77,7 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(
         message = stunet("register", code=2)
     for words in ("Permission denied", "=$(stunet path trainers)", "stunet plan"):
         assert words in message
-    assert files(host) == []
+    assert not list(host.rglob("*.py"))
     stunet("register")
     monkeypatch.setattr(Path, "unlink", lambda path, **_: refuse(path))
     assert "Permission denied" in stunet("unregister", code=2)
@@ -96,18 +92,14 @@ def test_other_versions_of_nnunet_are_refused(stunet: Stunet) -> None:
     assert "pip install" in stunet.refuse("register")
 
 
-STUNET_PLANNERS = dict.fromkeys(("STUNetPlanner_small", "STUNetPlanner_base"))
-PLANNERS = Registry("planner", STUNET_PLANNERS, {"PCTPlanner": None})
-
-
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
         ("STUnetPlanner_smal", "STUNetPlanner_small"),
         ("stunetplanner_base", "STUNetPlanner_base"),
         ("STUNet_Planner-base", "STUNetPlanner_base"),
-        ("PctPlanner", "PCTPlanner"),
-        ("PCTPlanner", None),
+        ("PctNetPlanner", "PCTNetPlanner"),
+        ("PCTNetPlanner", None),
         ("nnUNetPlannerResEncL", None),
         ("MySTUNetPlanner_small", None),
         ("__path__", None),
@@ -161,8 +153,7 @@ def test_installed_registered_found_and_gone(
     subprocess.run([sys.executable, *pip, "install", *how, source], check=True)
     run(python.parent / "stunet", "register")
     assert registered(host) == {"trainers": "registered", "planners": "registered"}
-    look_up = ("-c", f"import sys; {LOOK_UP}", "STUNetTrainer_huge_ft")
-    assert "stunet_plugin.trainers" in run(*look_up)
+    assert "stunet_plugin.trainers" in run("-c", f"import sys; {LOOK_UP}", "STUNetTrainer_huge_ft")
     if editable:  # the rest is the same
         return
     planning = ("-d", PHANTOM_ID, "-pl", "STUNetPlanner_tiny")
