@@ -7,6 +7,7 @@ options object that the code behind it takes, and ``run`` imports that code.
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -67,6 +68,8 @@ class Command:
     Attributes:
         command: the word after ``stunet``.
         example: a command line that can be pasted.
+        runs: ``module:function``, imported when the command runs: it takes the options, that is the
+            instance, and returns the exit code.
         interrupted: last line after Ctrl-C, saying how to resume.
         failure: what exit code 1 means.
         notes: more text at the end of the help; indented lines stay as they are.
@@ -74,17 +77,15 @@ class Command:
 
     command: ClassVar[str]
     example: ClassVar[str]
+    runs: ClassVar[str]
     interrupted: ClassVar[str] = ""
     failure: ClassVar[str] = "the disk is full"
     notes: ClassVar[str] = ""
 
     def run(self) -> int:
-        """Do it and return the exit code.
-
-        Raises:
-            PluginError: wrong input.
-        """
-        raise NotImplementedError
+        """Do it and return the exit code; raise PluginError for wrong input."""
+        module, _, function = self.runs.partition(":")
+        return int(getattr(importlib.import_module(module), function)(self))
 
     @classmethod
     def summary(cls) -> str:

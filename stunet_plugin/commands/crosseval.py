@@ -19,6 +19,7 @@ class Crosseval(Command):
     example = (
         "stunet crosseval --model A=MODEL_FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o out"
     )
+    runs = "stunet_plugin.crosseval.run:run_crosseval"
     interrupted = RESUMES
 
     file: str | None = option(
@@ -62,8 +63,3 @@ class Crosseval(Command):
         "-np", metavar="N", help="processes; half the cores if not given"
     )
     check: bool = flag("--check", "check everything, say what would be scored, and stop")
-
-    def run(self) -> int:
-        from stunet_plugin.crosseval.run import run_crosseval
-
-        return run_crosseval(self)

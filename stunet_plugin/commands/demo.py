@@ -12,6 +12,7 @@ class Demo(Command):
 
     command = "demo"
     example = "stunet demo --size small --out my_demo"
+    runs = "stunet_plugin.demo.run:run_demo"
     failure = "a command of nnU-Net failed, the network found nothing, or the disk is full"
 
     dataset: int | None = option(
@@ -25,8 +26,3 @@ class Demo(Command):
         "--out", default="stunet_demo", metavar="FOLDER", help="for everything that is written"
     )
     device: str = device_option()
-
-    def run(self) -> int:
-        from stunet_plugin.demo.run import run_demo
-
-        return run_demo(self)

@@ -13,6 +13,7 @@ class Import(Command):
 
     command = "import"
     example = "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model"
+    runs = "stunet_plugin.weights.import_model:import_checkpoint"
 
     source: str = required(
         metavar="SOURCE", help="checkpoint file, or hf://owner/repository[@revision]/file"
@@ -100,8 +101,3 @@ class Import(Command):
     stem: str | None = option(
         "--stem", choices=("repeat", "mean"), help="how; repeat for STU-Net, mean for others"
     )
-
-    def run(self) -> int:
-        from stunet_plugin.weights.import_model import import_checkpoint
-
-        return import_checkpoint(self)

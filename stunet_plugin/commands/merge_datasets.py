@@ -14,6 +14,7 @@ class MergeDatasets(Command):
         "stunet merge-datasets 4 910 -d 920 -n Joint --train-only 910 &&"
         " nnUNetv2_plan_and_preprocess -d 920 -c 3d_fullres"
     )
+    runs = "stunet_plugin.datasets.merge:run_merge"
     interrupted = RESUMES
 
     datasets: tuple[str, ...] = required(
@@ -50,8 +51,3 @@ class MergeDatasets(Command):
         help="of the new dataset, where those of the datasets differ",
     )
     seed: int = option("--seed", default=0, metavar="N", help="of the folds")
-
-    def run(self) -> int:
-        from stunet_plugin.datasets.merge import run_merge
-
-        return run_merge(self)

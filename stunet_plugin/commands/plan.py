@@ -15,6 +15,7 @@ class Plan(Command):
         "stunet plan -d 4 -pl STUNetPlanner_base && nnUNetv2_preprocess -d 4 -plans_name"
         " STUNetPlans_base -c 3d_fullres"
     )
+    runs = "stunet_plugin.plans.plan_experiment:plan"
 
     datasets: tuple[int, ...] = required("-d", nargs="+", metavar="ID", help="dataset IDs")
     planner: str = required(
@@ -36,8 +37,3 @@ class Plan(Command):
         help="name of the plans; the planner's own if not given",
     )
     processes: int = option("-np", default=2, help="processes for the dataset fingerprint")
-
-    def run(self) -> int:
-        from stunet_plugin.plans.plan_experiment import plan
-
-        return plan(self)

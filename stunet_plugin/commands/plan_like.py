@@ -15,6 +15,7 @@ class PlanLike(Command):
         "stunet plan-like MODEL_FOLDER -d 4 && nnUNetv2_preprocess -d 4 -plans_name"
         " STUNetPlans_like_base -c 3d_fullres"
     )
+    runs = "stunet_plugin.weights.plan_like:plan_like"
 
     model: str = required(metavar="MODEL", help="model folder of nnU-Net v2, or a checkpoint")
     dataset: int = required("-d", metavar="ID", help="dataset that nnU-Net has planned")
@@ -22,8 +23,3 @@ class PlanLike(Command):
         "--name", metavar="NAME", help="name of the plans; STUNetPlans_like_<size> if not given"
     )
     force: bool = flag("--force", "replace plans of that name")
-
-    def run(self) -> int:
-        from stunet_plugin.weights.plan_like import plan_like
-
-        return plan_like(self)

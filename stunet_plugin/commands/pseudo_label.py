@@ -23,6 +23,7 @@ class PseudoLabel(Command):
         "stunet pseudo-label MODEL_FOLDER -i IMAGES -d 910 -n Pseudo --min-confidence 0.8"
         " --ignore-below 0.6"
     )
+    runs = "stunet_plugin.datasets.pseudo_label:run_pseudo_label"
     interrupted = RESUMES
     failure = "a class is missing in too many cases (see --min-share), or the disk is full"
 
@@ -88,8 +89,3 @@ class PseudoLabel(Command):
     )
     mirroring: bool = flag("--no-mirroring", "up to eight times as fast, less exact", default=True)
     device: str = device_option()
-
-    def run(self) -> int:
-        from stunet_plugin.datasets.pseudo_label import run_pseudo_label
-
-        return run_pseudo_label(self)

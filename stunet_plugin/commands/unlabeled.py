@@ -14,6 +14,7 @@ class Unlabeled(Command):
         "stunet unlabeled -i /data/scans -d 900 -n Scans --modality CT &&"
         " nnUNetv2_plan_and_preprocess -d 900 -c 3d_fullres"
     )
+    runs = "stunet_plugin.unlabeled.run:run_unlabeled"
     interrupted = RESUMES
     failure = "no scan could be used, or the disk is full"
 
@@ -45,8 +46,3 @@ class Unlabeled(Command):
         help="leave out files and folders whose name matches, such as '*_seg.nii.gz'; always left"
         " out: labelsTr, labelsTs, gt_segmentations",
     )
-
-    def run(self) -> int:
-        from stunet_plugin.unlabeled.run import run_unlabeled
-
-        return run_unlabeled(self)
