@@ -67,10 +67,8 @@ def run_demo(options: Demo) -> int:
     if options.dataset is not None:
         source = read_raw(find_raw(str(options.dataset)).resolve())
         if len(source.cases) < FOLDS:
-            raise PluginError(
-                f"nnU-Net splits into {FOLDS} folds, {source.folder} has only {len(source.cases)}"
-                " labelled cases."
-            )
+            told = f"{source.folder} has only {len(source.cases)} labelled cases"
+            raise PluginError(f"{told}, nnU-Net splits them into {FOLDS} folds. Add some.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise PluginError(f"{folder} is not empty. Remove it, or choose another with --out.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +108,6 @@ class _Run:
         name = source.name if source else EMBEDDED_NAME
         self.dataset_id = str(int(name[len("Dataset") :][:3]))
         self.raw = self.folder / RAW / name
-        self.splits = self.folder / PREPROCESSED / name / "splits_final.json"
         self.model = self.folder / RESULTS / name / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
         self.predictions, self.held_out = self.folder / "predictions", self.folder / "held_out"
 
@@ -146,7 +143,8 @@ class _Run:
 
     def predict(self) -> None:
         """Predict the cases that were not trained on."""
-        cases = set(json.loads(self.splits.read_text())[int(FOLD)]["val"])
+        splits = self.folder / PREPROCESSED / self.raw.name / "splits_final.json"
+        cases = set(json.loads(splits.read_text())[int(FOLD)]["val"])
         images, labels = (self.held_out / kind for kind in ("images", "labels"))
         for folder in (images, labels):
             folder.mkdir(parents=True)
@@ -208,8 +206,7 @@ class _Run:
         """Label value to name, without background and ignore; a region has its first label's."""
         labels = self.dataset.description["labels"]
         first = {x: value[0] if isinstance(value, list) else value for x, value in labels.items()}
-        by_value = sorted((value, name) for name, value in first.items())
-        return {value: name for value, name in by_value if value != 0 and name != "ignore"}
+        return {value: name for name, value in first.items() if value != 0 and name != "ignore"}
 
     def _environment(self) -> dict[str, str]:
         workers = os.environ.get("nnUNet_n_proc_DA", "0")
