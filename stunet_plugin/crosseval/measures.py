@@ -1,9 +1,8 @@
 """Measures of one class in one case: overlap, surface distances, volumes.
 
-Surfaces, their areas and the distances between them are MONAI's, at subvoxel resolution: the
-surface runs through the corners of the voxels, and each of its elements counts with its area in mm2
-(the definition of Nikolov et al., arXiv:1809.04430, which the FLARE22 protocol and A-Eval,
-arXiv:2309.03906, use). All three surface measures come from one pass.
+Surfaces and the distances between them are MONAI's, at subvoxel resolution: the surface runs
+through the corners of the voxels, and each of its elements counts with its area in mm2 (Nikolov et
+al., arXiv:1809.04430, as in the FLARE22 protocol and A-Eval, arXiv:2309.03906).
 """
 
 from __future__ import annotations
@@ -30,16 +29,9 @@ LARGER_IS_BETTER = {DSC: True, NSD: True, HD95: False, ASSD: False}
 MM3_PER_ML = 1000.0
 
 TOLERANCES = {
-    "liver": 5.0,
-    "kidney": 3.0,
-    "spleen": 3.0,
-    "pancreas": 5.0,
-    "aorta": 2.0,
-    "inferior_vena_cava": 2.0,
-    "adrenal_gland": 2.0,
-    "gallbladder": 2.0,
-    "esophagus": 3.0,
-    "stomach": 5.0,
+    **dict.fromkeys(("liver", "pancreas", "stomach"), 5.0),
+    **dict.fromkeys(("kidney", "spleen", "esophagus"), 3.0),
+    **dict.fromkeys(("aorta", "inferior_vena_cava", "adrenal_gland", "gallbladder"), 2.0),
     "duodenum": 7.0,
 }
 """Tolerance of the NSD in mm by organ, both sides alike: FLARE22's protocol."""
@@ -50,14 +42,13 @@ TUBULAR = ("aorta", "inferior_vena_cava", "esophagus")
 far along them somebody drew differs from dataset to dataset."""
 
 
-def tolerance_of(name: str, own: Mapping[str, float], default: float = DEFAULT_TOLERANCE) -> float:
-    """Return the tolerance in mm of a class, given by its canonical name: a user's own, the
-    protocol's, or the default."""
+def tolerance_of(name: str, tolerances: Mapping[str, float], default: float) -> float:
+    """Return the tolerance in mm of a class, given by its canonical name: its own, or that of the
+    organ without its side."""
     organ = name
     for side in SIDES:
         organ = organ.removesuffix(f"_{side}")
-    found = [table[key] for table in (own, TOLERANCES) for key in (name, organ) if key in table]
-    return float(found[0]) if found else default
+    return float(tolerances.get(name, tolerances.get(organ, default)))
 
 
 def score(
@@ -101,10 +92,7 @@ def surface_distances(
 
     An element is where eight voxels meet that are not all alike. So the surface of a ball of voxels
     has an area about a tenth too large, and two surfaces are up to half a voxel nearer than the
-    shapes that the voxels stand for.
-
-    Args:
-        reference, prediction, spacing: as in :func:`score`; no mask is empty.
+    shapes that the voxels stand for. Arguments are as in :func:`score`; no mask is empty.
     """
     import torch
     from monai.metrics.utils import get_mask_edges, get_surface_distance

@@ -86,14 +86,10 @@ def test_empty_masks(one: int, other: int, expected: float) -> None:
 
 
 def test_tolerances_go_by_the_name_of_the_organ() -> None:
+    def tolerances(*names: str, **own: float) -> list[float]:
+        table = {**measures.TOLERANCES, **own}
+        return [measures.tolerance_of(name, table, default=9) for name in names]
+
     names = ("liver", "kidney_left", "kidney", "adrenal_gland_right", "bone")
-    assert [measures.tolerance_of(name, {}) for name in names] == [5, 3, 3, 2, 2]
-    assert measures.tolerance_of("duodenum", {"duodenum": 4}) == 4
-    assert measures.tolerance_of("kidney_left", {"kidney": 1}, default=9) == 1
-    assert measures.tolerance_of("bone", {}, default=9) == 9
-
-
-def test_boxes() -> None:
-    found = measures.bounding_box(box((5, 6, 7), (1, 2, 3), (2, 2, 2)))
-    assert found == (slice(1, 3), slice(2, 4), slice(3, 5))
-    assert measures.bounding_box(np.zeros((2, 3), dtype=bool)) == (slice(None), slice(None))
+    assert tolerances(*names) == [5, 3, 3, 2, 9]
+    assert tolerances("duodenum", "kidney_left", duodenum=4, kidney=1) == [4, 1]
