@@ -21,18 +21,16 @@ if TYPE_CHECKING:
 
 RESUMES = "The same command resumes where it stopped."
 
-Heading = tuple[str, ...] | None
-"""In a command's help, above an argument and those that follow: title, and a description."""
-
 SIZES = tuple(PRESETS)
 """Of STU-Net."""
 
 
-def option(*flags: str, default: Any = None, heading: Heading = None, **settings: Any) -> Any:
+def option(*flags: str, default: Any = None, heading: tuple[str, ...] = (), **settings: Any) -> Any:
     """Return a field that is an argument with a default.
 
     Args:
         flags: such as ``-d``; none for a positional argument.
+        heading: title, and a description, above this argument and those that follow in the help.
         settings: of ``argparse.ArgumentParser.add_argument``. The type is the field's.
     """
     metadata = {"flags": flags, "heading": heading, "settings": settings}
@@ -44,10 +42,10 @@ def required(*flags: str, **settings: Any) -> Any:
     return option(*flags, default=MISSING, **settings)
 
 
-def flag(name: str, help: str, heading: Heading = None, default: bool = False) -> Any:
+def flag(name: str, help: str, default: bool = False) -> Any:
     """Return a field that is a switch: ``name`` turns the default round."""
     action = "store_false" if default else "store_true"
-    return option(name, default=default, heading=heading, action=action, help=help)
+    return option(name, default=default, action=action, help=help)
 
 
 def repeated(*flags: str, **settings: Any) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import nnunetv2
 import pytest
@@ -65,21 +66,17 @@ def test_an_old_bridge_is_replaced_and_another_file_is_not(host: Path, stunet: S
 def test_a_folder_that_cannot_be_written_leaves_nothing_behind(
     host: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    write = registration.write_atomically
-
-    def refuse(path: Path, text: str = "") -> None:
-        if path == BRIDGES[failing].path(host):
-            raise PermissionError(13, "Permission denied")
-        write(path, text)
-
+    denied = PermissionError(13, "Permission denied")
     with monkeypatch.context() as patch:
-        patch.setattr(registration, "write_atomically", refuse)
+        effects = [DEFAULT] * failing + [denied]
+        write = Mock(wraps=registration.write_atomically, side_effect=effects)
+        patch.setattr(registration, "write_atomically", write)
         message = stunet("register", code=2)
     for words in ("Permission denied", "=$(stunet path trainers)", "stunet plan"):
         assert words in message
     assert not list(host.rglob("*.py"))
     stunet("register")
-    monkeypatch.setattr(Path, "unlink", lambda path, **_: refuse(path))
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=denied))
     assert "Permission denied" in stunet("unregister", code=2)
 
 
