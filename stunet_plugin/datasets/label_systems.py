@@ -207,14 +207,12 @@ def read_table(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_entries(table: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+def check_entries(entries: Iterable[Any], allowed: Sequence[str], where: str) -> None:
     """Raise PluginError if a table has entries that there are not."""
-    unknown = sorted(str(key) for key in table if key not in allowed)
+    unknown = sorted(str(key) for key in entries if key not in allowed)
     if unknown:
-        hint = did_you_mean(unknown[0], allowed)
-        raise PluginError(
-            f"{where}: unknown entry {unknown[0]!r}; there are {', '.join(allowed)}.{hint}"
-        )
+        told = f"unknown entry {unknown[0]!r}; there are {', '.join(allowed)}."
+        raise PluginError(f"{where}: {told}{did_you_mean(unknown[0], allowed)}")
 
 
 def _check_labels_file(table: Mapping[str, Any], where: str) -> None:
@@ -223,16 +221,16 @@ def _check_labels_file(table: Mapping[str, Any], where: str) -> None:
     if any(key in table for key in DATASET_ENTRIES):
         return
     # Without 'labels', the file is the table of classes itself, and these cannot be classes.
-    entries = {
-        key: value
+    entries = [
+        key
         for key, value in table.items()
         if "labels" in table
         or isinstance(value, Mapping)
         or (is_list(value) and not all(map(is_integer, value)))
-    }
+    ]
     check_entries(entries, LABEL_ENTRIES, where)
     if entries and "labels" not in table:
-        raise PluginError(f"{where}: there is {next(iter(entries))!r}, but no entry 'labels'.")
+        raise PluginError(f"{where}: there is {entries[0]!r}, but no entry 'labels'.")
 
 
 def _named_values(labels: Any, where: str) -> dict[str, tuple[int, ...]]:
@@ -251,9 +249,8 @@ def _named_values(labels: Any, where: str) -> dict[str, tuple[int, ...]]:
         values = value if is_list(value) else [value]
         right = bool(values) and all(is_integer(one) and 0 <= one <= MAX_VALUE for one in values)
         if not isinstance(name, str) or not right:
-            raise PluginError(
-                f"{where}: {name!r} must be a value of 0 to {MAX_VALUE}, or a list, not {value!r}."
-            )
+            allowed = f"a value of 0 to {MAX_VALUE}, or a list"
+            raise PluginError(f"{where}: {name!r} must be {allowed}, not {value!r}.")
         known = canonical_name(name)
         if not known or known in named:
             what = f"is {known!r}, which stands twice" if known else "has no name"
@@ -292,13 +289,11 @@ def check_regions(table: Mapping[str, Any], where: str) -> None:
         if name != IGNORE and values not in (0, [0])
     ]
     # Later regions are written over earlier ones.
+    allowed = [one.difference(*regions[number:]) for number, one in enumerate(regions, 1)]
     if (
         not is_list(order)
         or len(order) != len(regions)
-        or not all(
-            value in region and not any(value in later for later in regions[number + 1 :])
-            for number, (value, region) in enumerate(zip(order, regions, strict=True))
-        )
+        or not all(value in region for value, region in zip(order, allowed, strict=True))
     ):
         raise PluginError(
             f"{where}: regions_class_order {order} does not fit {table['labels']}: each value must"

@@ -41,8 +41,7 @@ class LabelMapping:
 
     def translate(self, labels: np.ndarray) -> np.ndarray:
         """Return the joint labels of a label map (any shape) whose values are declared."""
-        smallest = np.uint8 if self.table.max() < 256 else np.uint16
-        joint: np.ndarray = self.table[labels].astype(smallest)
+        joint: np.ndarray = self.table[labels].astype(np.min_scalar_type(self.table.max()))
         return joint
 
     def describe(self, source: LabelSystem, joint: LabelSystem) -> dict[str, str]:
@@ -93,13 +92,13 @@ def unite(
 def _smallest_classes(systems: Sequence[LabelSystem]) -> list[str]:
     """Return the classes of all systems, each once, without those that a system makes up of smaller
     ones of its own."""
-    listed = dict.fromkeys(
+    names = (
         name
         for system in systems
         for name, values in system.classes.items()
         if not any(set(other) < set(values) for other in system.classes.values())
     )
-    return list(listed)
+    return list(dict.fromkeys(names))
 
 
 def _map_labels(

@@ -87,10 +87,8 @@ class _Merge:
         """Return a property that all datasets must have in common."""
         if any(value != values[0] for value in values):
             listed = ", ".join(f"{x.name} has {y}" for x, y in zip(self.parts, values, strict=True))
-            raise PluginError(
-                f"The datasets differ in their {what}: {listed}. nnU-Net takes one per dataset:"
-                " convert one of them first."
-            )
+            advice = "nnU-Net takes one per dataset: convert one of them first."
+            raise PluginError(f"The datasets differ in their {what}: {listed}. {advice}")
         return values[0]
 
     def _common_channels(self) -> tuple[str, ...]:
@@ -198,22 +196,20 @@ class _Merge:
         cases = {part.name: part.new_names for part in self.parts}
         alone = [part.name for part in self.parts if part.train_only]
         splits = balanced_folds(cases, alone, self.options.seed, own)
-        copies = self._copies()
-        for fold in splits if copies else ():
+        copies = self._copies() if splits else {}
+        for fold in splits:
             seen = {copy for name in fold["val"] for copy in copies.get(name, ())}
             fold["train"] = [name for name in fold["train"] if name not in seen]
-        if splits and copies:
+        if copies:
             print(f"{len(copies)} cases have the same image: no fold trains on what it validates.")
         return splits
 
     def _copies(self) -> dict[str, set[str]]:
         """Return the cases whose image several datasets have, with all cases of that image."""
-        images = [
-            (part.new_name(x.name), x.images[0]) for part in self.parts for x in part.raw.cases
-        ]
-        sizes = Counter(image.stat().st_size for _, image in images)
+        images = {part.new_name(x.name): x.images[0] for part in self.parts for x in part.raw.cases}
+        sizes = Counter(image.stat().st_size for image in images.values())
         same: dict[str, set[str]] = {}
-        for name, image in images:
+        for name, image in images.items():
             if sizes[image.stat().st_size] > 1:  # hashing all would read them all again
                 same.setdefault(hash_of_image(image), set()).add(name)
         return {name: names for names in same.values() if len(names) > 1 for name in names}

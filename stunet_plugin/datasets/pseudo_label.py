@@ -3,6 +3,7 @@ confidence filter."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
@@ -143,13 +144,10 @@ def _probability(text: str, option: str) -> float:
 
 
 def _number(text: str, most: float, wrong: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (0 <= value <= most and math.isfinite(value)):
-        raise PluginError(wrong)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= most and math.isfinite(float(text)):
+            return float(text)
+    raise PluginError(wrong)
 
 
 def run_pseudo_label(options: PseudoLabel) -> int:
@@ -292,7 +290,6 @@ def _find_images(given: str, ending: str, channels: int) -> dict[str, tuple[Path
     return cases
 
 
-def _state(file: Path) -> Sequence[Any]:
+def _state(file: Path) -> list[Any]:
     """Return what tells whether an image is still the same."""
-    state = file.stat()
-    return [str(file), state.st_size, state.st_mtime_ns]
+    return [str(file), (state := file.stat()).st_size, state.st_mtime_ns]

@@ -102,8 +102,7 @@ def read_raw(folder: Path) -> RawDataset:
         if without := sorted(labelled - images.keys()):
             count = f"{len(without)} label maps have no image in imagesTr"
             raise PluginError(f"{folder.name}: {count} (for example {without[0]}).")
-    lacking = [case.label for case in cases if not case.label.is_file()]
-    if lacking:
+    if lacking := [case.label for case in cases if not case.label.is_file()]:
         count = f"{len(lacking)} of {len(cases)} cases have no labels"
         raise PluginError(f"{folder.name}: {count} (for example {lacking[0]}).")
     if ending in TIFF and len({bool(side_files(case.images[0])) for case in cases}) > 1:

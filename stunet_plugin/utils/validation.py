@@ -15,23 +15,16 @@ MAX_ENTRIES = 10_000
 
 
 class Fields:
-    """A dict of a file, with the file's name for messages.
-
-    Args:
-        values: the dict.
-        where: what messages call it, for example ``base_ep4k.model.pkl``.
-
-    Every getter raises :class:`PluginError` where the value is missing (unless a default is given)
-    or not what it must be.
+    """A dict of a file, which messages call ``where`` (for example ``base_ep4k.model.pkl``). Every
+    getter raises PluginError where a value without a default is missing, or is not what it must be.
     """
 
     _REQUIRED = object()
 
     def __init__(self, values: object, where: str) -> None:
         if not isinstance(values, Mapping):
-            raise PluginError(
-                f"{where} is a {type(values).__name__}, not a table of names and values."
-            )
+            kind = type(values).__name__
+            raise PluginError(f"{where} is a {kind}, not a table of names and values.")
         self.values, self.where = values, where
 
     def __contains__(self, key: object) -> bool:
@@ -49,9 +42,8 @@ class Fields:
         return Fields(self.get(key, default), f"{self.where}, {key}")
 
     def wrong(self, key: Any, expected: str) -> PluginError:
-        return PluginError(
-            f"{self.where}: {key} must be {expected}, not {reprlib.repr(self.values.get(key))}."
-        )
+        given = reprlib.repr(self.values.get(key))
+        return PluginError(f"{self.where}: {key} must be {expected}, not {given}.")
 
     def _checked(self, key: Any, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
         value = self.get(key, default)
@@ -67,10 +59,10 @@ class Fields:
         return bool(self._checked(key, default, lambda x: isinstance(x, int), "true or false"))
 
     def choice(self, key: Any, allowed: Collection[str], default: Any = _REQUIRED) -> str:
-        expected = f"one of {', '.join(allowed)}"
-        return str(
-            self._checked(key, default, lambda x: isinstance(x, str) and x in allowed, expected)
-        )
+        def fits(value: Any) -> bool:
+            return isinstance(value, str) and value in allowed
+
+        return str(self._checked(key, default, fits, f"one of {', '.join(allowed)}"))
 
     def number(self, key: Any, default: Any = _REQUIRED) -> float:
         return float(self._checked(key, default, is_number, "a finite number"))
@@ -118,11 +110,9 @@ class Fields:
 
 
 def is_list(value: object) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, (str, bytes))
-        and len(value) <= MAX_ENTRIES
-    )
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        return False
+    return len(value) <= MAX_ENTRIES
 
 
 def is_integer(value: Any) -> bool:

@@ -11,6 +11,9 @@ from stunet_plugin.datasets.folds import balanced_folds, own_folds
 
 from damage import damaged_json
 
+TEN = [f"a{number}" for number in range(10)]
+PAIRS = [[f"a{2 * fold}", f"a{2 * fold + 1}"] for fold in range(5)]
+
 
 def names(letter: str, count: int) -> list[str]:
     return [f"{letter}{number}" for number in range(count)]
@@ -38,38 +41,31 @@ def test_few_cases(counts: tuple[int, int], sizes: list[int]) -> None:
     assert sorted(len(fold["val"]) for fold in folds) == sizes
 
 
-def test_own_splits_keep_patients_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
-    folder = tmp_path / "Dataset001_A"
-    folder.mkdir()
-    cases = names("a", 10)
-    assert own_folds(folder, cases) == (None, "")
-    vals = [[f"a{2 * fold}", f"a{2 * fold + 1}"] for fold in range(5)]
-    splits = [{"train": sorted(set(cases) - set(val)), "val": val} for val in vals]
-    (folder / "splits_final.json").write_text(json.dumps(splits))
-    own, said = own_folds(folder, cases)
-    assert own == vals
-    assert "kept" in said
-    for few in (6, 2):
-        folds = balanced_folds({"A": cases, "B": names("b", few)}, [], 0, {"A": vals})
-        assert all(set(val) <= set(fold["val"]) for fold, val in zip(folds, vals, strict=True))
-        assert sum(len(fold["val"]) for fold in folds) == 10 + few
-    # Those that training reads come first.
-    (tmp_path / "preprocessed" / "Dataset001_A").mkdir(parents=True)
-    (tmp_path / "preprocessed" / "Dataset001_A" / "splits_final.json").write_text("[]")
-    assert own_folds(folder, cases)[0] is None
+@pytest.mark.parametrize("others", [6, 2])
+def test_own_splits_keep_patients_together(others: int) -> None:
+    folds = balanced_folds({"A": TEN, "B": names("b", others)}, [], 0, {"A": PAIRS})
+    assert all(set(val) <= set(fold["val"]) for fold, val in zip(folds, PAIRS, strict=True))
+    assert sum(len(fold["val"]) for fold in folds) == 10 + others
 
 
-def test_damaged_splits_end_in_a_sentence_or_the_right_folds(
+def test_own_splits_are_found_and_damaged_ones_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
-    cases = names("a", 10)
-    splits = [{"train": [], "val": [f"a{2 * x}", f"a{2 * x + 1}"]} for x in range(5)]
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    folder, trained = tmp_path / "Dataset001_A", tmp_path / "preprocessed" / "Dataset001_A"
+    folder.mkdir()
+    trained.mkdir(parents=True)
+    assert own_folds(folder, TEN) == (None, "")
+    splits = [{"train": sorted(set(TEN) - set(val)), "val": val} for val in PAIRS]
     for _, text in damaged_json(splits, 200):
-        (tmp_path / "splits_final.json").write_text(text)
-        own, said = own_folds(tmp_path, cases)
+        (folder / "splits_final.json").write_text(text)
+        own, said = own_folds(folder, TEN)
         assert said
         found = [name for fold in own or () for name in fold]
         assert own is None or len(own) == 5
-        assert len(found) == len(set(found) & set(cases))
+        assert len(found) == len(set(found) & set(TEN))
+    # Those that training reads come first.
+    (trained / "splits_final.json").write_text(json.dumps(splits))
+    own, said = own_folds(folder, TEN)
+    assert own == PAIRS
+    assert str(trained) in said

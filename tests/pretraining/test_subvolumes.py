@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,6 @@ def test_crops_have_the_published_sizes_and_stay_in_the_scan() -> None:
     assert (starts.min(0).tolist(), stops.max(0).tolist()) == ([0, 0, 0], [100, 90, 12])
 
 
-def test_pairs_are_of_different_cases_where_there_are_two() -> None:
-    pairs = [subvolumes.draw_pair(4) for _ in range(2000)]
-    assert all(first != second for first, second in pairs)
-    counts = np.bincount([4 * first + second for first, second in pairs], minlength=16)
-    assert np.sort(counts)[4:].min() > 110  # 12 ordered pairs, 167 each
-    assert subvolumes.draw_pair(1) == (0, 0)
-
-
 @pytest.mark.parametrize("shape", [(30, 14), (14, 9, 30)])
 def test_resizing_is_linear(shape: tuple[int, ...]) -> None:
     grids = torch.meshgrid(*(torch.linspace(0, 1, size) for size in shape), indexing="ij")
@@ -54,8 +47,6 @@ def test_a_small_scan_is_padded_rather_than_stretched_beyond_the_published_scale
     for channel in padded:
         assert torch.equal(channel[[0, 4, 15, 19]], channel.min().expand(4, 20, 20))
     assert (padded[0, 5:15] > padded[0].min()).float().mean() > 0.99
-    exact = torch.rand(2, 20, 20, 20)
-    assert torch.equal(ResizeToPatch((20, 20, 20))(image=exact)["image"], exact)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +111,13 @@ def loader(cases: int, pairs: int, patch: tuple[int, ...], *shape: int) -> Any:
 def test_a_batch_is_foregrounds_and_then_backgrounds_of_other_cases(
     patch: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
-    batches, seen = loader(3, 4, patch, *shape), set()
-    for _ in range(10):
+    batches, seen = loader(3, 4, patch, *shape), Counter[tuple[str, str]]()
+    for _ in range(100):
         batch = next(batches)
         assert batch["data"].shape == (8, shape[0], *patch)
         seen.update(zip(batch["keys"][:4], batch["keys"][4:], strict=True))
-    assert len(seen) == 6
     assert all(first != second for first, second in seen)
+    assert (len(seen), min(seen.values()) > 40) == (6, True)  # 67 each
     assert set(next(loader(1, 2, patch, *shape))["keys"]) == {"case0"}
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import tifffile
 from skimage import io
 
 from stunet_plugin.errors import PluginError
@@ -34,6 +33,7 @@ from stunet_plugin.utils.images import (
 from damage import damaged_files
 
 ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
+READERS = (read_image, check_image, read_geometry, read_label_map)
 
 
 def volume(dtype: type = np.int16) -> np.ndarray:
@@ -45,10 +45,6 @@ def write(path: Path, array: np.ndarray, compress: bool = False, vector: bool = 
     image.SetSpacing((1.0, 2.0, 3.0, 1.0)[: image.GetDimension()])
     sitk.WriteImage(image, str(path), compress)
     return path
-
-
-def data_of(path: Path) -> Path:
-    return side_files(path)[0] if path.suffix in (".mhd", ".nhdr") else path
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
@@ -69,7 +65,7 @@ def test_files_that_end_early_or_late_are_refused(
     tmp_path: Path, ending: str, compress: bool
 ) -> None:
     path = write(tmp_path / f"image{ending}", volume(), compress)
-    data = data_of(path)
+    data = (*side_files(path), path)[0]
     whole = data.read_bytes()
     contents = [whole[:-3], whole[: len(whole) // 2]]
     if not compress and ending != ".nii.gz":  # what follows a compressed stream is not read
@@ -98,22 +94,14 @@ def test_damaged_files_end_in_a_sentence_or_the_right_result(tmp_path: Path, end
             assert np.array_equal(array, volume()), kind
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd", ".tif"])
-def test_voxels_that_are_not_finite_are_refused(tmp_path: Path, ending: str, bad: float) -> None:
+def test_voxels_that_are_not_finite_are_refused(tmp_path: Path, ending: str) -> None:
     array = volume(np.float32)
-    array[0, 0, :2] = bad
+    array[0, 0, :2] = np.nan, np.inf
     path = write(tmp_path / f"image{ending}", array)
     with pytest.raises(ImageError, match="2 of 315") as caught:
         check_image(path)
     assert caught.value.reason == NOT_FINITE
-
-
-def test_gzip_that_is_none_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "image.nii", volume()).rename(tmp_path / "image.nii.gz")
-    for read in (read_image, check_image, read_geometry, read_label_map):
-        with pytest.raises(ImageError, match="gzip"):
-            read(path)
 
 
 def test_axes_and_components(tmp_path: Path) -> None:
@@ -124,7 +112,7 @@ def test_axes_and_components(tmp_path: Path) -> None:
         two = write(tmp_path / f"two{ending}", np.stack([volume()] * 2))
         layers = write(tmp_path / f"rgb{ending}", np.stack([volume()] * 2, -1), vector=True)
         for path in (two, layers):
-            for read in (read_image, check_image, read_geometry, read_label_map):
+            for read in READERS:
                 with pytest.raises(ImageError, match="axes|several values"):
                     read(path)
 
@@ -150,7 +138,7 @@ def test_label_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert np.array_equal(sitk.GetArrayFromImage(read_label_map(noisy, (0, 1, 2))), volume())
     read_label_map(noisy)
     assert capsys.readouterr().out.count("rounded") <= 1
-    for other in (0.5, 0.01):
+    for other in (0.01, 2.0**31):
         odd = write(tmp_path / "odd.nii.gz", volume(np.float32) + np.float32(other))
         with pytest.raises(ImageError, match="label map"):
             read_label_map(odd)
@@ -180,18 +168,16 @@ def test_files_of_nnunets_other_readers(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["link", "copy", "move"])
-@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
-@pytest.mark.parametrize("name", ["image", "other"])
-def test_voxels_of_detached_headers_travel(
-    tmp_path: Path, ending: str, how: str, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["image.mhd", "other.mhd", "image.nhdr", "other.nhdr"])
+def test_voxels_of_detached_headers_travel(tmp_path: Path, how: str, name: str) -> None:
+    ending = Path(name).suffix
     source = write(tmp_path / f"image{ending}", volume())
     (data,) = side_files(source)
-    target = tmp_path / "new" / f"{name}{ending}"
+    target = tmp_path / "new" / name
     target.parent.mkdir()
     place_image(source, target, how)
     assert np.array_equal(sitk.GetArrayFromImage(read_image(target)), volume())
-    assert side_files(target) == [target.parent / f"{name}{data.suffix}"]
+    assert side_files(target) == [target.with_suffix(data.suffix)]
     assert source.exists() == data.exists() == (how != "move")
     place_image(target, target, how)
     before = hash_of_image(target)
@@ -202,20 +188,13 @@ def test_voxels_of_detached_headers_travel(
         read_image(target)
 
 
-def test_spacing_of_tif_travels(tmp_path: Path) -> None:
-    image, new = tmp_path / "c_0000.tif", tmp_path / "new"
-    new.mkdir()
-    tifffile.imwrite(image, volume())
-    (tmp_path / "c.json").write_text(json.dumps({"spacing": [3, 1, 1]}))
-    assert side_files(image) == [tmp_path / "c.json"]
-    place_image(image, new / "d_c_0000.tif", "copy")
-    assert (new / "d_c.json").read_text() == (tmp_path / "c.json").read_text()
-    assert not list(new.glob(".partial*"))
-
-
-def test_what_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ImageError) as caught:
-        read_image(tmp_path / "none.nii.gz")
-    assert caught.value.reason == CANNOT_OPEN
-    with pytest.raises(ImageError, match="UTF-8"):
-        read_image(tmp_path / "\udcff.nii.gz")
+@pytest.mark.parametrize("read", READERS)
+def test_what_is_no_image(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    write(tmp_path / "image.nii", volume()).rename(tmp_path / "image.nii.gz")
+    for name, message in (
+        ("none.nii.gz", CANNOT_OPEN),
+        ("\udcff.nii.gz", "UTF-8"),
+        ("image.nii.gz", "not gzip"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            read(tmp_path / name)
