@@ -23,7 +23,7 @@ from stunet_plugin.networks.anisotropy import MODES, Triple, get_mode
 from stunet_plugin.networks.pctnet import DEPTH, DROP_PATH, MLP_RATIO, NUM_HEADS
 from stunet_plugin.networks.window_attention import MASKED, TABLE_STD, WINDOW_SIZE
 
-Ints, Floats, Shape = Sequence[int], Sequence[float], tuple[int, ...]
+Ints, Floats, Triples, Shape = Sequence[int], Sequence[float], Sequence[Triple], tuple[int, ...]
 
 
 def norm_act(channels: int) -> list[nn.Module]:
@@ -194,9 +194,7 @@ class PlainPCTBlock(nn.Module):
 class PlainStem(nn.Module):
     """Levels 0 and 1, and the way into level 2, for one mode."""
 
-    def __init__(
-        self, channels: int, widths: Ints, dropout: Floats, kernels: Sequence[Triple]
-    ) -> None:
+    def __init__(self, channels: int, widths: Ints, dropout: Floats, kernels: Triples) -> None:
         super().__init__()
         pooling = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
         self.proj = conv(channels, widths[0], kernels[0])
@@ -244,9 +242,7 @@ class PlainPyramid(nn.Module):
 class PlainHead(nn.Module):
     """Levels 1 and 0 on the way back, and their heads, for one mode."""
 
-    def __init__(
-        self, widths: Ints, dropout: Floats, kernels: Sequence[Triple], num_classes: int
-    ) -> None:
+    def __init__(self, widths: Ints, dropout: Floats, kernels: Triples, num_classes: int) -> None:
         super().__init__()
         scales = [(kernel[0] // 2 + 1, 2, 2) for kernel in kernels]
         self.up1 = plain_up(widths[0], widths[1], scales[0], kernels[0])
@@ -303,13 +299,9 @@ class PlainPCTNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         level0, level1, level2 = self.embeddings[self.mode](x)
         up2, up3 = self.pyramid_ct(level2)
-        head = self.pred_heads[self.mode]
+        pyramid, head = self.pyramid_ct, self.pred_heads[self.mode]
         up0, up1 = head(level0, level1, up2)
         if not self.deep_supervision:
             return head.out_conv0(up0)
-        return [
-            head.out_conv0(up0),
-            head.out_conv1(up1),
-            self.pyramid_ct.out_conv2(up2),
-            self.pyramid_ct.out_conv3(up3),
-        ]
+        fine = [head.out_conv0(up0), head.out_conv1(up1)]
+        return [*fine, pyramid.out_conv2(up2), pyramid.out_conv3(up3)]

@@ -67,11 +67,7 @@ def overlay_cases(fold: Path, raw: Path) -> list[OverlayCase]:
 
 
 def make_figures(options: argparse.Namespace) -> None:
-    """Write curves, overlay and numbers.
-
-    Raises:
-        PluginError: a training has not finished.
-    """
+    """Write curves, overlay and numbers."""
     folds = {name: Path(folder) for name, _, folder in (run.partition("=") for run in options.run)}
     runs = {name: read_run(fold) for name, fold in folds.items()}
     save_curves(runs, options.out / f"{options.stem}_curves.png")

@@ -102,11 +102,10 @@ class Hospitals(Experiment):
 
     def train_arm(self, place: int, name: str, network: Network, arm: str) -> Path:
         """Make the dataset of an arm and train a network on it; return the model folder."""
-        if arm in ("A", "B"):
-            return self.train_on(name, network, arm, A if arm == "A" else B)
         if arm == "both":
             self.make(BOTH, "stunet merge-datasets", A.number, B.number)
-            return self.train_on(name, network, arm, BOTH)
+        if arm != "pseudo":
+            return self.train_on(name, network, arm, {"A": A, "B": B, "both": BOTH}[arm])
         pseudo = Dataset(PSEUDO_FROM + place, f"PseudoB_{name}")
         mixed = Dataset(MIXED_FROM + place, f"AWithPseudoB_{name}")
         teacher = self.train_on(name, network, "A", A)
@@ -184,9 +183,7 @@ def carry_out(options: argparse.Namespace) -> None:
         options.report.mkdir(parents=True, exist_ok=True)
         for file in FILES:
             # A report to be shown tells what was compared, not where it was on this machine.
-            content = (out / file).read_bytes()
-            if not file.endswith(".png"):
-                content = content.replace(f"{experiment.work}/".encode(), b"")
+            content = (out / file).read_bytes().replace(f"{experiment.work}/".encode(), b"")
             (options.report / file).write_bytes(content)
 
 

@@ -10,6 +10,7 @@ Data and way of training are those of ``volume_fusion.py``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -139,9 +140,8 @@ def candidates_of(options: argparse.Namespace) -> list[Candidate]:
     """Return what is ranked: per size random weights and two kinds of pretraining."""
     found = []
     for size in options.sizes:
-        found.append(Candidate(size, RANDOM))
-        kinds = (SUPERVISED, FUSION)
-        found += [Candidate(size, kind, share) for kind in kinds for share in options.shares]
+        pretrained = itertools.product((SUPERVISED, FUSION), options.shares)
+        found += [Candidate(size, RANDOM), *(Candidate(size, *one) for one in pretrained)]
     return found
 
 

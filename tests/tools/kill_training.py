@@ -141,9 +141,9 @@ def main() -> int:
     options.folder.mkdir(parents=True)
     plans = json.loads(options.plans.read_text())
     counts = kill_many(options.kills, plans, options.folder, options.seed, options.size)
-    versions = {"torch": torch.__version__, "nnunetv2": host_version()}
-    about = {"date": datetime.now(timezone.utc).isoformat(), "versions": versions}
-    write_atomically(options.json, json.dumps({**about, "size": options.size, **counts}, indent=1))
+    about = {"date": datetime.now(timezone.utc).isoformat(), "size": options.size}
+    about["versions"] = {"torch": torch.__version__, "nnunetv2": host_version()}
+    write_atomically(options.json, json.dumps({**about, **counts}, indent=1))
     return 1 if counts["did_not_load"] or counts["epochs_lost"] else 0
 
 
