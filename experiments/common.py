@@ -37,7 +37,7 @@ FILES = ("data", "work", "json", "figure", "figures", "report")
 NOT_KEPT = (*FILES, "dry_run", "groups", "arms", "networks", "only_cases")
 """Options that may differ between runs in one work folder."""
 
-Change = Callable[[sitk.Image], sitk.Image]
+Change, Variables = Callable[[sitk.Image], sitk.Image], dict[str, str]
 
 
 class Dataset(NamedTuple):
@@ -188,7 +188,7 @@ class Experiment:
             write_atomically(folder / "splits_final.json", json.dumps(splits))
             done.touch()
 
-    def training_options(self, iterations: int, seed: int, validation: int = 1) -> dict[str, str]:
+    def training_options(self, iterations: int, seed: int, validation: int = 1) -> Variables:
         """Return the variables of a training on labels, in whole epochs."""
         per_epoch = min(self.options.iterations_per_epoch, iterations)
         options = {
@@ -203,15 +203,17 @@ class Experiment:
         self,
         results: Path,
         dataset: Dataset,
-        trainer: str,
-        plans: str,
+        network: Network,
         fold: int | str,
-        options: dict[str, str],
+        options: Variables,
         weights: Path | None = None,
     ) -> Path:
         """Run, resume or only validate a training, whatever is left to do; return its folder."""
-        folder = results / dataset.folder / f"{trainer}__{plans}__{CONFIGURATION}" / f"fold_{fold}"
-        score = "pretext_score.json" if trainer.startswith("VolumeFusion") else "summary.json"
+        trained = f"{network.trainer}__{network.plans}__{CONFIGURATION}"
+        folder = results / dataset.folder / trained / f"fold_{fold}"
+        score = (
+            "pretext_score.json" if network.trainer.startswith("VolumeFusion") else "summary.json"
+        )
         if (folder / "validation" / score).is_file():
             return folder
         start: list[object] = ["-pretrained_weights", weights] if weights else []
@@ -219,7 +221,7 @@ class Experiment:
             start = ["--val"]
         elif (folder / "checkpoint_latest.pth").is_file():
             start = ["--c"]
-        names = f"{dataset.number} {CONFIGURATION} {fold} -tr {trainer} -p {plans}"
+        names = f"{dataset.number} {CONFIGURATION} {fold} -tr {network.trainer} -p {network.plans}"
         device = f"-device {self.options.device}"
         self.run("nnUNetv2_train", names, device, start, log=results / "log.txt", **options)
         return folder
@@ -295,6 +297,10 @@ def relabel(values: Sequence[int]) -> Change:
         return changed
 
     return change
+
+
+def folder_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def read_run(fold: Path) -> dict[str, Any]:

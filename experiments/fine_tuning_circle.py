@@ -62,7 +62,7 @@ PUBLISHED_NAMES = {
     r"decoder\.seg_layers\.": "seg_outputs.",
     r"\.shortcut\.": ".conv3.",
 }
-SIZE, PLANS = "small", "nnUNetPlans"
+SCRATCH, TUNED = Network("STUNetTrainer_small"), Network("STUNetTrainer_small_ft")
 
 
 def write_published(checkpoint: Path, file: Path) -> None:
@@ -121,7 +121,7 @@ class Circle(Experiment):
             copy_cases(self.data, target, self.validated, label=relabel(values))
             numbered = {name: value for value, name in enumerate(labels)}
             describe(self.data, target, len(self.validated), numbered)
-        self.preprocess(dataset, Network(f"STUNetTrainer_{SIZE}"), [{"train": train, "val": test}])
+        self.preprocess(dataset, SCRATCH, [{"train": train, "val": test}])
 
     def fine_tune(self) -> list[dict[str, Any]]:
         """Return a record of every fine-tuning and training from scratch."""
@@ -135,9 +135,8 @@ class Circle(Experiment):
             options = self.training_options(iterations, seed, validation=10)
             for task, (dataset, *_) in TASKS.items():
                 results = self.work / f"results_seed{seed}"
-                trainer = f"STUNetTrainer_{SIZE}"
-                scratch = self.train(results, dataset, trainer, PLANS, 0, options)
-                tuned = self.train(results, dataset, f"{trainer}_ft", PLANS, 0, options, weights)
+                scratch = self.train(results, dataset, SCRATCH, 0, options)
+                tuned = self.train(results, dataset, TUNED, 0, options, weights)
                 weights = tuned / "checkpoint_final.pth"
                 for start, fold in (("fine-tuned", tuned), ("from scratch", scratch)):
                     reached = {} if self.dry_run else read_run(fold)

@@ -98,7 +98,7 @@ class Hospitals(Experiment):
         self.preprocess(dataset, network, [{"train": cases, "val": cases[:2]}])
         options = self.training_options(self.options.iterations, self.options.seed)
         results = self.work / "training" / f"{name}_{arm}"
-        return self.train(results, dataset, network.trainer, network.plans, 0, options).parent
+        return self.train(results, dataset, network, 0, options).parent
 
     def train_arm(self, place: int, name: str, network: Network, arm: str) -> Path:
         """Make the dataset of an arm and train a network on it; return the model folder."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,12 @@ import seaborn as sns
 from common import (
     CONFIGURATION,
     Dataset,
+    Network,
     build_parser,
     copy_cases,
     describe,
+    folder_name,
+    networks,
     relabel,
     run_script,
     write_json,
@@ -69,7 +71,11 @@ class Candidate:
 
     @property
     def folder(self) -> str:
-        return "".join(letter if letter.isalnum() else "_" for letter in self.name)
+        return folder_name(self.name)
+
+    @property
+    def network(self) -> Network:
+        return networks(self.size)["stunet"]
 
 
 class RankingExperiment(FusionExperiment):
@@ -100,30 +106,26 @@ class RankingExperiment(FusionExperiment):
         iterations = max(int(self.options.pretrain_iterations * candidate.share), 1)
         options = self.training_options(iterations, 1)
         if candidate.kind == FUSION:
-            trainer = f"VolumeFusionTrainer_STUNet_{candidate.size}"
-            return self.pretrain(candidate.folder, options, trainer, PLANS)
+            return self.pretrain(candidate.folder, options, candidate.network)
         results = self.work / "pretraining" / candidate.folder
-        trainer = f"STUNetTrainer_{candidate.size}"
-        return self.train(results, UPSTREAM, trainer, PLANS, 0, options) / "checkpoint_final.pth"
+        fold = self.train(results, UPSTREAM, candidate.network, 0, options)
+        return fold / "checkpoint_final.pth"
 
     def dice_of(self, candidate: Candidate, seed: int) -> float | None:
         """Fine-tune on the labelled cases; return the mean Dice of the test cases."""
         results = self.work / "fine_tuning" / candidate.folder / f"seed_{seed}"
         options = self.training_options(self.options.fine_tune_iterations, seed)
         draw, weights = (seed, self.options.cases[0]), self.weights(candidate)
-        trainer = f"STUNetTrainer_{candidate.size}"
-        self.train_labelled(results, trainer, PLANS, draw, options, weights)
+        self.train_labelled(results, candidate.network, draw, options, weights)
         if self.dry_run:
             return None
-        return mean_scores(json.loads((results / "scores.json").read_text()))[DSC]
+        return mean_scores(read_json(results / "scores.json"))[DSC]
 
     def rank(self, candidates: Sequence[Candidate], seed: int) -> dict[str, Any]:
         """Score all candidates on the labelled cases of a seed, unless that is done."""
         cases = self.folds()[(seed, self.options.cases[0])]
-        given = [
-            f"{one.name}={self.weights(one) or f'random:STUNetTrainer_{one.size}'}"
-            for one in candidates
-        ]
+        weights = {one: self.weights(one) or f"random:{one.network.trainer}" for one in candidates}
+        given = [f"{one.name}={file}" for one, file in weights.items()]
         found: list[dict[str, Any]] = []
         for variant, more in (("averages", ""), ("sums", "--published-sums")):
             file = self.work / "ranking" / f"{variant}_seed_{seed}.json"

@@ -13,10 +13,9 @@ cases; the last checkpoint is scored, none is selected.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import (
@@ -24,10 +23,12 @@ from common import (
     Dataset,
     Experiment,
     Network,
+    Variables,
     build_parser,
     copy_cases,
     describe,
     draw_labelled,
+    folder_name,
     networks,
     relabel,
     run_script,
@@ -36,9 +37,12 @@ from rescale_features import write_rescaled
 from volume_fusion_report import score_run, write_report
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.utils.files import read_json
 
 UNLABELLED, LABELLED = Dataset(904, "HippocampusUnlabelled"), Dataset(905, "HippocampusFew")
-PRETRAININGS: dict[str, dict[str, str]] = {
+Draw = tuple[int, int]
+"""Seed and number of labelled cases."""
+PRETRAININGS: dict[str, Variables] = {
     "stunet": {},
     "stunet_2023": {"STUNET_VF_SCHEME": "2023"},
     "stunet_k1": {"STUNET_VF_CLASSES": "1"},
@@ -79,7 +83,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        return "".join(letter if letter.isalnum() else "_" for letter in self.name)
+        return folder_name(self.name)
 
 
 def _pair(network: str) -> tuple[Arm, Arm]:
@@ -115,7 +119,7 @@ class FusionExperiment(Experiment):
         super().__init__(options)
         self.networks = networks(options.size)
 
-    def folds(self) -> dict[tuple[int, int], list[str]]:
+    def folds(self) -> dict[Draw, list[str]]:
         """Return the labelled cases of each (seed, number of cases), in the order of the folds."""
         pool, counts = self.cases()[1], sorted(set(self.options.cases))
         return {
@@ -144,11 +148,12 @@ class FusionExperiment(Experiment):
         self.preprocess(UNLABELLED, network, [])
         self.preprocess(LABELLED, network, splits, plans_of=UNLABELLED)
 
-    def pretrain(self, name: str, options: dict[str, str], trainer: str, plans: str) -> Path:
+    def pretrain(self, name: str, options: Variables, network: Network) -> Path:
         """Pretrain on the scans unless that is done; return the checkpoint."""
         results = self.work / "pretraining" / name
         options.pop("STUNET_MIRRORING", None)
-        fold = self.train(results, UNLABELLED, trainer, plans, "all", options)
+        pretext = replace(network, trainer=network.pretext_trainer)
+        fold = self.train(results, UNLABELLED, pretext, "all", options)
         return fold / "checkpoint_final.pth"
 
     def starting_weights(self, arm: Arm) -> Path | None:
@@ -159,7 +164,7 @@ class FusionExperiment(Experiment):
         share = LONG if arm.pretraining == "stunet_long" else 1
         options = self.training_options(int(self.options.pretrain_iterations * share), 1, 5)
         options |= PRETRAININGS[arm.pretraining]
-        weights = self.pretrain(arm.pretraining, options, network.pretext_trainer, network.plans)
+        weights = self.pretrain(arm.pretraining, options, network)
         if not arm.rescaled:
             return weights
         rescaled = weights.with_name("checkpoint_rescaled.pth")
@@ -176,21 +181,15 @@ class FusionExperiment(Experiment):
             epochs = max(round(arm.warmup * int(options["STUNET_EPOCHS"])), 1)
             options["STUNET_WARMUP_EPOCHS"] = str(epochs)
         results = self.work / "fine_tuning" / arm.folder / f"cases_{count}_seed_{seed}"
-        trainer = network.trainer + arm.suffix
-        self.train_labelled(results, trainer, network.plans, (seed, count), options, weights)
+        trained = replace(network, trainer=network.trainer + arm.suffix)
+        self.train_labelled(results, trained, (seed, count), options, weights)
 
     def train_labelled(
-        self,
-        results: Path,
-        trainer: str,
-        plans: str,
-        draw: tuple[int, int],
-        options: dict[str, str],
-        weights: Path | None,
+        self, results: Path, network: Network, draw: Draw, options: Variables, weights: Path | None
     ) -> None:
         """Train on the labelled cases of a draw and write ``scores.json`` into ``results``."""
         number = list(self.folds()).index(draw)
-        fold = self.train(results, LABELLED, trainer, plans, number, options, weights)
+        fold = self.train(results, LABELLED, network, number, options, weights)
         if not self.dry_run:
             score_run(fold, self.raw / LABELLED.folder / "labelsTr", results / "scores.json")
 
@@ -210,7 +209,7 @@ def carry_out(options: argparse.Namespace) -> None:
         for arm in arms if count in wanted else ():
             experiment.fine_tune(arm, seed, count)
             if options.json is not None and not options.dry_run:
-                settings = json.loads((experiment.work / "settings.json").read_text())
+                settings = read_json(experiment.work / "settings.json")
                 write_report(experiment.work, ARMS, settings, options.json, options.figures)
 
 
