@@ -63,7 +63,7 @@ def check_voxels(array: np.ndarray) -> tuple[float, float, np.ndarray]:
     of the voxels (1D, about ``SAMPLED_VOXELS``)."""
     # NaN spreads through min and max, so they see all values that are not finite.
     low, high = float(array.min()), float(array.max())
-    limit = np.finfo(np.float32).max
+    limit = float(np.finfo(np.float32).max)
     if not -limit <= low <= high <= limit:
         raise UnusableError("not finite", "NaN or infinite values")
     if low == high:

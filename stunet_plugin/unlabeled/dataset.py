@@ -172,8 +172,7 @@ class Dataset:
         if record is None or record.status == FAILED or record.signature != source.signature:
             return False
         if record.reason != DUPLICATE:
-            # A series that a version before took may be seen to be wrong now.
-            return source.problem is None or record.status != CASE
+            return True
         image = self.files_of(record.case)[0]
         return is_in_place(image) or not os.path.lexists(image)
 

@@ -217,31 +217,36 @@ def test_further_folders_join_and_changes_are_followed(
     run: Run, tmp_path: Path, dataset: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    for seed in range(3):
-        write(first / f"{seed}.nrrd", mr_array(seed))
+    for seed, name in enumerate(("old", "changed", "touched", "closed")):
+        write(first / f"{name}.nrrd", mr_array(seed))
     assert run(first, np=1) == 0
-    before = snapshot(dataset / "labelsTr")
-    assert len(before) == 3
+    before, cases = snapshot(dataset / "labelsTr"), table(dataset)
+    assert len(before) == 4
 
-    write(second / "new.nii.gz", mr_array(3))
+    write(second / "new.nii.gz", mr_array(5))
     write(second / "known.nii.gz", mr_array(0))
-    write(first / "1.nrrd", mr_array(4))
-    os.utime(first / "2.nrrd")
-    (first / "0.nrrd").rename(first / "moved.nrrd")
+    write(first / "changed.nrrd", mr_array(4))
+    os.utime(first / "touched.nrrd")
+    (first / "old.nrrd").rename(first / "moved.nrrd")
+    (first / "closed.nrrd").unlink()
+    (first / "closed.nrrd").symlink_to("nowhere")
     assert run(first, second, np=2) == 0
-    cases = table(dataset)
-    # 0 was moved: its case leads to the new place now. 1 is another scan now, 2 was only touched.
-    assert set(cases) == {"moved.nrrd", "1.nrrd", "2.nrrd", "new.nii.gz"}
-    assert cases["new.nii.gz"]["image"] == "converted"
-    assert list(table(dataset, "skipped.csv")) == ["known.nii.gz"]
-    assert json.loads((dataset / "unlabeled" / "summary.json").read_text())["sources_missing"] == 0
-    assert description(dataset)["numTraining"] == 4
-    assert all(image.exists() for image in (dataset / "imagesTr").iterdir())
-    after = snapshot(dataset / "labelsTr")
-    touched, moved = (f"{cases[name]['case']}.nrrd" for name in ("2.nrrd", "moved.nrrd"))
-    assert after[touched] == before[touched]
-    assert after[moved][1] == before[moved][1]
-    assert len(after) == 4
+    after, found = snapshot(dataset / "labelsTr"), table(dataset)
+    names = ("moved.nrrd", "changed.nrrd", "touched.nrrd", "closed.nrrd", "new.nii.gz")
+    assert found.keys() == set(names)
+    assert found["touched.nrrd"] == cases["touched.nrrd"]
+    assert found["closed.nrrd"] == cases["closed.nrrd"], "what is out of reach for now stays"
+    assert found["moved.nrrd"] == cases["old.nrrd"] | {"source": str(first / "moved.nrrd")}
+    assert after.keys() == {f"{found[name]['case']}.nrrd" for name in names}
+    for name in ("touched.nrrd", "closed.nrrd"):
+        label = f"{found[name]['case']}.nrrd"
+        assert after[label] == before[label]
+    (row,) = table(dataset, "skipped.csv").values()
+    assert (row["source"], row["reason"]) == (str(second / "known.nii.gz"), "duplicate")
+    assert row["detail"] == f"same voxels as {found['moved.nrrd']['case']}"
+    assert json.loads((dataset / "unlabeled" / "summary.json").read_text())["sources_missing"] == 1
+    assert description(dataset)["numTraining"] == 5
+    assert sum(image.exists() for image in (dataset / "imagesTr").iterdir()) == 4
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import pytest
 from stunet_plugin.errors import PluginError
 from stunet_plugin.unlabeled.checks import MR
 from stunet_plugin.unlabeled.dataset import Dataset, Prepared
-from stunet_plugin.unlabeled.discovery import Source
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, SKIPPED, Manifest, Record
 from stunet_plugin.utils.workers import run_ordered
 
@@ -172,39 +171,6 @@ def test_a_kill_between_record_and_files_is_taken_back(
         assert list(dataset.manifest.records()) == expected
         assert dataset.files_of(second.case)[0].exists()
         assert dataset.manifest.cases == dataset.count_cases() == 2 - moved
-
-
-def test_copies_changes_and_absences(dataset: Dataset, tmp_path: Path) -> None:
-    scan = tmp_path / "a.nii"
-    scan.touch()
-    first = replace(case("a"), source=str(scan))
-    with dataset.opened():
-        dataset.commit(prepared(dataset, first))
-        before = snapshot(dataset.images), snapshot(dataset.labels)
-        copy = case("a")
-        for found in (prepared(dataset, copy), Prepared(replace(copy, source="/data/copy.nii"))):
-            record = dataset.commit(found)
-            assert (record.status, record.reason) == (SKIPPED, "duplicate")
-            assert record.detail == "same voxels as scan_a"
-        assert not list(dataset.temporary.iterdir())
-
-        touched = replace(first, signature="2", facts={})
-        assert dataset.commit(Prepared(touched)).facts == first.facts
-        source = Source(str(scan), signature="2")
-        assert dataset.is_done(source)
-        assert not dataset.is_done(replace(source, problem=("skewed axes", "20 degrees")))
-        dataset.commit(Prepared(Record(str(scan), "", FAILED, reason="cannot be opened")))
-        assert dataset.is_done(source), "what is out of reach for now stays"
-        assert (snapshot(dataset.images), snapshot(dataset.labels)) == before
-
-        changed = replace(case("c", "3"), source=str(scan))
-        dataset.commit(prepared(dataset, changed))
-        assert [path.name for path in dataset.images.iterdir()] == ["scan_c_0000.nii"]
-        assert [path.name for path in dataset.labels.iterdir()] == ["scan_c.nii"]
-        scan.unlink()
-        moved = dataset.commit(Prepared(replace(case("c"), facts={})))
-        assert (moved.status, moved.facts) == (CASE, changed.facts), "the table has the new place"
-        assert dataset.manifest.cases == 1
 
 
 def test_one_writer_at_a_time(dataset: Dataset) -> None:
