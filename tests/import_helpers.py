@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,6 @@ from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.nnunet.registration import trainers_folder
 
 STRIDES = [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 1, 2]]
-CONFIGURATION = "configurations/3d_fullres"
-STAGE = "plans/plans_per_stage/0"
-CT = {"mean": 100.0, "percentile_00_5": -900.0, "percentile_99_5": 800.0, "median": 90.0}
-CT_V1 = {**CT, "sd": 50.0, "mn": -1000.0, "mx": 3000.0}
 
 _TO_PUBLISHED = (
     (r"encoder\.stages\.", "conv_blocks_context."),
@@ -54,19 +49,15 @@ def published_weights(network: torch.nn.Module) -> OrderedDict[str, Any]:
 
 def v1_checkpoint(weights: dict[str, Any]) -> dict[str, Any]:
     """What nnU-Net v1 saves, numpy scalars included."""
-    losses = [np.float64(0.5), np.float64(0.4)]
     return {
         "epoch": 4000,
         "state_dict": weights,
         "optimizer_state_dict": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
-        "lr_scheduler_state_dict": None,
-        "plot_stuff": (losses, losses, [], losses),
         "best_stuff": (None, np.float64(0.3), np.float64(0.9)),
-        "amp_grad_scaler": {"scale": 65536.0},
     }
 
 
-def v1_plans(channels: int = 1, classes: int = 4) -> dict[str, Any]:
+def v1_plans(channels: int = 1) -> dict[str, Any]:
     """The ``.model.pkl`` of nnU-Net v1, in numpy as v1 writes it."""
     stage = {
         "batch_size": 2,
@@ -76,8 +67,6 @@ def v1_plans(channels: int = 1, classes: int = 4) -> dict[str, Any]:
         "pool_op_kernel_sizes": STRIDES[1:],
     }
     plans = {
-        "num_classes": classes,
-        "all_classes": list(range(1, classes + 1)),
         "modalities": dict.fromkeys(range(channels), "nonCT"),
         "normalization_schemes": OrderedDict.fromkeys(range(channels), "nonCT"),
         "use_mask_for_norm": OrderedDict.fromkeys(range(channels), False),
@@ -92,7 +81,7 @@ def v1_plans(channels: int = 1, classes: int = 4) -> dict[str, Any]:
 
 
 def v2_plans() -> dict[str, Any]:
-    """Plans of nnU-Net v2's default planner, cut to what matters."""
+    """Plans of nnU-Net v2's default planner."""
     configuration = {
         "data_identifier": "nnUNetPlans_3d_fullres",
         "batch_size": 2,
@@ -142,24 +131,6 @@ def with_changes(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
     return changed
 
 
-def endless() -> list[Any]:
-    """A few hundred bytes in a file, 2**60 values when written out."""
-    value: list[Any] = []
-    for _ in range(60):
-        value = [value, value]
-    return value
-
-
-def rewrite_zip(path: Path, replace: tuple[bytes, bytes] = (b"", b""), method: int = 0) -> None:
-    """Write a zip archive anew, with bytes of its ``data.pkl`` replaced or another compression."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, content in entries.items():
-            changed = content.replace(*replace) if name.endswith("data.pkl") else content
-            archive.writestr(name, changed)
-
-
 def read(folder: Path, name: str = "plans") -> dict[str, Any]:
     """A JSON file of a folder."""
     return json.loads((folder / f"{name}.json").read_text())
@@ -186,23 +157,3 @@ def load_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetPredictor
     predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
     predictor.network.eval()
     return predictor
-
-
-def write_planned_dataset(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Dataset 7 as nnU-Net leaves it after planning, in nnUNet_preprocessed; return its folder."""
-    folder = root / "preprocessed" / "Dataset007_Other"
-    folder.mkdir(parents=True)
-    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
-    changes = {
-        "dataset_name": folder.name,
-        "transpose_forward": [2, 0, 1],
-        "transpose_backward": [1, 2, 0],
-        "original_median_spacing_after_transp": [3.0, 1.0, 0.5],
-        "original_median_shape_after_transp": [40, 200, 300],
-        "experiment_planner_used": "ExperimentPlanner",
-    }
-    (folder / "nnUNetPlans.json").write_text(json.dumps(with_changes(v2_plans(), changes)))
-    channels, labels = {"0": "MRI"}, {"background": 0}
-    dataset = {"channel_names": channels, "labels": labels, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(dataset))
-    return folder

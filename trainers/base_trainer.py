@@ -333,7 +333,7 @@ def _read_pretrained(file: str, network: torch.nn.Module) -> tuple[dict[str, Any
     """Return the checkpoint, and the prefix that was stripped from the names of its weights."""
     checkpoint = pretrained.read_checkpoint(file, "-pretrained_weights")
     own_name = next(iter(network.state_dict()))
-    weights, prefix = strip_prefix(checkpoint["network_weights"], (own_name,))
+    weights, prefix = strip_prefix(checkpoint["network_weights"], own_name)
     return {**checkpoint, "network_weights": weights}, prefix
 
 

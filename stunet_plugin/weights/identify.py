@@ -1,6 +1,5 @@
-"""Identification of the network in a checkpoint, from its keys and shapes alone, so that a file's
-name and its metadata cannot disagree with them. What is particular to a network is in ``stunet.py``
-and ``misfm.py``."""
+"""Identification of the network in a checkpoint, from its keys and shapes alone, as names of files
+and metadata may be wrong. What is particular to a network is in ``stunet.py`` and ``misfm.py``."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ class Origin(Enum):
 
 
 _V1, _V2, _PYMIC = "state_dict", "network_weights", "model_state_dict"
-_WRITERS = {_V2: "nnU-Net v2", _V1: "nnU-Net v1", _PYMIC: "PyMIC"}
-"""Entries that hold the weights, and who names them so."""
+"""Entries that hold the weights in checkpoints of nnU-Net v1, v2 and of PyMIC."""
 _SIGNATURES = (
     (Origin.V1, _V1, "conv_blocks_context.0.0.conv1.weight"),
     (Origin.V2_PORT, _V2, "conv_blocks_context.0.0.conv1.weight"),
@@ -71,7 +69,7 @@ class NetworkWeights:
         published_size: whether the trainer builds these widths and depths from any plan.
         mode: anisotropy mode of a PCT-Net or FMUNet.
         plans_like: name of the plans that `stunet plan-like` makes for it.
-        features: channels per stage, full resolution first.
+        features: widths of the stages, full resolution first.
         input_weights: names of the tensors (width, channels, *kernel) that read the image channels.
         default_stem: how these are adapted to other image channels if the user does not say.
         outputs: of the segmentation heads, 0 where these were left out.
@@ -145,11 +143,11 @@ class NetworkWeights:
     def with_input_channels(self, channels: int, stem: str | None) -> NetworkWeights:
         """Return the weights for another number of image channels; N = M changes nothing.
 
-        With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M:
+        With M channels in the file and N wanted, each of the N gets m, the mean kernel over the M.
         ``repeat``: m itself, as the authors of STU-Net do. N copies of an image give N / M times
-        the old response; the instance norm behind conv1 takes that factor out again, the shortcut
-        has no norm, so its share in the first block grows by it. ``mean``: m * M / N, as nnU-Net's
-        loader of nnssl weights does. N copies of an image give exactly the old response.
+        the old response; the norm behind conv1 takes that out again, the shortcut has none.
+        ``mean``: m * M / N, as nnU-Net's loader of nnssl weights does. N copies of an image give
+        exactly the old response.
         """
         old, adapted = self.input_channels, dict(self.tensors)
         factor = old / channels if (stem or self.default_stem) == "mean" else 1.0
@@ -178,11 +176,8 @@ class NetworkWeights:
 
     def check_shapes(self) -> None:
         """Raise unless names and shapes are those of the network that the weights claim to be."""
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in self.network.state_dict().items()
-            if self.outputs or HEADS not in name
-        }
+        own = self.network.state_dict().items()
+        expected = {x: tuple(y.shape) for x, y in own if self.outputs or HEADS not in x}
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected]
         wrong = [
@@ -200,8 +195,8 @@ class NetworkWeights:
 
 
 def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) -> NetworkWeights:
-    """Read the network out of a checkpoint; refuse unknown networks and misfits. ``mode``: for a
-    file that holds all; ``any_mode``: read that by mode 0, where only sizes matter."""
+    """Read the network in a checkpoint; refuse unknown ones, and weights that do not fit theirs.
+    ``mode``: for a file that holds all; ``any_mode``: read that by mode 0, where any will do."""
     from stunet_plugin.weights.misfm import PRESETS, read_misfm
     from stunet_plugin.weights.stunet import read_stunet
 
@@ -223,50 +218,42 @@ def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) ->
 
 
 def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[str, Any]]:
-    """Return who wrote a checkpoint, and the weights without a wrapper's prefix (``module.`` of
-    data parallel training, ``_orig_mod.`` of torch.compile, a Lightning module's)."""
+    """Return who wrote a checkpoint, and the weights without a wrapper's prefix (of data parallel
+    training, torch.compile or Lightning)."""
     lightning = "pytorch-lightning_version" in checkpoint
     for origin, entry, name in _SIGNATURES:
         weights = checkpoint.get(_V1 if lightning else entry)
         if not isinstance(weights, dict):
             continue
-        weights, prefix = strip_prefix(plain_dict(weights), (name,))
+        weights, prefix = strip_prefix(plain_dict(weights), name)
         if name in weights:
             if prefix:
                 wrapper = " (Lightning checkpoint)" if lightning else ""
                 print(f"Prefix:       {prefix!r} stripped from all names{wrapper}")
             return origin, weights
     found = f"its entries are {few(list(map(str, checkpoint)))}"
-    for entry, writer in _WRITERS.items():
-        if isinstance(weights := checkpoint.get(entry), dict):
-            trainer = checkpoint.get("trainer_name")
-            by = f" of the trainer {trainer}" if isinstance(trainer, str) else ""
-            found = (
-                f"a {'Lightning' if lightning else writer} checkpoint{by} with the tensors"
-                f" {few(list(map(str, plain_dict(weights))), 2)}"
-            )
-            break
+    if isinstance(trainer := checkpoint.get("trainer_name"), str):
+        found += f", its trainer {trainer}"
+    held = next((x for x in map(checkpoint.get, (_V2, _V1, _PYMIC)) if isinstance(x, dict)), {})
+    if held:
+        found += f", its tensors {few(list(map(str, plain_dict(held))), 2)}"
     raise PluginError(f"{path} is a torch file, but holds no network that is known here: {found}.")
 
 
-def strip_prefix(
-    weights: Mapping[Any, Any], expected: tuple[str, ...]
-) -> tuple[dict[Any, Any], str]:
-    """Return weights without the prefix that all their names share before one of the expected
-    names, and the prefix, empty if there is none."""
-    for wanted in expected:
-        for name in weights:
-            if isinstance(name, str) and name.endswith(f".{wanted}"):
-                prefix = name.removesuffix(wanted)
-                if all(isinstance(one, str) and one.startswith(prefix) for one in weights):
-                    stripped = {one.removeprefix(prefix): value for one, value in weights.items()}
-                    return stripped, prefix
+def strip_prefix(weights: Mapping[Any, Any], expected: str) -> tuple[dict[Any, Any], str]:
+    """Return weights without the prefix that all their names share before the expected name, and
+    the prefix, empty if there is none."""
+    names = [name for name in weights if isinstance(name, str)]
+    for name in names:
+        prefix = name.removesuffix(expected)
+        if name.endswith(f".{expected}") and all(str(x).startswith(prefix) for x in weights):
+            return {x.removeprefix(prefix): weights[x] for x in names}, prefix
     return dict(weights), ""
 
 
 def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the bare tensors, without what a file may have attached to them; refuse all but
-    tensors of floating-point numbers (counters: of integers) that the file holds in full."""
+    """Return the tensors without what a file may have attached to them; refuse all but tensors of
+    floating-point numbers (counters: of integers) that the file holds in full."""
     import torch
 
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -282,9 +269,7 @@ def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
         # Strides of zero repeat one value: a small file would be written as a huge one.
         size = tensor.numel() * tensor.element_size()
         if size == 0 or size > tensor.untyped_storage().nbytes():
-            raise PluginError(
-                f"{name} claims {tensor.numel()} values, but the file holds another number of them."
-            )
+            raise PluginError(f"{name} claims {tensor.numel()} values, which the file lacks.")
         plain[name] = tensor
     return plain
 

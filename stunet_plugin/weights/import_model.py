@@ -1,7 +1,7 @@
 """Import of published weights: a checkpoint becomes a model folder of nnU-Net v2.
 
-PyMIC checkpoints say neither how images were prepared nor what outputs mean. Those of MIS-FM were
-trained on Volume Fusion, whose outputs mean nothing elsewhere: their heads are left out.
+PyMIC checkpoints say neither how images were prepared nor what outputs mean. The heads of a pretext
+task, as in those of MIS-FM, are left out.
 """
 
 from __future__ import annotations
@@ -36,31 +36,29 @@ from stunet_plugin.weights.source_plan import choose_plan
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
 
-INTENSITIES = "foreground_intensity_properties_per_channel"
-
 
 @dataclass(frozen=True)
 class _Model:
-    """What an import writes.
-
-    Attributes:
-        plan, labels: where they come from, for the record.
-        files: all but the checkpoint and the record.
-        advice: (what it does, command) of each thing to run next.
-    """
+    """What an import writes: ``files`` are all but the checkpoint and the record, which says where
+    ``plan`` and ``labels`` come from."""
 
     folder: Path
     weights: NetworkWeights
     plan: str
     labels: str
     init_args: dict[str, Any]
-    mirroring: tuple[int, ...] | None
     files: model_folder.Files
-    advice: tuple[tuple[str, str], ...]
 
 
 def import_checkpoint(options: Import) -> int:
-    """Import a checkpoint, and say what to run next; wrong input leaves nothing."""
+    """Do ``stunet import``; return the exit code."""
+    import_model(options)
+    return 0
+
+
+def import_model(options: Import) -> Path:
+    """Import a checkpoint and return its model folder; wrong input leaves nothing. What is found,
+    and what to run next, is printed."""
     if options.fold != "all" and not options.fold.isdigit():
         raise PluginError(f"--fold must be a number or 'all', not {options.fold!r}.")
     if options.in_channels is not None and options.in_channels < 1:
@@ -72,9 +70,9 @@ def import_checkpoint(options: Import) -> int:
     make = _pretext_model if _is_pretext(options, source, weights) else _segmentation_model
     model = make(options, source, weights)
     _write(options, source, weights, model)
-    for name, text in (("Model folder", str(model.folder)), *model.advice):
+    for name, text in (("Model folder", str(model.folder)), *_advice(options, model)):
         print(f"{name + ':':<14}{text}")
-    return 0
+    return model.folder
 
 
 def _write(options: Import, source: Source, weights: NetworkWeights, model: _Model) -> None:
@@ -88,7 +86,8 @@ def _write(options: Import, source: Source, weights: NetworkWeights, model: _Mod
     weights.check_finite(source.checkpoint)
     channels = options.in_channels or weights.input_channels
     written = model.weights.with_input_channels(channels, options.stem)
-    save = partial(model_folder.save_checkpoint, written, model.init_args, model.mirroring)
+    mirroring = _mirroring_axes(weights)
+    save = partial(model_folder.save_checkpoint, written, model.init_args, mirroring)
     model_folder.write_model_folder(model.folder, record, {**model.files, file: save}, file)
 
 
@@ -108,46 +107,29 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
     resolve(plans["configurations"][CONFIGURATION], weights.preset, weights.trainer)
     dataset = {
         "name": dataset_name,
-        "description": (
-            f"Labels and channels of the weights in {source.checkpoint.name}; there are no training"
-            " cases here."
-        ),
+        "description": f"Weights of {source.checkpoint.name}; there are no training cases here.",
         "channel_names": {str(channel): name for channel, name in enumerate(plan.channel_names)},
         **labels,
         "numTraining": 0,
         "file_ending": plan.file_ending,
     }
+    arguments = {
+        "plans": plans,
+        "configuration": CONFIGURATION,
+        "fold": int(options.fold) if options.fold.isdigit() else options.fold,
+        "dataset_json": dataset,
+    }
     note = "imported by `stunet import`; the training that wrote these weights left no such file"
     summary = {"note": note, "metric_per_case": [], "mean": {}}
-    fingerprint = {
-        "note": note,
-        "spacings": [list(plan.spacing)],
-        "shapes_after_crop": [list(plan.median_shape or plan.patch_size)],
-        INTENSITIES: plans[INTENSITIES],
-        "median_relative_size_after_cropping": 1.0,
+    files: model_folder.Files = {
+        "plans.json": plans,
+        "dataset.json": dataset,
+        # Without these three nnUNetv2_export_model_to_zip stops.
+        "dataset_fingerprint.json": {"note": note},
+        f"fold_{options.fold}/progress.png": _save_progress,
+        f"fold_{options.fold}/validation/summary.json": summary,
     }
-    return _Model(
-        folder,
-        weights,
-        plan.origin,
-        origin,
-        {
-            "plans": plans,
-            "configuration": CONFIGURATION,
-            "fold": int(options.fold) if options.fold.isdigit() else options.fold,
-            "dataset_json": dataset,
-        },
-        _mirroring_axes(weights),
-        {
-            "plans.json": plans,
-            "dataset.json": dataset,
-            # Without these three nnUNetv2_export_model_to_zip stops.
-            "dataset_fingerprint.json": fingerprint,
-            f"fold_{options.fold}/progress.png": _save_progress,
-            f"fold_{options.fold}/validation/summary.json": summary,
-        },
-        _advice(options, folder, weights),
-    )
+    return _Model(folder, weights, plan.origin, origin, arguments, files)
 
 
 def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:
@@ -159,24 +141,15 @@ def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> 
     number = weights.mode.number if weights.mode else 0
     name, model_name = f"{_name_of_file(source)}_mode{number}", f"__pretext__mode{number}"
     _, folder = model_folder.find_place(options, name, weights.trainer + model_name)
-    return _Model(
-        folder,
-        weights.without_heads(),
-        "none: weights of a pretext task",
-        "none: heads left out",
-        {"configuration": CONFIGURATION, "mode": number},
-        None,
-        {},
-        _advice(options, folder, weights, segments=False),
-    )
+    plan, labels = "none: weights of a pretext task", "none: heads left out"
+    arguments = {"configuration": CONFIGURATION, "mode": number}
+    return _Model(folder, weights.without_heads(), plan, labels, arguments, {})
 
 
 def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> bool:
-    """Return whether weights are those of a pretext task.
-
-    They are if the user says so (``--pretext``), or if a PyMIC checkpoint has the pretext task's
-    five outputs and the user gives neither a plan nor labels, which a segmentation model needs.
-    """
+    """Return whether weights are those of a pretext task: the user says so (``--pretext``), or a
+    PyMIC checkpoint has the pretext task's five outputs and the user gives neither a plan nor
+    labels, which a segmentation model needs."""
     file, pymic = source.checkpoint, weights.origin.pymic
     if VOLUME_FUSION_ENTRY in (weights.training_argument("dataset_json", dict) or {}):
         trainer = reprlib.repr(weights.checkpoint.get("trainer_name"))
@@ -232,30 +205,27 @@ def _name_of_file(source: Source) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", source.checkpoint.stem).lstrip("_-") or "imported"
 
 
-def _advice(
-    options: Import, folder: Path, weights: NetworkWeights, segments: bool = True
-) -> tuple[tuple[str, str], ...]:
+def _advice(options: Import, model: _Model) -> tuple[tuple[str, str], ...]:
     """Return (what it does, command) of each thing to run next."""
-    place, network = shlex.quote(str(folder)), weights.misfm
     import torch
 
+    weights, network, place = model.weights, model.weights.misfm, shlex.quote(str(model.folder))
     found = os.environ.get("nnUNet_extTrainer") or "registered" in registered(find_host()).values()
     first = () if found else (("First", "stunet register    # nnU-Net does not find our trainers"),)
-    file = shlex.quote(str(folder / f"fold_{options.fold}" / CHECKPOINT))
+    file = shlex.quote(str(model.folder / f"fold_{options.fold}" / CHECKPOINT))
     mode = f"must come to mode {weights.mode.number}" if weights.mode else ""
     train = (
         f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -tr {weights.trainer}_ft -pretrained_weights"
         f" {file}"
     )
-    if network and not segments:
+    if network and not weights.outputs:
         plan = (
             f"nnUNetv2_plan_experiment -d DATASET -pl {network.planner} && nnUNetv2_preprocess -d"
             f" DATASET -plans_name {network.plans} -c {CONFIGURATION}    # {mode}"
         )
         widths = (
             f'"features_per_stage": {list(weights.features)} into the arch_kwargs of'
-            f" {CONFIGURATION} in {network.plans}.json, since the planner takes the published"
-            " widths"
+            f" {CONFIGURATION} in {network.plans}.json (the planner takes the published widths)"
         )
         then = () if weights.published_size else (("Then write", widths),)
         return (*first, ("Plan", plan), *then, ("Fine-tune", f"{train} -p {network.plans}"))
@@ -271,18 +241,16 @@ def _advice(
 
 
 def _mirroring_axes(weights: NetworkWeights) -> tuple[int, ...] | None:
-    """Return axes that prediction may mirror: what an nnU-Net v2 checkpoint says, else all, as
-    every published training mirrors on all."""
+    """Return the axes for prediction that an nnU-Net v2 checkpoint names; published trainings
+    mirror on all."""
     known = range(DIMENSIONS)
     axes = weights.checkpoint.get("inference_allowed_mirroring_axes", tuple(known))
-    if axes is not None and not (
-        is_list(axes) and all(is_integer(axis) and axis in known for axis in axes)
-    ):
-        raise PluginError(
-            f"The checkpoint allows mirroring on {reprlib.repr(axes)}; expected some of"
-            f" {list(known)}."
-        )
-    return tuple(int(axis) for axis in axes) if axes else None
+    if axes is None:
+        return None
+    if not is_list(axes) or not all(is_integer(axis) and axis in known for axis in axes):
+        given = reprlib.repr(axes)
+        raise PluginError(f"The checkpoint allows mirroring on {given}, not on {list(known)}.")
+    return tuple(map(int, axes)) or None
 
 
 def _save_progress(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sources of weights: a local file, a model folder, a file on the Hugging Face hub
+"""Sources of weights: a file, a model folder, or on the Hugging Face hub
 (``hf://owner/repository/path``); what is known of the published ones."""
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ _WEB = re.compile(
 
 
 class Source(NamedTuple):
-    """A checkpoint on this machine: as the user named it, its file, and the ``.pkl`` of nnU-Net v1
-    beside it if there is one."""
+    """A checkpoint on this machine, and the ``.pkl`` of nnU-Net v1 beside it if there is one."""
 
-    given: str
     checkpoint: Path
-    plans_pickle: Path | None
+    plans_pickle: Path | None = None
 
 
 def find_source(given: str) -> Source:
@@ -51,7 +49,7 @@ def find_source(given: str) -> Source:
         raise PluginError(f"{given} is an address of the web. Run: {advice}")
     path = Path(given).expanduser()
     beside = path.parent / f"{path.name}{PLANS_SUFFIX}"
-    return Source(given, path, beside if beside.is_file() else None)
+    return Source(path, beside if beside.is_file() else None)
 
 
 def find_model(given: str) -> Source:
@@ -63,7 +61,7 @@ def find_model(given: str) -> Source:
         # The folder itself may be a fold.
         for found in (path / name, *sorted(path.glob(f"fold_*/{name}"))):
             if found.is_file():
-                return Source(given, found, None)
+                return Source(found)
     raise PluginError(
         f"{path} is no model folder: it has no fold_X/{CHECKPOINT}. Name the folder"
         " TRAINER__PLANS__CONFIGURATION in nnUNet_results, or a checkpoint file."
@@ -72,9 +70,7 @@ def find_model(given: str) -> Source:
 
 def published_facts() -> dict[str, Any]:
     """Return plan and labels of the published STU-Net weights."""
-    text = files("stunet_plugin").joinpath("data", FACTS).read_text()
-    facts: dict[str, Any] = json.loads(text)
-    return facts
+    return dict(json.loads(files("stunet_plugin").joinpath("data", FACTS).read_text()))
 
 
 def _download(given: str) -> Source:
@@ -95,8 +91,7 @@ def _download(given: str) -> Source:
     options = {} if is_reachable(HUB) else {"local_files_only": True}
 
     def get(name: str) -> Path:
-        place = {"repo_id": repository, "filename": name, "revision": revision}
-        return Path(client.hf_hub_download(**place, **options))
+        return Path(client.hf_hub_download(repository, name, revision=revision, **options))
 
     try:
         checkpoint = get(file)
@@ -109,11 +104,10 @@ def _download(given: str) -> Source:
             f" command again, which resumes; or give the path of {address}, downloaded by hand."
         ) from error
     try:
-        return Source(given, checkpoint, get(file + PLANS_SUFFIX))
-    except Exception as error:  # the file is optional, whatever the reason
-        name = f"{Path(file).name}{PLANS_SUFFIX}"
-        print(f"No {name} beside it on the hub ({type(error).__name__}).")
-        return Source(given, checkpoint, None)
+        return Source(checkpoint, get(file + PLANS_SUFFIX))
+    except Exception as error:  # it is optional
+        print(f"No {Path(file).name}{PLANS_SUFFIX} beside it on the hub ({type(error).__name__}).")
+        return Source(checkpoint)
 
 
 def is_reachable(address: str) -> bool:

@@ -19,8 +19,7 @@ PRESETS: dict[Origin, MISFMPreset] = {
     **dict.fromkeys((Origin.FMUNET, Origin.OWN_FMUNET), FMUNET),
 }
 
-# Our modules whose convolutions show the width of each level, those whose kernels show the mode,
-# and where the attention heads of levels 2 to 4 show.
+# Where the width of each level shows, the mode, and the attention heads of levels 2 to 4.
 _STEM = "encoder.stages.0.0.weight"
 _FIRST = {PCTNET: "1.conv.weight", FMUNET: "0.conv.weight"}
 _KERNEL = {PCTNET: "1.conv.weight", FMUNET: "1.units.0.conv.weight"}
@@ -31,11 +30,8 @@ _LAST_HEAD = f"decoder.seg_layers.{NUM_LEVELS - 2}.conv.weight"
 def read_misfm(
     origin: Origin, checkpoint: Mapping[str, Any], weights: dict[str, Any], wanted: int | None
 ) -> identify.NetworkWeights:
-    """Read sizes and mode off names and shapes of weights that were identified in a checkpoint.
-
-    A PyMIC checkpoint of PCT-Net holds all three anisotropy modes, so one must be wanted; all
-    others hold one, which their kernels tell.
-    """
+    """Read sizes and mode off names and shapes of weights that were identified in a checkpoint. One
+    of PyMIC and PCT-Net holds all three modes, so one must be wanted; the kernels tell others'."""
     preset, is_pctnet = PRESETS[origin], PRESETS[origin] is PCTNET
     tensors = _translate(origin, weights, wanted)
     levels = range(1, NUM_LEVELS)
@@ -47,10 +43,8 @@ def read_misfm(
     given = tuple(tuple(tensors[name].shape[2:]) for name in kernels)
     mode = next((mode for mode in MODES if mode.kernel_sizes[:2] == given), None)
     if mode is None:
-        raise PluginError(
-            f"the kernels of its first two levels are {list(map(list, given))}, which are those of"
-            " no mode."
-        )
+        kernels_given = list(map(list, given))
+        raise PluginError(f"the kernels of its first two levels, {kernels_given}, fit no mode.")
     if wanted not in (None, mode.number):
         raise PluginError(f"it is of mode {mode.number}, not {wanted}. Leave --mode out.")
     features = tuple(int(tensors[name].shape[0]) for name in widths)

@@ -1,8 +1,7 @@
-"""Parameter names of the published PCT-Net and FMUNet, translated to ours.
+"""Parameter names of the published PCT-Net and FMUNet (in PyMIC checkpoints), translated to ours.
 
-Published names are those of PyMIC checkpoints; in each follow the positions of norms, activations
-and convolutions. A file of PCT-Net holds the stems (``embeddings.MODE``) and heads
-(``pred_heads.MODE``) of all three anisotropy modes around one pyramid.
+A file of PCT-Net holds the stems (``embeddings.MODE``) and heads (``pred_heads.MODE``) of all three
+anisotropy modes around one pyramid.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ def _check_known(key: str, modules: Mapping[str, str], network: str) -> None:
 
 
 def _numbered(pairs: Mapping[str, str], names: Mapping[int, str]) -> dict[str, str]:
-    """Return table entries for the modules of published sequences that have parameters: their name
-    of the sequence to ours, position in it to our name."""
+    """Return our names of modules in published sequences. ``pairs``: name of a sequence to ours,
+    ``names``: position in it to our name."""
     return {
         f"{published}.{position}": f"{ours}.{name}"
         for published, ours in pairs.items()
@@ -80,24 +79,14 @@ _TRANSFORMER_BLOCK = {
 def _pctnet_modules(mode: int) -> dict[str, str]:
     """Our names of the modules that one mode uses; decoder steps are counted from the deepest."""
     stem, pyramid, head = f"embeddings.{mode}", "pyramid_ct", f"pred_heads.{mode}"
-    units = {
-        f"{stem}.down1.conv": "encoder.stages.1.1",
-        f"{stem}.down2.conv": "encoder.stages.2.1",
-        f"{pyramid}.down3.conv": "encoder.stages.3.1",
-        f"{pyramid}.down4.conv": "encoder.stages.4.1",
-        f"{pyramid}.up4.up": "decoder.ups.0",
-        f"{pyramid}.up4.conv": "decoder.merges.0",
-        f"{pyramid}.up3.up": "decoder.ups.1",
-        f"{pyramid}.up3.conv": "decoder.merges.1",
-        f"{head}.up2.up": "decoder.ups.2",
-        f"{head}.up2.conv": "decoder.merges.2",
-        f"{head}.up1.up": "decoder.ups.3",
-        f"{head}.up1.conv": "decoder.merges.3",
-        f"{pyramid}.out_conv3.conv": "decoder.seg_layers.0",
-        f"{pyramid}.out_conv2.conv": "decoder.seg_layers.1",
-        f"{head}.out_conv1.conv": "decoder.seg_layers.2",
-        f"{head}.out_conv0.conv": "decoder.seg_layers.3",
-    }
+    units = {}
+    for level in range(1, NUM_LEVELS):
+        step, shared = NUM_LEVELS - 1 - level, level > 2
+        down, up = (pyramid, pyramid) if shared else (stem, head)
+        units[f"{down}.down{level}.conv"] = f"encoder.stages.{level}.1"
+        units[f"{up}.up{level}.up"] = f"decoder.ups.{step}"
+        units[f"{up}.up{level}.conv"] = f"decoder.merges.{step}"
+        units[f"{up}.out_conv{level - 1}.conv"] = f"decoder.seg_layers.{step}"
     conv_blocks = {
         f"{stem}.conv0.conv_conv": "encoder.stages.0.1",
         f"{stem}.conv1.conv_conv": "encoder.stages.1.2",
@@ -156,53 +145,31 @@ def translate_pctnet(published: Mapping[str, Tensor], mode: int) -> dict[str, Te
     return translated
 
 
-# --- relative position tables of PCT-Net
+def translate_table(table: Tensor, window: int) -> Tensor:
+    """Return a published relative position table as ours for full windows of ``window``, one row
+    per offset; both are (rows, heads).
 
+    The quirk that the published weights depend on: with offsets (s, h, v) in a window of w, each
+    shifted to start at 0, the published row is ``s * (3w - 1) + h * (2w - 1) + v``, where
+    ``(2w - 1)^2`` would have kept the offsets apart. So offsets share rows, and most are never
+    read. We keep the function by giving each offset the row that it read. An offset in voxels means
+    the same in windows of all sizes; one that a smaller published window did not know takes the row
+    of the nearest that it did.
 
-def published_rows(window: int) -> Tensor:
-    """Return which row of a published table each offset reads, (2w - 1)^3 of them in the order of
-    our rows.
-
-    The quirk that the published weights depend on: with offsets (s, h, v), each shifted to start at
-    0, the published index is ``s * (3w - 1) + h * (2w - 1) + v``, where ``(2w - 1)^2`` would have
-    kept the offsets apart. So offsets share rows, and most rows are never read. We keep the
-    function by giving each offset the row that it read.
+    Raises:
+        PluginError: the table is that of no window, or of a larger one.
     """
-    shifted, rows = torch.arange(2 * window - 1), 2 * window - 1
-    index = shifted[:, None, None] * (3 * window - 1) + shifted[:, None] * rows + shifted
-    return index.flatten()
-
-
-def window_of_table(rows: int) -> int:
-    """Return the window that a table with so many rows was built for."""
-    window = (round(rows ** (1 / 3)) + 1) // 2
-    if rows < 1 or (2 * window - 1) ** 3 != rows:
+    rows = table.shape[0] if table.ndim else 0
+    known = (round(rows ** (1 / 3)) + 1) // 2
+    if rows < 1 or (2 * known - 1) ** 3 != rows:
         raise PluginError(
             f"A relative position table has (2w - 1)^3 rows; {rows} is none of 1, 27, 125, 343."
         )
-    return window
-
-
-def resample_table(table: Tensor, window: int) -> Tensor:
-    """Return the table for another window size: each offset keeps its row.
-
-    An offset in voxels means the same in windows of all sizes, so a smaller table is the middle of
-    a larger one, exactly. A larger one takes, for the offsets that the smaller did not know, the
-    row of the nearest offset that it did. Tables are (rows, heads), one row per offset.
-    """
-    known = window_of_table(table.shape[0])
-    offsets = torch.arange(1 - window, window).clamp(1 - known, known - 1) + known - 1
-    rows = 2 * known - 1
-    index = (offsets[:, None, None] * rows + offsets[:, None]) * rows + offsets
-    return table[index.flatten().to(table.device)]
-
-
-def translate_table(table: Tensor, window: int) -> Tensor:
-    """Return a published table as ours for full windows of ``window``; refuse larger ones."""
-    known = window_of_table(table.shape[0] if table.ndim else 0)
     if known > window:
         raise PluginError(f"Its attention windows are {known} voxels long, more than {window}.")
-    return resample_table(table[published_rows(known).to(table.device)], window)
+    nearest = torch.arange(1 - window, window).clamp(1 - known, known - 1) + known - 1
+    index = nearest[:, None, None] * (3 * known - 1) + nearest[:, None] * (2 * known - 1) + nearest
+    return table[index.flatten().to(table.device)]
 
 
 # --- FMUNet

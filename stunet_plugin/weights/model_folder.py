@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
+from stunet_plugin.nnunet.names import RESULTS
 from stunet_plugin.utils.files import flush, read_json, sha256_of
 from stunet_plugin.weights.identify import COUNTER, NetworkWeights
 
@@ -34,12 +34,9 @@ Files = Mapping[str, "dict[str, Any] | Callable[[Path], None]"]
 
 def find_place(options: Import, name: str, model_name: str) -> tuple[str, Path]:
     """Return ``DatasetXXX_NAME``, which nnU-Net must be able to take apart again, and the model
-    folder: ``--out``, or one in nnUNet_results.
+    folder: ``--out``, or ``model_name`` in nnUNet_results. ``--name`` comes before ``name``."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-    Args:
-        options: of the command; its name is taken before ``name``.
-        name, model_name: of the dataset, and of the folder below that of the dataset.
-    """
     name, number, results = options.name or name, options.dataset_id, os.environ.get(RESULTS)
     if not 1 <= number <= 999:
         raise PluginError(f"--dataset-id must be from 1 to 999, not {number}.")
@@ -57,14 +54,11 @@ def find_place(options: Import, name: str, model_name: str) -> tuple[str, Path]:
             " folder with --out."
         )
     # With two datasets of one ID nnU-Net would find neither.
-    for variable in (RESULTS, RAW, PREPROCESSED):
-        for path in Path(os.environ.get(variable) or results).glob(f"Dataset{number:03d}*"):
-            if path.is_dir() and path.name != dataset_name:
-                raise PluginError(
-                    f"{variable} has {path.name}, so {dataset_name} would be a second dataset with"
-                    " the same ID. Choose another --dataset-id, or the same name: --name"
-                    f" {path.name.partition('_')[2]}."
-                )
+    if others := [x for x in find_candidate_datasets(number) if x != dataset_name]:
+        raise PluginError(
+            f"{others[0]} is there, so {dataset_name} would be a second dataset with the same ID."
+            f" Choose another --dataset-id, or the same name: --name {others[0].partition('_')[2]}."
+        )
     return dataset_name, Path(results, dataset_name, model_name).absolute()
 
 
@@ -118,28 +112,22 @@ def write_model_folder(
 ) -> None:
     """Write all files into a new folder beside the target, then give it the target's name.
 
-    A crash leaves the target as it was. A folder that is there is set aside first, put back if the
-    renaming fails, and deleted last. The list of files and the hash of the ``checkpoint``, which is
-    one of them, are added to the record.
+    A crash leaves the target as it was. The list of files and the hash of the ``checkpoint``, which
+    is one of them, are added to the record.
     """
     made = [folder for folder in target.parents if not folder.exists()]
-    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in sorted(target.parent.glob(f"{_TEMPORARY}*")):
             print(f"Left over from a killed import: {leftover}. Delete it if no import is running.")
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
-        temporary.chmod(0o755)
-        for name, content in files.items():
-            _write(temporary / name, content)
-        sha256 = sha256_of(temporary / checkpoint)
-        _write(temporary / PROVENANCE, {**record, "files": sorted(files), _SHA256: sha256})
-        _put_in_place(temporary, target)
+        with _replacement(target) as new:
+            for name, content in files.items():
+                _write(new / name, content)
+            sha256 = sha256_of(new / checkpoint)
+            _write(new / PROVENANCE, {**record, "files": sorted(files), _SHA256: sha256})
     except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
-            # Only what this call made, and only if nobody has put anything into it since.
+            # Only if nobody has put anything into it since.
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         # torch's writer turns a full disk into a RuntimeError.
@@ -160,21 +148,26 @@ def _write(path: Path, content: dict[str, Any] | Callable[[Path], None]) -> None
     flush(path)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY)) / target.name
+@contextlib.contextmanager
+def _replacement(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which takes the target's place in the end. A target that is there is
+    set aside for that, put back if the renaming fails, and deleted last."""
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
+    new, old = temporary / "new", temporary / "old"
     try:
+        yield new
         if target.exists():
-            os.rename(target, aside)
+            os.rename(target, old)
         try:
-            os.rename(temporary, target)
+            os.rename(new, target)
         except BaseException:
-            if aside.exists():
-                os.rename(aside, target)
+            if old.exists():
+                os.rename(old, target)
             raise
     finally:
         # Not where the old folder could not be put back.
-        if target.exists() or not aside.exists():
-            shutil.rmtree(aside.parent, ignore_errors=True)
+        if target.exists() or not old.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -183,8 +176,8 @@ def save_checkpoint(
     mirroring: tuple[int, ...] | None,
     path: Path,
 ) -> None:
-    """Write an nnU-Net v2 checkpoint without a training behind it: plain Python and tensors, so
-    that it loads with ``weights_only=True``. ``mirroring``: axes that prediction may mirror."""
+    """Write an nnU-Net v2 checkpoint that loads with ``weights_only=True``. ``mirroring``: axes for
+    prediction."""
     import torch
 
     content = {

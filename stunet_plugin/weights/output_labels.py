@@ -14,7 +14,6 @@ from stunet_plugin.weights.locate import Source, published_facts
 from stunet_plugin.weights.source_plan import SourcePlan
 
 BACKGROUND = "background"
-_MAX_NAME = 200
 _MAX_VALUE = 2**16 - 1  # predictions are written with 16 bits
 
 
@@ -24,7 +23,7 @@ def choose_labels(
     plan: SourcePlan | None,
     given: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """Return ``labels``, with ``regions_class_order`` where there are regions, and where they come
+    """Return ``labels`` (and ``regions_class_order``, if there are regions), and where they come
     from: ``--labels``, the checkpoint, the published order, or numbers."""
     names = [BACKGROUND, *(f"class_{value}" for value in range(1, weights.outputs))]
     origin = "numbered, as the source has no names; give them with --labels"
@@ -78,7 +77,7 @@ def _from_file(content: dict[str, Any], origin: str) -> dict[str, Any]:
     if not content or not all(name.isdigit() for name in content):
         return _from_dataset({"labels": content}, origin)
     ordered = [content.get(str(value)) for value in range(len(content))]
-    if not all(isinstance(name, str) and 0 < len(name) <= _MAX_NAME for name in ordered):
+    if not all(isinstance(name, str) for name in ordered):
         raise PluginError(f"{origin}: expected names for the values 0 to {len(content) - 1}.")
     return _from_names(ordered, origin)
 
@@ -104,4 +103,4 @@ def _is_entry(entry: tuple[object, Any]) -> bool:
     name, value = entry
     values = value if is_list(value) else [value]
     fits = bool(values) and all(is_integer(one) and 0 <= one <= _MAX_VALUE for one in values)
-    return fits and isinstance(name, str) and 0 < len(name) <= _MAX_NAME
+    return fits and isinstance(name, str) and name != ""

@@ -1,8 +1,6 @@
 """Plan for a dataset that prepares its images as those of a pretrained model were: spacing,
 normalisation, patch and resampling of the model; labels, channels and fingerprint of the dataset.
-
-The authors of STU-Net fine-tune with the target's own plan; this is the other way.
-"""
+(The authors of STU-Net fine-tune with the target's own plan.)"""
 
 from __future__ import annotations
 
@@ -18,15 +16,13 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, PREPROCESSED
 from stunet_plugin.utils.files import read_json, write_atomically
-from stunet_plugin.utils.validation import Fields
+from stunet_plugin.utils.validation import Fields, channel_names
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import find_model
-from stunet_plugin.weights.source_plan import CT, SourcePlan, find_plan
+from stunet_plugin.weights.source_plan import CT, INTENSITIES, SourcePlan, find_plan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.plan_like import PlanLike
-
-_INTENSITIES = "foreground_intensity_properties_per_channel"
 
 
 def plan_like(options: PlanLike) -> int:
@@ -82,9 +78,8 @@ def _without_plan(options: PlanLike, weights: NetworkWeights) -> str:
 def _find_preprocessed(dataset_id: int) -> Path:
     root = os.environ.get(PREPROCESSED)
     if not root:
-        raise PluginError(
-            f"{PREPROCESSED} is not set. Set it: export {PREPROCESSED}=/path/to/{PREPROCESSED}"
-        )
+        advice = f"export {PREPROCESSED}=/path/to/{PREPROCESSED}"
+        raise PluginError(f"{PREPROCESSED} is not set. Set it: {advice}")
     found = list(Path(root).glob(f"Dataset{dataset_id:03d}_*/{PLANS_NAME}.json"))
     if len(found) != 1:
         raise PluginError(
@@ -98,10 +93,9 @@ def _find_preprocessed(dataset_id: int) -> Path:
 def _make_plans(
     model: SourcePlan, weights: NetworkWeights, base: Fields, dataset: Fields, name: str
 ) -> dict[str, Any]:
-    """Return the content of the plans file; ``base`` and ``dataset`` are ``nnUNetPlans.json`` and
-    ``dataset.json`` of the dataset."""
-    key = "channel_names" if "channel_names" in dataset else "modality"
-    channels = len(dataset.per_channel(key))
+    """Return the plans; ``base`` and ``dataset`` are the dataset's ``nnUNetPlans.json`` and
+    ``dataset.json``."""
+    channels = len(channel_names(dict(dataset.values), dataset.where))
     settings = set(zip(model.normalization, model.mask_for_norm, strict=True))
     if channels != model.channels and len(settings) > 1:
         raise PluginError(
@@ -123,10 +117,9 @@ def _make_plans(
     # Images are turned as in pretraining where the model's reader can read them.
     ending = str(dataset.get("file_ending", "")).lower()
     readable = not model.reader.startswith("Nibabel") or ending in NIFTI_ENDINGS
-    intensities = dict(base.fields(_INTENSITIES).values)
+    intensities = dict(base.fields(INTENSITIES).values)
     for channel, scheme in enumerate(model.normalization):
-        # The constants of this normalisation are part of it; all others take their numbers from
-        # each image.
+        # The constants of this normalisation are part of it; all others take each image's own.
         if scheme == CT:
             intensities[str(channel)] = dict(model.intensities[channel])
     plans = model.to_plans(weights, str(base.get("dataset_name")))
@@ -146,17 +139,14 @@ def _make_plans(
         "image_reader_writer": model.reader if readable else base.get("image_reader_writer"),
         "experiment_planner_used": base.get("experiment_planner_used"),
         "label_manager": base.get("label_manager"),
-        _INTENSITIES: intensities,
+        INTENSITIES: intensities,
     }
 
 
 def _check_name(folder: Path, name: str, force: bool) -> Path:
-    """Return the plan's file; raise if the name is unusable or taken, or another plan has its data
-    under it."""
+    """Return the plan's file; raise if its name, or that of its data, is unusable or taken."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or "__" in name:
-        raise PluginError(
-            f"--name may hold letters, digits, '.', '-' and single '_', not {name!r}."
-        )
+        raise PluginError(f"--name may hold letters, digits, '.', '-', single '_', not {name!r}.")
     if name in (PLANS_NAME, "dataset", "dataset_fingerprint", "splits_final"):
         raise PluginError(f"--name {name} would replace a file of nnU-Net. Choose another.")
     target = folder / f"{name}.json"

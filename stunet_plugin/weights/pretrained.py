@@ -16,7 +16,7 @@ VOLUME_FUSION_ENTRY = "volume_fusion"
 
 def read_checkpoint(file: str, what: str) -> dict[str, Any]:
     """Map a checkpoint of nnU-Net v2 into memory. nnU-Net's own loader unpickles the same file
-    next, so nothing would be gained by a stricter loader here."""
+    next, so a stricter one here would gain nothing."""
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         checkpoint: dict[str, Any] = torch.load(
@@ -36,9 +36,8 @@ def read_checkpoint(file: str, what: str) -> dict[str, Any]:
 def describe_mismatches(
     network: torch.nn.Module, weights: dict[str, torch.Tensor], heads_too: bool
 ) -> str:
-    """Describe how weights of a checkpoint differ from the network (which may be on the meta
-    device) in names and shapes, and what to do; empty if they fit. ``heads_too``: compare the
-    segmentation heads as well, which fine-tuning leaves out."""
+    """Describe how weights differ from the network (which may be on the meta device) in names and
+    shapes, and what to do; empty if they fit. ``heads_too``: fine-tuning leaves the heads out."""
     own = {
         name: tuple(value.shape)
         for name, value in network.state_dict().items()

@@ -1,13 +1,14 @@
 """Plan that weights were trained with: read from untrusted plans of nnU-Net v1 or v2, chosen, and
 written as a plans file of v2.
 
-Only values that are known and checked are taken over. Everything that nnU-Net looks up by name
-(normalisation, resampling, reader, and above all the network's class) is taken from a list or set
-by us, so no plan can make nnU-Net import a module.
+Only values that are known and checked are taken over. What nnU-Net looks up by name (normalisation,
+resampling, reader, and above all the network's class) is taken from a list or set by us, so no plan
+can make nnU-Net import a module.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 ZSCORE, CT = "ZScoreNormalization", "CTNormalization"
 NORMALIZATIONS = (ZSCORE, CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 
+INTENSITIES = "foreground_intensity_properties_per_channel"
+
 _ORDERS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 _RESAMPLE = "resample_data_or_seg_to_shape"
 RESAMPLING: dict[str, Any] = {
@@ -42,14 +45,15 @@ RESAMPLING: dict[str, Any] = {
 """nnU-Net's defaults, v1 and v2 alike: cubic for images, linear for labels and probabilities,
 nearest across thick slices."""
 
-INTENSITIES = {"max": "mx", "mean": "mean", "median": "median", "min": "mn", "std": "sd"} | {
-    name: name for name in ("percentile_00_5", "percentile_99_5")
-}
-"""Foreground statistics: nnU-Net v2's names to v1's."""
 _RESAMPLING_FUNCTIONS = (
-    *(_RESAMPLE, "resample_torch_simple", "resample_torch_fornnunet", "no_resampling_hack"),
+    _RESAMPLE,
+    "resample_torch_simple",
+    "resample_torch_fornnunet",
+    "no_resampling_hack",
 )
-IDENTITY = tuple(range(DIMENSIONS))
+_STATISTICS = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
+"""Of the foreground, as nnU-Net v2 names them."""
+_V1_NAMES = {"max": "mx", "min": "mn", "std": "sd"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,7 @@ class SourcePlan:
     channel_names: tuple[str, ...]
     intensities: tuple[dict[str, float], ...]
     batch_size: int = 2
-    transpose_forward: tuple[int, ...] = IDENTITY
-    transpose_backward: tuple[int, ...] = IDENTITY
+    transpose_forward: tuple[int, ...] = tuple(range(DIMENSIONS))
     median_shape: tuple[float, ...] | None = None
     batch_dice: bool = False
     reader: str = READERS[0]
@@ -88,8 +91,8 @@ class SourcePlan:
         return len(self.normalization)
 
     def strides(self, stages: int) -> Strides:
-        """Return the strides of a network with so many stages: the published topology cuts or pads
-        the poolings to its six, any other depth must be the plan's own."""
+        """Return the strides of a network with so many stages: six, as published, cut or pad the
+        poolings; any other number must be the plan's own."""
         full: Strides = ((1,) * DIMENSIONS, *self.poolings)
         if stages == NUM_STAGES:
             return published_strides(full)
@@ -101,8 +104,7 @@ class SourcePlan:
         return full
 
     def check_network(self, weights: NetworkWeights) -> None:
-        """Raise unless the plan is one for these weights: as many channels, and a patch that the
-        strides divide."""
+        """Raise unless the channels are those of the weights, and the strides divide the patch."""
         if self.channels != weights.input_channels:
             raise PluginError(
                 f"The weights take {weights.input_channels} image channels, but the plan"
@@ -133,7 +135,7 @@ class SourcePlan:
             "original_median_shape_after_transp": [round(size) for size in median_shape],
             "image_reader_writer": self.reader,
             "transpose_forward": list(self.transpose_forward),
-            "transpose_backward": list(self.transpose_backward),
+            "transpose_backward": list(map(self.transpose_forward.index, range(DIMENSIONS))),
             "configurations": {
                 CONFIGURATION: {
                     "data_identifier": f"{PLANS_NAME}_{CONFIGURATION}",
@@ -152,7 +154,7 @@ class SourcePlan:
             # nnU-Net looks this class up by name, so it must be one of its own.
             "experiment_planner_used": "ExperimentPlanner",
             "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel": {
+            INTENSITIES: {
                 str(channel): dict(values) for channel, values in enumerate(self.intensities)
             },
         }
@@ -225,8 +227,7 @@ def find_plan(
         return published if weights.origin is Origin.V1 else None
     if dataset:
         return _with_dataset(found, dataset, f"dataset_json in {source.checkpoint.name}")
-    # The .pkl of a published file says nothing about labels, but it is the published plan, whose
-    # labels are known.
+    # The .pkl of a published file says nothing about labels, but these are known.
     same = published and replace(found, origin=published.origin, published=True) == published
     return replace(found, published=bool(same))
 
@@ -253,7 +254,7 @@ def _with_options(plan: SourcePlan, options: Import) -> SourcePlan:
     if options.strides is not None:
         rows = [[int(x) if x.isdecimal() else x for x in row.split(",")] for row in options.strides]
         steps = Fields({"--strides": rows}, "the command line").strides("--strides", DIMENSIONS)
-        # Plans of v2 have a first entry of ones.
+        # Those of v2 begin with ones.
         changes["poolings"] = steps[1:] if set(steps[0]) == {1} else steps
     if changes:
         changes["origin"] = f"{plan.origin}, with options" if plan.origin else "the command line"
@@ -279,18 +280,13 @@ def read_plans_file(path: Path, configuration: str = CONFIGURATION) -> SourcePla
 
 def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
     """Translate the plans of nnU-Net v1: a ``.model.pkl`` (with ``plans`` and ``init``) or a bare
-    plans file.
-
-    v1 and v2 store spacing and patch alike (transposed), v1 leaves out the first stage's stride of
-    ones, and its scheme for every channel but CT and noNorm is a z-score per image.
-    """
+    plans file. v1 leaves out the first stage's stride of ones; its schemes but CT and noNorm are a
+    z-score per image."""
     plans = Fields(content.get("plans", content), where)
     if "plans_per_stage" not in plans:
-        raise PluginError(
-            f"{where} has no 'plans_per_stage', as the published plans.pkl. Take the .model.pkl of"
-            " the checkpoint, which has spacing and patch size."
-        )
-    # Arguments of the trainer: the fifth is batch_dice, the sixth the stage.
+        advice = "Take the .model.pkl of the checkpoint, which has spacing and patch size."
+        raise PluginError(f"{where} has no 'plans_per_stage', as the published plans.pkl. {advice}")
+    # Arguments of the trainer: the fifth is batch_dice, the sixth the stage; else the finest.
     trainer = content.get("init")
     batch_dice, wanted = trainer[4:6] if isinstance(trainer, tuple) and trainer[5:] else (False, "")
     stages = plans.per_channel("plans_per_stage")
@@ -303,12 +299,12 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
     normalization = tuple(known.get(str(scheme), ZSCORE) for scheme in schemes.values())
     # v1 has statistics for CT alone, and None for datasets without CT.
     properties = Fields(plans.get("dataset_properties", None) or {}, where)
-    given = bool(properties.get("intensityproperties", None))
+    given = properties.get("intensityproperties", None)
     table = Fields(properties.per_channel("intensityproperties") if given else {}, where)
     return SourcePlan(
         origin=where,
         poolings=stage.strides("pool_op_kernel_sizes", DIMENSIONS),
-        intensities=_intensities(table, normalization, INTENSITIES),
+        intensities=_intensities(table, normalization, _V1_NAMES),
         batch_dice=bool(batch_dice),
         **_common(plans, stage, normalization, plans.per_channel("modalities", schemes)),
     )
@@ -328,13 +324,12 @@ def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> 
         raise PluginError(f"{where}: the first stage's stride must be all ones, not {strides[0]}.")
     schemes = chosen.per_channel("normalization_schemes")
     normalization = tuple(Fields(schemes, where).choice(x, NORMALIZATIONS) for x in schemes)
-    key = "foreground_intensity_properties_per_channel"
     older = "foreground_intensity_properties_by_modality"
-    table = Fields(plans.get(key, plans.get(older, {})) or {}, f"{where}, {key}")
+    table = Fields(plans.get(INTENSITIES, plans.get(older, {})) or {}, f"{where}, {INTENSITIES}")
     return SourcePlan(
         origin=where,
         poolings=strides[1:],
-        intensities=_intensities(table, normalization, {name: name for name in INTENSITIES}),
+        intensities=_intensities(table, normalization, {}),
         batch_dice=chosen.boolean("batch_dice", False),
         reader=plans.choice("image_reader_writer", READERS, READERS[0]),
         resampling={key: _resampling(chosen, key) for key in RESAMPLING},
@@ -366,7 +361,6 @@ def _common(
         "channel_names": tuple(str(name)[:50] for name in names.values()),
         "mask_for_norm": tuple(Fields(masks, plans.where).boolean(channel) for channel in masks),
         "transpose_forward": plans.permutation("transpose_forward", DIMENSIONS),
-        "transpose_backward": plans.permutation("transpose_backward", DIMENSIONS),
         "median_shape": chosen.positives(median, DIMENSIONS, whole=False) if median else None,
     }
 
@@ -392,8 +386,7 @@ def _with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> S
     ending = fields.get("file_ending", plan.file_ending)
     if plan.reader.startswith("Nibabel") and ending not in NIFTI_ENDINGS:
         ending = NIFTI_ENDINGS[0]
-    plain = isinstance(ending, str) and ending.replace(".", "").isalnum()
-    if not plain or not ending.startswith("."):
+    if not re.fullmatch(r"(\.[A-Za-z0-9]+)+", str(ending)):
         raise fields.wrong("file_ending", "an ending such as .nii.gz")
     return replace(plan, file_ending=ending)
 
@@ -415,10 +408,10 @@ def _intensities(
     table: Fields, normalization: tuple[str, ...], names: Mapping[str, str]
 ) -> tuple[dict[str, float], ...]:
     """Return the foreground statistics of each channel; those of a CT are needed. ``names``: v2's
-    name of each to that in the table."""
+    name of a statistic to that in the table, where these differ."""
     found = []
     for channel, scheme in enumerate(normalization):
         entry = table.fields(str(channel), {})
-        wanted = {name: given for name, given in names.items() if scheme == CT or given in entry}
-        found.append({name: entry.number(given) for name, given in wanted.items()})
+        given = {name: names.get(name, name) for name in _STATISTICS}
+        found.append({x: entry.number(y) for x, y in given.items() if scheme == CT or y in entry})
     return tuple(found)

@@ -1,8 +1,5 @@
-"""STU-Net weights: read from checkpoints of any origin, published names translated.
-
-Published names are those of nnU-Net v1 checkpoints and the published v2 port; numbers are encoder
-stages, decoder steps from the deepest, and blocks; conv3 is the shortcut.
-"""
+"""STU-Net weights: read from checkpoints of any origin, published names (those of nnU-Net v1 and of
+the published v2 port) translated."""
 
 from __future__ import annotations
 
@@ -98,9 +95,8 @@ def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
         name = next((match.expand(ours) for match, ours in found if match), None)
         if name is None:
             raise PluginError(
-                f"{key!r} is not a parameter of the published STU-Net (expected"
-                " conv_blocks_context, upsample_layers, conv_blocks_localization or seg_outputs)."
-                " Is this the checkpoint of another network?"
+                f"{key!r} is no parameter of the published STU-Net (conv_blocks_context,"
+                " upsample_layers, conv_blocks_localization, seg_outputs). Is this another network?"
             )
         translated[name.replace(".conv3.", ".shortcut.")] = value
     return translated

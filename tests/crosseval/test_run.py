@@ -21,7 +21,7 @@ from stunet_plugin.cli import main
 from stunet_plugin.crosseval import predictions
 from stunet_plugin.inference.predictor import Model as TrainedModel
 
-from import_helpers import make_network, published_weights, v1_plans, write_v1
+from import_helpers import make_network, published_weights, write_v1
 
 SHAPE = (10, 14, 12)
 KIDNEYS = {"background": 0, "kidney": 1, "spleen": 2, "bone": 3}
@@ -53,7 +53,7 @@ def write_cases(
 def make_model(folder: Path, name: str, labels: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     weights = published_weights(make_network(outputs=len(labels)))
-    source = write_v1(folder / f"{name}.model", weights, v1_plans(classes=len(labels) - 1))
+    source = write_v1(folder / f"{name}.model", weights)
     assert main(["import", str(source), "--out", str(folder / name), "--labels", *labels]) == 0
 
 

@@ -22,7 +22,7 @@ from stunet_plugin.utils.files import read_json
 
 from conftest import Stunet
 from dataset_helpers import change_json, read_array, write_array
-from import_helpers import load_model, make_network, published_weights, v1_plans, write_v1
+from import_helpers import load_model, make_network, published_weights, write_v1
 from unlabeled_helpers import snapshot
 
 SYSTEM = LabelSystem.numbered("model", ["liver", "spleen"])
@@ -117,7 +117,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for head in network.decoder.seg_layers:
         # Random weights alone would be sure of nothing.
         head.weight.data *= 2
-    source = write_v1(root / "m.model", published_weights(network), v1_plans(classes=2))
+    source = write_v1(root / "m.model", published_weights(network))
     labels = ["--labels", "background", "liver", "spleen"]
     assert main(["import", str(source), "--out", str(root / "model"), *labels]) == 0
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from stunet_plugin.utils.images import read_label_map
 
 from damage import damaged_json
 from dataset_helpers import change_json, write_array
-from import_helpers import load_model, make_network, published_weights, v1_plans, write_v1
+from import_helpers import load_model, make_network, published_weights, write_v1
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Path:
     """A model folder with random weights."""
     torch.manual_seed(0)
     network = make_network(outputs=3)
-    source = write_v1(tmp_path / "m.model", published_weights(network), v1_plans(classes=2))
+    source = write_v1(tmp_path / "m.model", published_weights(network))
     assert main(["import", str(source), "--out", str(tmp_path / "model")]) == 0
     return tmp_path / "model"
 

@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import window_attention
 from stunet_plugin.networks.window_attention import WindowTransformer, offset_rows
-from stunet_plugin.weights.misfm_keys import (
-    published_rows,
-    resample_table,
-    translate_pctnet,
-    translate_table,
-    window_of_table,
-)
+from stunet_plugin.weights.misfm_keys import translate_pctnet, translate_table
 
 from network_helpers import plain_module, randomise
 
@@ -111,23 +104,9 @@ def test_published_tables_keep_their_function_whatever_window_they_were_built_fo
     ours = translate_table(table, 6)
     assert ours.shape == (11**3, HEADS)
     assert torch.equal(ours[offset_rows(window, 6)], published)
-    # The quirk: offsets share rows, so most of a table is never read.
-    assert published_rows(window).max() == (2 * window - 2) * (5 * window - 1)
-
-
-def test_tables_of_another_window_are_resampled() -> None:
-    table = torch.randn(11**3, HEADS)
-    assert torch.equal(resample_table(table, 6), table)
-    smaller = resample_table(table, 4)
-    cube, inner = table.reshape(11, 11, 11, HEADS), smaller.reshape(7, 7, 7, HEADS)
-    assert torch.equal(inner, cube[2:9, 2:9, 2:9])
-    # Offsets that the smaller window does not know take the nearest that it does.
-    larger = resample_table(smaller, 6)
-    assert torch.equal(resample_table(larger, 4), smaller)
-    assert torch.equal(larger.reshape(11, 11, 11, HEADS)[0, 5, 10], inner[0, 3, 6])
-    assert [window_of_table((2 * window - 1) ** 3) for window in (1, 2, 6, 7)] == [1, 2, 6, 7]
-    with pytest.raises(PluginError, match=r"1330 is none of"):
-        resample_table(torch.zeros(1330, 4), 6)
+    # Offsets that the window does not know take the nearest that it does.
+    cube = ours.reshape(11, 11, 11, HEADS)
+    assert torch.equal(cube[0, 5, 10], cube[6 - window, 5, 4 + window])
 
 
 @pytest.mark.slow

@@ -47,9 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes = {"background": 0, "dim": 1, "bright": 2}
     content = {"channel_names": {"0": "MRI"}, "labels": classes, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps(content))
-    plans = with_changes(
-        v1_plans(classes=2), {"plans/plans_per_stage/0/patch_size": np.array(SHAPE)}
-    )
+    plans = with_changes(v1_plans(), {"plans/plans_per_stage/0/patch_size": np.array(SHAPE)})
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         source = write_v1(root / f"{name}.model", published_weights(make_network(outputs=3)), plans)

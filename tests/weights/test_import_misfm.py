@@ -24,7 +24,7 @@ from network_helpers import SMALL, plain_module, randomise
 
 NETWORKS = {"PCTNet": PCTNet, "FMUNet": FMUNet}
 PATCHES = {0: (32, 32, 32), 1: (16, 32, 32), 2: (8, 32, 32)}
-SEGMENTS = "--spacing 1 1 1 --patch-size 16 32 32"
+SEGMENTS = "--spacing 3 1 1 --patch-size 16 32 32"
 QKV = "pyramid_ct.convtrans_d2.trans.blocks.0.attn.qkv.weight"
 TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
 COUNTER = "pyramid_ct.down3.conv.0.num_batches_tracked"
@@ -46,7 +46,6 @@ def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "iteration": 30000,
             "valid_pred": np.float64(0.8),
             "model_state_dict": {key: x for key, x in weights.items() if x is not None},
-            "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 1e-3}]},
         }
         torch.save(checkpoint, path := tmp_path / f"{network.lower()}_volf.pt")
         return path
@@ -65,13 +64,25 @@ def mismatches(network: nn.Module, folder: Path) -> str:
 
 @pytest.mark.parametrize(("network", "mode"), [("PCTNet", 0), ("PCTNet", 2), ("FMUNet", 1)])
 def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
-    published: Published, stunet: Stunet, tmp_path: Path, network: str, mode: int
+    published: Published, stunet: Stunet, nnunet_folders: Path, network: str, mode: int
 ) -> None:
-    out, option = tmp_path / "model", f"--mode {mode}" if network == "PCTNet" else ""
-    said = stunet("import", published(network, mode), "--out", out, option)
+    source, is_pctnet = published(network, mode), network == "PCTNet"
+    said = stunet("inspect", source)
+    assert f"PyMIC checkpoint of {'PCT-Net' if is_pctnet else network}" in said
+    assert "1 input channel(s), 5 outputs" in said
+    assert "30000" in said
+    assert ("--mode N" in said) == is_pctnet
+    assert ("in mode 1" in said) == (not is_pctnet)
+
+    said = stunet("import", source, "--dataset-id 103", f"--mode {mode}" if is_pctnet else "")
+    out = nnunet_folders / "nnUNet_results" / f"Dataset103_{network.lower()}_volf_mode{mode}"
+    out /= f"{network}Trainer__pretext__mode{mode}"
     assert f"-tr {network}Trainer_ft -pretrained_weights {helpers.checkpoint_of(out)}" in said
     assert f"-pl {network}Planner" in said
     assert '"features_per_stage": [4, 8, 16, 32, 64]' in said, "not the widths of the planner"
+    said = stunet("inspect", out)
+    assert "heads left out" in said
+    assert f"fine-tune with the dataset's own, of {network}Planner" in said
     checkpoint = helpers.checkpoint_in(out)
     weights = checkpoint["network_weights"]
     assert checkpoint["trainer_name"] == f"{network}Trainer"
@@ -88,7 +99,6 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     with torch.device("meta"):
         wider = NETWORKS[network](1, 3, mode, features_per_stage=(8, 16, 32, 64, 128))
     assert "other widths" in mismatches(wider, out)
-    assert "heads left out" in stunet("inspect", out)
 
 
 @pytest.mark.shared
@@ -146,17 +156,7 @@ def test_other_image_channels(published: Published, stunet: Stunet, network: str
     assert "--in-channels 4" in mismatches(four, models[0])
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_inspect(published: Published, stunet: Stunet, network: str) -> None:
-    said = stunet("inspect", published(network, 2))
-    assert f"PyMIC checkpoint of {'PCT-Net' if network == 'PCTNet' else network}" in said
-    assert "1 input channel(s), 5 outputs" in said
-    assert "30000" in said
-    assert ("--mode N" in said) == (network == "PCTNet")
-    assert ("in mode 2" in said) == (network == "FMUNet")
-
-
-def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet) -> None:
+def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet, tmp_path: Path) -> None:
     file = helpers.checkpoint_of(stunet.model(published("PCTNet", 1), "--mode 1", SEGMENTS))
     said = stunet("inspect", file)
     assert "nnU-Net v2 checkpoint of this plugin's PCT-Net" in said
@@ -165,43 +165,45 @@ def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet) -> N
     assert "mode 1, not 2" in stunet.refuse_import(file, "--mode 2")
     content = torch.load(file, weights_only=True)
     weights = content["network_weights"]
-    table = next(name for name in weights if name.endswith(".relative_position_bias_table"))
-    for changed, reason in (({table: weights[table][:, :3]}, "num_heads must"), ({}, "missing")):
-        changes = {"network_weights": {key: weights[key] for key in weights if key != table}}
-        changes["network_weights"] |= changed
-        torch.save(content | changes, file)
+    name = next(name for name in weights if name.endswith(".relative_position_bias_table"))
+    table = weights.pop(name)
+    for changed, reason in (({name: table[:, :3]}, "num_heads must"), ({}, "missing")):
+        torch.save(content | {"network_weights": weights | changed}, file)
         assert reason in stunet.refuse_import(file)
 
+    pretext = {
+        "network_weights": small_network("FMUNet", 1).state_dict(),
+        "init_args": {"dataset_json": {"volume_fusion": {"classes": 4}}},
+    }
+    torch.save(pretext, file := tmp_path / "checkpoint_final.pth")
+    assert f"-pretrained_weights {file}" in stunet.refuse_import(file)
 
-@pytest.mark.parametrize(
-    ("network", "mode", "patch"), [("PCTNet", 1, [16, 32, 32]), ("FMUNet", 0, [32, 32, 32])]
-)
+
+@pytest.mark.parametrize(("network", "mode"), [("PCTNet", 1), ("FMUNet", 0)])
 def test_plans_like_a_segmentation_model(
-    published: Published, network: str, mode: int, patch: list[int], stunet: Stunet
+    published: Published, network: str, mode: int, stunet: Stunet, planned: Path
 ) -> None:
     """The plan has the model's spacing, patch and widths, so that the weights fit what a trainer
     builds for it."""
-    folder = helpers.write_planned_dataset(stunet.folder, stunet.patch)
     option = f"--mode {mode}" if network == "PCTNet" else ""
-    source = published(network, mode)
-    model = stunet.model(source, "--spacing 3 1 1 --patch-size", *patch, option)
+    patch = ("--spacing 3 1 1 --patch-size", *PATCHES[mode])
+    model = stunet.model(published(network, mode), *patch, option)
     name = f"{network}Plans_like_mode{mode}"
     said = stunet("plan-like", model, "-d 7")
     assert f"-p {name} -tr {network}Trainer_ft -pretrained_weights" in said
-    written = helpers.configuration(folder, name)
-    assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], patch)
+    written = helpers.configuration(planned, name)
+    assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], list(PATCHES[mode]))
     assert written["median_image_size_in_voxels"] == [200 / 3, 150, 120]
-    manager = PlansManager(helpers.read(folder, name))
+    manager = PlansManager(helpers.read(planned, name))
     chosen = manager.get_configuration("3d_fullres")
     built = build_network(f"{network}Trainer", manager, chosen, 1, 3, deep_supervision=True)
     assert mismatches(built, model) == ""
 
 
+@pytest.mark.usefixtures("planned")
 def test_what_has_no_plan_says_what_to_do(published: Published, stunet: Stunet) -> None:
-    helpers.write_planned_dataset(stunet.folder, stunet.patch)
     source = published("PCTNet", 1)
     pretext = stunet.model(source, "--mode 1")
-    assert "fine-tune with the dataset's own, of PCTNetPlanner" in stunet("inspect", pretext)
     for given, advice in (
         (pretext, "nnUNetv2_plan_and_preprocess -d 7"),
         (source, "--spacing Z Y X --patch-size Z Y X"),
@@ -209,26 +211,6 @@ def test_what_has_no_plan_says_what_to_do(published: Published, stunet: Stunet) 
         message = stunet.refuse("plan-like", given, "-d 7")
         assert "has no plan" in message
         assert advice in message
-
-
-def test_a_pretext_checkpoint_of_ours_is_not_imported(stunet: Stunet, tmp_path: Path) -> None:
-    content = {
-        "network_weights": small_network("FMUNet", 1).state_dict(),
-        "trainer_name": "VolumeFusionTrainer_FMUNet",
-        "init_args": {"dataset_json": {"volume_fusion": {"classes": 4}}},
-    }
-    torch.save(content, file := tmp_path / "checkpoint_final.pth")
-    assert f"-pretrained_weights {file}" in stunet.refuse_import(file)
-
-
-def test_default_place_in_nnunet_results(
-    published: Published, stunet: Stunet, nnunet_folders: Path
-) -> None:
-    stunet("import", published("PCTNet", 0), "--mode 2 --dataset-id 103")
-    dataset = nnunet_folders / "nnUNet_results" / "Dataset103_pctnet_volf_mode2"
-    folder = dataset / "PCTNetTrainer__pretext__mode2"
-    assert helpers.checkpoint_in(folder)["init_args"]["mode"] == 2
-    assert helpers.read(folder, "provenance")["format"] == "PyMIC checkpoint of PCT-Net"
 
 
 @pytest.mark.parametrize(

@@ -21,26 +21,36 @@ from skimage.transform import resize
 import import_helpers as helpers
 from conftest import Stunet
 
-DATASET = {
-    "channel_names": {"0": "MRI"},
-    "labels": {name: value for value, name in enumerate(("background", *"abcd"))},
-    "file_ending": ".nrrd",
-}
+LABELS = {name: value for value, name in enumerate(("background", *"abcd"))}
+DATASET = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nrrd"}
+INTENSITIES = "foreground_intensity_properties_per_channel"
+V1, STAGE, V2 = "plans", "plans/plans_per_stage/0", "configurations/3d_fullres"
+"""Where in the plans of either version their values are."""
 
 
 def strides_of(model: Path) -> list[list[int]]:
     return helpers.configuration(model)["architecture"]["arch_kwargs"]["strides"]
 
 
-def test_v1_ct_keeps_its_intensities(stunet: Stunet, tiny: Path) -> None:
-    plans = helpers.v1_plans()["plans"]
-    plans["normalization_schemes"] = {0: "CT"}
-    statistics = {0: {**helpers.CT_V1, "local_props": {"case": 1}}}
-    plans["dataset_properties"] = {"intensityproperties": statistics}
-    model = stunet.model(helpers.write_v1(tiny, plans=plans))
-    assert helpers.configuration(model)["normalization_schemes"] == ["CTNormalization"]
-    expected = {**helpers.CT, "std": 50.0, "min": -1000.0, "max": 3000.0}
-    assert helpers.read(model)["foreground_intensity_properties_per_channel"] == {"0": expected}
+def with_v1_plans(tiny: Path, changes: dict[str, Any]) -> Path:
+    return helpers.write_v1(tiny, plans=helpers.with_changes(helpers.v1_plans(), changes))
+
+
+def test_ct_keeps_its_intensities(stunet: Stunet, tiny: Path, planned: Path) -> None:
+    """They belong to the normalisation, so `stunet plan-like` takes them too."""
+    given = {"mean": 100.0, "percentile_00_5": -900.0, "percentile_99_5": 800.0, "median": 90.0}
+    statistics = {0: {**given, "sd": 50.0, "mn": -1000.0, "mx": 3000.0, "local_props": {"a": 1}}}
+    changes = {
+        f"{V1}/normalization_schemes": {0: "CT"},
+        f"{V1}/dataset_properties": {"intensityproperties": statistics},
+    }
+    model = stunet.model(with_v1_plans(tiny, changes))
+    stunet("plan-like", model, "-d 7")
+    expected = {**given, "std": 50.0, "min": -1000.0, "max": 3000.0}
+    for folder, name in ((model, "plans"), (planned, NAME)):
+        written = helpers.configuration(folder, name)
+        assert written["normalization_schemes"] == ["CTNormalization"]
+        assert helpers.read(folder, name)[INTENSITIES] == {"0": expected}
 
 
 def test_v1_stage_and_batch_dice_come_from_the_trainer(stunet: Stunet, tiny: Path) -> None:
@@ -59,45 +69,36 @@ def test_v1_stage_and_batch_dice_come_from_the_trainer(stunet: Stunet, tiny: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        ({"plans/normalization_schemes": {0: "CT2"}}, "CT2"),
-        ({"plans/normalization_schemes": {0: "CT"}}, "'mx'"),
-        ({"plans/normalization_schemes": {0: "nonCT", 1: "nonCT"}}, "2 normalisation schemes"),
-        ({"plans/normalization_schemes": {1: "nonCT"}}, "channels 0, 1"),
-        ({"plans/transpose_forward": [0, 0, 2]}, "transpose_forward"),
-        ({f"{helpers.STAGE}/current_spacing": [1.5, 0, 1.5]}, "3 positive numbers"),
-        ({f"{helpers.STAGE}/patch_size": [32, 32]}, "3 positive whole numbers"),
-        ({f"{helpers.STAGE}/patch_size": [32, 32, 63]}, "divisible by [16, 16, 32]"),
-        ({f"{helpers.STAGE}/patch_size": [16, 16, 32]}, "single voxel"),
-        ({f"{helpers.STAGE}/batch_size": 0}, "at least 1"),
-        ({f"{helpers.STAGE}/pool_op_kernel_sizes": [[2, 2, 2]] * 20_000}, "pool_op_kernel_sizes"),
-        ({"plans/plans_per_stage": {0: 5}}, "not a table"),
-        (
-            {"plans": helpers.v1_plans(channels=2)["plans"]},
-            "image channels, but the plan (tiny.model.pkl) has 2",
-        ),
-        ({"plans": {"num_classes": 4}}, "'plans_per_stage'"),
+        ({f"{V1}/normalization_schemes": {0: "CT2"}}, "CT2"),
+        ({f"{V1}/normalization_schemes": {0: "CT"}}, "'mx'"),
+        ({f"{V1}/normalization_schemes": {0: "nonCT", 1: "nonCT"}}, "2 normalisation schemes"),
+        ({f"{V1}/normalization_schemes": {1: "nonCT"}}, "channels 0, 1"),
+        ({f"{V1}/transpose_forward": [0, 0, 2]}, "transpose_forward"),
+        ({f"{STAGE}/current_spacing": [1.5, 0, 1.5]}, "3 positive numbers"),
+        ({f"{STAGE}/patch_size": [32, 32]}, "3 positive whole numbers"),
+        ({f"{STAGE}/patch_size": [32, 32, 63]}, "divisible by [16, 16, 32]"),
+        ({f"{STAGE}/patch_size": [16, 16, 32]}, "single voxel"),
+        ({f"{STAGE}/batch_size": 0}, "at least 1"),
+        ({f"{STAGE}/pool_op_kernel_sizes": [[2, 2, 2]] * 20_000}, "pool_op_kernel_sizes"),
+        ({f"{V1}/plans_per_stage": {0: 5}}, "not a table"),
+        ({V1: helpers.v1_plans(channels=2)["plans"]}, "but the plan (tiny.model.pkl) has 2"),
+        ({V1: {"num_classes": 4}}, "'plans_per_stage'"),
     ],
 )
 def test_v1_plans_that_make_no_sense_are_refused(
-    change: dict[str, Any], message: str, stunet: Stunet, tiny: Path
+    changes: dict[str, Any], message: str, stunet: Stunet, tiny: Path
 ) -> None:
-    helpers.write_v1(tiny, plans=helpers.with_changes(helpers.v1_plans(), change))
-    assert message in stunet.refuse_import(tiny)
+    assert message in stunet.refuse_import(with_v1_plans(tiny, changes))
 
 
 @pytest.mark.parametrize("poolings", [3, 7])
 def test_poolings_are_cut_or_padded_to_the_published_five(
     poolings: int, stunet: Stunet, tiny: Path
 ) -> None:
-    change = {
-        f"{helpers.STAGE}/pool_op_kernel_sizes": [[1, 2, 2]] * poolings,
-        f"{helpers.STAGE}/patch_size": [32, 128, 128],
-    }
-    model = stunet.model(
-        helpers.write_v1(tiny, plans=helpers.with_changes(helpers.v1_plans(), change))
-    )
+    pooled = {f"{STAGE}/pool_op_kernel_sizes": [[1, 2, 2]] * poolings}
+    model = stunet.model(with_v1_plans(tiny, {**pooled, f"{STAGE}/patch_size": [32, 128, 128]}))
     padding = [[1, 1, 1]] * max(0, 5 - poolings)
     assert strides_of(model) == [[1, 1, 1]] + [[1, 2, 2]] * min(poolings, 5) + padding
 
@@ -112,7 +113,6 @@ def port_checkpoint(path: Path, plans: Any = None, dataset: Any = None, **more: 
         "network_weights": helpers.published_weights(helpers.make_network()),
         "init_args": {"configuration": "3d_fullres", "fold": 0, **arguments},
         "trainer_name": "STUNetTrainer_base_ft",
-        "_best_ema": np.float64(0.8),
     }
     torch.save({**content, **more}, path)
     return path
@@ -122,25 +122,23 @@ def test_port_brings_its_plan_and_labels_but_not_its_network(
     stunet: Stunet, tmp_path: Path
 ) -> None:
     """nnU-Net imports the class that a plan names, so an imported plan always names ours."""
-    network = f"{helpers.CONFIGURATION}/architecture/network_class_name"
-    evil = {network: "os.system", "label_manager": "Evil"}
+    evil = {f"{V2}/architecture/network_class_name": "os.system", "label_manager": "Evil"}
     model = stunet.model(port_checkpoint(tmp_path / "x.pth", evil), "--dataset-id 4 --name Heart")
     given, plans = helpers.v2_plans()["configurations"]["3d_fullres"], helpers.read(model)
+    (written,) = plans["configurations"].values()
     taken = ("spacing", "patch_size", "batch_size", "normalization_schemes", "batch_dice")
     for key in (*taken, "use_mask_for_norm"):
-        assert helpers.configuration(model)[key] == given[key]
-    network = helpers.configuration(model)["architecture"]["network_class_name"]
-    assert network == "stunet_plugin.networks.stunet.STUNet"
-    assert list(plans["configurations"]) == ["3d_fullres"]
+        assert written[key] == given[key]
+    assert written["architecture"]["network_class_name"] == "stunet_plugin.networks.stunet.STUNet"
     assert plans["image_reader_writer"] == "SimpleITKIO", "as in its training"
-    assert plans["foreground_intensity_properties_per_channel"] == {"0": {"mean": 10.0, "std": 2.0}}
+    assert plans[INTENSITIES] == {"0": {"mean": 10.0, "std": 2.0}}
     dataset = helpers.read(model, "dataset")
     assert {key: dataset[key] for key in DATASET} == DATASET
     checkpoint = helpers.checkpoint_in(model)
     assert checkpoint["trainer_name"] == "STUNetTrainer_tiny", "the weights' size, not the name's"
-    written = json.dumps(plans) + json.dumps(checkpoint["init_args"])
-    assert "os.system" not in written
-    assert "Evil" not in written
+    text = json.dumps(plans) + json.dumps(checkpoint["init_args"])
+    assert "os.system" not in text
+    assert "Evil" not in text
 
 
 def test_plans_before_2_3_and_inherited_configurations_are_read(stunet: Stunet, tiny: Path) -> None:
@@ -162,30 +160,16 @@ FLAT = {"arch_kwargs": {"strides": [[2, 2, 2]] * 6}}
 @pytest.mark.parametrize(
     ("plans", "dataset", "message"),
     [
-        (
-            {f"{helpers.CONFIGURATION}/normalization_schemes": ["os.system"]},
-            {},
-            "ZScoreNormalization",
-        ),
-        ({f"{helpers.CONFIGURATION}/normalization_schemes": ["CTNormalization"]}, {}, "'max'"),
-        (
-            {f"{helpers.CONFIGURATION}/resampling_fn_data": "evil"},
-            {},
-            "resample_data_or_seg_to_shape",
-        ),
-        (
-            {f"{helpers.CONFIGURATION}/resampling_fn_data_kwargs": {"order": [1]}},
-            {},
-            "order must be",
-        ),
+        ({f"{V2}/normalization_schemes": ["os.system"]}, {}, "ZScoreNormalization"),
+        ({f"{V2}/normalization_schemes": ["CTNormalization"]}, {}, "'max'"),
+        ({f"{V2}/resampling_fn_data": "evil"}, {}, "resample_data_or_seg_to_shape"),
+        ({f"{V2}/resampling_fn_data_kwargs": {"order": [1]}}, {}, "order must be"),
         ({"image_reader_writer": "EvilIO"}, {}, "NibabelIOWithReorient"),
-        ({f"{helpers.CONFIGURATION}/previous_stage": "3d_lowres"}, {}, "cascade"),
-        ({f"{helpers.CONFIGURATION}/inherits_from": "3d_fullres"}, {}, "inherits without end"),
-        ({f"{helpers.CONFIGURATION}/architecture": FLAT}, {}, "all ones"),
-        ({f"{helpers.CONFIGURATION}/use_mask_for_norm": [True, True]}, {}, "2 masks"),
+        ({f"{V2}/previous_stage": "3d_lowres"}, {}, "cascade"),
+        ({f"{V2}/inherits_from": "3d_fullres"}, {}, "inherits without end"),
+        ({f"{V2}/architecture": FLAT}, {}, "all ones"),
+        ({f"{V2}/use_mask_for_norm": [True, True]}, {}, "2 masks"),
         ({"configurations": {"2d": {}}}, {}, "'3d_fullres'"),
-        ({"more": helpers.endless()}, {}, "nested without end"),
-        ({}, {"channel_names": {"0": helpers.endless()}}, "nested without end"),
         ({}, {"more": torch.ones(1)}, "it holds a Tensor"),
         ({}, {"file_ending": "/etc"}, "file_ending"),
         ({}, {"axes": [[0]]}, "mirroring"),
@@ -238,48 +222,39 @@ def test_wrong_options_are_refused(options: str, message: str, stunet: Stunet, t
     assert message in stunet.refuse_import(tiny, options)
 
 
-REGIONS = {"labels": {**DATASET["labels"], "whole": [1, 2]}, "regions_class_order": [1, 2, 3, 4, 5]}
+WHOLE = {"labels": LABELS | {"whole": [1, 2]}}
+ORDER: dict[str, Any] = {"regions_class_order": [1, 2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "fits"),
     [
-        {str(number): name for number, name in enumerate(DATASET["labels"])},
-        DATASET["labels"],
-        {"labels": DATASET["labels"], "numTraining": 3},
-        {"labels": {**DATASET["labels"], "ignore": 5}},
-        REGIONS,
+        ({str(number): name for number, name in enumerate(LABELS)}, True),
+        (LABELS, True),
+        ({"labels": LABELS, "numTraining": 3}, True),
+        ({"labels": LABELS | {"ignore": 5}}, True),
+        (WHOLE | ORDER, True),
+        (WHOLE, False),
+        ({"labels": LABELS, "regions_class_order": "x"}, False),
+        *(({"labels": LABELS | {"a": value}}, False) for value in ("x", -1, 70_000)),
+        *(({"labels": labels}, False) for labels in ([], {})),
+        ({"labels": {"background": 0, "a": 1, "b": 2, "c": 3, "d": 5}}, False),
+        ({"labels": {"x": 0, "a": 1, "b": 2, "c": 3, "d": 4}}, False),
+        ({"labels": LABELS | {"ignore": 1}}, False),
+        ({"0": "background", "1": "a", "3": "b"}, False),
     ],
 )
-def test_label_files(content: dict[str, Any], stunet: Stunet, tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "labels.json").write_text(json.dumps(content))
-    dataset = helpers.read(stunet.model(tiny, "--labels", tmp_path / "labels.json"), "dataset")
-    assert dataset["labels"] == content.get("labels", DATASET["labels"])
-    assert dataset.get("regions_class_order") == content.get("regions_class_order")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"labels": {"background": 0, "a": "x"}},
-        {"labels": {"background": 0, "a": -1}},
-        {"labels": {"background": 0, "a": 70_000}},
-        {"labels": []},
-        {"labels": {}},
-        {"labels": {"background": 0, "a": 1, "b": 2, "c": 3, "d": 5}},
-        {"labels": {"x": 0, "a": 1, "b": 2, "c": 3, "d": 4}},
-        {"labels": {**DATASET["labels"], "ignore": 1}},
-        {"labels": REGIONS["labels"]},
-        {"labels": DATASET["labels"], "regions_class_order": "x"},
-        {"0": "background", "1": "a", "3": "b"},
-    ],
-)
-def test_labels_that_nnunet_does_not_take_are_refused(
-    content: Any, stunet: Stunet, tiny: Path, tmp_path: Path
+def test_label_files_are_those_that_nnunet_takes(
+    content: dict[str, Any], fits: bool, stunet: Stunet, tiny: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(content))
-    message = stunet.refuse_import(tiny, "--labels", tmp_path / "labels.json")
-    assert "labels.json" in message
+    option = ("--labels", tmp_path / "labels.json")
+    if not fits:
+        assert "labels.json" in stunet.refuse_import(tiny, *option)
+        return
+    dataset = helpers.read(stunet.model(tiny, *option), "dataset")
+    assert dataset["labels"] == content.get("labels", LABELS)
+    assert dataset.get("regions_class_order") == content.get("regions_class_order")
 
 
 def prepared_by_v1(image: np.ndarray, spacing: list[float], target: list[float]) -> np.ndarray:
@@ -318,11 +293,6 @@ NAME = "STUNetPlans_like_tiny"
 
 
 @pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return helpers.write_planned_dataset(tmp_path, monkeypatch)
-
-
-@pytest.fixture
 def model(stunet: Stunet, tiny: Path) -> Path:
     return stunet.model(tiny)
 
@@ -342,7 +312,7 @@ def test_plan_takes_the_images_from_the_model_and_the_rest_from_the_dataset(
         "image_reader_writer": "NibabelIOWithReorient",
         "dataset_name": "Dataset007_Other",
         "plans_name": NAME,
-        "foreground_intensity_properties_per_channel": {"0": {"mean": 10.0, "std": 2.0}},
+        INTENSITIES: {"0": {"mean": 10.0, "std": 2.0}},
         # The dataset's plan moves axis 2 to the front, the model's leaves the axes as they are.
         "original_median_spacing_after_transp": [1.0, 0.5, 3.0],
         "original_median_shape_after_transp": [200, 300, 40],
@@ -363,47 +333,29 @@ def test_plan_is_never_overwritten_without_force(
     (planned / "mine_3d_fullres").mkdir()
     assert "preprocess again" in stunet(*command, "mine", "--force")
     (planned / "notes.json").write_text("[")
-    change = {f"{helpers.CONFIGURATION}/data_identifier": "theirs_3d_fullres"}
+    change = {f"{V2}/data_identifier": "theirs_3d_fullres"}
     other = helpers.with_changes(helpers.v2_plans(), change)
     (planned / "otherPlans.json").write_text(json.dumps(other))
     for name, message in (
         ("nnUNetPlans", "file of nnU-Net"),
         ("a__b", "single '_'"),
-        ("dataset", "file of nnU-Net"),
         ("theirs", "otherPlans.json"),
     ):
         assert message in stunet.refuse(*command, name, "--force")
 
 
-def test_ct_constants_belong_to_the_normalisation(
-    stunet: Stunet, tiny: Path, planned: Path
-) -> None:
-    plans = helpers.v1_plans()
-    statistics = {"intensityproperties": {0: helpers.CT_V1}}
-    plans["plans"].update(normalization_schemes={0: "CT"}, dataset_properties=statistics)
-    stunet("plan-like", stunet.model(helpers.write_v1(tiny, plans=plans)), "-d 7")
-    written = helpers.read(planned, NAME)["foreground_intensity_properties_per_channel"]
-    assert written["0"]["std"] == 50.0
-
-
-def test_reader_of_the_dataset_stays_where_the_models_cannot_read(
-    stunet: Stunet, model: Path, planned: Path
-) -> None:
-    dataset = helpers.read(planned, "dataset") | {"file_ending": ".nrrd"}
-    (planned / "dataset.json").write_text(json.dumps(dataset))
-    stunet("plan-like", model, "-d 7")
-    assert helpers.read(planned, NAME)["image_reader_writer"] == "SimpleITKIO"
-
-
-def test_other_channel_counts_ask_for_another_stem(
+def test_plan_for_other_readers_and_channels(
     stunet: Stunet, tiny: Path, model: Path, planned: Path
 ) -> None:
-    dataset = helpers.read(planned, "dataset") | {"channel_names": {"0": "T1", "1": "T2"}}
+    """The dataset's reader stays where the model's cannot read; other channels need another stem;
+    channels that are normalised in different ways cannot be told apart."""
+    changes = {"file_ending": ".nrrd", "channel_names": {"0": "T1", "1": "T2"}}
+    dataset = helpers.read(planned, "dataset") | changes
     (planned / "dataset.json").write_text(json.dumps(dataset))
     assert "--in-channels 2" in stunet("plan-like", model, "-d 7")
+    assert helpers.read(planned, NAME)["image_reader_writer"] == "SimpleITKIO"
     written = helpers.configuration(planned, NAME)
     assert written["normalization_schemes"] == ["ZScoreNormalization"] * 2
-    # Channels that are normalised in different ways cannot be told apart.
     plans = helpers.v1_plans(channels=3)
     plans["plans"]["normalization_schemes"] = {0: "nonCT", 1: "noNorm", 2: "nonCT"}
     weights = helpers.published_weights(helpers.make_network(channels=3))

@@ -3,7 +3,6 @@ nothing, or is read right."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import random
@@ -36,24 +35,27 @@ class WritesAFile:
         return os.system, (f"touch {MARKER}",)
 
 
-EVIL = helpers.v1_checkpoint({"a": WritesAFile()})
-HTML = b"\n<!DOCTYPE html><html><head><title>Quota exceeded</title></head></html>"
-NAMELESS = {"network_weights": {"encoder.stages.0.0.convs.0.weight": torch.ones(2)}}
-LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": "2"}
+def endless() -> list[Any]:
+    """A few hundred bytes in a file, 2**60 values when written out."""
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    return value
 
 
-def torch_script(path: Path) -> None:
-    torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path))
+def rewrite_zip(path: Path, replace: tuple[bytes, bytes] = (b"", b""), method: int = 0) -> None:
+    """Write a zip archive again, with bytes of its ``data.pkl`` replaced or another compression."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries.items():
+            changed = content.replace(*replace) if name.endswith("data.pkl") else content
+            archive.writestr(name, changed)
 
 
-def append(path: Path, name: str) -> None:
-    with zipfile.ZipFile(path, "a") as archive:
+def append(path: Path, name: str, mode: Any = "a") -> None:
+    with zipfile.ZipFile(path, mode) as archive:
         archive.writestr(name or archive.namelist()[0], "x")
-
-
-def no_torch_file(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("fold_0/model.txt", "x")
 
 
 def wrong_byte(path: Path) -> None:
@@ -64,10 +66,13 @@ def wrong_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def old_format(path: Path) -> None:
-    weights = helpers.v1_checkpoint(helpers.published_weights(helpers.make_network()))
-    torch.save(weights, path, _use_new_zipfile_serialization=False)
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def old_format(path: Path, content: Any = None) -> None:
+    content = content or torch.load(path, weights_only=False)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
 def image(path: Path) -> None:
@@ -76,23 +81,31 @@ def image(path: Path) -> None:
     file.rename(path)
 
 
+EVIL = helpers.v1_checkpoint({"a": WritesAFile()})
+PORT = {
+    "network_weights": {"encoder.stages.0.0.convs.0.weight": torch.ones(2)},
+    "trainer_name": "T",
+}
+LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": "2"}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (EVIL, "posix.system"),
-        (lambda path: torch.save(EVIL, path, _use_new_zipfile_serialization=False), "posix.system"),
+        (lambda path: old_format(path, EVIL), "posix.system"),
         (lambda path: path.write_bytes(pickle.dumps(EVIL)), "plain pickle"),
-        (lambda path: append(path, "../../outside.txt"), "outside of the archive"),
+        (lambda path: append(path, "../../outside.txt"), "no torch file"),
+        (lambda path: append(path, "fold_0/model.txt", "w"), "no torch file"),
         (lambda path: append(path, ""), "the same entry twice"),
-        (no_torch_file, "no torch file"),
-        (lambda path: helpers.rewrite_zip(path, method=zipfile.ZIP_DEFLATED), "compressed"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
-        (old_format, "damaged"),
+        (lambda path: rewrite_zip(path, method=zipfile.ZIP_DEFLATED), "compressed"),
+        (cut, "truncated"),
+        (lambda path: (old_format(path), cut(path)), "damaged"),
         (wrong_byte, "checksum"),
-        (torch_script, "TorchScript"),
+        (lambda path: torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path)), "TorchScript"),
         (image, "NIfTI image"),
-        (HTML, "web page (HTML)"),
+        (b"\n<!DOCTYPE html><html><head><title>Quota</title></head></html>", "web page (HTML)"),
         (b"", "empty"),
         (b'{"error": "not found"}', "JSON"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
@@ -103,9 +116,9 @@ def image(path: Path) -> None:
         (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
         ([1, 2], "list"),
         ({"state_dict": {}, "best": np.datetime64("2020-01-01")}, "'M8' is not allowed"),
-        ({"weights": torch.ones(2)}, "weights"),
-        (LIGHTNING, "Lightning"),
-        (NAMELESS, "encoder.stages.0.0.convs.0.weight"),
+        ({"weights": torch.ones(2)}, "its entries are weights"),
+        (LIGHTNING, "pytorch-lightning_version, its tensors a.b"),
+        (PORT, "its trainer T, its tensors encoder.stages.0.0.convs.0.weight"),
     ],
 )
 def test_unsafe_file_is_refused(content: Any, message: str, stunet: Stunet, tiny: Path) -> None:
@@ -155,7 +168,7 @@ def test_wrong_weights_are_refused(
 def test_checkpoints_of_either_numpy_load(renamed: bool, tiny: Path) -> None:
     """numpy 1 wrote numpy.core, numpy 2 writes numpy._core; published files are of both."""
     names = (b"numpy._core.multiarray", b"numpy.core.multiarray")
-    helpers.rewrite_zip(tiny, names if renamed else names[::-1])
+    rewrite_zip(tiny, names if renamed else names[::-1])
     assert load_checkpoint(tiny)["best_stuff"] == (None, 0.3, 0.9)
 
 
@@ -169,15 +182,14 @@ def test_plans_with_numpy_come_as_plain_numbers(protocol: int, tmp_path: Path) -
     }
     path = tmp_path / "plans.pkl"
     path.write_bytes(pickle.dumps(content, protocol=protocol))
-    loaded = load_plans_pickle(path)
-    assert loaded == {
+    plain = {
         "array": [[1, 2], [3, 4]],
         "fortran": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
         "numbers": (1.5, True),
         "table": {0: ("a", {1, 2})},
     }
-    assert type(loaded["table"]) is dict
-    assert type(loaded["numbers"][1]) is bool
+    # The text tells True from 1.0, and a dict from one of another class.
+    assert repr(load_plans_pickle(path)) == repr(plain)
 
 
 def code(*parts: bytes | str) -> bytes:
@@ -197,13 +209,13 @@ SMALL_INTEGERS = pickle.dumps({"a": np.arange(3, dtype=np.int16)}, protocol=4)
         (pickle.dumps({"more": WritesAFile()}), "posix.system"),
         (pickle.dumps({"more": Path}), "pathlib.Path"),
         (pickle.dumps({"more": np.array([WritesAFile()], dtype=object)}), "'O8' is not allowed"),
-        (pickle.dumps({"more": helpers.endless()}), "nested without end"),
+        (pickle.dumps({"more": endless()}), "nested without end"),
         (pickle.dumps([1]), "list"),
         # One instruction that makes CPython's unpickler reserve 16 GB: "remember this under the
         # number 2**31 - 1".
         (b"\x80\x04Nr\xff\xff\xff\x7f.", "all memory"),
         (b"\x80\x02cposix\nsystem\n.", "posix.system"),
-        (code(*ORDERED, b"\x93N}", "_function", b"K\x01s\x86b"), "may not change functions"),
+        (code(*ORDERED, b"\x93N}", "function", b"K\x01s\x86b"), "AttributeError"),
         (code("numpy", "dtype", b"\x93", "f8", b"\x85R(K\x03", "<", FIELDS), "fields"),
         (code("_codecs", "encode", b"\x93", "a", "zlib", b"\x86R"), "'zlib' is not allowed"),
         (code("collections", "OrderedDict.fromkeys", b"\x93"), "OrderedDict.fromkeys"),
@@ -225,37 +237,31 @@ def test_unsafe_plans_are_refused(content: bytes, message: str, stunet: Stunet, 
     assert load_plans_pickle(path)["name"] == "STUNetTrainer_tiny"
 
 
-def damaged(content: bytes, seed: int) -> bytes:
-    """Cut, double, blank or change some of the bytes."""
-    draw = random.Random(seed)
-    start, length = draw.randrange(len(content)), draw.randint(1, 200)
-    before, hit, after = content[:start], content[start:][:length], content[start + length :]
-    changed = draw.randbytes(4) + hit[4:]
-    new = (b"", hit * 2, bytes(len(hit)), changed)[seed % 4]
-    return before + (new + after if new else b"")
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_damaged_checkpoints_are_refused_or_read_right(legacy: bool, tiny: Path) -> None:
-    content = helpers.v1_checkpoint(helpers.published_weights(helpers.make_network()))
-    torch.save(content, tiny, _use_new_zipfile_serialization=not legacy)
-    whole, read = tiny.read_bytes(), 0
-    for seed in range(200):
-        tiny.write_bytes(damaged(whole, seed))
-        with contextlib.suppress(PluginError):
-            assert read_weights(tiny).description.startswith("STU-Net tiny")
-            read += 1
-    assert read < 180
-
-
-@pytest.mark.parametrize("name", ["models/model_0/plans.json", "source/tiny.model.pkl"])
-def test_damaged_plans_are_refused_or_read_right(name: str, stunet: Stunet, tiny: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["source/tiny.model", "source/old.model", "source/tiny.model.pkl", "models/model_0/plans.json"],
+)
+def test_damaged_files_are_refused_or_read_right(name: str, stunet: Stunet, tiny: Path) -> None:
+    """200 times some of the bytes are cut, doubled, blanked or changed."""
     stunet.model(tiny)
-    file = stunet.folder / name
+    old = tiny.with_name("old.model")
+    old.write_bytes(tiny.read_bytes())
+    old_format(old)
+    file, refused = stunet.folder / name, 0
     whole = file.read_bytes()
     for seed in range(200):
-        file.write_bytes(damaged(whole, seed))
-        with contextlib.suppress(PluginError):
-            plan = read_plans_file(file)
-            assert len(plan.spacing) == len(plan.patch_size) == 3
-            assert min(*plan.spacing, *plan.patch_size) > 0
+        draw = random.Random(seed)
+        start, length = draw.randrange(len(whole)), draw.randint(1, 200)
+        hit, after = whole[start:][:length], whole[start + length :]
+        new = (b"", hit * 2 + after, bytes(len(hit)) + after, draw.randbytes(4) + hit[4:] + after)
+        file.write_bytes(whole[:start] + new[seed % 4])
+        try:
+            if file.suffix == ".model":
+                assert read_weights(file).description.startswith("STU-Net tiny")
+            else:
+                plan = read_plans_file(file)
+                assert len(plan.spacing) == len(plan.patch_size) == 3
+                assert min(*plan.spacing, *plan.patch_size) > 0
+        except PluginError:
+            refused += 1
+    assert refused > 20
