@@ -94,17 +94,11 @@ class PluginPlanner(ExperimentPlanner):
         return ""
 
     def static_estimate_VRAM_usage(
-        self,
-        patch_size: Sequence[int],
-        input_channels: int,
-        output_channels: int,
-        arch_class_name: str,
-        arch_kwargs: dict[str, Any],
-        arch_kwargs_req_import: Sequence[str],
+        self, patch_size: Axes, inputs: int, outputs: int, _: str, kwargs: dict[str, Any], __: Any
     ) -> float:
         """Return the bytes of a training step with a batch of two."""
-        fitted, architecture = self.fit(self._spacing, patch_size, arch_kwargs["strides"])
-        channels = input_channels, output_channels
+        fitted, architecture = self.fit(self._spacing, patch_size, kwargs["strides"])
+        channels = inputs, outputs
         estimate = self.training_bytes(architecture, fitted, MIN_BATCH_SIZE, channels)
         # nnU-Net would shrink on, to patches of no voxels.
         smallest = max(patch_size) < 4 * self.UNet_featuremap_min_edge_length
@@ -117,25 +111,15 @@ class PluginPlanner(ExperimentPlanner):
             )
         return estimate
 
-    def get_plans_for_configuration(
-        self,
-        spacing: np.ndarray | tuple[float, ...] | list[float],
-        median_shape: np.ndarray | tuple[int, ...],
-        data_identifier: str,
-        approximate_n_voxels_dataset: float,
-        _cache: dict,
-    ) -> dict[str, Any]:
+    def get_plans_for_configuration(self, spacing: Any, *arguments: Any) -> dict[str, Any]:
         self._spacing = [float(step) for step in spacing]
+        *others, dataset_voxels, _ = arguments
         # An empty cache: nnU-Net's knows an estimate by patch and strides, ours depends on the
         # spacing too.
-        plan = super().get_plans_for_configuration(
-            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, {}
-        )
-        strides = plan["architecture"]["arch_kwargs"]["strides"]
-        plan["patch_size"], plan["architecture"] = self.fit(
-            self._spacing, plan["patch_size"], strides
-        )
-        plan["batch_size"] = self._batch_size(plan, approximate_n_voxels_dataset)
+        plan = super().get_plans_for_configuration(spacing, *others, dataset_voxels, {})
+        strides, patch = plan["architecture"]["arch_kwargs"]["strides"], plan["patch_size"]
+        plan["patch_size"], plan["architecture"] = self.fit(self._spacing, patch, strides)
+        plan["batch_size"] = self._batch_size(plan, dataset_voxels)
         return plan
 
     def _batch_size(self, plan: dict[str, Any], dataset_voxels: float) -> int:

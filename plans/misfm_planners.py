@@ -64,5 +64,3 @@ PLANNERS = {
     for one in MISFM_PRESETS
 }
 globals().update(PLANNERS)
-
-__all__ = list(PLANNERS)

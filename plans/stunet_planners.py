@@ -46,5 +46,3 @@ def _planner(preset: STUNetPreset) -> type[STUNetPlanner]:
 
 PLANNERS = {planner.__name__: planner for planner in map(_planner, PRESETS.values())}
 globals().update(PLANNERS)
-
-__all__ = list(PLANNERS)

@@ -26,7 +26,6 @@ class CheckpointingTrainer(PluginTrainer):
 
     _may_step_down = False
     _steps_made = 0
-    _optimizer_has_begun = False
 
     def initialize(self) -> None:
         super().initialize()
@@ -39,14 +38,6 @@ class CheckpointingTrainer(PluginTrainer):
             large = preset is not None and preset.name in AUTOMATIC_SIZES
             setting = AUTO if large and self.device.type == "cuda" else OFF
         self._bare_network().checkpointing = self._choose() if setting == AUTO else setting
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer, schedule = super().configure_optimizers()
-        optimizer.register_step_pre_hook(self._note_optimizer)
-        return optimizer, schedule
-
-    def _note_optimizer(self, *_: Any) -> None:
-        self._optimizer_has_begun = True
 
     def _shape(self) -> STUNetShape:
         encoder = self._bare_network().encoder
@@ -89,7 +80,6 @@ class CheckpointingTrainer(PluginTrainer):
     def train_step(self, batch: dict) -> dict:
         """As nnU-Net's; one of the first steps that runs out of memory before the optimizer's is
         repeated with activation checkpointing."""
-        self._optimizer_has_begun = False
         try:
             result: dict[str, Any] = super().train_step(batch)
         except torch.cuda.OutOfMemoryError as error:  # its name in every torch that nnU-Net takes
@@ -111,7 +101,7 @@ class CheckpointingTrainer(PluginTrainer):
         """Return the setting to continue with, or None and what to do instead."""
         estimates, now = self.estimates(), self._bare_network().checkpointing
         best = leanest(estimates)
-        if self._optimizer_has_begun:
+        if self._step_was_made:
             advice = "It was the optimizer's step. Take a smaller size, or"
             return None, f"{advice} {SHARD.variable}=1."
         if now != OFF and estimates[best] >= estimates[now]:

@@ -22,7 +22,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import topology
-from stunet_plugin.networks.from_plan import REPLAN
+from stunet_plugin.networks.from_plan import REPLAN, resolve
+from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.options import Options
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
 from stunet_plugin.trainers.safe_trainer import discard_gradients, read_to_resume
@@ -42,8 +43,10 @@ class PluginTrainer(DistributedTrainer):
     iterations: ClassVar[int] = 250
     val_iterations: ClassVar[int] = 50
     fine_tuning: ClassVar[bool] = False
+    preset: ClassVar[STUNetPreset | MISFMPreset | None]
 
     inference_allowed_mirroring_axes: tuple[int, ...] | None
+    _choices: tuple[str, ...] = ()  # lines for the log on what was chosen by the plan
     _weights_were_loaded = False
     _prefix_hooks: tuple[Any, ...] = ()
 
@@ -69,28 +72,26 @@ class PluginTrainer(DistributedTrainer):
         if seed >= 0:
             # Processes augment differently; they start from the weights of the first.
             torch.manual_seed(seed + self.local_rank)
-        configured = PlansManager(plans).get_configuration(configuration).configuration
-        for line in (*options.lines(), *self.describe_choices(configured)):
+        for line in (*options.lines(), *self._choices):
             self.print_to_log_file(line)
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
         """Return the network for a configuration of a plan, as an ``architecture`` entry of plans;
         raise a PluginError if the plan is not for this trainer."""
-        raise PluginError(f"{cls.__name__} is a base class; choose a trainer with `stunet list`.")
+        if not hasattr(cls, "preset"):
+            raise PluginError(
+                f"{cls.__name__} is a base class; choose a trainer with `stunet list`."
+            )
+        return resolve(configuration, cls.preset, cls.__name__).architecture
 
-    @classmethod
-    def plans_to_record(cls, plans: dict, configuration: str) -> dict:
+    def plans_to_record(self, plans: dict, configuration: str) -> dict:
         """Return the plans that the checkpoint and the file beside it hold, for prediction."""
         return plans
 
     def dataset_to_record(self, dataset_json: dict) -> dict:
         """Return the description of the dataset that is stored like the plans."""
         return dataset_json
-
-    def describe_choices(self, configuration: dict[str, Any]) -> list[str]:
-        """Return lines for the log on what the trainer chose for a configuration of a plan."""
-        return []
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer for parameter groups: nnU-Net's SGD."""
@@ -141,7 +142,7 @@ class PluginTrainer(DistributedTrainer):
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         encoder_rate = self._options.fraction(names.ENCODER_RATE, 1.0)
-        optimizer = self.make_optimizer(parameter_groups(self.network, encoder_rate))
+        optimizer = self.make_optimizer(parameter_groups(self._bare_network(), encoder_rate))
         optimizer.register_step_pre_hook(self._discard_gradients_unless_finite)
         optimizer.register_step_pre_hook(self._keep_frozen_encoder)
         warmup = self._options.whole(names.WARMUP_EPOCHS, 0)
@@ -213,9 +214,7 @@ class PluginTrainer(DistributedTrainer):
         super().load_checkpoint(filename_or_checkpoint)
 
     @classmethod
-    def check_input(
-        cls, plans: dict, configuration: str, fold: int | str, dataset_json: dict
-    ) -> None:
+    def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:
         """Refuse wrong input before nnU-Net's own constructor makes folders and log files."""
         required = ("dataset_name", "plans_name", "configurations")
         lacking = [key for key in required if not plans.get(key)]
@@ -245,7 +244,7 @@ class PluginTrainer(DistributedTrainer):
                 f" {configuration}"
             )
         _check_writable(Path(nnUNet_results))
-        channels = determine_num_input_channels(manager, chosen, dataset_json)
+        channels = determine_num_input_channels(manager, chosen, dataset)
         try:
             with torch.device("meta"):
                 network = cls.build_network_architecture(manager, chosen, channels, 1)
@@ -315,13 +314,12 @@ def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict
     if encoder_rate == 1.0:
         return [{"params": list(network.parameters())}]
     encoder = list(encoder_parameters(network))
-    inside = {id(parameter) for parameter in encoder}
+    inside = set(map(id, encoder))
     rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
     return [{"params": rest, "rate_factor": 1.0}, {"params": encoder, "rate_factor": encoder_rate}]
 
 
 def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    network = getattr(network, "_orig_mod", network)
     return network.get_submodule(str(network.key_to_encoder)).parameters()
 
 

@@ -28,8 +28,6 @@ class DistributedTrainer(SafeTrainer):
     all processes of all machines (0 writes)."""
 
     sharded = False
-    network: Any
-    optimizer: Any
     lr_scheduler: Any
 
     def __init__(self, *arguments: Any) -> None:
@@ -147,14 +145,6 @@ class DistributedTrainer(SafeTrainer):
             for buffer in self._bare_network().buffers():
                 distributed.broadcast(buffer, src=0)
 
-    def any_process(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process. Every process has to call this."""
-        if not self.is_ddp:
-            return flag
-        raised = torch.tensor(int(flag), device=self.device)
-        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
-        return bool(raised.item())
-
     def save_checkpoint(self, filename: str) -> None:
         """Write a checkpoint in the first process; the others wait, since they may read it next."""
         if not self.is_ddp:
@@ -211,10 +201,7 @@ class DistributedTrainer(SafeTrainer):
                 self.label_manager.num_segmentation_heads,
                 self.enable_deep_supervision,
             )
-        network.load_state_dict(
-            {name: value.full_tensor() for name, value in self.network.state_dict().items()},
-            assign=True,
-        )
+        network.load_state_dict(sharding.gather(self.network.state_dict(), keep=True), assign=True)
         return network.to(self.device)
 
     @contextmanager

@@ -27,30 +27,21 @@ class MISFMOptimizer(PluginTrainer):
 class MISFMTrainer(MISFMOptimizer):
     """Base of the trainers of one of the two networks."""
 
-    network_record: ClassVar[MISFMPreset]
+    preset: ClassVar[MISFMPreset]
 
-    @classmethod
-    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        return resolve(configuration, cls.network_record, cls.__name__).architecture
-
-    @classmethod
-    def plans_to_record(cls, plans: dict, configuration: str) -> dict:
+    def plans_to_record(self, plans: dict, configuration: str) -> dict:
         """The plans with this trainer's network, so that prediction never has to choose a mode."""
-        recorded = copy.deepcopy(plans)
+        name, recorded = self.preset.name, copy.deepcopy(plans)
         chosen = PlansManager(plans).get_configuration(configuration).configuration
-        recorded["configurations"][configuration]["architecture"] = cls.resolve_architecture(chosen)
-        return recorded
-
-    def describe_choices(self, configuration: dict[str, Any]) -> list[str]:
-        name = self.network_record.name
-        _, reason = resolve(configuration, self.network_record, type(self).__name__)
-        lines = [f"{name}: {reason}"]
-        if self.configuration_manager.batch_size < 2:
-            lines.append(
+        architecture, reason = resolve(chosen, self.preset, type(self).__name__)
+        recorded["configurations"][configuration]["architecture"] = architecture
+        self._choices = (f"{name}: {reason}",)
+        if chosen["batch_size"] < 2:
+            self._choices += (
                 f"{name} has batch norm: trained with a batch of 1, its predictions can be off. A"
-                " batch of 2 or more is safer."
+                " batch of 2 or more is safer.",
             )
-        return lines
+        return recorded
 
 
 def _make_trainer(network: MISFMPreset, fine_tuning: bool) -> type[MISFMTrainer]:
@@ -58,7 +49,7 @@ def _make_trainer(network: MISFMPreset, fine_tuning: bool) -> type[MISFMTrainer]
     attributes = {
         "__doc__": f"{network.name}, as published in MIS-FM{text}.",
         "__module__": __name__,
-        "network_record": network,
+        "preset": network,
         "fine_tuning": fine_tuning,
     }
     return type(f"{network.name}Trainer{'_ft' if fine_tuning else ''}", (MISFMTrainer,), attributes)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.options import OPTIONS
@@ -47,8 +48,12 @@ class SafeTrainer(nnUNetTrainer):
         self.loss.register_forward_hook(self._note_loss)
 
     def any_process(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process of this training."""
-        return flag
+        """Return whether the flag is set in any process. Every process has to call this."""
+        if not self.is_ddp:
+            return flag
+        raised = torch.tensor(int(flag), device=self.device)
+        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
+        return bool(raised.item())
 
     def print_banner(self, text: str) -> None:
         """Print and log a warning that nobody overlooks."""
@@ -136,11 +141,11 @@ class SafeTrainer(nnUNetTrainer):
             discard_gradients(parameters)
 
     def train_step(self, batch: dict) -> dict:
+        self._loss_of_step = None
+        self._step_was_made = False
         # A forward pass changes batch norm's running statistics, whatever comes of the step.
         buffers = list(self.network.buffers())
         before = [buffer.clone() for buffer in buffers]
-        self._loss_of_step = None
-        self._step_was_made = False
         result: dict[str, Any] = super().train_step(batch)
         if self._step_was_made:
             self._skipped_in_a_row = 0

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
 
-from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset
 from stunet_plugin.trainers.activation_checkpointing import CheckpointingTrainer
 
@@ -37,11 +35,7 @@ SCHEDULES = (
 class STUNetTrainer(CheckpointingTrainer):
     """Trains the plan's STU-Net, or the ``preset``; with a plan of nnU-Net's U-Net, base."""
 
-    preset: ClassVar[STUNetPreset | None] = None
-
-    @classmethod
-    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        return resolve(configuration, cls.preset, cls.__name__).architecture
+    preset = None
 
 
 def _make_trainer(preset: STUNetPreset | None, schedule: Schedule) -> type[STUNetTrainer]:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,9 +169,9 @@ class VolumeFusionMixin(MISFMOptimizer):
         target = _full_resolution(fused["target"])[:, 0]
         return loss.cpu().numpy(), score.confusion_matrix(_full_resolution(outputs), target)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> torch.autocast:
         """As in nnU-Net's steps: half precision on CUDA only."""
-        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+        return torch.autocast(self.device.type, enabled=self.device.type == "cuda")
 
     def on_epoch_end(self) -> None:
         alphas = self.fusion.class_names()
@@ -244,10 +243,8 @@ class VolumeFusionMixin(MISFMOptimizer):
             )
 
     @classmethod
-    def check_input(
-        cls, plans: dict, configuration: str, fold: int | str, dataset_json: dict
-    ) -> None:
-        super().check_input(plans, configuration, fold, dataset_json)
+    def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:
+        super().check_input(plans, configuration, fold, dataset)
         manager = PlansManager(plans)
         chosen = manager.get_configuration(configuration)
         if chosen.previous_stage_name is not None:
@@ -262,12 +259,10 @@ class VolumeFusionMixin(MISFMOptimizer):
 
     def check_resumable(self, file: str) -> None:
         arguments = read_checkpoint(file, "The checkpoint to resume from,").get("init_args", {})
-        now = self._describe_fusion()
-        was = arguments.get("dataset_json", {}).get(VOLUME_FUSION_ENTRY, now)
-        if was != now:
-            changed = [
-                f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]
-            ]
+        now = self._describe_fusion().items()
+        was = arguments.get("dataset_json", {}).get(VOLUME_FUSION_ENTRY, dict(now))
+        changed = [f"{key} {was.get(key)}, now {new}" for key, new in now if was.get(key) != new]
+        if changed:
             raise PluginError(
                 f"Cannot resume from {file}: that training had {', '.join(changed)}. Set the"
                 " STUNET_VF_ options as they were."
@@ -297,9 +292,9 @@ class PlannedNetworkTrainer(PluginTrainer):
 
     @classmethod
     def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        architecture = configuration.get("architecture")
+        architecture: Any = configuration.get("architecture")
         kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
-        if not isinstance(architecture, Mapping) or "strides" not in (kwargs or {}):
+        if "strides" not in (kwargs or {}):
             raise PluginError(
                 f"{cls.__name__} needs a plan whose network has one output per resolution stage,"
                 f" with its strides under arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"

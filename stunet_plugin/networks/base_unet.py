@@ -9,12 +9,16 @@ import torch
 from dynamic_network_architectures.architectures.abstract_arch import (
     AbstractDynamicNetworkArchitectures,
 )
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_forward_hook
 
 from stunet_plugin.networks.topology import Strides, check_patch_size
+
+NEGATIVE_SLOPE = 1e-2  # of every LeakyReLU, and assumed by the He initialisation
 
 
 class InstanceNorm(nn.Module):
@@ -96,26 +100,29 @@ class BaseUNet(AbstractDynamicNetworkArchitectures):
                 return cpu_inference.predict(self, x)
         return self.decoder(self.encoder(x))
 
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """He initialisation as published, for ``network.apply``."""
+        InitWeights_He(NEGATIVE_SLOPE)(module)
+
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Return the elements that all convolutions and linear layers put out for one sample of
         ``input_size`` voxels, nnU-Net's measure of memory."""
         sizes: list[int] = []
-        layers = [part for part in self.modules() if isinstance(part, (_ConvNd, nn.Linear))]
-        hooks = [
-            layer.register_forward_hook(lambda *call: sizes.append(call[2].numel()))
-            for layer in layers
-        ]
+
+        def note(layer: nn.Module, _: Any, output: Tensor) -> None:
+            if isinstance(layer, (_ConvNd, nn.Linear)):
+                sizes.append(output.numel())
+
         channels: Any = self.get_submodule(self.keys_to_in_proj[0]).in_channels
+        x = torch.empty(1, channels, *input_size, device="meta")
         weights = {name: value.to("meta") for name, value in self.state_dict().items()}
         training = self.training
         try:
-            with torch.no_grad():
-                x = torch.empty(1, channels, *input_size, device="meta")
+            with torch.no_grad(), register_module_forward_hook(note):
                 functional_call(self.eval(), weights, x)
         finally:
             self.train(training)
-            for hook in hooks:
-                hook.remove()
         return sum(sizes)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
 from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple
-from stunet_plugin.networks.base_unet import Encoder, InstanceNorm, per_stage
+from stunet_plugin.networks.base_unet import NEGATIVE_SLOPE, Encoder, InstanceNorm
 from stunet_plugin.networks.preactivation_unet import (
+    DROPOUT,
     Decoder,
     PreActivation,
     PreActivationUNet,
@@ -24,9 +24,7 @@ from stunet_plugin.networks.preactivation_unet import (
 )
 
 FEATURES = (32, 64, 128, 256, 512)
-DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
 DEPTH = 2  # residual convolutions per level
-NEGATIVE_SLOPE = 1e-2  # of every LeakyReLU, and assumed by the He initialisation
 
 
 def unit(
@@ -87,13 +85,12 @@ class FMUNet(PreActivationUNet):
         dropout_per_stage: Sequence[float] = DROPOUT,
         deep_supervision: bool = False,
     ) -> None:
-        super().__init__(input_channels, num_classes, mode, strides)
-        features = per_stage("features_per_stage", features_per_stage, NUM_LEVELS)
-        dropout = per_stage("dropout_per_stage", dropout_per_stage, NUM_LEVELS, integers=False)
-        kernels = self.mode.kernel_sizes
+        sizes = features_per_stage, dropout_per_stage
+        super().__init__(input_channels, num_classes, mode, strides, *sizes)
+        features, kernels = self.features, self.mode.kernel_sizes
 
-        def block(level: int) -> ResidualLevel:
-            return ResidualLevel(features[level], kernels[level], dropout[level])
+        def block(level: int) -> nn.Module:
+            return ResidualLevel(features[level], kernels[level], self.dropout[level])
 
         def stage(level: int) -> nn.Sequential:
             if level == 0:
@@ -110,20 +107,13 @@ class FMUNet(PreActivationUNet):
                 nn.Upsample(scale_factor=scale, mode="trilinear", align_corners=True),
             )
 
-        self.encoder = Encoder(
-            map(stage, range(NUM_LEVELS)), features, nn.Conv3d, kernels, self.strides
-        )
-        steps = range(NUM_LEVELS)[-2::-1]
-        self.decoder = Decoder(
-            bottom=block(NUM_LEVELS - 1),
-            ups=map(up, steps),
-            merges=(unit(features[i], features[i], kernels[i], inputs=2) for i in steps),
-            blocks=map(block, steps),
-            heads=(unit(features[i], num_classes, kernels[i]) for i in steps),
-            deep_supervision=deep_supervision,
-        )
+        def merge(level: int) -> PreActivation:
+            return unit(features[level], features[level], kernels[level], inputs=2)
 
-    @staticmethod
-    def initialize(module: nn.Module) -> None:
-        """He initialisation as published, for ``network.apply``."""
-        InitWeights_He(NEGATIVE_SLOPE)(module)
+        def head(level: int) -> PreActivation:
+            return unit(features[level], num_classes, kernels[level])
+
+        stages = map(stage, range(NUM_LEVELS))
+        self.encoder = Encoder(stages, features, nn.Conv3d, kernels, self.strides)
+        bottom = block(NUM_LEVELS - 1)
+        self.decoder = Decoder(bottom, up, merge, block, head, deep_supervision)

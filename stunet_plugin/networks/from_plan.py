@@ -12,7 +12,6 @@ from stunet_plugin.networks import presets
 from stunet_plugin.networks.anisotropy import USE_FOR_2D, AnisotropyMode, choose_mode, get_mode
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import (
-    Strides,
     as_strides,
     check_patch_size,
     published_strides,
@@ -57,11 +56,12 @@ def resolve(
             f"patch_size in the plan of {who} must be a list of integers, not {patch!r}. {REPLAN}"
         )
     if isinstance(network, MISFMPreset):
-        resolved, strides = _resolve_misfm(configuration, network, who)
+        resolved = _resolve_misfm(configuration, network, who)
         advice = f"Plan with -pl {network.planner}, or set patch_size in the plans file."
     else:
-        resolved, strides = _resolve_stunet(architecture, network, who)
+        resolved = _resolve_stunet(architecture, network, who)
         advice = "Set patch_size in the plans file to one of them, or plan again."
+    strides = as_strides(resolved.architecture["arch_kwargs"]["strides"])
     check_patch_size(patch, strides, f"The network of {who}", advice)
     if tuple(patch) == total_stride(strides) and network is not presets.PCTNET:
         raise PluginError(
@@ -73,7 +73,7 @@ def resolve(
 
 def _resolve_stunet(
     architecture: Mapping[str, Any], preset: STUNetPreset | None, who: str
-) -> tuple[Resolved, Strides]:
+) -> Resolved:
     planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
     if planned == STUNET_CLASS:
         needed = ("strides", "features_per_stage", "n_blocks_per_stage")
@@ -81,13 +81,11 @@ def _resolve_stunet(
             raise PluginError(f"The plan of {who} lacks {', '.join(missing)}. {REPLAN}")
         if preset is not None:
             _check_size(kwargs, preset, who)
-        resolved = dict(architecture)
-    elif planned.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
-        size = preset or presets.get_preset(presets.DEFAULT_SIZE)
-        resolved = stunet_architecture(size, kwargs["strides"])
-    else:
-        raise _other_network(who, planned, "STUNetPlanner_<size> (-p STUNetPlans_<size>)")
-    return Resolved(resolved), as_strides(resolved["arch_kwargs"]["strides"])
+        return Resolved(dict(architecture))
+    if planned.startswith(HOST_ARCHITECTURES) and "strides" in kwargs:
+        size = preset or presets.PRESETS[presets.DEFAULT_SIZE]
+        return Resolved(stunet_architecture(size, kwargs["strides"]))
+    raise _other_network(who, planned, "STUNetPlanner_<size> (-p STUNetPlans_<size>)")
 
 
 def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> None:
@@ -113,9 +111,7 @@ def _check_size(kwargs: Mapping[str, Any], preset: STUNetPreset, who: str) -> No
     )
 
 
-def _resolve_misfm(
-    configuration: Mapping[str, Any], network: MISFMPreset, who: str
-) -> tuple[Resolved, Strides]:
+def _resolve_misfm(configuration: Mapping[str, Any], network: MISFMPreset, who: str) -> Resolved:
     architecture, patch = configuration["architecture"], configuration["patch_size"]
     planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
     if len(patch) != 3:
@@ -126,14 +122,14 @@ def _resolve_misfm(
         mode, reason = get_mode(kwargs["mode"]), f"Mode {kwargs['mode']}, as the plan says."
         # Widths and the like that somebody set in the plans file are kept.
         kwargs = {**kwargs, **network.architecture(mode)["arch_kwargs"]}
-        return Resolved({**architecture, "arch_kwargs": kwargs}, reason), mode.strides
+        return Resolved({**architecture, "arch_kwargs": kwargs}, reason)
     if not planned.startswith(HOST_ARCHITECTURES):
         raise _other_network(who, planned, f"{network.planner} (-p {network.plans})")
     spacing = configuration.get("spacing")
     if not isinstance(spacing, (list, tuple, np.ndarray)):
         raise PluginError(f"spacing in the plan of {who} must be a list, not {spacing!r}. {REPLAN}")
     mode, reason = choose_mode([float(step) for step in spacing], patch)
-    return Resolved(network.architecture(mode), reason), mode.strides
+    return Resolved(network.architecture(mode), reason)
 
 
 def _other_network(who: str, planned: str, ours: str) -> PluginError:

@@ -21,6 +21,7 @@ from stunet_plugin.networks.activation_checkpointing import checkpointed
 from stunet_plugin.networks.anisotropy import NUM_LEVELS, Triple
 from stunet_plugin.networks.base_unet import Encoder, check_integer, per_stage
 from stunet_plugin.networks.preactivation_unet import (
+    DROPOUT,
     Decoder,
     PreActivation,
     PreActivationUNet,
@@ -30,7 +31,6 @@ from stunet_plugin.networks.preactivation_unet import (
 from stunet_plugin.networks.window_attention import WINDOW_SIZE, WindowTransformer
 
 FEATURES = (24, 48, 128, 256, 512)
-DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
 FIRST_PYRAMID_LEVEL = 2
 NUM_HEADS = (4, 8, 16)  # of levels 2, 3 and 4
 DEPTH = 2
@@ -44,12 +44,6 @@ def unit(
     """BatchNorm - PReLU (one weight) - (dropout) - convolution."""
     conv = SameConv(in_channels, out_channels, kernel_size)
     return PreActivation([nn.BatchNorm3d(in_channels)], nn.PReLU(), conv, dropout)
-
-
-def merge_unit(channels: int, kernel_size: Triple) -> PreActivation:
-    """A unit of skip and upsampled features; one PReLU serves both, as published."""
-    norms = nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)
-    return PreActivation(norms, nn.PReLU(), SameConv(2 * channels, channels, kernel_size))
 
 
 def conv_block(channels: int, kernel_size: Triple, dropout: float) -> nn.Sequential:
@@ -121,9 +115,9 @@ class PCTNet(PreActivationUNet):
         deep_supervision: bool = False,
         checkpoint_pyramid: bool = False,
     ) -> None:
-        super().__init__(input_channels, num_classes, mode, strides)
-        features = per_stage("features_per_stage", features_per_stage, NUM_LEVELS)
-        dropout = per_stage("dropout_per_stage", dropout_per_stage, NUM_LEVELS, integers=False)
+        sizes = features_per_stage, dropout_per_stage
+        super().__init__(input_channels, num_classes, mode, strides, *sizes)
+        features, kernels = self.features, self.mode.kernel_sizes
         pyramid = features[FIRST_PYRAMID_LEVEL:]
         heads = per_stage("num_heads", num_heads, len(pyramid))
         if any(channels % number for number, channels in zip(heads, pyramid, strict=True)):
@@ -132,15 +126,13 @@ class PCTNet(PreActivationUNet):
             )
         check_integer("window_size", window_size, 2)
         check_integer("depth", depth)
-        kernels = self.mode.kernel_sizes
 
         def block(level: int) -> nn.Module:
+            settings = features[level], kernels[level], self.dropout[level]
             if level < FIRST_PYRAMID_LEVEL:
-                return conv_block(features[level], kernels[level], dropout[level])
+                return conv_block(*settings)
             return PCTBlock(
-                features[level],
-                kernels[level],
-                dropout[level],
+                *settings,
                 checkpoint_pyramid,
                 num_heads=heads[level - FIRST_PYRAMID_LEVEL],
                 depth=depth,
@@ -160,18 +152,19 @@ class PCTNet(PreActivationUNet):
             conv = nn.ConvTranspose3d(below, features[level], stride, stride)
             return PreActivation([nn.BatchNorm3d(below)], nn.PReLU(), conv)
 
-        self.encoder = Encoder(
-            map(stage, range(NUM_LEVELS)), features, nn.Conv3d, kernels, self.strides
-        )
-        steps = range(NUM_LEVELS)[-2::-1]
-        self.decoder = Decoder(
-            bottom=nn.Identity(),
-            ups=map(up, steps),
-            merges=(merge_unit(features[i], kernels[i]) for i in steps),
-            blocks=map(block, steps),
-            heads=(unit(features[i], num_classes, (1, 1, 1)) for i in steps),
-            deep_supervision=deep_supervision,
-        )
+        def merge(level: int) -> PreActivation:
+            """A unit of skip and upsampled features; one PReLU serves both, as published."""
+            width = features[level]
+            conv = SameConv(2 * width, width, kernels[level])
+            norms = nn.BatchNorm3d(width), nn.BatchNorm3d(width)
+            return PreActivation(norms, nn.PReLU(), conv)
+
+        def head(level: int) -> PreActivation:
+            return unit(features[level], num_classes, (1, 1, 1))
+
+        stages = map(stage, range(NUM_LEVELS))
+        self.encoder = Encoder(stages, features, nn.Conv3d, kernels, self.strides)
+        self.decoder = Decoder(nn.Identity(), up, merge, block, head, deep_supervision)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -7,16 +7,21 @@ activations are computed again in the backward pass, and several inputs are norm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.activation_checkpointing import checkpointed
-from stunet_plugin.networks.anisotropy import USE_FOR_2D, Triple, get_mode
-from stunet_plugin.networks.base_unet import BaseUNet
+from stunet_plugin.networks.anisotropy import NUM_LEVELS, USE_FOR_2D, Triple, get_mode
+from stunet_plugin.networks.base_unet import BaseUNet, per_stage
 from stunet_plugin.networks.topology import as_strides
+
+DROPOUT = (0.0, 0.0, 0.2, 0.2, 0.2)
+"""Of each level, in both networks."""
+Part = Callable[[int], nn.Module]
+"""Makes a part of a level."""
 
 
 class PreActivation(nn.Module):
@@ -75,19 +80,18 @@ class Decoder(nn.Module):
     def __init__(
         self,
         bottom: nn.Module,
-        ups: Iterable[nn.Module],
-        merges: Iterable[nn.Module],
-        blocks: Iterable[nn.Module],
-        heads: Iterable[nn.Module],
+        up: Part,
+        merge: Part,
+        block: Part,
+        head: Part,
         deep_supervision: bool,
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
         self.bottom = bottom
-        self.ups = nn.ModuleList(ups)
-        self.merges = nn.ModuleList(merges)
-        self.blocks = nn.ModuleList(blocks)
-        self.seg_layers = nn.ModuleList(heads)
+        self.ups, self.merges, self.blocks, self.seg_layers = (
+            nn.ModuleList(map(part, range(NUM_LEVELS)[-2::-1])) for part in (up, merge, block, head)
+        )
 
     def forward(self, skips: list[Tensor]) -> Tensor | list[Tensor]:
         """The encoder's outputs (the list is emptied) to (batch, num_classes, *spatial), or a list
@@ -114,10 +118,14 @@ class PreActivationUNet(BaseUNet):
         num_classes: int,
         mode: int,
         strides: Sequence[Sequence[int]] | None,
+        features_per_stage: Sequence[int],
+        dropout_per_stage: Sequence[float],
     ) -> None:
         super().__init__(input_channels, num_classes, ["encoder.stages.0.0"])
         self.mode = get_mode(mode)
         self.strides = self.mode.strides
+        self.features = per_stage("features_per_stage", features_per_stage, NUM_LEVELS)
+        self.dropout = per_stage("dropout_per_stage", dropout_per_stage, NUM_LEVELS, integers=False)
         if strides is not None and as_strides(strides) != self.strides:
             hint = USE_FOR_2D if len(strides[0]) == 2 else "Choose the mode that they belong to."
             raise PluginError(f"{self.title} has strides {self.strides}, not {strides}. {hint}")

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
@@ -27,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.activation_checkpointing import OFF, SETTINGS, STAGE, checkpointed
 from stunet_plugin.networks.base_unet import (
+    NEGATIVE_SLOPE,
     BaseUNet,
     Encoder,
     InstanceNorm,
@@ -34,8 +34,6 @@ from stunet_plugin.networks.base_unet import (
     per_stage,
 )
 from stunet_plugin.networks.topology import Strides, as_strides
-
-NEGATIVE_SLOPE = 1e-2  # of every LeakyReLU, and assumed by the He initialisation
 
 
 def activate(x: Tensor) -> Tensor:
@@ -238,11 +236,6 @@ class STUNet(BaseUNet):
             raise ValueError(f"checkpointing must be one of {allowed}, not {setting!r}.")
         for stage in (*self.encoder.stages, *self.decoder.stages):
             stage.checkpointing = setting
-
-    @staticmethod
-    def initialize(module: nn.Module) -> None:
-        """He initialisation as published, for ``network.apply``."""
-        InitWeights_He(NEGATIVE_SLOPE)(module)
 
 
 def _per_axis(

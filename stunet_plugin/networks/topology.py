@@ -7,7 +7,6 @@ axis; the first entry is all ones because the first stage works at full resoluti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ def strides_for_patch(patch_size: Sequence[int]) -> Strides:
 
 def total_stride(strides: Strides) -> tuple[int, ...]:
     """Return by how much each axis shrinks from the input to the deepest stage."""
-    return tuple(map(prod, zip(*strides, strict=True)))
+    return tuple(np.prod(strides, axis=0).tolist())
 
 
 def num_poolings(strides: Strides) -> int:
@@ -73,20 +72,15 @@ def num_poolings(strides: Strides) -> int:
 
 def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int, ...]]:
     """Return the spatial shape of every stage for an input of ``patch_size`` voxels."""
-    totals = (total_stride(strides[: stage + 1]) for stage in range(len(strides)))
-    return [
-        tuple(int(size) // step for size, step in zip(patch_size, total, strict=True))
-        for total in totals
-    ]
+    shapes = np.asarray(patch_size) // np.cumprod(strides, axis=0)
+    return list(map(tuple, shapes.tolist()))
 
 
 def deep_supervision_scales(strides: Strides) -> list[list[float]]:
     """Return one scale per decoder output (each stage but the deepest), as nnU-Net's target
     downsampling takes them."""
-    return [
-        [1 / step for step in total_stride(strides[: stage + 1])]
-        for stage in range(len(strides) - 1)
-    ]
+    scales: list[list[float]] = (1 / np.cumprod(strides, axis=0))[:-1].tolist()
+    return scales
 
 
 def check_patch_size(
