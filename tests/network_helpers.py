@@ -70,10 +70,11 @@ def randomise(network: nn.Module) -> nn.Module:
     return network
 
 
-def plain_module(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def plain_module(name: str) -> Any:
     """Return a module of benchmarks/ with a plain transcription of the published code."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module(f"plain_{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+        return importlib.import_module(f"plain_{name}")
 
 
 def gradients(network: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -10,13 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stunet_plugin.commands.list import List, size_table
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import stunet_architecture
-from stunet_plugin.networks.memory import (
-    ADAM_VALUES,
-    PUBLISHED_STRIDES,
-    REFERENCE_PATCH,
-    SGD_VALUES,
-    STUNetShape,
-)
+from stunet_plugin.networks.memory import PUBLISHED_STRIDES, REFERENCE_PATCH, STUNetShape
 from stunet_plugin.networks.presets import PRESETS, STUNetPreset, find_preset, get_preset
 
 STRIDES = (
@@ -29,10 +23,10 @@ STRIDES = (
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("name", ["tiny", "large"])
 def test_arithmetic_agrees_with_the_network(name: str, strides: tuple) -> None:
-    values = stunet_architecture(get_preset(name), strides).values()
+    values = stunet_architecture(PRESETS[name], strides).values()
     with torch.device("meta"):
         network = get_network_from_plans(*values, 4, 7, deep_supervision=True)
-    shape = STUNetShape.of_preset(get_preset(name), strides, 4, 7)
+    shape = STUNetShape.of_preset(PRESETS[name], strides, 4, 7)
     patch = (64, 96, 128)[: len(strides[0])]
     with FlopCounterMode(display=False) as counter:
         network(torch.empty(1, 4, *patch, device="meta"))
@@ -56,10 +50,7 @@ def test_memory_grows_with_everything_it_depends_on() -> None:
     assert total() < total(name="large") < total(name="huge")
     assert total() < min(total(patch=128), total(batch=4), total(outputs=100))
     base = STUNetShape.of_preset(get_preset("base"))
-    adam, sgd = (
-        base.training_memory(REFERENCE_PATCH, 2, optimizer_values=values)
-        for values in (ADAM_VALUES, SGD_VALUES)
-    )
+    sgd, adam = (base.training_memory((96,) * 3, 2, optimizer_values=number) for number in (1, 2))
     assert adam - sgd == 4 * base.parameters()
 
 

@@ -3,13 +3,13 @@ statistics."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from stunet_plugin.networks import fmunet, pctnet
-from stunet_plugin.networks.presets import FMUNET, PCTNET
+from stunet_plugin.networks.anisotropy import MODES
+from stunet_plugin.networks.presets import FMUNET, MISFM_PRESETS, PCTNET
 from stunet_plugin.weights import misfm_keys
 
 from network_helpers import NO_DROPOUT, SMALL, build, gradients, plain_module, randomise
@@ -17,8 +17,8 @@ from network_helpers import NO_DROPOUT, SMALL, build, gradients, plain_module, r
 SIZE = (16, 32, 48)
 
 
-def test_fmunet(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = plain_module("fmunet", repository, monkeypatch).PlainFMUNet
+def test_fmunet() -> None:
+    plain = plain_module("fmunet").PlainFMUNet
     published = randomise(plain(1, 3, 1, *SMALL.values(), *NO_DROPOUT.values(), True)).double()
     ours = build("FMUNet 1", **NO_DROPOUT).double()
     ours.load_state_dict(misfm_keys.translate_fmunet(published.state_dict()))
@@ -28,9 +28,9 @@ def test_fmunet(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(gradients(ours, x), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_pctnet(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pctnet() -> None:
     """Gradients of bias tables aside: published offsets share rows."""
-    plain = plain_module("pctnet", repository, monkeypatch).PlainPCTNet
+    plain = plain_module("pctnet").PlainPCTNet
     published = plain(1, 3, 1, SIZE, *SMALL.values(), *NO_DROPOUT.values(), True)
     randomise(published).double()
     for part in published.modules():
@@ -58,15 +58,18 @@ def test_pctnet(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", range(3))
-def test_published_parameter_counts(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, mode: int
-) -> None:
-    plain = plain_module("fmunet", repository, monkeypatch).PlainFMUNet
+def test_published_parameter_counts(mode: int) -> None:
+    for preset in MISFM_PRESETS:
+        architecture = preset.architecture(MODES[mode]).values()
+        with torch.device("meta"):
+            ours = get_network_from_plans(*architecture, 1, 5, deep_supervision=True)
+        assert sum(value.numel() for value in ours.parameters()) == preset.parameters[mode]
+    plain = plain_module("fmunet").PlainFMUNet
     with torch.device("meta"):
         published = plain(1, 5, mode, fmunet.FEATURES, fmunet.DROPOUT, True)
     count = sum(parameter.numel() for parameter in published.parameters())
     assert count == FMUNET.published_parameters[mode]
-    plain = plain_module("pctnet", repository, monkeypatch).PlainPCTNet
+    plain = plain_module("pctnet").PlainPCTNet
     with torch.device("meta"):
         published = plain(1, 5, mode, (64, 128, 128), pctnet.FEATURES, pctnet.DROPOUT, True)
     parameters = dict(published.named_parameters())

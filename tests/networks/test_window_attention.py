@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,19 +22,14 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def plain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module: ModuleType = plain_module("pctnet", repository, monkeypatch)
-    return module
-
-
 def transformer() -> WindowTransformer:
     torch.manual_seed(0)
     return WindowTransformer(CHANNELS, 0.2, HEADS, 2, window_size=6, mlp_ratio=4, drop_path=0.2)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_published_function_and_its_gradients(plain: ModuleType, shape: tuple[int, ...]) -> None:
+def test_published_function_and_its_gradients(shape: tuple[int, ...]) -> None:
+    plain = plain_module("pctnet")
     network = randomise(plain.PlainTransformer(CHANNELS, shape, HEADS, 0.2).double().eval())
     prefix, own = "pyramid_ct.convtrans_e2.trans.", "encoder.stages.2.2.transformer."
     weights = {prefix + key: value for key, value in network.state_dict().items()}
@@ -73,32 +65,11 @@ def test_layouts_are_made_once_per_shape_and_stay_out_of_the_state_dict() -> Non
     assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
 
 
-def test_windows_with_the_same_mask_are_together() -> None:
-    shape, device = (12, 18, 24), torch.device("cpu")
-    assert window_attention.window_layout(shape, 6, 0, device).counts == [24]
-    layout = window_attention.window_layout(shape, 6, 3, device)
-    # Last along none of the axes, the third, the second, both, the first, ...
-    assert layout.counts == [6, 2, 3, 1, 6, 2, 3, 1]
-    assert layout.masks.shape == (8, 216, 216)
-    assert layout.masks[0].count_nonzero() == 0
-    assert (layout.masks[7] == 0).float().mean() == 1 / 8  # eight regions of 27 tokens
-    assert torch.equal(layout.order[layout.inverse], torch.arange(12 * 18 * 24))
-
-
-def test_a_smaller_window_reads_the_rows_of_its_offsets() -> None:
-    rows = offset_rows(3, 6).reshape((3,) * 6)
-    for one, other in (((0, 0, 0), (0, 0, 0)), ((2, 0, 1), (0, 1, 1)), ((0, 2, 0), (2, 0, 2))):
-        offsets = [a - b + 5 for a, b in zip(one, other, strict=True)]
-        assert rows[one + other] == (offsets[0] * 11 + offsets[1]) * 11 + offsets[2]
-    # Larger windows hold the same offsets, so the same rows.
-    assert set(offset_rows(3, 6).unique().tolist()) < set(offset_rows(4, 6).unique().tolist())
-
-
 @pytest.mark.parametrize("window", [1, 2, 4, 6])
 def test_published_tables_keep_their_function_whatever_window_they_were_built_for(
-    plain: ModuleType, window: int
+    window: int,
 ) -> None:
-    attention = plain.PlainAttention(CHANNELS, HEADS, window, 0.0)
+    attention = plain_module("pctnet").PlainAttention(CHANNELS, HEADS, window, 0.0)
     table = attention.relative_position_bias_table.detach()
     published = table[attention.relative_position_index]
     ours = translate_table(table, 6)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin import plans as planners
-from stunet_plugin.commands.plan import Plan
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import STUNET_CLASS, fitting_patch, resolve
 from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
@@ -25,41 +24,36 @@ from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import as_strides
 from stunet_plugin.plans.misfm_planners import PLANNERS as MISFM
-from stunet_plugin.plans.plan_experiment import plan
 from stunet_plugin.plans.stunet_planners import PLANNERS
 
 from conftest import PHANTOM_ID, Workspace
+from dataset_helpers import write_dataset
+
+HOST = "nnUNetPlans_3d_fullres"
 
 
 @pytest.fixture
-def big_dataset(nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """The phantoms with the fingerprint of 300 large anisotropic scans: the planners read nothing
-    else."""
-    folder = nnunet_environment.dataset_folder(nnunet_environment.preprocessed)
-    raw = nnunet_environment.dataset_folder(nnunet_environment.raw)
-    changes = {
-        folder / "dataset_fingerprint.json": {
-            "shapes_after_crop": [[180, 512, 512]] * 6,
-            "spacings": [[2.5, 0.8, 0.8]] * 6,
-        },
-        raw / "dataset.json": {"numTraining": 300},
+def large(nnunet_folders: Path) -> Path:
+    """The fingerprint of 300 large anisotropic scans with five classes, as dataset 7, all that
+    planners read; returns its folder in nnUNet_preprocessed."""
+    labels = {name: value for value, name in enumerate(("background", *"abcde"))}
+    write_dataset(nnunet_folders / "nnUNet_raw" / "Dataset007_Large", labels, 1, numTraining=300)
+    folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset007_Large"
+    folder.mkdir()
+    fingerprint = {
+        "shapes_after_crop": [[180, 512, 512]] * 6,
+        "spacings": [[2.5, 0.8, 0.8]] * 6,
+        "foreground_intensity_properties_per_channel": {"0": {"mean": 0.0, "std": 1.0}},
+        "median_relative_size_after_cropping": 1.0,
     }
-    host = folder / "nnUNetPlans.json"
-    originals = {file: file.read_text() for file in (*changes, host)}
-    for file, change in changes.items():
-        file.write_text(json.dumps({**json.loads(originals[file]), **change}))
-    host.unlink()
-    yield nnunet_environment  # type: ignore[misc]
-    for file, text in originals.items():
-        file.write_text(text)
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    return folder
 
 
 @pytest.mark.parametrize("size", PRESETS)
-def test_plans_carry_the_published_network_and_fit_the_target(
-    big_dataset: Workspace, size: str
-) -> None:
+def test_plans_carry_the_published_network_and_fit_the_target(large: Path, size: str) -> None:
     preset = PRESETS[size]
-    plans: dict[str, Any] = PLANNERS[f"STUNetPlanner_{size}"](int(PHANTOM_ID)).plan_experiment()
+    plans: dict[str, Any] = PLANNERS[f"STUNetPlanner_{size}"](7).plan_experiment()
     assert plans["plans_name"] == f"STUNetPlans_{size}"
     for name in ("2d", "3d_lowres", "3d_fullres"):
         chosen = plans["configurations"][name]
@@ -78,17 +72,33 @@ def test_plans_carry_the_published_network_and_fit_the_target(
     assert plans["configurations"]["3d_cascade_fullres"]["inherits_from"] == "3d_fullres"
 
 
-def test_more_memory_gives_a_larger_patch(big_dataset: Workspace) -> None:
+@pytest.mark.parametrize("name", MISFM)
+def test_plans_of_misfm_fit_the_target(large: Path, name: str) -> None:
+    planner = MISFM[name](7, gpu_memory_target_in_gb=4)
+    plans = planner.plan_experiment()
+    assert "2d" not in plans["configurations"]
+    chosen = plans["configurations"]["3d_fullres"]
+    resolved, _ = resolve(chosen, planner.network_record, "a trainer")
+    assert resolved == chosen["architecture"]
+    needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], (1, 6))
+    assert needed <= 4 * GIGABYTE
+
+
+def test_patch_that_fits_is_near_and_divisible() -> None:
+    assert fitting_patch([1.0, 1.0, 1.0], [40, 56, 40])[0] == [48, 64, 48]
+    assert fitting_patch([5.0, 1.0, 1.0], [18, 256, 250])[0] == [20, 256, 256]
+    assert fitting_patch([1.0, 1.0, 1.0], [3, 3, 3])[0] == [32, 32, 32]
+
+
+def test_more_memory_gives_a_larger_patch(large: Path) -> None:
     def voxels(gigabytes: float) -> int:
-        plans = PLANNERS["STUNetPlanner_base"](
-            int(PHANTOM_ID), gpu_memory_target_in_gb=gigabytes, plans_name=f"Plans{gigabytes:g}"
-        ).plan_experiment()
+        plans = PLANNERS["STUNetPlanner_base"](7, gigabytes).plan_experiment()
         return math.prod(plans["configurations"]["3d_fullres"]["patch_size"])
 
-    assert voxels(6) < voxels(12) < voxels(24)
+    assert voxels(6) < voxels(24)
     refused = "STU-Net huge does not fit into 8 GB.*Raise -gpu_memory_target.* small, base, large"
     with pytest.raises(PluginError, match=refused):
-        PLANNERS["STUNetPlanner_huge"](int(PHANTOM_ID), 8.0).plan_experiment()
+        PLANNERS["STUNetPlanner_huge"](7, 8.0).plan_experiment()
 
 
 @pytest.mark.parametrize(
@@ -96,36 +106,43 @@ def test_more_memory_gives_a_larger_patch(big_dataset: Workspace) -> None:
     [
         ({"gpu_memory_target_in_gb": 0.0}, "-gpu_memory_target must be a number of gigabytes"),
         ({"gpu_memory_target_in_gb": math.nan}, "-gpu_memory_target must be a number of gig"),
-        ({"plans_name": "nnUNetPlans"}, "-overwrite_plans_name"),
-        ({"plans_name": "../elsewhere"}, "-overwrite_plans_name"),
+        ({"plans_name": "nnUNetPlans"}, "belongs to plans of nnU-Net.*-overwrite_plans_name"),
+        ({"plans_name": "Others"}, "belongs to plans of OtherPlanner"),
+        ({"plans_name": "../elsewhere"}, "-overwrite_plans_name may hold"),
         ({"overwrite_target_spacing": [1.0, 0.0, 1.0]}, "takes three millimetres above 0"),
     ],
 )
-def test_wrong_arguments_are_refused(
-    nnunet_environment: Workspace, wrong: dict[str, Any], message: str
-) -> None:
+def test_wrong_arguments_are_refused(large: Path, wrong: dict[str, Any], message: str) -> None:
+    (large / "Others.json").write_text('{"experiment_planner_used": "OtherPlanner"}')
     with pytest.raises(PluginError, match=message):
-        PLANNERS["STUNetPlanner_tiny"](int(PHANTOM_ID), **wrong)
+        PLANNERS["STUNetPlanner_tiny"](7, **wrong)
 
 
 def test_data_is_shared_only_where_asked_for_and_alike(
-    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
+    large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planner = PLANNERS["STUNetPlanner_small"]
-    alike = planner(int(PHANTOM_ID))
+    alike = planner(7)
     assert alike.generate_data_identifier("3d_fullres") == "STUNetPlans_small_3d_fullres"
     monkeypatch.setenv("STUNET_SHARE_DATA", "1")
-    assert alike.generate_data_identifier("3d_fullres") == "nnUNetPlans_3d_fullres"
+    assert alike.generate_data_identifier("3d_fullres") == HOST
     assert alike.generate_data_identifier("3d_lowres") == "STUNetPlans_small_3d_lowres"
-    other = planner(int(PHANTOM_ID), overwrite_target_spacing=[6.0, 6.0, 6.0], plans_name="Coarse")
+    other = planner(7, overwrite_target_spacing=[6.0, 6.0, 6.0], plans_name="Coarse")
     assert other.generate_data_identifier("3d_fullres") == "Coarse_3d_fullres"
     assert other.generate_data_identifier("2d") == "Coarse_2d"
-    special = planner(int(PHANTOM_ID), preprocessor_name="MyPreprocessor")
+    special = planner(7, preprocessor_name="MyPreprocessor")
     assert special.generate_data_identifier("3d_fullres") == "STUNetPlans_small_3d_fullres"
     # nnU-Net would delete it before it fills it again.
-    monkeypatch.setattr(sys, "argv", ["/bin/nnUNetv2_plan_and_preprocess", "-d", PHANTOM_ID])
-    with pytest.raises(PluginError, match="would delete them .* nnUNetv2_plan_experiment"):
-        alike.generate_data_identifier("3d_fullres")
+    (large / HOST).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["/bin/nnUNetv2_plan_and_preprocess", "-d", "7"])
+        with pytest.raises(PluginError, match="would delete them .* nnUNetv2_plan_experiment"):
+            alike.generate_data_identifier("3d_fullres")
+    # What nnUNetPlans say counts, not what would be planned.
+    planned = {"configurations": {"3d_fullres": {"spacing": [6.0, 6.0, 6.0]}}}
+    (large / "nnUNetPlans.json").write_text(json.dumps(planned))
+    assert alike.generate_data_identifier("3d_fullres") == "STUNetPlans_small_3d_fullres"
+    assert other.generate_data_identifier("3d_fullres") == HOST
 
 
 @pytest.mark.slow
@@ -141,26 +158,6 @@ def test_planning_and_preprocessing_leaves_the_data_of_others(
     assert [file.stat().st_ino for file in files] == [one.st_ino for one in before]
     made = {file.name for file in (folder / f"{plans}_3d_fullres").iterdir()}
     assert made == {file.name for file in files}
-
-
-def test_patch_that_fits_is_near_and_divisible() -> None:
-    assert fitting_patch([1.0, 1.0, 1.0], [40, 56, 40])[0] == [48, 64, 48]
-    assert fitting_patch([5.0, 1.0, 1.0], [18, 256, 250])[0] == [20, 256, 256]
-    assert fitting_patch([1.0, 1.0, 1.0], [3, 3, 3])[0] == [32, 32, 32]
-
-
-@pytest.mark.parametrize("name", MISFM)
-def test_plans_fit_the_memory_target(nnunet_environment: Workspace, name: str) -> None:
-    planner = MISFM[name](int(PHANTOM_ID), gpu_memory_target_in_gb=4)
-    plans = planner.plan_experiment()
-    assert "2d" not in plans["configurations"]
-    chosen = plans["configurations"]["3d_fullres"]
-    resolved, _ = resolve(chosen, planner.network_record, "a trainer")
-    assert resolved == chosen["architecture"]
-    needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], (1, 6))
-    assert needed <= 4 * GIGABYTE
-    with pytest.raises(PluginError, match="belongs to plans of"):
-        MISFM[name](int(PHANTOM_ID), plans_name="nnUNetPlans")
 
 
 @pytest.mark.slow
@@ -185,26 +182,24 @@ def test_stock_trainer_trains_from_the_plan(
 
 
 def test_plan_command_without_registration(
-    nnunet_environment: Workspace, stunet: Any, monkeypatch: pytest.MonkeyPatch
+    large: Path, stunet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["plan", "-d", PHANTOM_ID, "-pl", "STUNetPlanner_tiny", "-overwrite_plans_name", "Mine"]
-    expected = f"Next: nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name Mine -c 3d_fullres"
-    assert expected in stunet(*words)
+    words = "plan -d 7 -pl STUNetPlanner_tiny -overwrite_plans_name Mine"
+    assert "Next: nnUNetv2_preprocess -d 7 -plans_name Mine -c 3d_fullres" in stunet(words)
+    (large / HOST).mkdir()
     monkeypatch.setenv("STUNET_SHARE_DATA", "1")
-    assert f"Next: nnUNetv2_train {PHANTOM_ID} 3d_fullres 0 -p Mine" in stunet(*words)
-    assert nnunet_environment.plans("Mine")["experiment_planner_used"] == "STUNetPlanner_tiny"
-    refused = stunet.refuse("plan", "-d", PHANTOM_ID, "-pl", "STUNetPlanner_big")
+    assert "Next: nnUNetv2_train 7 3d_fullres 0 -p Mine -tr TRAINER" in stunet(words)
+    plans = json.loads((large / "Mine.json").read_text())
+    assert plans["experiment_planner_used"] == "STUNetPlanner_tiny"
+    refused = stunet.refuse("plan -d 7 -pl STUNetPlanner_big")
     assert "Unknown planner 'STUNetPlanner_big'. Did you mean" in refused
 
 
-def test_plan_command_on_what_is_not_there(
-    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(PluginError, match=r"There is no dataset 7 \(Dataset007_...\) in "):
-        plan(Plan((7,), "STUNetPlanner_tiny", processes=1))
-    with pytest.raises(PluginError, match="-np must be at least 1, not 0"):
-        plan(Plan((int(PHANTOM_ID),), "STUNetPlanner_tiny", processes=0))
-    broken = nnunet_environment.raw / "Dataset008_Broken"
+def test_plan_command_on_what_is_not_there(nnunet_folders: Path, stunet: Any) -> None:
+    words = "plan -pl STUNetPlanner_tiny -d"
+    assert "There is no dataset 7 (Dataset007_...) in " in stunet.refuse(words, "7")
+    assert "-np must be at least 1, not 0" in stunet.refuse(words, "7 -np 0")
+    broken = nnunet_folders / "nnUNet_raw" / "Dataset008_Broken"
     (broken / "imagesTr").mkdir(parents=True)
     labels = '"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"'
     for content, message in (
@@ -212,16 +207,13 @@ def test_plan_command_on_what_is_not_there(
         ("{", "dataset.json cannot be read"),
         ("{}", "lacks labels, file_ending"),
         (f"{{{labels}}}", "lacks channel_names"),
-        (f'{{{labels}, "channel_names": {{"0": "CT"}}}}', r"imagesTr holds no \*.nii.gz files"),
+        (f'{{{labels}, "channel_names": {{"0": "CT"}}}}', "imagesTr holds no *.nii.gz files"),
     ):
         if content is not None:
             (broken / "dataset.json").write_text(content)
-        with pytest.raises(PluginError, match=message):
-            plan(Plan((8,), "STUNetPlanner_tiny", processes=1))
-    shutil.rmtree(broken)
-    monkeypatch.delenv("nnUNet_raw")
-    with pytest.raises(PluginError, match="export nnUNet_raw="):
-        plan(Plan((7,), "STUNetPlanner_tiny", processes=1))
+        assert message in stunet.refuse(words, "8")
+    stunet.patch.delenv("nnUNet_raw")
+    assert "export nnUNet_raw=" in stunet.refuse(words, "7")
 
 
 def test_hint_for_a_planner_that_does_not_exist(capsys: Any) -> None:

@@ -21,7 +21,6 @@ from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.options import Options
 from stunet_plugin.trainers.base_trainer import FineTuningScheduler, parameter_groups
-from stunet_plugin.weights.pretrained import pretrained_weights_on_command_line
 
 from conftest import PHANTOM_ID, Workspace
 from trainer_helpers import Make, batch_for, misfm, started, stunet
@@ -59,12 +58,6 @@ def test_deep_supervision_weighs_as_nnunet_does_for_the_plans_poolings(
     assert min(weights) > 0
 
 
-def test_trainer_without_size_takes_base_with_a_plan_of_another_network(make: Make) -> None:
-    host = make(TINY).configuration_manager.configuration
-    resolved = trainers.TRAINERS["STUNetTrainer"].resolve_architecture(host)
-    assert resolved["arch_kwargs"]["features_per_stage"] == list(PRESETS["base"].features_per_stage)
-
-
 @pytest.mark.parametrize(
     ("spacing", "patch", "mode"),
     [(1.0, [96, 96, 96], 0), (2.0, [64, 128, 128], 1), (4.0, [32, 128, 128], 2)],
@@ -72,7 +65,12 @@ def test_trainer_without_size_takes_base_with_a_plan_of_another_network(make: Ma
 def test_mode_follows_from_the_plan_and_is_recorded(
     make: Make, capsys: Any, spacing: float, patch: list[int], mode: int
 ) -> None:
-    host = make(TINY).configuration_manager.configuration["architecture"]
+    planned = make(TINY).configuration_manager.configuration
+    base = trainers.TRAINERS["STUNetTrainer"].resolve_architecture(planned)
+    assert base == stunet_architecture(
+        PRESETS["base"], planned["architecture"]["arch_kwargs"]["strides"]
+    )
+    host = planned["architecture"]
     changes = {"spacing": [spacing, 1.0, 1.0], "patch_size": patch, "architecture": host}
     trainer = make("PCTNetTrainer", batch_size=1, **changes)
     for plans in (trainer.plans_manager.plans, trainer.my_init_kwargs["plans"]):
@@ -88,22 +86,18 @@ def test_mode_follows_from_the_plan_and_is_recorded(
 # --- options and fine-tuning
 
 
-@pytest.mark.parametrize(
-    ("variable", "text", "message"),
-    [
+def test_wrong_options_are_refused() -> None:
+    for variable, text, message in (
         ("STUNET_EPOCHS", "0", "must be an integer from 1 to 1000000"),
         ("STUNET_EPOCHS", "many", "must be an integer from 1 to 1000000"),
         ("STUNET_ENCODER_RATE", "2", "must be a number from 0 to 1"),
         ("STUNET_ENCODER_RATE", "nan", "must be a number from 0 to 1"),
         ("STUNET_SEED", "-1", "must be an integer from 0 to"),
-        ("STUNET_VF_CLASSES", "0", "must be an integer from 1 to 255"),
         ("STUNET_VF_SCHEME", "2024", "must be one of 2023, 2025"),
         ("STUNET_EPOCH", "3", "there is no such option. Did you mean STUNET_EPOCHS"),
-    ],
-)
-def test_wrong_options_are_refused(variable: str, text: str, message: str) -> None:
-    with pytest.raises(PluginError, match=f"{variable}.*{message}"):
-        Options({variable: text})
+    ):
+        with pytest.raises(PluginError, match=f"{variable}.*{message}"):
+            Options({variable: text})
 
 
 def test_epochs_seed_and_mirroring(make: Make) -> None:
@@ -164,7 +158,8 @@ def test_fine_tuning_takes_weights_with_a_prefix_and_says_loudly_if_there_are_no
     content = torch.load(file, weights_only=False)
     content["network_weights"] = {f"{prefix}{name}": value for name, value in own.items()}
     torch.save(content, file)
-    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    words = ["-pretrained_weights", str(file)]
+    monkeypatch.setattr("sys.argv", ["train", *(words if prefix else ["=".join(words)])])
     trainer = make("PCTNetTrainer_ft")
     maybe_load_checkpoint(trainer, False, False, str(file))
     trainer.on_train_start()
@@ -177,26 +172,12 @@ def test_fine_tuning_takes_weights_with_a_prefix_and_says_loudly_if_there_are_no
     assert (f"Prefix {prefix!r} stripped from all names" in log) == bool(prefix)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("nnUNetv2_train 4 -pretrained_weights a.pth --c", "a.pth"),
-        ("nnUNetv2_train -pretrained_weights=b.pth", "b.pth"),
-        ("nnUNetv2_train 4 -pretrained_weights", None),
-    ],
-)
-def test_pretrained_weights_are_read_off_the_command_line(given: str, expected: str | None) -> None:
-    assert pretrained_weights_on_command_line(given.split()) == expected
-
-
 # --- refusals, before anything is written
 
 
 def test_wrong_plans_and_folders(
     make: Make, nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(PluginError, match="no configuration '3d_lowres'. Available: 2d, 3d_full"):
-        make(TINY, "3d_lowres")
     with pytest.raises(PluginError, match="lacks plans_name"):
         make(TINY, plans={**nnunet_environment.plans(), "plans_name": ""})
     (tmp_path / "file").write_text("in the way")
@@ -207,6 +188,10 @@ def test_wrong_plans_and_folders(
         with pytest.raises(PluginError, match=f"export {variable}=/path/to/{variable}"):
             make(TINY, options={variable: ""})
         monkeypatch.setenv(variable, str(tmp_path))
+
+
+def blocks(smallest: float, largest: float) -> dict[str, Any]:
+    return {"options": {"STUNET_VF_SMALLEST": smallest, "STUNET_VF_LARGEST": largest}}
 
 
 OTHER = {"network_class_name": "other.Net", "arch_kwargs": {"strides": [[1, 1, 1]]}}
@@ -221,6 +206,7 @@ OTHER = {"network_class_name": "other.Net", "arch_kwargs": {"strides": [[1, 1, 1
             "trains STU-Net large.*plan is for STU-Net small.*-tr STUNetTrainer_small_ft.*-p"
             " STUNetPlans_large",
         ),
+        (TINY, {"configuration": "3d_lowres"}, "no configuration '3d_lowres'. Available: 2d, 3d_f"),
         (TINY, {"architecture": OTHER}, "'other.Net'.*STUNetPlans_<size>"),
         (TINY, {"patch_size": [40, 48, 60]}, r"\[40, 48, 56\] and \[40, 48, 64\].*plans file"),
         (TINY, {"patch_size": [4, 8, 8]}, "single voxel at the deepest stage"),
@@ -234,6 +220,8 @@ OTHER = {"network_class_name": "other.Net", "arch_kwargs": {"strides": [[1, 1, 1
         ("FMUNetTrainer", {"patch_size": [32, 32]}, "use a 3D configuration .*STUNetTrainer for 2"),
         ("VolumeFusionTrainer", {"architecture": {"arch_kwargs": {}}}, "one output per resolution"),
         ("VolumeFusionTrainer", {"previous_stage": "3d_lowres"}, "cascade.*Pretrain 3d_lowres or"),
+        ("VolumeFusionTrainer", blocks(0.5, 0.2), "smallest 0.5 and largest 0.2"),
+        ("VolumeFusionTrainer", blocks(0.01, 0.05), r"\[16, 32, 32\] .*too small"),
     ],
 )
 def test_wrong_plans(

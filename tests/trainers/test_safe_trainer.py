@@ -16,13 +16,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.trainers.safe_trainer import (
-    BEST,
-    FINAL,
-    LATEST,
-    MOST_SKIPPED_IN_A_ROW,
-    UNFINISHED,
-)
+from stunet_plugin.trainers.safe_trainer import BEST, FINAL, LATEST, MOST_SKIPPED_IN_A_ROW
 
 from conftest import Workspace
 from trainer_helpers import Make, batch_for, equal, started, state
@@ -207,4 +201,4 @@ def test_killed_at_any_moment_there_is_a_checkpoint_to_resume_from(
     counts = script.kill_many(3, nnunet_environment.plans(), tmp_path, seed=1)
     assert (counts["kills"], counts["did_not_load"], counts["epochs_lost"]) == (3, 0, 0)
     assert counts["checkpoints_saved"] > 0
-    assert not list(tmp_path.rglob(f"*{UNFINISHED}"))
+    assert not list(tmp_path.rglob("*.unfinished"))

@@ -33,12 +33,12 @@ Published = Callable[..., Path]
 
 
 @pytest.fixture
-def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
+def published(tmp_path: Path) -> Published:
     """Write a PyMIC checkpoint of a small network with random weights, as PyMIC does; changes to
     None remove."""
 
     def write(network: str, mode: int, outputs: int = 5, changes: Any = None) -> Path:
-        plain = getattr(plain_module(network.lower(), repository, monkeypatch), f"Plain{network}")
+        plain = getattr(plain_module(network.lower()), f"Plain{network}")
         sizes = (PATCHES[mode],) if network == "PCTNet" else ()
         module = randomise(plain(1, outputs, mode, *sizes, *SMALL.values(), DROPOUT, True))
         weights = module.state_dict() | (changes or {})
