@@ -127,7 +127,7 @@ def _download(given: str) -> Source:
         reason = type(error).__name__
     with contextlib.suppress(Exception):
         # As in FeTA21_base_ep1k.model.pkl beside base_ep1k.model, which was renamed.
-        listed = client.list_repo_files(repository, revision=revision)
+        listed = [] if options else client.list_repo_files(repository, revision=revision)
         (near,) = (other for other in listed if other.endswith(f"_{name}"))
         print(f"Plan:         {near}, the only file beside it on the hub that ends in {name}")
         return Source(given, checkpoint, get(near))

@@ -80,7 +80,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site.mkdir()
     (site / "huggingface_hub.py").write_text(HUB)
     monkeypatch.setenv("HUB_FOLDER", str(folder))
-    monkeypatch.setenv("HF_ENDPOINT", folder.as_uri())
+    monkeypatch.setenv("HF_ENDPOINT", (site / "huggingface_hub.py").as_uri())  # it answers
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *map(str, sys.path)]))
     monkeypatch.syspath_prepend(str(site))
     # Set and deleted, so that the stand-in is forgotten afterwards.
