@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.networks.activation_checkpointing import AUTO, SETTINGS
+from stunet_plugin.utils.files import HOME
 
 
 @dataclass(frozen=True)
 class Option:
-    """An environment variable that takes a number within bounds, or one of a few words."""
+    """An environment variable: a number within bounds, one of a few words, or a folder."""
 
     variable: str
     meaning: str
@@ -25,10 +26,11 @@ class Option:
     maximum: float = math.inf
     whole: bool = True
     words: tuple[str, ...] = ()
+    folder: bool = False
 
     def parse(self, text: str) -> float | str:
         """Return the value; raise if it is not allowed."""
-        if text in self.words:
+        if text in self.words or self.folder:
             return text
         try:
             value = int(text) if self.whole else float(text)
@@ -44,6 +46,8 @@ class Option:
         """What it may be set to."""
         if self.words:
             return f"one of {', '.join(self.words)}"
+        if self.folder:
+            return "a folder"
         kind = "an integer" if self.whole else "a number"
         if self.maximum == math.inf:
             return f"{kind} >= {self.minimum:g}"
@@ -113,6 +117,7 @@ OPTIONS = (
     VF_RATE := _fraction(
         "STUNET_VF_RATE", "Volume Fusion: first learning rate (published: 1e-3)", 1e-9
     ),
+    Option(HOME, "downloaded models (if not set: ~/.cache/stunet)", folder=True),
 )
 
 

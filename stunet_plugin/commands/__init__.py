@@ -8,6 +8,7 @@ from stunet_plugin.commands.import_ import Import
 from stunet_plugin.commands.inspect import Inspect
 from stunet_plugin.commands.list import List
 from stunet_plugin.commands.merge_datasets import MergeDatasets
+from stunet_plugin.commands.models import Models
 from stunet_plugin.commands.path import Path
 from stunet_plugin.commands.plan import Plan
 from stunet_plugin.commands.plan_like import PlanLike
@@ -20,6 +21,7 @@ GROUPS: dict[str, tuple[type[Command], ...]] = {
     "install": (Demo, Register, Unregister, Doctor, Path),
     "networks and plans": (List, Plan),
     "weights": (Import, Inspect, PlanLike),
+    "segmentation": (Models,),
     "data": (Unlabeled, PseudoLabel, MergeDatasets),
     "evaluation": (Rank, Crosseval),
 }

@@ -17,6 +17,23 @@ import filelock
 from stunet_plugin.errors import PluginError, last_line
 
 MAX_JSON_BYTES = 16 * 1024**2
+HOME = "STUNET_HOME"
+"""Environment variable: the folder for what is downloaded or made once for all datasets."""
+
+
+def home() -> Path:
+    """Return the folder for what is downloaded or made once: STUNET_HOME, or ``stunet`` in the
+    user's caches. It need not be there yet."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        if given := os.environ.get(HOME, "").strip():
+            return Path(given).expanduser().absolute()
+        # As the XDG specification has it, a relative path counts for nothing.
+        return (caches if caches.is_absolute() else Path.home() / ".cache") / "stunet"
+    except RuntimeError as error:
+        raise PluginError(
+            f"This user has no home folder. Run: export {HOME}=/path/to/a/folder"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -38,14 +55,17 @@ def _encoded(text: str) -> bytes:
 
 
 @contextlib.contextmanager
-def lock(path: Path, who: str) -> Iterator[None]:
-    """Hold a lock file, so that no second process does the same; raise PluginError if one does
-    ``who``, for example "run is making X"."""
+def lock(path: Path, who: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file, so that no second process does the same; where one does ``who``, for
+    example "run is making X", raise PluginError, or ``wait`` for its end."""
     held = filelock.FileLock(path)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise PluginError(f"Another {who}. Wait for it to end.") from error
+        if not wait:
+            raise PluginError(f"Another {who}. Wait for it to end.") from error
+        print(f"Another {who}. Waiting for it to end.", flush=True)
+        held.acquire()
     except (OSError, NotImplementedError):
         pass  # some network file systems have no locks
     try:

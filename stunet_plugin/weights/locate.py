@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -73,20 +74,31 @@ def published_facts() -> dict[str, Any]:
     return dict(json.loads(files("stunet_plugin").joinpath("data", FACTS).read_text()))
 
 
-def _download(given: str) -> Source:
+def web_address(given: str) -> str:
+    """Return where a browser finds the file of an ``hf://`` address."""
+    repository, revision, file = _parts(given)
+    return f"{HUB}/{repository}/resolve/{revision or 'main'}/{file}"
+
+
+def _parts(given: str) -> tuple[str, str | None, str]:
+    """Return repository, revision and file of an ``hf://`` address."""
     match = _HUB.fullmatch(given)
     if not match or ".." in match[3].split("/"):
         raise PluginError(
             f"{given!r} names no file. Expected hf://owner/repository/file, as in"
             " hf://ziyanhuang/STU-Net/base_ep4k.model."
         )
+    return match[1], match[2], match[3]
+
+
+def _download(given: str) -> Source:
+    repository, revision, file = _parts(given)
     try:
         client = importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
         raise PluginError(
             "hf:// addresses need huggingface_hub. Run: pip install huggingface_hub"
         ) from error
-    repository, revision, file = match.groups()
     # Without a network the client would try for half a minute before it looks into its cache.
     options = {} if is_reachable(HUB) else {"local_files_only": True}
 
@@ -98,16 +110,24 @@ def _download(given: str) -> Source:
     except Exception as error:  # the client has dozens of its own, and those of the network
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         reason = "the hub does not answer" if options else reason
-        address = f"{HUB}/{repository}/resolve/{revision or 'main'}/{file}"
         raise PluginError(
             f"{given} could not be downloaded ({reason}). Check spelling and network and run the"
-            f" command again, which resumes; or give the path of {address}, downloaded by hand."
+            f" command again, which resumes; or give the path of {web_address(given)}, downloaded"
+            " by hand."
         ) from error
+    name = f"{Path(file).name}{PLANS_SUFFIX}"
     try:
         return Source(checkpoint, get(file + PLANS_SUFFIX))
-    except Exception as error:  # it is optional
-        print(f"No {Path(file).name}{PLANS_SUFFIX} beside it on the hub ({type(error).__name__}).")
-        return Source(checkpoint)
+    except Exception as error:  # the file is optional, whatever the reason
+        reason = type(error).__name__
+    with contextlib.suppress(Exception):
+        # As in FeTA21_base_ep1k.model.pkl beside base_ep1k.model, which was renamed.
+        listed = [] if options else client.list_repo_files(repository, revision=revision)
+        (near,) = (other for other in listed if other.endswith(f"_{name}"))
+        print(f"Plan:         {near}, the only file beside it on the hub that ends in {name}")
+        return Source(checkpoint, get(near))
+    print(f"No {name} beside it on the hub ({reason}).")
+    return Source(checkpoint)
 
 
 def is_reachable(address: str) -> bool:

@@ -1,0 +1,1 @@
+"""``stunet segment``: structures in scans, by models that have names."""
