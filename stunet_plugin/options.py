@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stunet_plugin.errors import PluginError, did_you_mean
-from stunet_plugin.networks.activation_checkpointing import AUTO, SETTINGS
 from stunet_plugin.utils.files import HOME
 
 
@@ -90,7 +89,17 @@ OPTIONS = (
     CHECKPOINTING := Option(
         "STUNET_CHECKPOINTING",
         "activation checkpointing of STU-Net, which saves memory",
-        words=(*SETTINGS, AUTO),
+        words=("off", "stage", "block", "auto"),
+    ),
+    CPU := Option(
+        "STUNET_CPU",
+        "what predicts on the CPU; auto: OpenVINO if it is installed",
+        words=("auto", "openvino", "torch"),
+    ),
+    CPU_PRECISION := Option(
+        "STUNET_CPU_PRECISION",
+        "of OpenVINO; auto: bfloat16 if the processor has it and the first window agrees",
+        words=("auto", "float32", "bfloat16"),
     ),
     SHARE_DATA := _switch(
         "STUNET_SHARE_DATA",
@@ -117,7 +126,7 @@ OPTIONS = (
     VF_RATE := _fraction(
         "STUNET_VF_RATE", "Volume Fusion: first learning rate (published: 1e-3)", 1e-9
     ),
-    Option(HOME, "downloaded models (if not set: ~/.cache/stunet)", folder=True),
+    Option(HOME, "downloaded models and compiled networks (if not set: ~/.cache/stunet)", folder=True),
 )
 
 

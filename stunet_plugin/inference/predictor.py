@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet_plugin.errors import PluginError, last_line
 from stunet_plugin.inference.build_network import build_network
+from stunet_plugin.inference.slabs import Labels, NotFiniteError, SlabPredictor
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.image_files import MOVE, ImageError, place_image, side_files
@@ -27,11 +27,8 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about a case: arrays (z, y, x), and the geometry for the reader.
-
-    The confidence is the probability of the predicted class; with regions, of the decision on the
-    region that the model is least sure of.
-    """
+    """What a model says about a case: arrays (z, y, x), and the geometry for the reader. The
+    confidence is that of :class:`stunet_plugin.inference.slabs.Labels`."""
 
     labels: np.ndarray
     confidence: np.ndarray
@@ -85,7 +82,7 @@ class Model:
             raise PluginError(f"{lacking[0]}: no such file. {known}")
         # On the CPU it says that it will not do what it was not asked to do.
         with contextlib.redirect_stdout(None):
-            self.predictor = nnUNetPredictor(
+            self.predictor = SlabPredictor(
                 step_size, True, mirroring, device == "cuda", torch.device(device), allow_tqdm=False
             )
         plans = read_json(folder / "plans.json")
@@ -169,20 +166,39 @@ class Model:
             PluginError: an image cannot be used, or the network's output is not finite.
         """
         array, properties = self.read(images)
-        labels, probabilities = self.predictor.predict_single_npy_array(
-            array, properties, None, None, True
-        )
-        if self.predictor.label_manager.has_regions:
-            confidence = np.maximum(probabilities, 1 - probabilities).min(axis=0)
-        else:
-            confidence = probabilities.max(axis=0)
-        if not np.isfinite(confidence).all():
-            raise PluginError(
-                f"{self.folder} predicts NaN for {images[0]}: its weights are damaged, or its"
-                " training diverged. Try another checkpoint (-chk)."
-            )
+        found = self.segment(*self.preprocess(array, properties), str(images[0]), confidence=True)
         volume = float(np.prod(properties["spacing"]))
-        return Prediction(np.asarray(labels), confidence, properties, volume)
+        assert found.confidence is not None
+        return Prediction(found.labels, found.confidence, properties, volume)
+
+    def preprocess(
+        self, array: np.ndarray, properties: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return images as :meth:`read` returns them, (channel, *spatial) as the network takes
+        them, and what nnU-Net notes of the way."""
+        configuration = self.predictor.configuration_manager
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        plans = self.predictor.plans_manager
+        data, _, noted = preprocessor.run_case_npy(
+            array, None, dict(properties), plans, configuration, self.dataset
+        )
+        return torch.from_numpy(data), noted
+
+    def segment(
+        self, data: torch.Tensor, properties: dict[str, Any], case: str, **settings: Any
+    ) -> Labels:
+        """Return the labels of a preprocessed case; see :meth:`SlabPredictor.segment`.
+
+        Raises:
+            PluginError: the network's output is not finite.
+        """
+        try:
+            return self.predictor.segment(data, properties, **settings)
+        except NotFiniteError as error:
+            raise PluginError(
+                f"{self.folder} predicts NaN for {case}: its weights are damaged, or its"
+                " training diverged. Try another checkpoint (-chk)."
+            ) from error
 
     def predict_files(
         self, cases: Mapping[Path, Sequence[Path]], ending: str, processes: int = 1
@@ -193,11 +209,6 @@ class Model:
         ``cases`` maps the file to write, in an existing folder, to the images of the case. One
         process preprocesses in this one.
         """
-        from nnunetv2.inference.export_prediction import export_prediction_from_logits
-
-        predictor = self.predictor
-        managers = (predictor.configuration_manager, predictor.plans_manager)
-        description = {**self.dataset, "file_ending": ending}
         prepared = self._preprocessed(list(cases.values()), processes)
         for target in cases:
             partial = target.parent / PARTIAL
@@ -205,11 +216,9 @@ class Model:
             try:
                 with contextlib.redirect_stdout(None):
                     item = next(prepared)
-                    logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu()
-                    written = partial / target.name
-                    described = (item["data_properties"], *managers, description)
-                    stem = str(written).removesuffix(ending)
-                    export_prediction_from_logits(logits, *described, stem)
+                found = self.segment(item["data"], item["data_properties"], str(target))
+                written = partial / target.name
+                self.reader.write_seg(found.labels, str(written), item["data_properties"])
                 for old in (*side_files(target), target) if target.exists() else ():
                     old.unlink()
                 place_image(written, target, MOVE)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 
+from stunet_plugin.networks import cpu_engine
 from stunet_plugin.networks.topology import Strides, check_patch_size
 
 NEGATIVE_SLOPE = 1e-2  # of every LeakyReLU, and assumed by the He initialisation
@@ -92,12 +93,10 @@ class BaseUNet(AbstractDynamicNetworkArchitectures):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Images to logits, or a list of them, one per decoder stage, full resolution first."""
         check_patch_size(x.shape[2:], self.strides, self.title)
-        if not self.training and not torch.compiler.is_compiling():
-            # Imported here, because it knows the blocks of all networks.
-            from stunet_plugin.networks import cpu_inference
-
-            if cpu_inference.applies(self, x):
-                return cpu_inference.predict(self, x)
+        if not self.training and x.device.type == "cpu":
+            output = cpu_engine.predict(self, x)
+            if output is not None:
+                return output
         return self.decoder(self.encoder(x))
 
     @staticmethod
