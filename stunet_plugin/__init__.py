@@ -2,6 +2,7 @@
 copy."""
 
 import os as _os
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
@@ -13,3 +14,27 @@ if not _os.path.isdir(_os.path.join(_here, "trainers")) and _os.path.isfile(
     _os.path.join(_here, "..", "trainers", "stunet_trainers.py")
 ):
     __path__.append(_os.path.dirname(_here))
+
+
+def segment(image: _Any, model: _Any, **settings: _Any) -> _Any:
+    """Segment one scan with a model folder of nnU-Net or a published model.
+
+    ``segment("ct.nii.gz", "totalsegmentator-base").labels`` is an array (z, y, x) as the image.
+
+    Args:
+        image: path of a file, paths of one file per channel, or an array (z, y, x) or (channel, z,
+            y, x) with ``spacing=`` (z, y, x) in mm, oriented as the model's training images.
+        model: folder, name (``stunet models``) or ``hf://`` address.
+        settings: ``structures``, ``device`` and the others of
+            :class:`stunet_plugin.segmentation.segmenter.Segmenter`.
+
+    Returns:
+        :class:`stunet_plugin.segmentation.segmenter.Segmentation`: ``labels``, ``names`` and
+        ``statistics()``.
+
+    Raises:
+        PluginError: wrong input; the message says what to do.
+    """
+    from stunet_plugin.segmentation.segmenter import segment as run
+
+    return run(image, model, **settings)

@@ -126,7 +126,9 @@ OPTIONS = (
     VF_RATE := _fraction(
         "STUNET_VF_RATE", "Volume Fusion: first learning rate (published: 1e-3)", 1e-9
     ),
-    Option(HOME, "downloaded models and compiled networks (if not set: ~/.cache/stunet)", folder=True),
+    Option(
+        HOME, "downloaded models and compiled networks (if not set: ~/.cache/stunet)", folder=True
+    ),
 )
 
 

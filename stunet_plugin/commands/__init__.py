@@ -15,13 +15,14 @@ from stunet_plugin.commands.plan_like import PlanLike
 from stunet_plugin.commands.pseudo_label import PseudoLabel
 from stunet_plugin.commands.rank import Rank
 from stunet_plugin.commands.register import Register, Unregister
+from stunet_plugin.commands.segment import Segment
 from stunet_plugin.commands.unlabeled import Unlabeled
 
 GROUPS: dict[str, tuple[type[Command], ...]] = {
+    "segmentation": (Segment, Models),
     "install": (Demo, Register, Unregister, Doctor, Path),
     "networks and plans": (List, Plan),
     "weights": (Import, Inspect, PlanLike),
-    "segmentation": (Models,),
     "data": (Unlabeled, PseudoLabel, MergeDatasets),
     "evaluation": (Rank, Crosseval),
 }

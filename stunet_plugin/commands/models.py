@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from stunet_plugin.commands.command import Command, flag, option
 
 if TYPE_CHECKING:
-    from stunet_plugin.segment.published import PublishedModel
+    from stunet_plugin.segmentation.published import PublishedModel
 
 SHOWN = 3
 """Structures of each model in the table."""
@@ -24,7 +24,7 @@ class Models(Command):
     json: bool = flag("--json", "print JSON")
 
     def run(self) -> int:
-        from stunet_plugin.segment.published import get_model, published_models
+        from stunet_plugin.segmentation.published import get_model, published_models
 
         chosen = get_model(self.name) if self.name else None
         models = [chosen] if chosen else list(published_models().values())
@@ -39,7 +39,7 @@ class Models(Command):
 
 
 def _facts(model: "PublishedModel") -> dict[str, Any]:
-    from stunet_plugin.segment.models import is_model
+    from stunet_plugin.segmentation.models import is_model
 
     facts = asdict(model)
     del facts["known_to_import"], facts["plans"], facts["fold"]
@@ -48,8 +48,8 @@ def _facts(model: "PublishedModel") -> dict[str, Any]:
 
 
 def _table(models: "list[PublishedModel]") -> str:
-    from stunet_plugin.segment.models import is_model
-    from stunet_plugin.segment.published import models_folder
+    from stunet_plugin.segmentation.models import is_model
+    from stunet_plugin.segmentation.published import models_folder
 
     titles = ("name", "modality", "parameters", "download", "from", "licence", "here", "structures")
     rows = [titles]

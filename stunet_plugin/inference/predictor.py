@@ -46,6 +46,7 @@ class Model:
         step_size: of the sliding window, in patches, above 0 and at most 1.
         mirroring: average over mirrored images, as the model was trained.
         device: ``cpu``, ``cuda`` or ``mps``.
+        progress: show the windows that are done.
 
     Raises:
         PluginError: no model folder, a fold or checkpoint that it lacks, or a network that cannot
@@ -60,6 +61,7 @@ class Model:
         step_size: float = 0.5,
         mirroring: bool = True,
         device: str = "cpu",
+        progress: bool = False,
     ) -> None:
         if not 0 < step_size <= 1:
             raise PluginError(f"--step-size must be above 0 and at most 1, not {step_size:g}.")
@@ -83,7 +85,12 @@ class Model:
         # On the CPU it says that it will not do what it was not asked to do.
         with contextlib.redirect_stdout(None):
             self.predictor = SlabPredictor(
-                step_size, True, mirroring, device == "cuda", torch.device(device), allow_tqdm=False
+                step_size,
+                True,
+                mirroring,
+                device == "cuda",
+                torch.device(device),
+                allow_tqdm=progress,
             )
         plans = read_json(folder / "plans.json")
         try:

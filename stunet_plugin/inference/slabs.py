@@ -61,7 +61,7 @@ class Labels:
     windows: Windows
 
 
-class SlabPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnunetv2 has no types
+class SlabPredictor(nnUNetPredictor):
     """nnU-Net's predictor, with :meth:`segment` for a case in little memory.
 
     Attributes:
@@ -70,6 +70,7 @@ class SlabPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnunetv2 has no t
     """
 
     outputs: tuple[int, ...] | None = None
+    network: Any
 
     def segment(
         self,
@@ -84,7 +85,8 @@ class SlabPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnunetv2 has no t
             data: (channel, *spatial) as nnU-Net's preprocessor makes it, float32.
             properties: of the preprocessor.
             confidence: return it too.
-            leave_out: whether a window (slices of the three axes of ``data``) is background.
+            leave_out: whether a window is background, by its slices of the three axes of ``data``,
+                which it may overlap.
 
         Raises:
             NotFiniteError: the network's output is not finite.
@@ -147,7 +149,11 @@ class SlabPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnunetv2 has no t
                 slab.move(start)
                 wanted = []
                 for window in rows[start]:
-                    left_out = leave_out and leave_out([_extent(part) for part in window[1:]])
+                    place = [
+                        slice(_extent(part).start - offset.start, _extent(part).stop - offset.start)
+                        for part, offset in zip(window[1:], kept, strict=True)
+                    ]
+                    left_out = leave_out is not None and leave_out(place)
                     counted.total += 1
                     counted.left_out += bool(left_out)
                     wanted += [] if left_out else [window]
@@ -158,9 +164,9 @@ class SlabPredictor(nnUNetPredictor):  # type: ignore[misc]  # nnunetv2 has no t
                 if not torch.isfinite(logits).all():
                     raise NotFiniteError("The network's output is not finite.")
                 for plane, values in resampling.planes(logits[:, :, inside[0], inside[1]]):
-                    place = [slice(None)] * 3
-                    place[axis] = plane  # type: ignore[call-overload]
-                    yield tuple(place), values
+                    index: list[Any] = [slice(None)] * 3
+                    index[axis] = plane
+                    yield tuple(index), values
 
     def _new_slab(self, shape: Sequence[int], axis: int, depth: int) -> _Slab:
         outputs = self.label_manager.num_segmentation_heads

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError, did_you_mean, few
-from stunet_plugin.segment.published import (
+from stunet_plugin.segmentation.published import (
     PublishedModel,
     get_model,
     models_folder,

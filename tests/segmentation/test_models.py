@@ -17,8 +17,8 @@ from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.options import Options
-from stunet_plugin.segment.models import find_model, is_model
-from stunet_plugin.segment.published import PublishedModel, published_models
+from stunet_plugin.segmentation.models import find_model, is_model
+from stunet_plugin.segmentation.published import PublishedModel, published_models
 from stunet_plugin.utils.files import home
 from stunet_plugin.weights.locate import published_facts, web_address
 
@@ -55,8 +55,8 @@ def list_repo_files(repo_id, revision=None):
 '''
 FIND = f"""
 import sys
-from stunet_plugin.segment.models import find_model
-from stunet_plugin.segment.published import PublishedModel, published_models
+from stunet_plugin.segmentation.models import find_model
+from stunet_plugin.segmentation.published import PublishedModel, published_models
 published_models()[{NAME!r}] = {TINY!r}
 print(find_model({NAME!r}))
 assert "torch" not in sys.modules
@@ -151,7 +151,7 @@ def test_a_name_is_downloaded_and_imported_once(
 def test_what_is_here_is_found_without_torch(cache: Path) -> None:
     write_model(cache / "totalsegmentator-small")
     code = (
-        "import sys; from stunet_plugin.segment.models import find_model;"
+        "import sys; from stunet_plugin.segmentation.models import find_model;"
         " print(find_model('totalsegmentator-small'));"
         " assert not {'torch', 'numpy', 'nnunetv2', 'huggingface_hub'} & set(sys.modules)"
     )

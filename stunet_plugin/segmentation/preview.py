@@ -1,0 +1,44 @@
+"""Preview of a segmentation: three planes and a legend, as a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stunet_plugin.segmentation.segmenter import Segmentation
+from stunet_plugin.utils.figures import distinct_colours, saved_figure
+
+NAMED = 24
+"""Structures in the legend, the largest first."""
+
+
+def save_preview(found: Segmentation, path: Path) -> None:
+    """Write the plane of each axis that shows most of what was found, with the labels over it."""
+    from matplotlib.patches import Patch
+
+    colours = dict(zip(found.names, distinct_colours(len(found.names)), strict=True))
+    palette = np.zeros((max(found.names) + 1, 4))
+    for value, colour in colours.items():
+        palette[value] = (*colour, 0.5)
+    low, high = np.percentile(found.image, [2, 99.5])
+    with saved_figure(path, 11, 4.8) as figure:
+        for axis, plot in enumerate(figure.subplots(1, 3)):
+            others = tuple(other for other in range(3) if other != axis)
+            counts = (found.labels > 0).sum(axis=others)
+            index = int(counts.argmax()) if counts.any() else found.labels.shape[axis] // 2
+            image, labels = (x.take(index, axis) for x in (found.image, found.labels))
+            aspect = found.spacing[others[0]] / found.spacing[others[1]]
+            plot.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            plot.imshow(palette[labels], aspect=aspect, interpolation="nearest")
+            plot.set_title(f"axis {'zyx'[axis]}, plane {index}", fontsize=9)
+            plot.set_axis_off()
+        sizes = np.bincount(found.labels.ravel(), minlength=len(palette))
+        named = sorted(found.names, key=lambda value: -sizes[value])
+        shown = [value for value in named if sizes[value]][:NAMED]
+        if shown:
+            patches = [Patch(color=colours[value], label=found.names[value]) for value in shown]
+            where = {"loc": "outside lower center", "ncols": min(6, len(shown))}
+            figure.legend(handles=patches, fontsize=7, frameon=False, **where)
+        else:
+            figure.suptitle("Nothing was found", color="red")

@@ -1,0 +1,239 @@
+"""``stunet segment``: label maps, statistics and a picture of every scan; what is done stays."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from stunet_plugin import __version__
+from stunet_plugin.errors import PluginError, few_lines
+from stunet_plugin.networks import cpu_engine
+from stunet_plugin.segmentation.preview import save_preview
+from stunet_plugin.segmentation.scans import Scan, find_scans, parts_of
+from stunet_plugin.segmentation.segmenter import Segmenter
+from stunet_plugin.utils.device import choose_device
+from stunet_plugin.utils.files import lock, read_json, sha256_of, write_atomically
+from stunet_plugin.utils.image_files import MOVE, hash_of_image, place_image, side_files
+
+if TYPE_CHECKING:
+    from stunet_plugin.commands.segment import Segment
+
+RECORDS, STATISTICS, RUN = "records", "statistics.csv", "run.json"
+COLUMNS = ("scan", "structure", "label", "volume_ml", "mean_intensity", "touches_border")
+FAST_STEP, STEP = 0.8, 0.5
+
+
+def run_segment(options: Segment) -> int:
+    """Segment; return 0, or 1 if nothing was found in a scan."""
+    out = Path(options.out).expanduser().absolute()
+    if out.exists() and not out.is_dir():
+        raise PluginError(f"-o {out} is a file. Give a folder.")
+    device = choose_device(options.device)
+    if options.precision != cpu_engine.AUTO:
+        os.environ[cpu_engine.CPU_PRECISION.variable] = options.precision
+    segmenter = Segmenter(
+        options.model,
+        options.structures,
+        options.folds,
+        options.checkpoint,
+        FAST_STEP if options.fast else STEP,
+        options.mirror,
+        device,
+        not options.all_windows,
+        options.force,
+        progress=not options.quiet,
+    )
+    scans = find_scans(options.scan, segmenter.model.channels)
+    chosen = parts_of(scans, options.num_parts, options.part_id)
+    run = _Run(options, segmenter, out, device, several=len(scans) > 1)
+    return run.segment(chosen)
+
+
+class _Run:
+    """An output folder, and the settings that a scan must have been segmented with to stay."""
+
+    def __init__(
+        self, options: Segment, segmenter: Segmenter, out: Path, device: str, several: bool
+    ) -> None:
+        self.options, self.segmenter, self.out, self.several = options, segmenter, out, several
+        model = segmenter.model
+        self.model = {
+            "folder": str(model.folder),
+            "trainer": model.trainer,
+            "configuration": model.configuration,
+            "folds": list(model.folds),
+            "sha256": {str(x.relative_to(model.folder)): sha256_of(x) for x in model.files},
+            "plans_sha256": sha256_of(model.folder / "plans.json"),
+        }
+        self.settings = {
+            "structures": list(segmenter.names.values()),
+            "step_size": model.predictor.tile_step_size,
+            "mirroring": options.mirror,
+            "separate": options.separate,
+            "leave_out_air": segmenter.leave_out_air,
+            "precision": options.precision,
+            "device": device,
+        }
+
+    def segment(self, scans: Sequence[Scan]) -> int:
+        hashes = {scan: [hash_of_image(image) for image in scan.images] for scan in scans}
+        missing = [scan for scan in scans if not self._is_done(scan, hashes[scan])]
+        self._check(missing)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / RECORDS).mkdir(exist_ok=True)
+        started = time.monotonic()
+        empty = []
+        bar = tqdm(missing, unit="scan", disable=self.options.quiet or len(missing) < 2)
+        for scan in bar:
+            if not self._write(scan, hashes[scan]):
+                empty.append(scan.name)
+        self._summarise(len(missing), time.monotonic() - started)
+        done = len(scans) - len(missing)
+        print(f"Scans:        {len(missing)} segmented, {done} were there already")
+        print(f"Labels:       {self.out}\nStatistics:   {self.out / STATISTICS}")
+        if empty:
+            print(
+                f"WARNING: nothing was found in {few_lines(empty)}. Is it the right model for these"
+                " scans (body part, modality, orientation)?"
+            )
+        return 1 if empty else 0
+
+    def _check(self, scans: Sequence[Scan]) -> None:
+        """Read all scans, so that nothing stops the run later."""
+        problems = []
+        for scan in tqdm(scans, "check", disable=self.options.quiet or len(scans) < 2, leave=False):
+            try:
+                self.segmenter.check(scan.images)
+            except PluginError as error:
+                problems.append(str(error))
+        if problems:
+            raise PluginError(few_lines(problems, 10))
+
+    def _record(self, scan: Scan) -> Path:
+        return self.out / RECORDS / f"{scan.name}.json"
+
+    def _is_done(self, scan: Scan, hashes: Sequence[str]) -> bool:
+        try:
+            record = read_json(self._record(scan))
+            same = all(
+                record[key] == value
+                for key, value in (
+                    ("images_sha256", list(hashes)),
+                    ("model", self.model),
+                    ("settings", self.settings),
+                )
+            )
+            files = record["files"].items()
+            return same and all(hash_of_image(self.out / name) == sha for name, sha in files)
+        except (PluginError, OSError, KeyError, AttributeError, TypeError):
+            return False
+
+    def _write(self, scan: Scan, hashes: Sequence[str]) -> bool:
+        """Segment a scan and write what belongs to it; return whether something was found."""
+        started = time.monotonic()
+        try:
+            found = self.segmenter.segment(scan.images)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "alloc" not in str(error):
+                raise
+            raise PluginError(
+                f"Not enough memory for {scan.name}. Smaller: --structures NAME ..., a smaller"
+                " model, or a cropped scan."
+            ) from error
+        ending = self.segmenter.ending_of(scan.images)
+        maps = {f"{scan.name}{ending}": found.labels}
+        if self.options.separate:
+            maps = {
+                f"{scan.name}/{name}{ending}": (found.labels == value).astype(np.uint8)
+                for value, name in found.names.items()
+            }
+        with tempfile.TemporaryDirectory(prefix=".partial", dir=self.out) as folder:
+            for name, labels in maps.items():
+                written, target = Path(folder) / Path(name).name, self.out / name
+                writer = self.segmenter.model.reader
+                with contextlib.redirect_stdout(None):
+                    writer.write_seg(labels, str(written), found.properties)
+                target.parent.mkdir(exist_ok=True)
+                for old in (*side_files(target), target) if target.exists() else ():
+                    old.unlink()
+                place_image(written, target, MOVE)
+        preview = f"preview_{scan.name}.png" if self.several else "preview.png"
+        save_preview(found, self.out / preview)
+        statistics = found.statistics()
+        record = {
+            "scan": scan.name,
+            "images": [str(image) for image in scan.images],
+            "images_sha256": list(hashes),
+            "model": self.model,
+            "settings": self.settings,
+            "files": {name: hash_of_image(self.out / name) for name in maps},
+            "windows": asdict(found.windows),
+            "engine": cpu_engine.precision_in_use() or "torch",
+            "seconds": round(time.monotonic() - started, 2),
+            "structures": [asdict(structure) for structure in statistics],
+        }
+        write_atomically(self._record(scan), json.dumps(record, indent=2))
+        present = [structure for structure in statistics if structure.volume_ml > 0]
+        tqdm.write(f"{scan.name}: {len(present)} of {len(statistics)} structures found")
+        return bool(present)
+
+    def _summarise(self, scans: int, seconds: float) -> None:
+        """Write the statistics of all scans in the folder, and what this run was."""
+        with lock(self.out / RECORDS / ".lock", "process writes the statistics", wait=True):
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for path in sorted((self.out / RECORDS).glob("*.json")):
+                record = read_json(path)
+                for row in record["structures"]:
+                    writer.writerow([record["scan"], *_cells(row)])
+            write_atomically(self.out / STATISTICS, text.getvalue())
+            packages = ("nnunetv2", "torch", "openvino", "numpy", "SimpleITK")
+            versions = {name: _version(name) for name in packages}
+            run = {
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "scans": scans,
+                "seconds": round(seconds, 2),
+                "model": self.model,
+                "settings": self.settings,
+                "engine": cpu_engine.precision_in_use() or "torch",
+                "versions": {
+                    "stunet-plugin": __version__,
+                    "python": platform.python_version(),
+                    **versions,
+                },
+            }
+            write_atomically(self.out / RUN, json.dumps(run, indent=2))
+
+
+def _cells(row: Mapping[str, Any]) -> list[Any]:
+    mean = row["mean_intensity"]
+    return [
+        row["name"],
+        row["label"],
+        f"{row['volume_ml']:.3f}",
+        "" if mean is None else f"{mean:.2f}",
+        row["touches_border"],
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None

@@ -1,0 +1,279 @@
+"""Segmentation of one scan by a model folder of nnU-Net: labels, statistics, and what was done."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from scipy.ndimage import maximum_filter
+
+from stunet_plugin.datasets.label_systems import LabelSystem
+from stunet_plugin.datasets.label_systems import published_facts as published_systems
+from stunet_plugin.errors import PluginError, did_you_mean, few
+from stunet_plugin.inference.predictor import Model
+from stunet_plugin.inference.slabs import Windows
+from stunet_plugin.nnunet.names import CHECKPOINT
+from stunet_plugin.segmentation.models import find_model
+from stunet_plugin.segmentation.published import published_models
+from stunet_plugin.segmentation.scans import CT, LEAST_AIR, MR, check_modality
+from stunet_plugin.utils.image_files import ending_of
+from stunet_plugin.utils.images import read_image
+
+AIR = -900
+"""Hounsfield units: windows with nothing above hold only air."""
+COARSE = 4
+"""Voxels of a block in which air is looked for."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found of a structure.
+
+    Attributes:
+        volume_ml: of all its voxels; 0 where it was not found.
+        mean_intensity: of the first channel; None where it was not found.
+        touches_border: it may go on outside the image.
+    """
+
+    name: str
+    label: int
+    volume_ml: float
+    mean_intensity: float | None
+    touches_border: bool
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The result of :func:`stunet_plugin.segment`.
+
+    Attributes:
+        labels: (z, y, x), as the image.
+        names: of the label values.
+        image: first channel (z, y, x).
+        spacing: (z, y, x) in mm.
+        properties: for nnU-Net's writer of label maps.
+        windows: of the network, and how many were left out.
+    """
+
+    labels: np.ndarray
+    names: dict[int, str]
+    image: np.ndarray
+    spacing: tuple[float, ...]
+    properties: dict[str, Any]
+    windows: Windows
+
+    def statistics(self) -> list[Structure]:
+        """Return what was found of every structure, in the order of the label values."""
+        most = max(self.names)
+        flat = self.labels.ravel()
+        voxels = np.bincount(flat, minlength=most + 1)
+        sums = np.bincount(flat, weights=self.image.ravel(), minlength=most + 1)
+        # A single plane has no neighbours along its axis.
+        axes = [axis for axis, length in enumerate(self.labels.shape) if length > 1]
+        border = {int(x) for axis in axes for x in np.unique(self.labels.take((0, -1), axis))}
+        voxel_ml = float(np.prod(self.spacing)) / 1000
+        return [
+            Structure(
+                name,
+                value,
+                float(voxels[value] * voxel_ml),
+                float(sums[value] / voxels[value]) if voxels[value] else None,
+                value in border,
+            )
+            for value, name in self.names.items()
+        ]
+
+
+class Segmenter:
+    """A model, ready to segment scans.
+
+    Args:
+        model: a model folder of nnU-Net, the name of a published model (``stunet models``), or the
+            ``hf://`` address of a checkpoint.
+        structures: names of any label system; only these are computed to the end. None: all.
+        step_size: of the sliding window, in patches.
+        mirroring: average over mirrored images, as nnU-Net does by default; takes 8 times as long.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        leave_out_air: do not run the network where a CT shows only air.
+        force: take images of another modality than the model's.
+
+    Raises:
+        PluginError: no such model or structure.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        structures: Sequence[str] | None = None,
+        folds: Sequence[str] | None = None,
+        checkpoint: str = CHECKPOINT,
+        step_size: float = 0.5,
+        mirroring: bool = False,
+        device: str = "cpu",
+        leave_out_air: bool = True,
+        force: bool = False,
+        progress: bool = False,
+    ) -> None:
+        folder = find_model(str(model))
+        self.model = Model(folder, folds, checkpoint, step_size, mirroring, device, progress)
+        dataset = self.model.dataset
+        system = LabelSystem.from_table(dataset, folder.name)
+        manager = self.model.predictor.label_manager
+        self.names = {
+            int(values): name
+            for name, values in dataset["labels"].items()
+            if isinstance(values, int) and name not in ("background", "ignore")
+        }
+        if manager.has_regions:
+            regions = [x for x in dataset["labels"] if x not in ("background", "ignore")]
+            order = manager.regions_class_order
+            self.names = {int(value): regions[n] for n, value in enumerate(order)}
+        self.modality = self._modality()
+        self.leave_out_air, self.force = leave_out_air, force
+        if structures:
+            chosen = _find_structures(structures, system)
+            self.names = {value: name for value, name in self.names.items() if value in chosen}
+            self.model.predictor.outputs = tuple(
+                manager.regions_class_order.index(value) if manager.has_regions else value
+                for value in self.names
+            )
+
+    def _modality(self) -> str:
+        for published in published_models().values():
+            if self.model.folder == published.folder:
+                return CT if published.modality.startswith(CT) else MR
+        names = self.model.dataset.get("channel_names", self.model.dataset.get("modality", {}))
+        first = str(names.get("0", "")).upper()
+        return {"CT": CT, "MR": MR, "MRI": MR, "T1": MR, "T2": MR, "FLAIR": MR}.get(first, "")
+
+    def segment(self, images: Sequence[Path]) -> Segmentation:
+        """Segment a scan of one image per channel, of any format that is known here.
+
+        Raises:
+            PluginError: an image cannot be used, or is of another modality.
+        """
+        array, properties = self._read(images)
+        return self._segment(array, properties, str(images[0]))
+
+    def check(self, images: Sequence[Path]) -> None:
+        """Read a scan; raise PluginError as :meth:`segment` would."""
+        self._read(images)
+
+    def _read(self, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            array, properties = self.model.read(self._readable(images, Path(folder)))
+        if not self.force:
+            check_modality(images[0], array[0], self.modality)
+        return array, properties
+
+    def segment_array(self, array: np.ndarray, spacing: Sequence[float]) -> Segmentation:
+        """Segment an array (z, y, x) or (channel, z, y, x), in the orientation of the images that
+        the model was trained on; the spacing is (z, y, x) in mm.
+
+        Raises:
+            PluginError: another number of axes or channels, or a spacing that is none.
+        """
+        array = np.asarray(array, np.float32)
+        array = array[None] if array.ndim == 3 else array
+        if array.ndim != 4 or len(array) != self.model.channels:
+            raise PluginError(
+                f"The array has shape {array.shape}; expected (channel, z, y, x) with"
+                f" {self.model.channels} channel(s)."
+            )
+        if len(spacing) != 3 or not all(np.isfinite(x) and x > 0 for x in spacing):
+            raise PluginError(f"The spacing must be three positive numbers, not {spacing}.")
+        if not np.isfinite(array).all():
+            raise PluginError("The array has voxels that are NaN or infinite.")
+        if not self.force:
+            check_modality(Path("The array"), array[0], self.modality)
+        return self._segment(array, {"spacing": [float(x) for x in spacing]}, "the array")
+
+    def ending_of(self, images: Sequence[Path]) -> str:
+        """Return the file ending of a scan's label map: the scan's own, if nnU-Net's reader writes
+        it."""
+        own = ending_of(images[0])
+        return own if own in self.model.reader.supported_file_endings else ".nii.gz"
+
+    def _readable(self, images: Sequence[Path], folder: Path) -> list[Path]:
+        """Return images for the model's reader, converted to NIfTI where it does not know them."""
+        if ending_of(images[0]) in self.model.reader.supported_file_endings:
+            return list(images)
+        if ".nii.gz" not in self.model.reader.supported_file_endings:
+            known = ", ".join(self.model.reader.supported_file_endings)
+            raise PluginError(f"{images[0]}: the model takes images with {known}.")
+        converted = []
+        for image in images:
+            target = folder / f"{image.name}.nii.gz"
+            sitk.WriteImage(read_image(image), str(target), useCompression=False)
+            converted.append(target)
+        return converted
+
+    def _segment(self, array: np.ndarray, properties: dict[str, Any], case: str) -> Segmentation:
+        data, noted = self.model.preprocess(array.copy(), properties)
+        leave_out = None
+        if self.leave_out_air and self.modality == CT and array[0].min() <= LEAST_AIR:
+            forward = self.model.predictor.plans_manager.transpose_forward
+            box = tuple(slice(*edges) for edges in noted["bbox_used_for_cropping"])
+            leave_out = _only_air(array[0].transpose(forward)[box], data.shape[1:])
+        found = self.model.segment(data, noted, case, leave_out=leave_out)
+        spacing = tuple(float(x) for x in properties["spacing"])
+        return Segmentation(found.labels, self.names, array[0], spacing, properties, found.windows)
+
+
+def _only_air(image: np.ndarray, shape: Sequence[int]) -> Callable[[Sequence[slice]], bool]:
+    """Return a function that tells whether a window of the resampled image (of ``shape``) holds
+    only air, looked up in blocks of the image before that."""
+    air = image <= AIR
+    steps = [slice(None, None, COARSE)] * 3
+    # A block's own voxels and those around it.
+    blocks = maximum_filter(~air, size=2 * COARSE + 1)[tuple(steps)]
+
+    def is_air(window: Sequence[slice]) -> bool:
+        place = []
+        for part, size, length in zip(window, image.shape, shape, strict=True):
+            first, last = part.start * size / length, part.stop * size / length
+            place.append(slice(max(int(first // COARSE), 0), max(int(last // COARSE) + 1, 1)))
+        return not blocks[tuple(place)].any()
+
+    return is_air
+
+
+def _find_structures(given: Sequence[str], system: LabelSystem) -> set[int]:
+    """Return the label values of structures by their names in any label system."""
+    values: set[int] = set()
+    for name in given:
+        found = system.find(name)
+        if found is None:
+            known = [*system.classes, *published_systems()["compositions"]]
+            hint = did_you_mean(name, known)
+            raise PluginError(
+                f"The model has no structure {name!r}.{hint} It has:"
+                f" {few(list(system.classes), 120)}."
+            )
+        values.update(found)
+    return values
+
+
+def segment(
+    image: str | Path | Sequence[str | Path] | np.ndarray,
+    model: str | Path,
+    spacing: Sequence[float] | None = None,
+    device: str = "auto",
+    **settings: Any,
+) -> Segmentation:
+    """Segment one scan; see :func:`stunet_plugin.segment`."""
+    from stunet_plugin.utils.device import choose_device
+
+    segmenter = Segmenter(model, device=choose_device(device), **settings)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        if spacing is None:
+            raise PluginError("An array needs its spacing: spacing=(z, y, x) in mm.")
+        return segmenter.segment_array(np.asarray(image), spacing)
+    paths = [image] if isinstance(image, str | Path) else list(image)
+    return segmenter.segment([Path(path).expanduser() for path in paths])
