@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stunet_plugin import __version__
-from stunet_plugin.errors import PluginError, few_lines
+from stunet_plugin.errors import PluginError, few, few_lines
 from stunet_plugin.networks import cpu_engine
 from stunet_plugin.segmentation.preview import save_preview
 from stunet_plugin.segmentation.scans import Scan, find_scans, parts_of
@@ -108,7 +108,7 @@ class _Run:
         print(f"Labels:       {self.out}\nStatistics:   {self.out / STATISTICS}")
         if empty:
             print(
-                f"WARNING: nothing was found in {few_lines(empty)}. Is it the right model for these"
+                f"WARNING: nothing was found in {few(empty)}. Is it the right model for these"
                 " scans (body part, modality, orientation)?"
             )
         return 1 if empty else 0

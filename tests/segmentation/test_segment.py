@@ -1,0 +1,189 @@
+"""``stunet segment``: label maps, statistics, pictures; scans that are refused; resuming."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+import stunet_plugin
+from stunet_plugin.cli import main
+from stunet_plugin.errors import PluginError
+from stunet_plugin.inference.predictor import Model
+from stunet_plugin.segmentation.segmenter import Segmenter, _only_air
+from stunet_plugin.utils.images import read_label_map
+
+from dataset_helpers import change_json
+from import_helpers import make_network, published_weights, v1_plans, write_v1
+
+NAMES = ["background", "liver", "spleen", "kidney_left", "kidney_right"]
+SHAPE = (30, 34, 40)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUNET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("STUNET_CPU", "torch")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of CT with random weights."""
+    torch.manual_seed(0)
+    source = write_v1(tmp_path / "m.model", published_weights(make_network()), v1_plans())
+    words = ["import", str(source), "--out", str(tmp_path / "model"), "--labels", *NAMES]
+    assert main(words) == 0
+    change_json(tmp_path / "model" / "dataset.json", channel_names={"0": "CT"})
+    return tmp_path / "model"
+
+
+def write_scan(path: Path, seed: int = 0, least: float = -1000) -> Path:
+    """A scan of noise in another orientation than ITK's own, with air around it."""
+    array = np.random.default_rng(seed).normal(0, 60, SHAPE).cumsum(0).clip(-500, 500)
+    array[:3] = least
+    image = sitk.GetImageFromArray(array.astype(np.float32))
+    image.SetSpacing((1.6, 1.7, 1.8))
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    image.SetOrigin((5, 6, 7))
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def segment(*words: Any) -> int:
+    return main(["segment", *map(str, words), "--quiet"])
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "statistics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_scan_becomes_labels_statistics_and_a_picture(model: Path, tmp_path: Path) -> None:
+    scan, out = write_scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
+    assert segment(scan, "-o", out, "--model", model) == 0
+    image, labels = sitk.ReadImage(str(scan)), read_label_map(out / "scan.nii.gz")
+    assert labels.GetDirection() == image.GetDirection()
+    assert np.allclose(labels.GetOrigin(), image.GetOrigin())
+    found, values = (sitk.GetArrayFromImage(part) for part in (labels, image))
+    expected = Model(model, mirroring=False).predict([scan]).labels
+    assert np.array_equal(found, expected)
+    table = rows(out)
+    assert [row["structure"] for row in table] == NAMES[1:]
+    for row in table:
+        mask = found == int(row["label"])
+        assert float(row["volume_ml"]) == pytest.approx(
+            mask.sum() * 1.6 * 1.7 * 1.8 / 1000, abs=1e-3
+        )
+        inside = mask[1:-1, 1:-1, 1:-1].sum()
+        assert (row["touches_border"] == "True") == (inside < mask.sum())
+        if mask.any():
+            assert float(row["mean_intensity"]) == pytest.approx(values[mask].mean(), abs=0.02)
+    run = json.loads((out / "run.json").read_text())
+    assert run["scans"] == 1
+    assert run["versions"]["nnunetv2"]
+    assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_resumes_in_parts_and_formats(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    for number, name in enumerate(("a.nii.gz", "b_0000.nii", "c.mha")):
+        write_scan(scans / name, number)
+    for part in (0, 1):
+        assert segment(scans, "-o", out, "-m", model, "-num_parts", 2, "-part_id", part) == 0
+    assert {row["scan"] for row in rows(out)} == {"a", "b", "c"}
+    files = {path.name for path in out.iterdir()}
+    assert {"a.nii.gz", "b.nii", "c.nii.gz", "preview_b.png", "run.json", "records"} <= files
+    assert not [name for name in files if name.startswith(".partial")]
+    (out / "b.nii").write_bytes((out / "b.nii").read_bytes()[:-1])
+    write_scan(scans / "c.mha", 7)
+    before = (out / "a.nii.gz").stat().st_mtime_ns
+    capsys.readouterr()
+    assert segment(scans, "-o", out, "-m", model) == 0
+    assert "2 segmented, 1 were there already" in capsys.readouterr().out
+    assert (out / "a.nii.gz").stat().st_mtime_ns == before
+    assert segment(scans, "-o", out, "-m", model, "--structures", "liver") in (0, 1)
+    assert "3 segmented" in capsys.readouterr().out
+
+
+def test_structures_by_names_of_any_system(model: Path, tmp_path: Path) -> None:
+    scan, out = write_scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
+    words = ["-o", out, "-m", model, "--separate", "--structures", "Kidneys", "left kidney"]
+    assert segment(scan, *words) == 0
+    assert {row["structure"] for row in rows(out)} == {"kidney_left", "kidney_right"}
+    masks = [sitk.GetArrayFromImage(read_label_map(x)) for x in sorted((out / "scan").iterdir())]
+    assert [set(np.unique(mask)) <= {0, 1} for mask in masks] == [True, True]
+    everything = Model(model, mirroring=False).predict([scan]).labels
+    for value, mask in zip((3, 4), masks, strict=True):
+        # Windows of random weights disagree much on what is greatest of the others.
+        assert ((everything == value) != mask).mean() < 0.2
+
+
+def test_an_array_from_python(model: Path, tmp_path: Path) -> None:
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    found = stunet_plugin.segment(scan, model)
+    array, properties = Model(model).read([scan])
+    again = stunet_plugin.segment(array[0], model, spacing=properties["spacing"])
+    assert np.array_equal(found.labels, again.labels)
+    assert found.names == dict(enumerate(NAMES[1:], 1))
+    for wrong in ({"spacing": None}, {"spacing": (1, 1)}):
+        with pytest.raises(PluginError, match="spacing"):
+            stunet_plugin.segment(array[0], model, **wrong)
+    with pytest.raises(PluginError, match="shape"):
+        stunet_plugin.segment(np.zeros((2, *SHAPE)), model, spacing=(1, 1, 1))
+
+
+def test_wrong_input_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan, out = write_scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
+    write_scan(tmp_path / "mr.nii.gz", least=0)
+    sitk.WriteImage(abs(sitk.ReadImage(str(scan))), str(tmp_path / "mr.nii.gz"))
+    damaged = tmp_path / "damaged.nii.gz"
+    damaged.write_bytes(scan.read_bytes()[:-500])
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for given, more, said in (
+        (tmp_path / "mr.nii.gz", (), "no CT in Hounsfield units"),
+        (damaged, (), "damaged.nii.gz"),
+        (tmp_path / "none.nii.gz", (), "does not exist"),
+        (tmp_path / "text.txt", (), "no image that is known"),
+        (tmp_path / "empty", (), "holds no scans"),
+        (scan, ("--structures", "lver"), "Did you mean liver"),
+        (scan, ("-num_parts", 2, "-part_id", 2), "must be from 0 to 1"),
+        (scan, ("-f", 7), "fold_7"),
+    ):
+        assert segment(given, "-o", out, "-m", model, *more) == 2, given
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+    assert segment(tmp_path / "mr.nii.gz", "-o", out, "-m", model, "--force") in (0, 1)
+    change_json(model / "dataset.json", channel_names={"0": "T1", "1": "T2"})
+    assert segment(scan, "-o", out, "-m", model) == 2
+
+
+def test_air_is_left_out() -> None:
+    image = np.full((40, 40, 40), -1000.0)
+    image[20:30, 20:30, 20:30] = 0
+    is_air = _only_air(image, (80, 80, 80))
+    assert is_air([slice(0, 20)] * 3)
+    assert is_air([slice(-10, 20)] * 3)
+    assert not is_air([slice(0, 42)] * 3)
+    assert not is_air([slice(40, 60)] * 3)
+
+
+def test_nothing_found_is_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan, out = write_scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
+    monkeypatch.setattr("stunet_plugin.segmentation.segmenter._only_air", lambda *_: lambda _: True)
+    assert segment(scan, "-o", out, "-m", model) == 1
+    assert "nothing was found in scan" in capsys.readouterr().out
+    assert Segmenter(model).modality == "CT"
