@@ -35,6 +35,7 @@ def segment(image: _Any, model: _Any, **settings: _Any) -> _Any:
     Raises:
         PluginError: wrong input; the message says what to do.
     """
-    from stunet_plugin.segmentation.segmenter import segment as run
+    from importlib import import_module
 
-    return run(image, model, **settings)
+    # By name: no module of the package depends on it.
+    return import_module("stunet_plugin.segmentation.segmenter").segment(image, model, **settings)
