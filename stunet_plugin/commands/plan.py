@@ -21,9 +21,7 @@ class Plan(Command):
     planner: str = required(
         "-pl",
         metavar="PLANNER",
-        help=", ".join(
-            [f"STUNetPlanner_{size}" for size in SIZES] + ["PCTNetPlanner", "FMUNetPlanner"]
-        ),
+        help=", ".join([*(f"STUNetPlanner_{x}" for x in SIZES), "PCTNetPlanner", "FMUNetPlanner"]),
     )
     gpu_memory_target: float | None = option(
         "-gpu_memory_target", metavar="GB", help="the network's own if not given"

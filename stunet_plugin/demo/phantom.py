@@ -22,13 +22,8 @@ NOISE = 22.0
 
 
 def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> None:
-    """Write an nnU-Net v2 raw dataset of phantoms, the same for the same seed.
-
-    Args:
-        folder: ``DatasetXXX_NAME``; must not be there yet.
-        num_cases: scans to make.
-        seed: of everything random.
-    """
+    """Write an nnU-Net v2 raw dataset of phantoms, the same for the same seed, to a new folder
+    ``DatasetXXX_NAME``."""
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     for index, generator in enumerate(np.random.default_rng(seed).spawn(num_cases)):

@@ -65,14 +65,10 @@ def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(patch: tuple
     where = coordinates(SHAPE)
     segmentation = (np.indices(SHAPE).sum(0) > 40).astype(np.int8)
     voxels = sample_voxels(segmentation, [0, 1], "case", 0)
-    coarse, half, full = read_features(Pyramid(len(patch)), where, voxels, patch, 0.5, 3)
+    (full,) = read_features(Pyramid(len(patch)), where, voxels, patch, 0.5, 1)
     for label, indices in voxels.items():
         expected = where.numpy()[(slice(None), *indices.T)].T
         assert np.allclose(full[label], expected, rtol=1e-4, atol=1e-3)
-        assert len(half[label]) == min(len(indices), 200)
-        assert len(coarse[label]) == min(len(indices), 100)
-        # Linear in between: the coordinates are linear, so only the window's borders differ.
-        assert np.median(np.abs(half[label] - expected[:200])) < 1e-2
 
 
 def test_features_between_voxels_are_those_of_torchs_interpolation() -> None:
