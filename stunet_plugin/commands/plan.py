@@ -30,8 +30,6 @@ class Plan(Command):
         "-overwrite_target_spacing", nargs=3, metavar="MM", help="spacing of 3d_fullres"
     )
     overwrite_plans_name: str | None = option(
-        "-overwrite_plans_name",
-        metavar="NAME",
-        help="name of the plans; the planner's own if not given",
+        "-overwrite_plans_name", metavar="NAME", help="of the plans; the planner's own if not given"
     )
     processes: int = option("-np", default=2, help="processes for the dataset fingerprint")

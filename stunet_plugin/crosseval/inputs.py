@@ -233,8 +233,7 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
         origin["folder"] = str(folder)
         if "labels" not in entry and not (folder / "dataset.json").is_file():
             raise PluginError(
-                f"{where}: {folder} has no dataset.json that says what its labels mean. Give"
-                " labels."
+                f"{where}: {folder} has no dataset.json, which says what labels mean. Give labels."
             )
     elif not {"images", "references", "labels"} <= set(entry):
         raise PluginError(

@@ -226,7 +226,6 @@ def test_an_interrupted_run_goes_on(
 M, D, LUNG = "--model M={apart} ", "--dataset D={own} ", "{own},labels=MSD-Lung "
 REFUSALS = {
     D: "No models are given",
-    M + M + D: "Two models are called 'M'",
     "--model 'M x={apart}' --model m_X={apart} " + D: "Two models are called 'M x' and 'm_X'",
     "--model M " + D: "expected NAME=FOLDER",
     M + "--dataset D,images={own}": "give folder (a raw dataset of nnU-Net), or images, references",
@@ -234,10 +233,9 @@ REFUSALS = {
     "--model M={apart},fold=3 " + D: "fold_3/checkpoint_final.pth is not there. ",
     "--model M={apart},step-size=1 " + D: "Did you mean step_size?",
     "--model M={apart},step_size=1.5 " + D: "step_size must be a number above 0",
-    M + "--dataset D={flare}": "has no dataset.json that says what its labels mean",
+    M + "--dataset D={flare}": "has no dataset.json, which says what labels mean",
     M + "--dataset D={own},part=Ts": "no folder of images {own}/imagesTs. Parts with images and"
     " references: part=Tr.",
-    M + "--dataset D={own},labels=NOTHING": "neither a published label system",
     M + D + "--classes spleeen": "Did you mean spleen? Take it off the list of classes, or use",
     M + "--dataset D=" + LUNG: "The dataset D shares no class with the models. D has: lung_tumour"
     " ... If they mean the same classes under other names, give one of them",

@@ -253,7 +253,7 @@ def test_refusals(folders: Path, made: Path, stunet: Stunet) -> None:
     less = {name: weights[name] for name in weights if "encoder.stages.0" not in name}
     torch.save(checkpoint(network_weights=less), "less.pth")
     for words, message in (
-        ("one two --levels 6", "--levels must be from 1 to 5"),
+        ("one two --levels 6", "--levels must be 1 to 5"),
         (f"one {made}/one.model", "stunet import"),
         ("one two -p Mine -c 2d", "no configuration '2d'"),
         ("one two -p Two", "the plan Mine, 3d_fullres is for 2"),
