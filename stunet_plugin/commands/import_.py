@@ -61,12 +61,10 @@ class Import(Command):
         "--labels",
         nargs="+",
         metavar="NAME",
-        help="of the outputs in their order, background first; or a JSON file",
+        help="of the outputs, background first; or a JSON file",
     )
     reader: str | None = option(
-        "--reader",
-        choices=READERS,
-        help="of images; NibabelIOWithReorient turns them to RAS and back",
+        "--reader", choices=READERS, help="of images; NibabelIOWithReorient turns them to RAS"
     )
 
     mode: int | None = option(

@@ -23,7 +23,6 @@ from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.command import Command
 from stunet_plugin.commands.dispatch import interruptible
 from stunet_plugin.commands.list import List
-from stunet_plugin.commands.pseudo_label import PseudoLabel
 from stunet_plugin.errors import PluginError
 
 from conftest import Stunet
@@ -72,15 +71,6 @@ def test_what_is_unknown_is_answered_with_the_nearest(
     known = arguments.split()[0] if arguments.startswith("list") else "[-h]"
     assert usage.startswith(f"usage: stunet {known} ")
     assert error.startswith(message)
-
-
-def test_arguments_have_the_types_of_their_fields() -> None:
-    given = "m -i x -d 7 --step-size 1 --no-mirroring -f 0 all --size a=1: --size b=:2"
-    options = PseudoLabel.parse(given.split())
-    assert (options.dataset_id, options.step_size, options.mirroring) == (7, 1.0, False)
-    assert (options.folds, options.size) == (("0", "all"), ("a=1:", "b=:2"))
-    assert (options.min_confidence, options.ignore_below, options.copy) == ((), None, False)
-    assert List.parse(["--patch-size", "64", "64", "64"]).patch_size == (64, 64, 64)
 
 
 def test_list(stunet: Stunet) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -88,19 +87,6 @@ def test_classes_that_are_named() -> None:
     assert found.pairs[0].classes == (ScoredClass("kidney_left", (3,), (3,), 1.0, False), cava)
     with pytest.raises(PluginError, match="dataset W has no class inferior_vena_cava; it has liv"):
         compared({"T": "TotalSegmentator-v1"}, {"W": "WORD"}, **rules)
-
-
-def test_files_that_a_dataset_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    folder = tmp_path / "Dataset007_Listed"
-    folder.mkdir()
-    image, label = folder / "image.nii.gz", folder / "label.nii.gz"
-    image.touch()
-    label.touch()
-    files = {"one": {"images": [image.name], "label": label.name}}
-    content = {"channel_names": {"0": "CT"}, "labels": {"liver": 1}, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps({**content, "dataset": files}))
-    assert read_dataset({"name": "D", "folder": 7}).cases == (Case("one", (image,), label),)
 
 
 def test_one_case_in_two_formats_is_not_two_channels(tmp_path: Path) -> None:
