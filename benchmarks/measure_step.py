@@ -16,7 +16,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from networks import INPUT_CHANNELS, Subject, find_subject
+from networks import INPUT_CHANNELS, find_subject
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -103,7 +103,8 @@ class Step:
     """One ``nnUNetTrainer.train_step`` on random data, or the prediction of one patch at full
     resolution."""
 
-    def __init__(self, case: Case, subject: Subject) -> None:
+    def __init__(self, case: Case) -> None:
+        subject = find_subject(case.size)
         self.device, self.training = case.device, case.mode == TRAIN
         outputs = case.classes, self.training
         plain = case.network == PLAIN
@@ -171,20 +172,21 @@ class Step:
             values = (value for state in self.optimizer.state.values() for value in state.values())
             moments = [value for value in values if isinstance(value, Tensor)]
         network = (*self.parameters.parameters(), *self.parameters.buffers())
-        return storage_bytes([*network, *moments, self.data, *self.targets])
+        tensors = (*network, *moments, self.data, *self.targets)
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def peak(self) -> int:
         """Return the peak in bytes of a step on the CPU."""
-        return self.resident() + max(allocation_peaks(self).values())
+        return self.resident() + allocation_peak(self)
 
 
-def make_step(case: Case, subject: Subject | None = None) -> Step:
-    """Build a step, of the case's network or another one, where it is used: large sizes take long
-    to initialise on the CPU."""
+def make_step(case: Case) -> Step:
+    """Build a step where it is used: large sizes take long to initialise on the CPU."""
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = case.device == "cuda"
     with torch.device(case.device):
-        return Step(case, subject or find_subject(case.size))
+        return Step(case)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -198,21 +200,10 @@ def measure(case: Case) -> dict[str, Any]:
     return {"seconds": seconds, "peak_bytes": peak}
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the tensors' storages, each counted once."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def allocation_peaks(step: Callable[[], object], stages: Sequence[str] = ()) -> dict[str, int]:
-    """Return the peak in bytes of the CPU memory that a call allocates through torch, within each
-    of its parts (what earlier parts left included), or of all of it under "".
+def allocation_peak(step: Callable[[], object]) -> int:
+    """Return the peak in bytes of the CPU memory that a call allocates through torch.
 
     The call must free nothing that was allocated before it: the profiler does not know its size.
-
-    Args:
-        step: marks each part with ``torch.profiler.record_function``.
-        stages: the names of the marks, each used once.
     """
     gc.collect()
     cpu = torch.profiler.ProfilerActivity.CPU
@@ -222,17 +213,10 @@ def allocation_peaks(step: Callable[[], object], stages: Sequence[str] = ()) -> 
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    memory = (event for event in events if event.get("name") == "[memory]")
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in memory]
-    changes.sort(key=lambda change: change[0])  # of the same moment, in the order they came
-    held = list(itertools.accumulate((change for _, change in changes), initial=0))
-    peaks = {} if stages else {"": max(held)}
-    for event in events:
-        if event.get("cat") == "user_annotation" and event["name"] in stages:
-            moments = event["ts"], event["ts"] + event["dur"]
-            before, until = (sum(at < moment for at, _ in changes) for moment in moments)
-            peaks[event["name"]] = max(held[before : until + 1])
-    return peaks
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    memory.sort(key=lambda event: event["ts"])  # of the same moment, in the order they came
+    changes = (event["args"]["Bytes"] for event in memory)
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def agreement(case: Case) -> dict[str, Any]:

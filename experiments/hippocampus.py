@@ -1,14 +1,10 @@
-"""Figures of docs/experiments/hippocampus.md from finished trainings, and its thinned datasets.
-
-``figures`` reads what nnU-Net left behind and writes curves, an overlay and the numbers; ``thin``
-makes a copy of a raw dataset of every n-th slice along one axis.
-"""
+"""Figures of docs/experiments/hippocampus.md: curves, an overlay and the numbers, from what nnU-Net
+left behind."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,6 @@ import SimpleITK as sitk
 from common import read_run, write_json
 from report import about, run_script
 
-from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.figures import OverlayCase, save_overlays
 
 matplotlib.use("agg")
@@ -81,44 +76,17 @@ def make_figures(options: argparse.Namespace) -> None:
         print(name, run["trainer"], run["mean_validation_dice"], run["validation_dice"], minutes)
 
 
-def thin_out(options: argparse.Namespace) -> None:
-    """Write every n-th slice of all images and labels; SimpleITK sets the spacing.
-
-    Raises:
-        PluginError: the target is there.
-    """
-    if options.out.exists():
-        raise PluginError(f"--out {options.out} is there already.")
-    steps = [slice(None)] * 3
-    steps[options.axis] = slice(None, None, options.every)
-    for part in ("imagesTr", "labelsTr"):
-        (options.out / part).mkdir(parents=True)
-        for file in sorted((options.raw / part).glob("*.nii.gz")):
-            thin = sitk.ReadImage(str(file))[tuple(steps)]
-            sitk.WriteImage(thin, str(options.out / part / file.name))
-    shutil.copyfile(options.raw / "dataset.json", options.out / "dataset.json")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True)
-    figures, thin = (commands.add_parser(name) for name in ("figures", "thin"))
-    figures.set_defaults(work=make_figures)
-    thin.set_defaults(work=thin_out)
-    for command in (figures, thin):
-        command.add_argument("--raw", type=Path, required=True, help="raw dataset, .nii.gz")
-        command.add_argument("--out", type=Path, required=True, help="folder (of thin: a new one)")
-    add = figures.add_argument
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--raw", type=Path, required=True, help="raw dataset, .nii.gz")
+    add("--out", type=Path, required=True, help="folder of the PNGs")
     add("--run", action="append", required=True, metavar="NAME=FOLD", help="fold folder; repeat")
     add("--stem", default="hippocampus", help="what the PNGs' names begin with")
     add("--json", type=Path, required=True, help="file for the numbers")
     add("--machine", required=True, help="what it ran on, in words")
-    thin.add_argument("--every", type=int, required=True, help="2 for every second slice")
-    thin.add_argument("--axis", type=int, choices=(0, 1, 2), default=2, help="along x, y or z")
     options = parser.parse_args(arguments)
-    return run_script(lambda: options.work(options), __file__)
+    return run_script(lambda: make_figures(options), __file__)
 
 
 if __name__ == "__main__":

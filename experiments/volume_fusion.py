@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common import (
-    BASE_CONFIGURATION,
     Dataset,
     Experiment,
     Network,
@@ -33,7 +32,6 @@ from common import (
     relabel,
     run_script,
 )
-from rescale_features import write_rescaled
 from volume_fusion_report import score_run, write_report
 
 from stunet_plugin.errors import PluginError
@@ -69,7 +67,6 @@ class Arm:
         pretraining: that it starts from; None starts from scratch.
         suffix: of the trainer's name; ``_ft`` of STU-Net has a tenth of the learning rate.
         warmup: share of the epochs over which the learning rate rises.
-        rescaled: features before the heads have the spread of random weights (rescale_features).
         options: variables, beside those of the budget.
     """
 
@@ -78,7 +75,6 @@ class Arm:
     pretraining: str | None = None
     suffix: str = ""
     warmup: float = 0.0
-    rescaled: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -104,8 +100,6 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "intensity": _arm("pretrained on standardised images", "stunet_standardised"),
     "blocks": _arm("pretrained with large blocks", "stunet_large_blocks"),
     "pretraining_rate": _arm("pretrained at a rate of 1e-4", "stunet_slow"),
-    "spread": _arm("pretrained, features rescaled", rescaled=True)
-    + _arm("ten times the pretraining, features rescaled", "stunet_long", rescaled=True),
     "length": _arm("ten times the pretraining", "stunet_long"),
 }
 """What can be asked for; ``stunet`` is what all but the other networks are compared with."""
@@ -164,14 +158,7 @@ class FusionExperiment(Experiment):
         share = LONG if arm.pretraining == "stunet_long" else 1
         options = self.training_options(int(self.options.pretrain_iterations * share), 1, 5)
         options |= PRETRAININGS[arm.pretraining]
-        weights = self.pretrain(arm.pretraining, options, network)
-        if not arm.rescaled:
-            return weights
-        rescaled = weights.with_name("checkpoint_rescaled.pth")
-        if not self.dry_run:
-            name = f"{network.plans}_{BASE_CONFIGURATION}"
-            write_rescaled(weights, self.preprocessed / UNLABELLED.folder / name, rescaled)
-        return rescaled
+        return self.pretrain(arm.pretraining, options, network)
 
     def fine_tune(self, arm: Arm, seed: int, count: int) -> None:
         """Train on labelled cases, and score the test cases."""

@@ -33,14 +33,22 @@ def write_dataset(
 
 
 def write_array(
-    path: Path, array: np.ndarray, origin: Any = (0, 0, 0), spacing: Any = (1, 2, 3), **options: Any
+    path: Path,
+    array: np.ndarray,
+    origin: Any = (0, 0, 0),
+    spacing: Any = (1, 2, 3),
+    direction: Any = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    compress: bool = False,
+    vector: bool = False,
 ) -> Path:
+    """Write an image of two to four axes; a fourth has the spacing 1."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array, **options)
+    image = sitk.GetImageFromArray(array, isVector=vector)
+    image.SetSpacing([*map(float, spacing), 1.0][: image.GetDimension()])
     if image.GetDimension() == 3:
-        image.SetSpacing([float(step) for step in spacing])
         image.SetOrigin(origin)
-    sitk.WriteImage(image, str(path))
+        image.SetDirection(direction)
+    sitk.WriteImage(image, str(path), compress)
     return path
 
 

@@ -71,7 +71,6 @@ def v1_plans(channels: int = 1) -> dict[str, Any]:
         "normalization_schemes": OrderedDict.fromkeys(range(channels), "nonCT"),
         "use_mask_for_norm": OrderedDict.fromkeys(range(channels), False),
         "transpose_forward": [np.int64(0), 1, 2],
-        "transpose_backward": [np.int64(0), 1, 2],
         "dataset_properties": {"intensityproperties": None},
         "plans_per_stage": {0: stage},
     }
@@ -83,7 +82,6 @@ def v1_plans(channels: int = 1) -> dict[str, Any]:
 def v2_plans() -> dict[str, Any]:
     """Plans of nnU-Net v2's default planner."""
     configuration = {
-        "data_identifier": "nnUNetPlans_3d_fullres",
         "batch_size": 2,
         "patch_size": [32, 32, 64],
         "median_image_size_in_voxels": [100.0, 110.0, 120.0],
@@ -98,7 +96,6 @@ def v2_plans() -> dict[str, Any]:
     }
     return {
         "dataset_name": "Dataset004_Hippocampus",
-        "plans_name": "nnUNetPlans",
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from dataset_helpers import write_array
+
 SHAPE = (14, 24, 26)
 SPACING = (4.0, 3.0, 5.0)
 """Millimetres, x first."""
@@ -33,21 +35,8 @@ def ct_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     return np.where(mr > 200, 40, -1000).astype(np.int16) + mr // 20
 
 
-def write(
-    path: Path,
-    array: np.ndarray,
-    spacing: tuple[float, ...] = SPACING,
-    vector: bool = False,
-    direction: tuple[int, ...] = (-1, 0, 0, 0, -1, 0, 0, 0, 1),
-) -> Path:
-    image = sitk.GetImageFromArray(array, isVector=vector)
-    image.SetSpacing(spacing[: image.GetDimension()])
-    if image.GetDimension() == 3:
-        image.SetOrigin((-12.5, 30.25, 7.0))
-        image.SetDirection(direction)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path))
-    return path
+def write(path: Path, array: np.ndarray, spacing: tuple[float, ...] = SPACING) -> Path:
+    return write_array(path, array, (-12.5, 30.25, 7.0), spacing, (-1, 0, 0, 0, -1, 0, 0, 0, 1))
 
 
 def write_dicom(
@@ -57,10 +46,9 @@ def write_dicom(
     modality: str = "MR",
     positions: list[float] | None = None,
     tilt: float = 0.0,
-    wide: int = 0,
 ) -> None:
     """Write a series, its files named in another order than that of the slices; ``tilt`` in degrees
-    turns the slices about x, while the table moves along z; ``wide`` slices have larger voxels."""
+    turns the slices about x, while the table moves along z."""
     cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
     folder.mkdir(parents=True, exist_ok=True)
     settings = locale.setlocale(locale.LC_ALL)
@@ -68,7 +56,7 @@ def write_dicom(
     writer.KeepOriginalImageUIDOn()
     for index, part in enumerate(array):
         image = sitk.GetImageFromArray(part)
-        image.SetSpacing([step * (1.5 if index < wide else 1) for step in SPACING[:2]])
+        image.SetSpacing(SPACING[:2])
         position = SPACING[2] * index if positions is None else positions[index]
         tags = {
             "0008|0060": modality,

@@ -16,16 +16,12 @@ class Crosseval(Command):
     pictures, a report."""
 
     command = "crosseval"
-    example = (
-        "stunet crosseval --model A=MODEL_FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o out"
-    )
+    example = "stunet crosseval --model A=FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o out"
     runs = "stunet_plugin.crosseval.run:run_crosseval"
     interrupted = RESUMES
 
     file: str | None = option(
-        nargs="?",
-        metavar="FILE",
-        help="YAML or JSON file with models, datasets and the options below",
+        nargs="?", metavar="FILE", help="YAML or JSON file with models, datasets and these options"
     )
     models: tuple[str, ...] = repeated(
         "--model",
@@ -48,18 +44,12 @@ class Crosseval(Command):
         " commas (if not given: shared)",
     )
     tolerance: float | None = option(
-        "--tolerance",
-        metavar="MM",
-        help="of the NSD where FLARE22's protocol has none (if not given: 2)",
+        "--tolerance", metavar="MM", help="of the NSD where FLARE22 has none (if not given: 2)"
     )
     sliced: bool = flag(
         "--sliced", "score aorta, vena cava, esophagus between the reference's end slices alone"
     )
-    resample: bool = flag(
-        "--resample", "resample predictions to their references where the voxels differ"
-    )
+    resample: bool = flag("--resample", "resample predictions to references where voxels differ")
     device: str = device_option("mps")
-    processes: int | None = option(
-        "-np", metavar="N", help="processes; half the cores if not given"
-    )
+    processes: int | None = option("-np", metavar="N", help="if not given, half the cores")
     check: bool = flag("--check", "check everything, say what would be scored, and stop")

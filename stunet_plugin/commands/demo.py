@@ -21,7 +21,7 @@ class Demo(Command):
     size: str = option(
         "--size", default="small", choices=SIZES, help="of STU-Net; tiny learns next to nothing"
     )
-    epochs: int | None = option("--epochs", help="epochs of 15 iterations; 10 if not given")
+    epochs: int = option("--epochs", default=10, metavar="N", help="epochs of 15 iterations")
     out: str = option(
         "--out", default="stunet_demo", metavar="FOLDER", help="for everything that is written"
     )

@@ -54,22 +54,17 @@ class Import(Command):
         "--patch-size", nargs=3, metavar="N", help="voxels per axis"
     )
     strides: tuple[str, ...] | None = option(
-        "--strides",
-        nargs="+",
-        metavar="Z,Y,X",
-        help="one per pooling: 2,2,2 2,2,2 2,2,2 2,2,2 1,1,2",
+        "--strides", nargs="+", metavar="Z,Y,X", help="of each pooling: 2,2,2 2,2,2 2,2,2 1,1,2"
     )
     mask_for_norm: bool = flag("--mask-for-norm", "normalise within the nonzero region alone")
     labels: tuple[str, ...] | None = option(
         "--labels",
         nargs="+",
         metavar="NAME",
-        help="of the outputs in their order, background first; or a JSON file",
+        help="of the outputs, background first; or a JSON file",
     )
     reader: str | None = option(
-        "--reader",
-        choices=READERS,
-        help="image reader; NibabelIOWithReorient turns images to RAS and back",
+        "--reader", choices=READERS, help="of images; NibabelIOWithReorient turns them to RAS"
     )
 
     mode: int | None = option(
@@ -83,9 +78,7 @@ class Import(Command):
         help="of the three in a PCT-Net file: 0 (all axes alike, such as 1 x 1 x 1 mm), 1 (slices"
         " about twice as far apart as voxels within them), 2 (three times or more)",
     )
-    pretext: bool = flag(
-        "--pretext", "leave the heads out and write a checkpoint for -pretrained_weights"
-    )
+    pretext: bool = flag("--pretext", "write a checkpoint without heads for -pretrained_weights")
 
     in_channels: int | None = option(
         "--in-channels",

@@ -14,8 +14,7 @@ class Inspect(Command):
     example = "stunet inspect base_ep4k.model"
 
     file: str = required(
-        metavar="FILE_OR_FOLDER",
-        help="checkpoint (.model, .pth, .pt), plans (.pkl) or model folder",
+        metavar="FILE_OR_FOLDER", help="checkpoint (.model, .pth, .pt), plans (.pkl), model folder"
     )
 
     def run(self) -> int:

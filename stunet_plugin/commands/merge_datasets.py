@@ -27,10 +27,7 @@ class MergeDatasets(Command):
     name: str = option("-n", default="Merged", metavar="NAME", help="name of the new dataset")
     copy: bool = flag("--copy", "copy files instead of linking them")
     classes: tuple[str, ...] | None = option(
-        "--classes",
-        nargs="+",
-        metavar="CLASS",
-        help="to learn; if not given, all classes of all datasets",
+        "--classes", nargs="+", metavar="CLASS", help="to learn; if not given, all of all datasets"
     )
     not_shown: tuple[str, ...] = repeated(
         "--not-shown",
@@ -45,9 +42,6 @@ class MergeDatasets(Command):
         " validated on in none",
     )
     channel_names: tuple[str, ...] | None = option(
-        "--channel-names",
-        nargs="+",
-        metavar="NAME",
-        help="of the new dataset, where those of the datasets differ",
+        "--channel-names", nargs="+", metavar="NAME", help="of the new dataset, where they differ"
     )
     seed: int = option("--seed", default=0, metavar="N", help="of the folds")

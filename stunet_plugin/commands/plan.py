@@ -21,9 +21,7 @@ class Plan(Command):
     planner: str = required(
         "-pl",
         metavar="PLANNER",
-        help=", ".join(
-            [f"STUNetPlanner_{size}" for size in SIZES] + ["PCTNetPlanner", "FMUNetPlanner"]
-        ),
+        help=", ".join([*(f"STUNetPlanner_{x}" for x in SIZES), "PCTNetPlanner", "FMUNetPlanner"]),
     )
     gpu_memory_target: float | None = option(
         "-gpu_memory_target", metavar="GB", help="the network's own if not given"
@@ -32,8 +30,6 @@ class Plan(Command):
         "-overwrite_target_spacing", nargs=3, metavar="MM", help="spacing of 3d_fullres"
     )
     overwrite_plans_name: str | None = option(
-        "-overwrite_plans_name",
-        metavar="NAME",
-        help="name of the plans; the planner's own if not given",
+        "-overwrite_plans_name", metavar="NAME", help="of the plans; the planner's own if not given"
     )
     processes: int = option("-np", default=2, help="processes for the dataset fingerprint")

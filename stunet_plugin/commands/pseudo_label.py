@@ -27,9 +27,7 @@ class PseudoLabel(Command):
     interrupted = RESUMES
     failure = "a class is missing in too many cases (see --min-share), or the disk is full"
 
-    model: str = required(
-        metavar="MODEL", help="model folder of nnU-Net (TRAINER__PLANS__CONFIGURATION)"
-    )
+    model: str = required(metavar="MODEL", help="model folder (TRAINER__PLANS__CONFIGURATION)")
     images: str = required(
         "-i",
         metavar="IMAGES",

@@ -29,14 +29,9 @@ class Rank(Command):
         " in its own training",
     )
     configuration: str = option("-c", default="3d_fullres", help="of the plans given with -p")
-    cases: int = option(
-        "--cases", default=10, metavar="N", help="how many to look at, drawn with the seed"
-    )
+    cases: int = option("--cases", default=10, metavar="N", help="how many, drawn with the seed")
     names: tuple[str, ...] | None = option(
-        "--names",
-        nargs="+",
-        metavar="CASE",
-        help="look at these cases instead, those of a training fold perhaps",
+        "--names", nargs="+", metavar="CASE", help="these cases instead, those of a fold perhaps"
     )
     levels: int | None = option(
         "--levels", metavar="N", help="finest levels of the decoder; 3 if not given"
@@ -59,9 +54,7 @@ class Rank(Command):
     )
     device: str = device_option()
     json: str | None = option("--json", metavar="FILE", help="write everything that was computed")
-    figure: str | None = option(
-        "--figure", metavar="FILE", help="write the ranking as a bar chart, .png"
-    )
+    figure: str | None = option("--figure", metavar="FILE", help="write a bar chart, .png")
 
     def run(self) -> int:
         # Without torch, so that a slip is told at once.

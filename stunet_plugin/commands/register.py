@@ -11,13 +11,7 @@ class Register(Command):
 
     command = "register"
     example = "stunet register"
-
-    def run(self) -> int:
-        from stunet_plugin.nnunet.registration import register
-
-        print("\n".join(register()))
-        print("Check with: stunet doctor")
-        return 0
+    runs = "stunet_plugin.nnunet.registration:register"
 
 
 @dataclass(frozen=True)
@@ -26,9 +20,4 @@ class Unregister(Command):
 
     command = "unregister"
     example = "stunet unregister"
-
-    def run(self) -> int:
-        from stunet_plugin.nnunet.registration import unregister
-
-        print("\n".join(unregister()))
-        return 0
+    runs = "stunet_plugin.nnunet.registration:unregister"

@@ -28,9 +28,7 @@ class Unlabeled(Command):
     dataset_id: int = required("-d", metavar="ID", help="dataset ID, 1 to 999")
     name: str = required("-n", metavar="NAME", help="name of the dataset")
     modality: str | None = option(
-        "--modality",
-        choices=("CT", "MR"),
-        help="of all scans; if not given, what the first few look like",
+        "--modality", choices=("CT", "MR"), help="of all scans; if not given, that of the first few"
     )
     processes: int | None = option("-np", metavar="N", help="processes; if not given, one per core")
     file_ending: str | None = option(

@@ -46,10 +46,6 @@ class Pair:
     only_in_model: tuple[str, ...]
 
     @property
-    def scored_cases(self) -> tuple[Case, ...]:
-        return self.dataset.cases if self.classes else ()
-
-    @property
     def names(self) -> tuple[str, str]:
         return self.model.name, self.dataset.name
 
@@ -72,16 +68,14 @@ class Comparison:
         self.classes = {one.name: one for pair in self.pairs for one in pair.classes}
         for one in self._inputs:
             if not any(pair.classes for pair in self.pairs if one in (pair.model, pair.dataset)):
-                subject = f"{one.kind.capitalize()} {one.name} shares no class with any other."
-                if len(self._inputs) == 2:
-                    dataset, model = self._inputs
-                    subject = f"Model {model.name} and dataset {dataset.name} share no class."
-                raise PluginError(f"{subject} {self._what_each_has()} {FIX_LABELS}")
+                others = "models" if isinstance(one, Dataset) else "datasets"
+                told = f"The {one.kind} {one.name} shares no class with the {others}."
+                raise PluginError(f"{told} {self._what_each_has()} {FIX_LABELS}")
 
     @property
     def cases(self) -> list[tuple[Pair, Case]]:
         """All that are scored."""
-        return [(pair, case) for pair in self.pairs for case in pair.scored_cases]
+        return [(x, case) for x in self.pairs if x.classes for case in x.dataset.cases]
 
     def describe(self) -> list[str]:
         """Return lines that say what is scored and what is not."""

@@ -6,6 +6,7 @@ images and one of references.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,6 @@ class Model:
 
     Attributes:
         folds: numbers, or ("all",); the outputs of several are averaged, as nnU-Net does.
-        mirroring: average over mirrored inputs, on the axes that the model allows.
         step_size: of the sliding window, in patches.
         labels_from: the label system's name or file as the user gave it, or :data:`OWN_LABELS`.
     """
@@ -233,8 +233,7 @@ def read_dataset(entry: Mapping[str, Any]) -> Dataset:
         origin["folder"] = str(folder)
         if "labels" not in entry and not (folder / "dataset.json").is_file():
             raise PluginError(
-                f"{where}: {folder} has no dataset.json that says what its labels mean. Give"
-                " labels."
+                f"{where}: {folder} has no dataset.json, which says what labels mean. Give labels."
             )
     elif not {"images", "references", "labels"} <= set(entry):
         raise PluginError(
@@ -336,12 +335,10 @@ def _entry_from_option(option: str, flag: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
     if re.fullmatch(r"\d+(\+\d+)+", text):
         return text.split("+")
     try:
-        return float(text) if "." in text else int(text)
+        return json.loads(text)
     except ValueError:
         return text
 

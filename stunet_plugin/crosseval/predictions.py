@@ -43,10 +43,9 @@ def record_file(out: Path, pair: Pair, case: Case) -> Path:
 def read_record(path: Path) -> dict[str, Any]:
     """Return a record, or nothing where there is none or half of one."""
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def predict_missing(comparison: Comparison) -> None:

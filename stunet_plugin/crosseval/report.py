@@ -87,18 +87,10 @@ def _page(results: Results, about: Mapping[str, Any]) -> str:
     """Return the report as HTML, with the pictures in it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("stunet_plugin.crosseval", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "few": few,
-        "number": number,
-        "p": lambda p: "< 0.001" if p < 0.001 else number(p),
-    }
+    loader = PackageLoader("stunet_plugin.crosseval", ".")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"few": few, "number": number}
+    environment.filters["p"] = lambda p: "< 0.001" if p < 0.001 else number(p)
     out = results.comparison.setup.output
     return environment.get_template("report.html.j2").render(
         results=results,

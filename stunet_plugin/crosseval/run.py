@@ -54,8 +54,7 @@ def _check_geometry(setup: Setup) -> None:
                 has = f"images of dataset {dataset.name} have {channels}"
                 raise PluginError(f"Model {model.name} {takes}, and {has}.")
         grids = {
-            case.name: (read_geometry(case.label), read_geometry(case.images[0]))
-            for case in dataset.cases
+            x.name: (read_geometry(x.label), read_geometry(x.images[0])) for x in dataset.cases
         }
         differing = [name for name, both in grids.items() if not can_be_turned(*both)]
         if differing and not setup.resample:

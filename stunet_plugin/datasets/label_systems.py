@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +111,6 @@ class LabelSystem:
         """Return where an array of label values shows a class."""
         values = self.values_of(name)
         return labels == values[0] if len(values) == 1 else np.isin(labels, values)
-
-    def overlapping(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """Return the pairs of classes that share label values."""
-        sets = {name: set(self.values_of(name)) for name in names}
-        return [(one, other) for one, other in combinations(sets, 2) if sets[one] & sets[other]]
 
     def without_counterpart(self, classes: Iterable[str]) -> list[str]:
         """Return the system's classes with label values that none of the given ones covers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -72,13 +73,13 @@ def unite(
         there = ", ".join(known)
         raise PluginError(f"No dataset has the class(es) {', '.join(unknown)}. They have: {there}.")
     for system in systems:
-        overlaps = system.overlapping([name for name in classes if system.find(name)])
-        if overlaps:
-            one, other = overlaps[0]
-            raise PluginError(
-                f"{one!r} and {other!r} overlap in {system.name}. Choose with --classes: the larger"
-                " one, or the smaller ones (the larger one alone then becomes ignore)."
-            )
+        sets = {name: set(values) for name in classes if (values := system.find(name))}
+        for one, other in combinations(sets, 2):
+            if sets[one] & sets[other]:
+                raise PluginError(
+                    f"{one!r} and {other!r} overlap in {system.name}. Choose with --classes: the"
+                    " larger one, or the smaller ones (the larger one alone then becomes ignore)."
+                )
     joint = LabelSystem.numbered("joint", classes, ignore=True)
     mappings = [
         _map_labels(system, joint, set(map(canonical_name, absent)), systems)

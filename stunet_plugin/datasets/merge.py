@@ -124,6 +124,12 @@ class _Merge:
             for file in (x for case in part.raw.cases for x in (*case.images, case.label)):
                 if not file.name.endswith(self.ending):
                     raise PluginError(f"{file} does not end in {self.ending}, as {part.name} says.")
+        counts = Counter(name for part in self.parts for name in part.new_names)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise PluginError(
+                f"{counts[twice[0]]} cases would be called {twice[0]}, made of the names of dataset"
+                " and case. Each needs its own: rename the folder of one of the datasets."
+            )
 
     def describe(self) -> Iterator[str]:
         """Say in lines what will become of each dataset."""
@@ -133,9 +139,8 @@ class _Merge:
             training = ", training only" if part.train_only else ""
             system = "" if part.system.name == part.name else f" ({part.system.name})"
             yield f"{part.name}{system}: {len(part.raw.cases)} cases{training}"
-            if part.not_shown:
-                yield f"  said to be shown by no image: {', '.join(part.not_shown)}"
             for what, names in (
+                ("said to be shown by no image", part.not_shown),
                 ("does not annotate", mapping.missing),
                 ("become ignore, as they may hold one of these", mapping.hidden_in),
                 ("left out", mapping.left_out),

@@ -22,25 +22,18 @@ NOISE = 22.0
 
 
 def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> None:
-    """Write an nnU-Net v2 raw dataset of phantoms, the same for the same seed.
-
-    Args:
-        folder: ``DatasetXXX_NAME``; must not be there yet.
-        num_cases: scans to make.
-        seed: of everything random.
-    """
+    """Write an nnU-Net v2 raw dataset of phantoms, the same for the same seed, to a new folder
+    ``DatasetXXX_NAME``."""
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     for index, generator in enumerate(np.random.default_rng(seed).spawn(num_cases)):
         image, labels, spacing = make_case(generator)
         name = f"phantom_{index:03d}"
-        for file, array in (
-            (f"imagesTr/{name}_0000.nii.gz", image.astype(np.int16)),
-            (f"labelsTr/{name}.nii.gz", labels),
-        ):
+        arrays = {f"imagesTr/{name}_0000": image.astype(np.int16), f"labelsTr/{name}": labels}
+        for file, array in arrays.items():
             written = sitk.GetImageFromArray(array)
             written.SetSpacing([float(step) for step in spacing[::-1]])
-            sitk.WriteImage(written, str(folder / file))
+            sitk.WriteImage(written, str(folder / f"{file}.nii.gz"))
     content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_cases}
     description = json.dumps({**content, "file_ending": ".nii.gz"}, indent=2)
     (folder / "dataset.json").write_text(description)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from stunet_plugin.commands.demo import Demo
 
 EMBEDDED_NAME = "Dataset999_StunetDemo"
-DEFAULT_EPOCHS, ITERATIONS_PER_EPOCH, VAL_ITERATIONS_PER_EPOCH = 10, 15, 2
+ITERATIONS_PER_EPOCH, VAL_ITERATIONS_PER_EPOCH = 15, 2
 CPU_MINUTES = {"tiny": 0.1, "small": 0.3, "base": 1.0, "large": 7.0, "huge": 20.0}
 OTHER_MINUTES = 2
 """Of an epoch of the embedded dataset on two cores; of all but training."""
@@ -58,7 +58,7 @@ class CommandFailedError(PluginError):
 def run_demo(options: Demo) -> int:
     """Run all steps and return an exit code: 1 if a command of nnU-Net failed or the network found
     nothing; a PluginError is for wrong input, a KeyboardInterrupt says how to start again."""
-    if options.epochs is not None and options.epochs < 1:
+    if options.epochs < 1:
         raise PluginError(f"--epochs must be at least 1, not {options.epochs}.")
     find_host()
     folder = Path(options.out).resolve()
@@ -88,7 +88,7 @@ def run_demo(options: Demo) -> int:
     # Not a number where no case has any of the classes.
     if dice >= LEAST_DICE:
         return 0
-    longer = f"--epochs {5 * (options.epochs or DEFAULT_EPOCHS)}"
+    longer = f"--epochs {5 * options.epochs}"
     advice = "--size small (the default)" if options.size == "tiny" else longer
     print(
         f"\nstunet demo: this network finds next to nothing (mean Dice {dice:.3f}). All commands"
@@ -103,7 +103,7 @@ class _Run:
 
     def __init__(self, options: Demo, source: RawDataset | None) -> None:
         self.source, self.device, self.folder = source, options.device, Path(options.out)
-        self.size, self.epochs = options.size, options.epochs or DEFAULT_EPOCHS
+        self.size, self.epochs = options.size, options.epochs
         self.trainer = f"STUNetTrainer_{options.size}"
         name = source.name if source else EMBEDDED_NAME
         self.dataset_id = str(int(name[len("Dataset") :][:3]))

@@ -142,18 +142,28 @@ def _other_network(who: str, planned: str, ours: str) -> PluginError:
 def stunet_architecture(preset: STUNetPreset, strides: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Return the ``architecture`` entry of a plans file for a size of STU-Net; a plan's strides are
     cut or padded to the published six stages."""
-    fitted = published_strides(strides)
-    dimensions = len(fitted[0])
+    blocks, fitted = preset.blocks_per_stage, published_strides(strides)
+    return architecture_entry(preset.features_per_stage, blocks, blocks[:-1], fitted)
+
+
+def architecture_entry(
+    features: Sequence[int],
+    blocks: Sequence[int],
+    decoder_blocks: Sequence[int],
+    strides: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Return the same for an STU-Net of any size; all arguments are one value per stage."""
+    dimensions = len(strides[0])
     return {
         "network_class_name": STUNET_CLASS,
         "arch_kwargs": {
-            "n_stages": len(fitted),
-            "features_per_stage": list(preset.features_per_stage),
+            "n_stages": len(strides),
+            "features_per_stage": list(features),
             "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
-            "kernel_sizes": [[3] * dimensions for _ in fitted],
-            "strides": [list(stage) for stage in fitted],
-            "n_blocks_per_stage": list(preset.blocks_per_stage),
-            "n_blocks_per_stage_decoder": list(preset.blocks_per_stage[:-1]),
+            "kernel_sizes": [[3] * dimensions for _ in strides],
+            "strides": [list(stage) for stage in strides],
+            "n_blocks_per_stage": list(blocks),
+            "n_blocks_per_stage_decoder": list(decoder_blocks),
         },
         "_kw_requires_import": ["conv_op"],
     }

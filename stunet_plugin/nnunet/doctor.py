@@ -138,10 +138,7 @@ def _user() -> Iterator[Finding]:
         state = f"user id {os.getuid()} has no name, so nnU-Net's commands can fail at an import"
         advice = "Run: export USER=nnunet    # in docker: -e USER=nnunet"
         yield Finding(WRONG, "user", state, advice)
-    try:
-        home = Path.home()
-    except RuntimeError:
-        home = Path("/")
+    home = os.path.expanduser("~")
     if not os.access(home, os.W_OK):
         advice = "torch and matplotlib keep caches there. Run: export HOME=/path/to/a/folder"
         yield Finding(WARNING, "HOME", f"{home} cannot be written", advice)

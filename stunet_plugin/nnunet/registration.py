@@ -82,8 +82,8 @@ def host_version() -> str:
         return "unknown"
 
 
-def register() -> list[str]:
-    """Write the bridges, all or none; return one line per bridge on what was done."""
+def register(_: object) -> int:
+    """Write the bridges, all or none, and print what was done; return 0."""
     host, lines = find_host(), []
     with ExitStack() as undo:
         for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
@@ -99,24 +99,25 @@ def register() -> list[str]:
             undo.callback(path.unlink, missing_ok=True)
             lines.append(f"{bridge.what}: registered in {path}")
         undo.pop_all()
-    return lines
+    print("\n".join([*lines, "Check with: stunet doctor"]))
+    return 0
 
 
-def unregister() -> list[str]:
-    """Remove the bridges; return one line per bridge on what was done."""
-    host, lines = find_host(), []
+def unregister(_: object) -> int:
+    """Remove the bridges, and print what was done; return 0."""
+    host = find_host()
     for bridge, state in zip(BRIDGES, registered(host).values(), strict=True):
         path = bridge.path(host)
         if state == "not registered":
-            lines.append(f"{bridge.what}: not registered, nothing to do")
+            print(f"{bridge.what}: not registered, nothing to do")
             continue
         try:
             path.unlink()
         except OSError as error:
             told = f"Cannot remove {path} ({error.strerror})"
             raise PluginError(f"{told}. Ask whoever may write there.") from error
-        lines.append(f"{bridge.what}: removed {path}")
-    return lines
+        print(f"{bridge.what}: removed {path}")
+    return 0
 
 
 def registered(host: Path) -> dict[str, str]:

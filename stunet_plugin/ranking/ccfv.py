@@ -100,8 +100,7 @@ def score_level(
         variety: ``ENERGY`` or ``SPREAD``.
     """
     distances = {
-        label: [wasserstein(*pair) for pair in combinations(cases, 2)]
-        for label, cases in classes.items()
+        label: [wasserstein(*x) for x in combinations(cases, 2)] for label, cases in classes.items()
     }
     class_distances = {label: float(np.mean(values)) for label, values in distances.items()}
     consistency = float(np.mean(list(class_distances.values())))

@@ -116,9 +116,7 @@ def _rank(options: Rank, inputs: Inputs) -> list[Result]:
     fewest = min(candidates, key=lambda candidate: candidate.levels)
     levels = options.levels or min(DEFAULT_LEVELS, fewest.levels)
     if levels > fewest.levels:
-        raise PluginError(
-            f"--levels must be from 1 to {fewest.levels} for {fewest.name}, not {levels}."
-        )
+        raise PluginError(f"--levels must be 1 to {fewest.levels} for {fewest.name}, not {levels}.")
     cases = f"{len(inputs.cases)} of {len(raw.cases)} cases"
     print(f"{raw.name}: {cases}, {len(candidates)} candidates, {levels} levels", flush=True)
     results = []

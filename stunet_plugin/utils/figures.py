@@ -14,9 +14,6 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABEL_VALUES = 2**16
-"""Segmentations have 16 bits at most."""
-
 
 @dataclass(frozen=True)
 class OverlayCase:
@@ -58,7 +55,7 @@ def save_overlays(cases: Sequence[OverlayCase], class_names: dict[int, str], pat
 
     values = sorted(class_names)
     colours = dict(zip(values, distinct_colours(len(values)), strict=True))
-    palette = np.zeros((LABEL_VALUES, 4))
+    palette = np.zeros((2**16, 4))  # segmentations have 16 bits at most
     palette[values] = [(*colours[value], 0.55) for value in values]
     with saved_figure(path, 9, 2.7 * len(cases) + 0.6) as figure:
         for row, case in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):

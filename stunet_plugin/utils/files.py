@@ -37,21 +37,16 @@ def home() -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file as UTF-8 (names of files in it need not be), whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".stunet_", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_encoded(text))
+            file.write(text.encode(errors="surrogateescape"))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _encoded(text: str) -> bytes:
-    """As UTF-8; names of files in it need not be."""
-    return text.encode(errors="surrogateescape")
 
 
 @contextlib.contextmanager
@@ -119,7 +114,7 @@ class OutputError(Exception):
 
 def write_if_new(path: Path, text: str) -> None:
     """Write a text file, unless it says the same already."""
-    if not (path.is_file() and path.read_bytes() == _encoded(text)):
+    if not path.is_file() or path.read_bytes() != text.encode(errors="surrogateescape"):
         write_atomically(path, text)
 
 

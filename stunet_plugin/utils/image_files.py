@@ -6,7 +6,6 @@ stream to the end, is compared with what its header asks for.
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import math
 import os
@@ -200,29 +199,25 @@ def check_data(path: Path | str, reader: Any) -> None:
     if fields.get("compresseddata", "").lower() == "true":
         encoding = "gzip"
     is_text = fields.get("binarydata", "").lower() == "false"
-    if is_text or lines or encoding not in ("raw", "gzip", "gz", "bzip2", "bz2"):
+    if is_text or lines or encoding not in ("raw", "gzip", "gz"):
         raise ImageError(path, SEVERAL_FILES, encoding, "Convert it to .nii.gz.")
     data = detached or Path(path)
     skip = (0 if detached else header) + max(given, 0)
     if encoding != "raw":
-        _check_length(path, _stream_length(path, data, skip, encoding), expected)
+        _check_length(path, _stream_length(path, data, skip), expected)
     elif given >= 0 or data.stat().st_size < expected + skip:  # else they are the last bytes
         _check_length(path, data.stat().st_size - skip, expected)
 
 
-def _stream_length(path: Path | str, data: Path, skip: int, encoding: str) -> int:
+def _stream_length(path: Path | str, data: Path, skip: int) -> int:
     """Decompress a stream to its end and return how long it is."""
-    # gzip or zlib, whatever it is.
-    stream: Any = zlib.decompressobj(32 + zlib.MAX_WBITS)
-    if encoding.startswith("bz"):
-        stream = bz2.BZ2Decompressor()
-    length = 0
+    stream, length = zlib.decompressobj(32 + zlib.MAX_WBITS), 0  # gzip or zlib, whatever it is
     try:
         with data.open("rb") as file:
             file.seek(skip)
             while not stream.eof and (piece := file.read(_PIECE)):
                 length += len(stream.decompress(piece))
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, zlib.error) as error:
         raise ImageError(path, CUT_OFF, str(error)) from error
     if not stream.eof:
         raise ImageError(path, CUT_OFF, f"the compressed voxels end after {length} bytes")

@@ -116,10 +116,7 @@ def read_label_map(path: Path | str, values: Collection[int] | None = None) -> A
     image = read_image(path)
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise ImageError(path, COMPONENTS, "a label map in colours")
-    array = sitk.GetArrayViewFromImage(image)
-    labels = check_labels(path, array, values)
-    if labels is array:
-        return image
+    labels = check_labels(path, sitk.GetArrayViewFromImage(image), values)
     whole = sitk.GetImageFromArray(labels)
     whole.CopyInformation(image)
     return whole

@@ -24,8 +24,6 @@ START_LIMIT = 600.0
 """Seconds for the start of a worker, which is no fault of its task."""
 TASKS_PER_PROCESS = 8
 """How many tasks ahead of the first unfinished one may be under way or done."""
-LOOK_EVERY = 1.0
-"""Seconds between looks at the clock."""
 _READY = ("ready",)
 """A worker's first message: one that dies before it cannot work at all."""
 
@@ -80,7 +78,7 @@ def run_ordered(
             busy = [worker for worker in workers if worker.task is not None]
             if busy:
                 handles = [one for x in busy for one in (x.connection, x.process.sentinel)]
-                wait(handles, timeout=LOOK_EVERY)
+                wait(handles, timeout=1.0)  # to look at the clock
             for finished in filter(None, [worker.answer() for worker in busy]):
                 if finished.value is not None:
                     brought = [Finished(task) for task in further(finished.value)]
@@ -107,8 +105,8 @@ class _Worker:
             try:
                 self.connection.send(task.task)
                 break
-            except OSError:  # it died since it was asked
-                self.stop()
+            except OSError:  # it died since it was asked; where another does, too, answer() says so
+                self.process.join(timeout=5)
         self.task, self.since = task, time.monotonic()
 
     def _spawn(self) -> None:

@@ -135,11 +135,6 @@ class NetworkWeights:
         kwargs = self.entry["arch_kwargs"] | {"strides": [list(stage) for stage in strides]}
         return self.entry | {"arch_kwargs": kwargs}
 
-    def without_heads(self) -> NetworkWeights:
-        """Return what serves every task."""
-        kept = {name: value for name, value in self.tensors.items() if HEADS not in name}
-        return replace(self, tensors=kept, outputs=0)
-
     def with_input_channels(self, channels: int, stem: str | None) -> NetworkWeights:
         """Return the weights for another number of image channels; N = M changes nothing.
 

@@ -1,8 +1,4 @@
-"""Import of published weights: a checkpoint becomes a model folder of nnU-Net v2.
-
-PyMIC checkpoints say neither how images were prepared nor what outputs mean. The heads of a pretext
-task, as in those of MIS-FM, are left out.
-"""
+"""Import of published weights: a checkpoint becomes a model folder of nnU-Net v2."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import platform
 import re
 import reprlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -26,7 +22,7 @@ from stunet_plugin.nnunet.registration import find_host, host_version, registere
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder
-from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
+from stunet_plugin.weights.identify import DIMENSIONS, HEADS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import Source, find_source, published_facts
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
@@ -51,14 +47,8 @@ class _Model:
 
 
 def import_checkpoint(options: Import) -> int:
-    """Do ``stunet import``; return the exit code."""
-    import_model(options)
-    return 0
-
-
-def import_model(options: Import) -> Path:
-    """Import a checkpoint and return its model folder; wrong input leaves nothing. What is found,
-    and what to run next, is printed."""
+    """Import a checkpoint; wrong input leaves nothing. What is found, and what to run next, is
+    printed."""
     if options.fold != "all" and not options.fold.isdigit():
         raise PluginError(f"--fold must be a number or 'all', not {options.fold!r}.")
     if options.in_channels is not None and options.in_channels < 1:
@@ -72,7 +62,7 @@ def import_model(options: Import) -> Path:
     _write(options, source, weights, model)
     for name, text in (("Model folder", str(model.folder)), *_advice(options, model)):
         print(f"{name + ':':<14}{text}")
-    return model.folder
+    return 0
 
 
 def _write(options: Import, source: Source, weights: NetworkWeights, model: _Model) -> None:
@@ -143,7 +133,8 @@ def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> 
     _, folder = model_folder.find_place(options, name, weights.trainer + model_name)
     plan, labels = "none: weights of a pretext task", "none: heads left out"
     arguments = {"configuration": CONFIGURATION, "mode": number}
-    return _Model(folder, weights.without_heads(), plan, labels, arguments, {})
+    kept = {name: value for name, value in weights.tensors.items() if HEADS not in name}
+    return _Model(folder, replace(weights, tensors=kept, outputs=0), plan, labels, arguments, {})
 
 
 def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> bool:

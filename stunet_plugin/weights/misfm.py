@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import fmunet, pctnet
-from stunet_plugin.networks.anisotropy import MODE_PURPOSES, MODES, NUM_LEVELS, get_mode
+from stunet_plugin.networks.anisotropy import MODE_PURPOSES, MODES, NUM_LEVELS
 from stunet_plugin.networks.presets import FMUNET, PCTNET, MISFMPreset
 from stunet_plugin.weights import identify, misfm_keys
 from stunet_plugin.weights.identify import HEADS, Origin
@@ -43,8 +43,7 @@ def read_misfm(
     given = tuple(tuple(tensors[name].shape[2:]) for name in kernels)
     mode = next((mode for mode in MODES if mode.kernel_sizes[:2] == given), None)
     if mode is None:
-        kernels_given = list(map(list, given))
-        raise PluginError(f"the kernels of its first two levels, {kernels_given}, fit no mode.")
+        raise PluginError(f"the kernels of its first two levels, {given}, fit no mode.")
     if wanted not in (None, mode.number):
         raise PluginError(f"it is of mode {mode.number}, not {wanted}. Leave --mode out.")
     features = tuple(int(tensors[name].shape[0]) for name in widths)
@@ -80,8 +79,6 @@ def read_misfm(
 
 
 def _translate(origin: Origin, weights: dict[str, Any], wanted: int | None) -> dict[str, Tensor]:
-    if wanted is not None:
-        get_mode(wanted)
     if origin is not Origin.PCTNET:
         tensors = identify.plain_tensors(weights)
         return misfm_keys.translate_fmunet(tensors) if origin is Origin.FMUNET else tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import fmunet, pctnet
 from stunet_plugin.networks.anisotropy import MODES, NUM_LEVELS, get_mode
 from stunet_plugin.networks.window_attention import WINDOW_SIZE
-
-Value = TypeVar("Value")
 
 
 def _translate(
@@ -125,7 +123,7 @@ _UNUSED = re.compile(
 )
 
 
-def used_in(published: Mapping[str, Value], mode: int) -> dict[str, Value]:
+def used_in(published: Mapping[str, Any], mode: int) -> dict[str, Any]:
     """Return what one mode uses of a published state dict, under the published names."""
     chosen = _PCTNET_MODULES[get_mode(mode).number]
     kept = [key for key in published if not _UNUSED.fullmatch(str(key))]

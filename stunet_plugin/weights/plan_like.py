@@ -76,16 +76,14 @@ def _without_plan(options: PlanLike, weights: NetworkWeights) -> str:
 
 
 def _find_preprocessed(dataset_id: int) -> Path:
-    root = os.environ.get(PREPROCESSED)
-    if not root:
-        advice = f"export {PREPROCESSED}=/path/to/{PREPROCESSED}"
-        raise PluginError(f"{PREPROCESSED} is not set. Set it: {advice}")
-    found = list(Path(root).glob(f"Dataset{dataset_id:03d}_*/{PLANS_NAME}.json"))
+    root, pattern = os.environ.get(PREPROCESSED), f"Dataset{dataset_id:03d}_*/{PLANS_NAME}.json"
+    found = list(Path(root).glob(pattern)) if root else []
     if len(found) != 1:
+        where = root or f"nowhere (export {PREPROCESSED}=/path/to/{PREPROCESSED})"
         raise PluginError(
-            f"Expected one Dataset{dataset_id:03d}_*/{PLANS_NAME}.json in {root}, found"
-            f" {len(found)}. Plan the dataset first: nnUNetv2_extract_fingerprint -d {dataset_id}"
-            f" && nnUNetv2_plan_experiment -d {dataset_id}"
+            f"Expected one {pattern} in {PREPROCESSED}, which is {where}, found {len(found)}. Plan"
+            f" the dataset first: nnUNetv2_extract_fingerprint -d {dataset_id} &&"
+            f" nnUNetv2_plan_experiment -d {dataset_id}"
         )
     return found[0].parent
 
@@ -93,8 +91,7 @@ def _find_preprocessed(dataset_id: int) -> Path:
 def _make_plans(
     model: SourcePlan, weights: NetworkWeights, base: Fields, dataset: Fields, name: str
 ) -> dict[str, Any]:
-    """Return the plans; ``base`` and ``dataset`` are the dataset's ``nnUNetPlans.json`` and
-    ``dataset.json``."""
+    """``base``, ``dataset``: the dataset's ``nnUNetPlans.json`` and ``dataset.json``."""
     channels = len(channel_names(dict(dataset.values), dataset.where))
     settings = set(zip(model.normalization, model.mask_for_norm, strict=True))
     if channels != model.channels and len(settings) > 1:

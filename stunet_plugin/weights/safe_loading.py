@@ -154,8 +154,7 @@ def load_plans_pickle(path: Path) -> dict[str, Any]:
     """Read the pickled plans of nnU-Net v1 as plain Python; numpy arrays become nested lists."""
     if recognise(path) is not FileFormat.PICKLE:
         raise PluginError(f"{path} is no pickle. Expected the NAME.model.pkl of nnU-Net v1.")
-    if path.stat().st_size > MAX_PLANS_BYTES:
-        size = path.stat().st_size
+    if (size := path.stat().st_size) > MAX_PLANS_BYTES:
         raise PluginError(f"{path} is refused: plans take a few kB, this file {size} bytes.")
     content = path.read_bytes()
     with _refusing(path):

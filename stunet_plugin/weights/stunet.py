@@ -4,18 +4,14 @@ the published v2 port) translated."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import STUNET_CLASS
+from stunet_plugin.networks.from_plan import architecture_entry
 from stunet_plugin.networks.presets import find_preset
 from stunet_plugin.weights import identify
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Value = TypeVar("Value")
+from stunet_plugin.weights.identify import DIMENSIONS
 
 _BLOCK = r"\.(\d+)\.(\d+)\.(conv1|norm1|conv2|norm2|conv3)\.(\w+)"
 _RULES = {
@@ -44,9 +40,7 @@ def read_stunet(
     last_head = f"decoder.seg_layers.{stages - 2}.weight"
     identify.check_convolutions(tensors, (*firsts, last_head))
     features = tuple(int(tensors[name].shape[0]) for name in firsts)
-    preset = find_preset(features, blocks)
-    if preset and decoder_blocks != preset.blocks_per_stage[:-1]:
-        preset = None
+    preset = find_preset(features, blocks) if decoder_blocks == blocks[:-1] else None
     name = f"STU-Net {preset.name}" if preset else "an STU-Net of no published size"
     return identify.NetworkWeights(
         origin=origin,
@@ -62,32 +56,20 @@ def read_stunet(
         input_weights=(firsts[0], "encoder.stages.0.0.shortcut.weight"),
         default_stem="repeat",  # as the authors do
         outputs=int(tensors[last_head].shape[0]),
-        entry={
-            "network_class_name": STUNET_CLASS,
-            "arch_kwargs": {
-                "n_stages": stages,
-                "features_per_stage": list(features),
-                "conv_op": f"torch.nn.modules.conv.Conv{identify.DIMENSIONS}d",
-                "kernel_sizes": [[3] * identify.DIMENSIONS] * stages,
-                "strides": [],
-                "n_blocks_per_stage": list(blocks),
-                "n_blocks_per_stage_decoder": list(decoder_blocks),
-            },
-            "_kw_requires_import": ["conv_op"],
-        },
+        entry=architecture_entry(features, blocks, decoder_blocks, ((1,) * DIMENSIONS,) * stages),
     )
 
 
-def _depths(part: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _depths(part: str, names: Collection[str]) -> tuple[int, ...]:
     """Return the number of blocks of each stage; gaps show when all names are compared."""
     counts: list[int] = []
-    while f"{part}.stages.{len(counts)}.0.conv1.weight" in tensors:
+    while f"{part}.stages.{len(counts)}.0.conv1.weight" in names:
         stage = f"{part}.stages.{len(counts)}."
-        counts.append(sum(x.startswith(stage) and x.endswith(".conv1.weight") for x in tensors))
+        counts.append(sum(x.startswith(stage) and x.endswith(".conv1.weight") for x in names))
     return tuple(counts)
 
 
-def translate_state_dict(published: Mapping[str, Value]) -> dict[str, Value]:
+def translate_state_dict(published: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same tensors under our names; nothing is copied."""
     translated = {}
     for key, value in published.items():

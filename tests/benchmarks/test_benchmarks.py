@@ -14,9 +14,6 @@ import torch
 from stunet_plugin.pretraining.subvolumes import stretch
 from stunet_plugin.pretraining.volume_fusion import TiledBlocks, VolumeFusion
 
-PATCH = (32, 32, 64)
-CLASSES = 3
-
 
 @pytest.fixture(autouse=True)
 def _scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,9 +21,9 @@ def _scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_networks_have_the_same_outputs_and_gradients() -> None:
-    script = import_module("measure_step")
-    ours, plain = (network.double() for network in script.build_pair("tiny", CLASSES, PATCH))
-    data = torch.randn(1, 1, *PATCH, dtype=torch.float64)
+    script, patch = import_module("measure_step"), (32, 32, 64)
+    ours, plain = (network.double() for network in script.build_pair("tiny", 3, patch))
+    data = torch.randn(1, 1, *patch, dtype=torch.float64)
     outputs = [network(data) for network in (ours, plain)]
     assert len(outputs[0]) == 5
     torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
@@ -40,19 +37,15 @@ def test_both_networks_have_the_same_outputs_and_gradients() -> None:
     torch.testing.assert_close(own, translated, rtol=0, atol=1e-9 * largest)
 
 
-def test_allocation_peaks_count_what_lives_at_the_same_time() -> None:
+def test_allocation_peak_counts_what_lives_at_the_same_time() -> None:
     kept = []
 
     def allocate() -> None:
-        with torch.profiler.record_function("first"):
-            kept.append(torch.empty(1000, dtype=torch.uint8))
-            torch.empty(5000, dtype=torch.uint8)
-        with torch.profiler.record_function("second"):
-            torch.empty(3000, dtype=torch.uint8)
+        kept.append(torch.empty(1000, dtype=torch.uint8))
+        for size in (5000, 3000):
+            torch.empty(size, dtype=torch.uint8)
 
-    peaks = import_module("measure_step").allocation_peaks
-    assert peaks(allocate, ["first", "second"]) == {"first": 6000, "second": 4000}
-    assert peaks(allocate) == {"": 6000}
+    assert import_module("measure_step").allocation_peak(allocate) == 6000
 
 
 @pytest.mark.slow
@@ -72,7 +65,6 @@ def test_step_writes_a_report_and_its_table(
     assert 0 < results[0]["ratios"]["memory"]["median"] < 0.95
     assert script.main(["--table", str(out)]) == 0
     assert "| tiny | train |" in capsys.readouterr().out
-    assert "| tiny | train |" in out.with_suffix(".md").read_text()
     profile = f"{options}.json --profile --modes train --peak-tflops 1"
     assert script.main(profile.split()) == 0
     for row in json.loads(Path(f"{out}.json").read_text())["rows"]:
@@ -80,15 +72,12 @@ def test_step_writes_a_report_and_its_table(
         assert row["share_of_peak"] > 0
 
 
-@pytest.mark.parametrize(
-    "options", ["--table", "--out", "--steps 0 --out", "--patch 32 32 32 --out"]
-)
+@pytest.mark.parametrize("options", ["--out", "--steps 0 --out", "--patch 32 32 32 --out"])
 def test_wrong_input_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str
 ) -> None:
-    file = tmp_path / "present.json"
-    file.write_text("{}")
-    out = file if options.startswith(("--table", "--out")) else tmp_path / "new.json"
+    (tmp_path / "present.json").write_text("{}")
+    out = tmp_path / ("present.json" if options == "--out" else "new.json")
     assert import_module("step").main(["--device", "cpu", *options.split(), str(out)]) == 2
     assert capsys.readouterr().err.startswith("step.py: ")
     assert [path.name for path in tmp_path.iterdir()] == ["present.json"]
@@ -115,5 +104,3 @@ def test_pipeline_reports_ours_beside_plain(tmp_path: Path) -> None:
     size = "--patch 16 24 24 --volume 24 40 40 --samples 2 --repeats 1 --out"
     assert script.main([*size.split(), str(out)]) == 0
     assert json.loads(out.read_text())["ours_over_plain"]["median"] > 0
-    assert script.main(["--out", str(tmp_path / "nowhere" / "report.json")]) == 2
-    assert script.main(["--samples", "0", "--out", str(out)]) == 2

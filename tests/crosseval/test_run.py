@@ -4,34 +4,28 @@ what it refuses."""
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 
 from stunet_plugin.cli import main
 from stunet_plugin.crosseval import predictions
 from stunet_plugin.inference.predictor import Model as TrainedModel
 
+from dataset_helpers import read_array, write_array
 from import_helpers import make_network, published_weights, write_v1
 
 SHAPE = (10, 14, 12)
 KIDNEYS = {"background": 0, "kidney": 1, "spleen": 2, "bone": 3}
-
-
-def write_image(array: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing((1.5, 1.5, 2.0))
-    sitk.WriteImage(image, str(path))
 
 
 def write_cases(
@@ -43,11 +37,9 @@ def write_cases(
         labels = np.zeros(SHAPE, np.uint8)
         for place, value in enumerate(values):
             labels[2:8, 2:12, 1 + 4 * place : 4 + 4 * place] = value
-        write_image(
-            (labels * 20 + rng.normal(0, 9, SHAPE)).astype(np.float32),
-            images / f"case{number}{channel}.nii.gz",
-        )
-        write_image(labels, references / f"case{number}.nii.gz")
+        image = (labels * 20 + rng.normal(0, 9, SHAPE)).astype(np.float32)
+        write_array(images / f"case{number}{channel}.nii.gz", image)
+        write_array(references / f"case{number}.nii.gz", labels)
 
 
 def make_model(folder: Path, name: str, labels: list[str], seed: int) -> None:
@@ -114,28 +106,6 @@ def rows_of(out: Path) -> dict[tuple[str, ...], str]:
         return {tuple(row[key] for key in keys): row["value"] for row in csv.DictReader(file)}
 
 
-class Page(HTMLParser):
-    """Tags that must be closed, what the page would fetch, and its text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.text = ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_two_models_on_two_datasets(
     subjects: Path, tmp_path: Path, crosseval: Run, monkeypatch: Any
 ) -> None:
@@ -154,12 +124,12 @@ def test_two_models_on_two_datasets(
     assert len(rows) == 2 * 2 * 3 * 2 * 6
     # Against the files, worked out anew: FLARE22 has the kidneys as 2 and 13, "apart" as 2 and 3.
     files = subjects / "flare/references/case1.nii.gz", out / "predictions/apart/FLARE/case1.nii.gz"
-    reference, prediction = (sitk.GetArrayFromImage(sitk.ReadImage(str(x))) for x in files)
+    reference, prediction = map(read_array, files)
     wanted, found = np.isin(reference, (2, 13)), np.isin(prediction, (2, 3))
     dice = 2 * (wanted & found).sum() / (wanted.sum() + found.sum())
     kidney = ("apart", "FLARE", "case1", "kidney")
     assert float(rows[(*kidney, "DSC")]) == pytest.approx(dice, rel=1e-4)
-    volume = wanted.sum() * 4.5 / 1000
+    volume = wanted.sum() * 6 / 1000
     assert float(rows[(*kidney, "reference_volume")]) == pytest.approx(volume)
 
     summary = json.loads((out / "summary.json").read_text())
@@ -176,23 +146,20 @@ def test_two_models_on_two_datasets(
     assert cell in (out / "matrix.md").read_text()
     for name in ("matrix.png", "boxes.png", "worst_cases.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    page = Page(out / "report.html")
-    assert page.open == []
-    assert [source.split(",")[0] for source in page.sources] == ["data:image/png;base64"] * 3
+    page = (out / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^",]*)', page)
+    assert sources == ["data:image/png;base64"] * 3  # nothing is fetched
+    text = html.unescape(re.sub("<[^>]*>", "", page))
     # Which models and datasets these were, and how the models predicted.
-    model, datasets = summary["models"]["apart"], summary["datasets"]
+    model = summary["models"]["apart"]
     known = {"trainer": "STUNetTrainer_tiny", "configuration": "3d_fullres", "folds": ["0"]}
     how = {"checkpoint": "checkpoint_final.pth", "mirroring": False, "step_size": 1.0}
     assert model.items() >= {**known, **how}.items()
-    flare = {"cases": 3, "labels_from": "FLARE22", "images": str(subjects / "flare" / "images")}
-    own = {"folder": str(subjects / "raw"), "part": "Tr", "labels_from": "dataset.json"}
-    assert datasets["FLARE"].items() >= flare.items()
-    assert datasets["Own"].items() >= own.items()
     places = str(subjects / "apart"), str(subjects / "flare" / "references")
     settings = "STUNetTrainer_tiny", model["plans"], "mirroring off", "step size 1"
     shown = f"{mean['mean']:.3f}", "too few cases", "Tolerance in mm: kidney 3, spleen 3."
-    for text in (*places, *settings, *shown, "dataset.json: kidney", "FLARE22: liver"):
-        assert text in page.text, text
+    for words in (*places, *settings, *shown, "dataset.json: kidney", "FLARE22: liver"):
+        assert words in text
 
     # Again: nothing is predicted or scored, and the same comes out.
     monkeypatch.setattr(predictions, "loaded", lambda *_: pytest.fail("a model was loaded"))
@@ -216,16 +183,14 @@ def test_only_what_changed_is_done_again(subjects: Path, tmp_path: Path, crossev
 
     assert "Predictions: 0 of 3 are there." in run()
     # Another image, a cut prediction, another reference; then another setting.
-    write_image(
-        np.random.default_rng(9).normal(size=SHAPE).astype(np.float32),
-        tmp_path / "i" / "case0.nii.gz",
-    )
+    noise = np.random.default_rng(9).normal(size=SHAPE).astype(np.float32)
+    write_array(tmp_path / "i" / "case0.nii.gz", noise)
     assert "Predictions: 2 of 3 are there." in run()
     prediction = out / "predictions" / "apart" / "D" / "case1.nii.gz"
     prediction.write_bytes(prediction.read_bytes()[:200])
     # The prediction comes out as before, so its scores count.
     assert "Scores: 3 of 3 are there." in run()
-    write_image(np.full(SHAPE, 2, np.uint8), tmp_path / "r" / "case2.nii.gz")
+    write_array(tmp_path / "r" / "case2.nii.gz", np.full(SHAPE, 2, np.uint8))
     said = run()
     assert "Predictions: 3 of 3" in said
     assert "Scores: 2 of 3 are there." in said
@@ -258,59 +223,26 @@ def test_an_interrupted_run_goes_on(
     assert (out / "report.html").exists()
 
 
-def test_voxels_of_mhd_headers_are_kept_and_hashed(
-    subjects: Path, tmp_path: Path, crosseval: Run
-) -> None:
-    shutil.copytree(subjects / "apart", tmp_path / "model")
-    file = tmp_path / "model" / "plans.json"
-    plans = {**json.loads(file.read_text()), "image_reader_writer": "SimpleITKIO"}
-    file.write_text(json.dumps(plans))
-    for kind in ("images", "labels"):
-        (tmp_path / kind).mkdir()
-        for image in (subjects / "raw" / f"{kind}Tr").iterdir():
-            name = image.name.replace("_0000", "").replace(".nii.gz", ".mhd")
-            sitk.WriteImage(sitk.ReadImage(str(image)), str(tmp_path / kind / name))
-    both = f"D,images={tmp_path / 'images'},references={tmp_path / 'labels'}"
-    given = ("--model", f"M={tmp_path / 'model'}", "--dataset", f"{both},labels={subjects / 'raw'}")
-    out = tmp_path / "out"
-    crosseval(*given, "-o", out)
-    assert len(list((out / "predictions").rglob("*raw"))) == 3
-    (tmp_path / "labels" / "case1.raw").write_bytes(np.full(SHAPE, 2, np.uint8).tobytes())
-    said = crosseval(*given, "-o", out)
-    assert "Predictions: 3 of 3 are there." in said
-    assert "Scores: 2 of 3 are there." in said
-
-
 M, D, LUNG = "--model M={apart} ", "--dataset D={own} ", "{own},labels=MSD-Lung "
 REFUSALS = {
     D: "No models are given",
-    M + M + D: "Two models are called 'M'",
     "--model 'M x={apart}' --model m_X={apart} " + D: "Two models are called 'M x' and 'm_X'",
     "--model M " + D: "expected NAME=FOLDER",
     M + "--dataset D,images={own}": "give folder (a raw dataset of nnU-Net), or images, references",
     "--model M={own} " + D: "is no model folder of nnU-Net v2",
     "--model M={apart},fold=3 " + D: "fold_3/checkpoint_final.pth is not there. ",
-    "--model M={apart},checkpoint=best.pth " + D: "fold_*/best.pth is not there. ",
-    "--model M={apart},step=1 " + D: "unknown entry 'step'; there are name, folder",
     "--model M={apart},step-size=1 " + D: "Did you mean step_size?",
     "--model M={apart},step_size=1.5 " + D: "step_size must be a number above 0",
-    "{models} " + D: "unknown entry 'modles'; there are models, datasets, output ... mean models?",
-    M + "--dataset D={own},labels={labels}": "{labels}: unknown entry 'lables'; there are name,"
-    " labels, groups ... Did you mean labels?",
-    M + "--dataset D={flare}": "has no dataset.json that says what its labels mean",
+    M + "--dataset D={flare}": "has no dataset.json, which says what labels mean",
     M + "--dataset D={own},part=Ts": "no folder of images {own}/imagesTs. Parts with images and"
     " references: part=Tr.",
-    M + "--dataset D={own},labels=NOTHING": "neither a published label system",
-    M + D + "--classes liver": "The dataset D has no class liver; it has kidney, spleen, bone",
     M + D + "--classes spleeen": "Did you mean spleen? Take it off the list of classes, or use",
-    M + "--dataset D=" + LUNG: "Model M and dataset D share no class. D has: lung_tumour ... If"
-    " they mean the same classes under other names, give one of them",
+    M + "--dataset D=" + LUNG: "The dataset D shares no class with the models. D has: lung_tumour"
+    " ... If they mean the same classes under other names, give one of them",
     M + D + "--dataset E=" + LUNG: "no class that all models and datasets have. D has: kidney, ..."
     " --classes pair.",
-    M + "--dataset D=" + LUNG + "--classes pair": "Model M and dataset D share no class",
     M + D + "--tolerance -1": "default_tolerance must be a number of millimetres",
     M + D + "-np 0": "-np must be at least 1, not 0",
-    "{none}": "cannot be read",
 }
 """Arguments, and the parts of what is said about them."""
 
@@ -324,20 +256,16 @@ def test_wrong_input_is_refused(subjects: Path, tmp_path: Path, crosseval: Run) 
         return " ".join(message.split())
 
     places = {"apart": subjects / "apart", "own": subjects / "raw", "flare": subjects / "flare"}
-    names = {"models": "modles.json", "labels": "lables.yaml", "none": "none.json"}
-    places |= {key: tmp_path / name for key, name in names.items()}
-    places["models"].write_text(json.dumps({"modles": []}))
-    places["labels"].write_text("name: Own\nlables: {kidney: 1}\n")
     for arguments, message in REFUSALS.items():
         said = refused(arguments)
         for part in message.format(**places).split(" ... "):
             assert part in said, arguments
     references = tmp_path / "references"
-    write_image(np.zeros(SHAPE, np.uint8), references / "case0.nii.gz")
+    write_array(references / "case0.nii.gz", np.zeros(SHAPE, np.uint8))
     lacking = f"{M}--dataset D={{own}},references={references}"
     assert "2 of 3 images have no reference" in refused(lacking)
     for number in (1, 2):
-        write_image(np.zeros((9, 14, 12), np.uint8), references / f"case{number}.nii.gz")
+        write_array(references / f"case{number}.nii.gz", np.zeros((9, 14, 12), np.uint8))
     message = "2 of 3 references do not lie on the voxels of their image. case1: reference 12 x 14"
     assert message in refused(lacking)
 

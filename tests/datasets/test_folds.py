@@ -41,13 +41,6 @@ def test_few_cases(counts: tuple[int, int], sizes: list[int]) -> None:
     assert sorted(len(fold["val"]) for fold in folds) == sizes
 
 
-@pytest.mark.parametrize("others", [6, 2])
-def test_own_splits_keep_patients_together(others: int) -> None:
-    folds = balanced_folds({"A": TEN, "B": names("b", others)}, [], 0, {"A": PAIRS})
-    assert all(set(val) <= set(fold["val"]) for fold, val in zip(folds, PAIRS, strict=True))
-    assert sum(len(fold["val"]) for fold in folds) == 10 + others
-
-
 def test_own_splits_are_found_and_damaged_ones_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,16 +98,11 @@ def test_a_larger_class_is_made_up_of_smaller_ones() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"labels": {"liver": 1, "spleen": 1}}, "'liver' and 'spleen' overlap in label 1"),
-    ({"labels": {"whole": [1, 2, 3], "core": [2, 3]}}, "'whole' and 'core' overlap in label 2"),
     ({"labels": {"liver": 1, "ignore": 1}}, "'ignore' and 'liver' overlap in label 1"),
-    ({"labels": {"liver": 1, "ignore": [2, 3]}}, "'ignore' must be one value"),
     ({"labels": {"background": 1, "liver": 2}}, "the background must be 0, not"),
     ({"labels": {"left kidney": 1, "kidney_left": 2}}, "'kidney_left', which stands twice"),
-    ({"labels": {"---": 1}}, "has no name"),
     ({"labels": {"liver": 70000}}, "'liver' must be a value of 0 to 65535"),
     ({"labels": {"background": 0}}, "has no classes"),
-    ({"labels": 5}, "labels must be a table"),
-    ({"labels": ["liver"], "groups": ["liver"]}, "groups must be a table"),
     ({"labels": ["liver"], "groups": {"both": ["liver", "spleen"]}}, "'both' must list labels"),
     ({"labels": ["liver"], "groups": {"Liver": ["liver"]}}, "has the name of another class"),
 ]
@@ -123,7 +118,6 @@ def test_bad_label_systems_are_refused(content: dict[str, Any], message: str) ->
     ("text", "message"),
     [
         ("lables: {liver: 1}", r"unknown entry 'lables'; there are name, .*Did you mean labels\?"),
-        ("labels: {liver: 1}\ngruops: {both: [liver]}", r"'gruops'.*Did you mean groups\?"),
         ("liver: 1\ngroups: {both: [liver]}", "there is 'groups', but no entry 'labels'"),
         ("[liver]", "holds a list, not a table"),
         ("{", "cannot be read as YAML"),
@@ -147,6 +141,5 @@ def test_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({**content, **more}))
     found = load_label_system(tmp_path)
     assert (dict(found.classes), found.ignore) == ({"whole": (1, 2), "core": (2,)}, 3)
-    assert found.overlapping(found.classes) == [("whole", "core")]
     with pytest.raises(PluginError, match="neither a published label system nor a file"):
         load_label_system("nothing")

@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from skimage import io
 
-from stunet_plugin.datasets import merge
 from stunet_plugin.utils.files import read_json
+from stunet_plugin.utils.images import read_geometry
 
 from conftest import Stunet
 from dataset_helpers import read_array, write_array, write_dataset
@@ -52,9 +50,7 @@ def test_two_datasets_become_one_that_nnunet_plans(raw: Path, stunet: Stunet) ->
     assert os.readlink(own) == str(raw / "Dataset001_A" / "labelsTr" / "case1.nii.gz")
     new, old = merged / "labelsTr/002_B_case2.nii.gz", raw / "Dataset002_B/labelsTr/case2.nii.gz"
     assert np.array_equal(read_array(new), np.array([3, 3, 1])[read_array(old)])
-    one, other = sitk.ReadImage(str(new)), sitk.ReadImage(str(old))
-    assert one.GetOrigin() == pytest.approx(other.GetOrigin())
-    assert one.GetSpacing() == pytest.approx(other.GetSpacing())
+    assert read_geometry(new).agrees(read_geometry(old))
     assert (merged / "imagesTr" / "002_B_case0_0000.nii.gz").is_symlink()
     after = snapshot(raw)
     assert {x: y for x, y in after.items() if not x.startswith(MERGED)} == before
@@ -92,27 +88,6 @@ def test_training_only_copies_and_own_splits(raw: Path, stunet: Stunet) -> None:
     assert np.array_equal(new, np.array([0, 1, 0])[old])
 
 
-def test_interrupted_and_resumed(
-    raw: Path, monkeypatch: pytest.MonkeyPatch, stunet: Stunet
-) -> None:
-    write, written = merge.write_labels, []
-
-    def interrupted(reader: Any, labels: np.ndarray, properties: Any, target: Path) -> None:
-        written.append(target.name)
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        write(reader, labels, properties, target)
-
-    monkeypatch.setattr(merge, "write_labels", interrupted)
-    stunet(TWO, code=130)
-    assert not (raw / MERGED).exists()
-    stunet(TWO)
-    # One before the interruption, the other two after it; A's are links.
-    assert written == [f"002_B_case{number}.nii.gz" for number in (0, 1, 1, 2)]
-    files = ["dataset.json", "imagesTr", "labelsTr", "merged_from.json", "splits_final.json"]
-    assert sorted(path.name for path in (raw / MERGED).iterdir()) == files
-
-
 def test_a_full_disk_and_damaged_cases_leave_what_is_finished(
     raw: Path, monkeypatch: pytest.MonkeyPatch, stunet: Stunet
 ) -> None:
@@ -132,6 +107,8 @@ def test_a_full_disk_and_damaged_cases_leave_what_is_finished(
     finished = (raw / ".unfinished_Dataset020_Merged" / "labelsTr").glob("*002_B*")
     assert {path.name for path in finished} == {"002_B_case0.nii.gz", "002_B_case2.nii.gz"}
     stunet(TWO)
+    files = ["dataset.json", "imagesTr", "labelsTr", "merged_from.json", "splits_final.json"]
+    assert sorted(path.name for path in (raw / MERGED).iterdir()) == files
 
 
 def test_labels_that_are_almost_whole_numbers_are_written_as_such(
@@ -143,10 +120,7 @@ def test_labels_that_are_almost_whole_numbers_are_written_as_such(
     floats = np.where(expected > 0, expected - 1e-4, 0).astype(np.float32)
     write_array(label, floats, (0, 5, -3))
     told = stunet(f"{MERGE} 1 3 --train-only 1")
-    assert "rounded" in told
-    # One case to validate on.
-    assert "fold 'all'" in told
-    assert "splits_final" not in told
+    assert "fold 'all'" in told, "one case to validate on"
     new = raw / MERGED / "labelsTr" / "003_C_case0.nii.gz"
     assert np.array_equal(read_array(new), expected)
 
@@ -193,22 +167,12 @@ def test_spacing_of_tif_travels(raw: Path, stunet: Stunet) -> None:
     assert not list((raw / MERGED).rglob(".partial*"))
 
 
-def test_pictures_in_colours(raw: Path, stunet: Stunet) -> None:
-    """One file per case with three channels, as nnU-Net reads them."""
-    for folder in (raw / "Dataset003_P", raw / "Dataset004_P"):
-        for case in range(3):
-            picture = np.random.default_rng(case).integers(0, 255, (16, 16, 3)).astype(np.uint8)
-            mask = (picture[..., 0] > 99).astype(np.uint8)
-            for name, array in ((f"imagesTr/r{case}_0000", picture), (f"labelsTr/r{case}", mask)):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                io.imsave(folder / f"{name}.png", array, check_contrast=False)
-        content = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
-        labels = {"background": 0, "vessel": 1}
-        (folder / "dataset.json").write_text(json.dumps({**content, "labels": labels}))
-    stunet(f"{MERGE} 3 4")
-    assert len(list((raw / MERGED / "imagesTr").iterdir())) == 6
-    io.imsave(folder / "labelsTr/r0.png", picture, check_contrast=False)
-    assert "colours" in stunet("merge-datasets 3 4 -d 21", code=2)
+def test_two_cases_of_one_new_name_are_refused(raw: Path, stunet: Stunet) -> None:
+    other = (raw / "Dataset001_A").rename(raw.parent / "Dataset001_A")
+    for file in other.glob("*Tr/case0*"):
+        file.rename(file.with_name(f"b_{file.name}"))
+    same = write_dataset(raw / "Dataset001_A_b", LIVER_SPLEEN, 1)
+    assert "2 cases would be called 001_A_b_case0" in stunet.refuse(MERGE, other, same)
 
 
 def test_refusals(raw: Path, stunet: Stunet) -> None:
@@ -222,16 +186,13 @@ def test_refusals(raw: Path, stunet: Stunet) -> None:
     write_dataset(raw / "Dataset008_H", LIVER_SPLEEN, 1, **two)
     for words, message in (
         ("1", "at least two"),
-        ("1 1", "each once"),
         ("1 2 -d 2", "-d 2 is taken"),
         ("1 2 -n a/b", "-n must be"),
         ("1 2 -d 1000", "from 1 to 999"),
-        ("1 9", "Expected one Dataset009_*"),
         ("1 2 --train-only 7", "--train-only 7"),
         ("1 2 --not-shown 1", "DATASET=CLASS"),
         ("1 2", "Each dataset lacks a class (Dataset001_A: stomach; Dataset002_B: spleen)"),
         (f"1 2{CLASSES} --not-shown 1=heart", "'heart' is none of liver, spleen"),
-        ("1 2=Nothing", "neither a published label system"),
         ("1 3", "--channel-names"),
         ("1 3 --channel-names a b", "must name 1 channel(s), not 2"),
         ("1 4", "has regions"),

@@ -22,15 +22,13 @@ from unlabeled_helpers import snapshot
 
 
 def test_phantoms_are_ct_like_and_reproducible(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("Dataset001_A", "Dataset002_B")]
-    for folder in folders:
-        write_dataset(folder, num_cases=2, seed=5)
-    for name in ("imagesTr/phantom_001_0000.nii.gz", "labelsTr/phantom_001.nii.gz"):
-        first, second = (sitk.ReadImage(str(folder / name)) for folder in folders)
-        assert np.array_equal(sitk.GetArrayFromImage(first), sitk.GetArrayFromImage(second))
-        assert first.GetSpacing()[0] != first.GetSpacing()[2]
-    image, labels, spacing = make_case(np.random.default_rng(1))
-    assert (image.shape, len(spacing)) == (labels.shape, 3)
+    images = []
+    for folder in (tmp_path / "Dataset001_A", tmp_path / "Dataset002_B"):
+        write_dataset(folder, num_cases=1, seed=5)
+        images.append(sitk.ReadImage(str(folder / "imagesTr/phantom_000_0000.nii.gz")))
+    assert np.array_equal(*map(sitk.GetArrayFromImage, images))
+    assert images[0].GetSpacing()[0] != images[0].GetSpacing()[2]
+    image, labels, _ = make_case(np.random.default_rng(1))
     for name, value in LABELS.items():
         if value:
             assert (labels == value).sum() > 50
@@ -122,13 +120,8 @@ def test_the_whole_run(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "finds next to nothing (mean Dice 0.0" in done.stderr
     assert "Try --size small" in done.stderr
-    for text in (
-        "This takes about 2 minutes",
-        "$ nnUNetv2_train 999 3d_fullres 0 -tr STUNetTrainer_tiny",
-        "epoch   1 of 1",
-        "mean Dice",
-        "Everything is in",
-    ):
+    training = "$ nnUNetv2_train 999 3d_fullres 0 -tr STUNetTrainer_tiny"
+    for text in (training, "epoch   1 of 1", "mean Dice", "Everything is in"):
         assert text in done.stdout
     assert (out / "overlay.png").stat().st_size > 10_000
     assert os.listdir(out.parent) == ["demo"]
@@ -137,15 +130,11 @@ def test_the_whole_run(tmp_path: Path) -> None:
 
 def test_wrong_input(nnunet_folders: Path, stunet: Stunet) -> None:
     write_dataset(nnunet_folders / "nnUNet_raw" / "Dataset003_Few", num_cases=3)
-    (nnunet_folders / "nnUNet_raw" / "Dataset004_Empty").mkdir()
     (nnunet_folders / "thesis.tex").write_text("important")
     for words, message in (
         ("--epochs 0", "--epochs must be at least 1, not 0"),
         (f"--out {nnunet_folders}", "not empty"),
         (f"--out {nnunet_folders}/thesis.tex", "not empty"),
-        (f"--out {nnunet_folders}/thesis.tex/demo", "Not a directory"),
         ("--dataset 3", "has only 3 labelled cases"),
-        ("--dataset 4", "no dataset.json"),
-        ("--dataset 901", "Expected one Dataset901_"),
     ):
         assert message in stunet.refuse("demo --device cpu --out", nnunet_folders / "x", words)

@@ -92,8 +92,6 @@ def set_ranks(patch: pytest.MonkeyPatch, **ranks: int) -> None:
         ("0", None, "has to be started by torchrun"),
         ("0 -num_gpus 2", None, "torchrun's --nproc-per-node"),
         ("0 --c -pretrained_weights a.pth", None, "c and pretrained_weights cannot"),
-        ("0 --c --val", None, "c and val cannot"),
-        ("0 --val_best --disable_checkpointing", None, "val_best and disable_checkpointing cannot"),
         ("0 --continue", None, "unrecognized arguments: --continue"),
         ("first", None, "fold must be an integer or all, not 'first'"),
         ("0 --timeout 0", None, "--timeout must be"),
@@ -139,7 +137,7 @@ def test_a_training_that_was_stopped_says_how_to_resume(
 
 
 def test_processes_that_were_started_differently_are_told_apart(
-    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def settings(*more: str) -> dict[str, str]:
         return launch.settings_of(launch.build_parser().parse_args([*TRAINING, *more]))
@@ -157,10 +155,6 @@ def test_processes_that_were_started_differently_are_told_apart(
     assert re.match(r"nnUNetPlans.json is \w{8} in process 0 on a, of other in", said)
     monkeypatch.setenv("STUNET_EPOCHS", "7")
     assert difference("--c") == "STUNET_EPOCHS is 1 in process 0 on a, 7 in process 2 on b"
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
-    found = settings("-pretrained_weights", "gone.pth")
-    for name in ("nnUNetPlans.json", "dataset.json", "the file of -pretrained_weights"):
-        assert found[name] == "missing"
 
 
 def test_results_that_are_not_shared_are_refused(

@@ -11,7 +11,7 @@ from stunet_plugin.commands.list import List, size_table
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES, REFERENCE_PATCH, STUNetShape
-from stunet_plugin.networks.presets import PRESETS, STUNetPreset, find_preset, get_preset
+from stunet_plugin.networks.presets import PRESETS, STUNetPreset
 
 STRIDES = (
     PUBLISHED_STRIDES,
@@ -40,26 +40,6 @@ def test_arithmetic_agrees_with_the_network(name: str, strides: tuple) -> None:
 def test_flops_are_the_papers_less_what_convolving_first_saves(preset: STUNetPreset) -> None:
     ours = STUNetShape.of_preset(preset).multiply_adds(REFERENCE_PATCH) / 1e12
     assert 0.97 * preset.paper_tera_flops <= ours <= preset.paper_tera_flops
-
-
-def test_memory_grows_with_everything_it_depends_on() -> None:
-    def total(name: str = "base", patch: int = 96, batch: int = 2, outputs: int = 10) -> float:
-        shape = STUNetShape.of_preset(get_preset(name), output_channels=outputs)
-        return shape.training_memory((patch,) * 3, batch)
-
-    assert total() < total(name="large") < total(name="huge")
-    assert total() < min(total(patch=128), total(batch=4), total(outputs=100))
-    base = STUNetShape.of_preset(get_preset("base"))
-    sgd, adam = (base.training_memory((96,) * 3, 2, optimizer_values=number) for number in (1, 2))
-    assert adam - sgd == 4 * base.parameters()
-
-
-def test_sizes_are_found_by_name_and_by_widths() -> None:
-    with pytest.raises(PluginError, match=r"'larg'.*tiny, small, base.*Did you mean large\?"):
-        get_preset("larg")
-    widths = PRESETS["base"].features_per_stage
-    assert find_preset(widths, (1,) * 6) is PRESETS["base"]
-    assert find_preset(widths, (2,) * 6) is None
 
 
 def test_size_table_shows_every_size_and_refuses_what_does_not_fit() -> None:

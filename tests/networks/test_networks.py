@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import io
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.anisotropy import MODES
-from stunet_plugin.weights import misfm_keys, stunet
 
 from network_helpers import (
     ISOTROPIC,
     NETWORKS,
     NO_DROPOUT,
     ONE_OF_EACH,
-    THICK,
     build,
     gradients,
     image,
     largest_difference,
 )
-
-V1 = {"features_per_stage": [4, 8, 16, 32, 64, 64], "strides": [*ISOTROPIC[:5], [1, 1, 2]]}
-V2: dict[str, Any] = {"input_channels": 2, "n_blocks_per_stage": 2, "n_blocks_per_stage_decoder": 2}
-V2 |= {"strides": [*THICK[:5], [1, 2, 2]]}
-FIXTURES: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "stunet_v1_tiny.model": ("STUNet", V1 | {"num_classes": 5}, stunet.translate_state_dict),
-    "stunet_v2_tiny.pth": ("STUNet", V2, stunet.translate_state_dict),
-}
-for mode, file in enumerate(("pctnet_mode0_tiny", "pctnet_tiny", "pctnet_mode2_tiny")):
-    translate = functools.partial(misfm_keys.translate_pctnet, mode=mode)
-    FIXTURES[f"{file}.pt"] = f"PCTNet {mode}", {"num_classes": 5}, translate
-    found = f"FMUNet {mode}", {"num_classes": 5}, misfm_keys.translate_fmunet
-    FIXTURES[f"fmunet_mode{mode}_tiny.pt"] = found
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("file", FIXTURES)
-def test_published_function(shared: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradients, without, and by the way of predictions on the CPU."""
-    name, changes, translate = FIXTURES[file]
-    # The fixtures hold numpy scalars besides tensors and come with the project.
-    saved = torch.load(shared / "fixtures" / file, map_location="cpu", weights_only=False)
-    keys = ("state_dict", "network_weights", "model_state_dict")
-    network = build(name, **changes).eval()
-    network.load_state_dict(translate(next(saved[key] for key in keys if key in saved)))
-    recorded = dict(np.load(shared / "fixtures" / f"{file.rpartition('.')[0]}.npz"))
-    prefix = "mode1_" if file == "pctnet_tiny.pt" else ""
-    outputs = sorted(key for key in recorded if key.startswith(f"{prefix}output_"))
-    expected = [torch.from_numpy(recorded[key]) for key in outputs]
-    x = torch.from_numpy(recorded["input"])
-    assert largest_difference(network(x), expected) <= 1e-5
-    for voxels in (10**9, 0):
-        monkeypatch.setattr("stunet_plugin.networks.cpu_inference.SMALLEST_IMAGE", voxels)
-        with torch.no_grad():
-            assert largest_difference(network(x), expected) <= 1e-5
-            network.decoder.deep_supervision = False
-            assert largest_difference([network(x)], expected[:1]) <= 1e-5
-        network.decoder.deep_supervision = True
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -82,6 +38,8 @@ def test_outputs_pair_with_targets_and_every_parameter_gets_a_gradient(name: str
     alone = build(name, deep_supervision=False).eval()
     alone.load_state_dict(network.state_dict())
     torch.testing.assert_close(alone(x), outputs[0], rtol=0, atol=1e-6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(output.isfinite().all() for output in network.train()(x))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -104,28 +62,12 @@ def test_parts_are_where_loaders_look_for_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["STUNet 2D", *ONE_OF_EACH])
 def test_feature_map_size_counts_every_layer(name: str) -> None:
-    network, x = build(name), image(name, batch=1)
-    sizes = []
-    for network.decoder.deep_supervision in (True, False):
-        sizes.append(network.compute_conv_feature_map_size(x.shape[2:]))
-        assert network.training
-        elements = []
-        with register_module_forward_hook(lambda *call, to=elements: to.append(call)):
-            network.eval()(x)
-        network.train()
-        kinds = nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d, nn.Linear
-        assert sizes[-1] == sum(y.numel() for one, _, y in elements if isinstance(one, kinds))
-    assert sizes[0] > sizes[1]
-
-
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_half_precision_under_autocast(name: str) -> None:
-    network, x = build(name), image(name)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = network(x)
-        with torch.no_grad():
-            outputs += network.eval()(x)
-    assert all(output.dtype == torch.bfloat16 and output.isfinite().all() for output in outputs)
+    network, x, elements = build(name).eval(), image(name, batch=1), []
+    with register_module_forward_hook(lambda *call: elements.append(call)):
+        network(x)
+    kinds = nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d, nn.Linear
+    expected = sum(output.numel() for layer, _, output in elements if isinstance(layer, kinds))
+    assert network.compute_conv_feature_map_size(x.shape[2:]) == expected
 
 
 def test_checkpointing_the_pyramid_changes_nothing() -> None:
@@ -135,26 +77,18 @@ def test_checkpointing_the_pyramid_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "training"), [("aot_eager", True), ("inductor", True), ("inductor", False)]
-)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_compiles_into_one_graph(name: str, backend: str, training: bool) -> None:
+def test_compiles_into_one_graph(name: str) -> None:
     """torch.compile(fullgraph=True) refuses graph breaks."""
     torch._dynamo.reset()
     changes = {} if "STU" in name else NO_DROPOUT
     changes = changes | {"drop_path": 0.0} if "PCT" in name else changes
-    network, x = build(name, **changes).train(training), image(name)
-    expected = gradients(network, x) if training else None
-    with torch.set_grad_enabled(training):
-        outputs = network(x)
-        compiled = torch.compile(network, backend=backend, fullgraph=True)
-        assert largest_difference(compiled(x), outputs) <= 1e-4
-    if expected is not None:
-        found = gradients(compiled, x)
-        for key, grad in expected.items():
-            if key in dict(network.named_parameters()):
-                torch.testing.assert_close(found[f"_orig_mod.{key}"], grad, rtol=1e-2, atol=1e-4)
+    network, x = build(name, **changes), image(name)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    assert largest_difference(compiled(x), network(x)) <= 1e-4
+    expected, found = gradients(network, x), gradients(compiled, x)
+    for key, _ in network.named_parameters():
+        torch.testing.assert_close(found[f"_orig_mod.{key}"], expected[key], rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -192,14 +126,11 @@ def test_a_trace_holds_at_another_size_or_raises(
                 torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["STUNet", "FMUNet 1"])
-def test_he_initialisation(name: str) -> None:
-    widths = [16, 32, 64, 64, 64, 64][: 6 if name == "STUNet" else 5]
-    stage = build(name, features_per_stage=widths).encoder.stages[3]
-    convolution = stage[0].conv2 if name == "STUNet" else stage[1].units[1].conv
+def test_he_initialisation() -> None:
+    stage = build("STUNet", features_per_stage=[16, 32, 64, 64, 64, 64]).encoder.stages[3]
     expected = (2 / (1 + 1e-2**2) / (64 * 27)) ** 0.5
-    assert convolution.weight.std().item() == pytest.approx(expected, rel=0.02)
-    assert not convolution.bias.any()
+    assert stage[0].conv2.weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert not stage[0].conv2.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -207,20 +138,15 @@ def test_he_initialisation(name: str) -> None:
     [
         ("STUNet", {"conv_op": nn.Linear}, "conv_op must be torch.nn.Conv2d or torch.nn.Conv3d"),
         ("STUNet", {"features_per_stage": [4, 8]}, "features_per_stage must be 6 positive"),
-        ("STUNet", {"strides": ISOTROPIC[:4]}, "strides must be .* 6 entries"),
         ("STUNet", {"strides": [[2, 2, 2]] * 6}, r"strides\[0\] must be all ones"),
         ("STUNet", {"strides": [[1.5, 1, 1], *ISOTROPIC[1:]]}, "strides: Expected"),
         ("STUNet", {"kernel_sizes": 2}, "Kernel sizes must be odd"),
-        ("STUNet", {"n_blocks_per_stage_decoder": [1] * 6}, "n_blocks_per_stage_decoder must be 5"),
         ("STUNet", {"num_classes": 0}, "num_classes must be an integer >= 1"),
         ("PCTNet 1", {"mode": 3}, r"Unknown anisotropy mode 3\. Modes: 0 .* 1 .* 2 "),
         ("FMUNet 1", {"strides": [[1, 1], [2, 2]]}, "has strides .*STUNetTrainer for 2d"),
-        ("PCTNet 1", {"strides": MODES[2].strides}, r"mode 1 has strides .* not "),
         ("FMUNet 1", {"dropout_per_stage": (0, 0, 0, 0, 1)}, "dropout_per_stage must be 5 numbers"),
         ("PCTNet 1", {"num_heads": (3, 4, 8)}, r"num_heads must divide .*\[16, 32, 64\]"),
-        ("PCTNet 1", {"num_heads": (4, 8)}, "num_heads must be 3"),
         ("PCTNet 1", {"window_size": 1}, "window_size must be an integer >= 2, not 1"),
-        ("FMUNet 1", {"input_channels": 0}, "input_channels must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(
@@ -234,9 +160,3 @@ def test_wrong_arguments_say_what_is_allowed(
 def test_input_that_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(PluginError, match=r"not \[32, 32, 33\].*\[32, 32, 32\] and \[32, 32, "):
         build(name)(torch.randn(1, 1, 32, 32, 33))
-
-
-def test_keys_of_other_networks_are_refused() -> None:
-    for file, network in (("stunet_v2_tiny.pth", "STU-Net"), ("pctnet_tiny.pt", "PCT-Net")):
-        with pytest.raises(PluginError, match=rf"block1\.weight.*published {network}"):
-            FIXTURES[file][2]({"block1.weight": torch.zeros(1)})

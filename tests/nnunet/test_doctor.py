@@ -59,9 +59,7 @@ def test_without_registration_it_says_to_register(
     foreign.touch()
     assert "did not write it" in look("registration")[1]
     monkeypatch.setattr(doctor, "find_host", Mock(side_effect=PluginError("not installed")))
-    monkeypatch.setattr(doctor, "LIBRARIES", ("no_such_package",))
     assert look("nnunetv2")[0] == "!!"
-    assert "pip install no_such_package" in look("no_such_package")[1]
 
 
 @pytest.mark.parametrize(
@@ -69,16 +67,13 @@ def test_without_registration_it_says_to_register(
     [
         ("nnUNet_raw", "{0}", "ok", ""),
         ("nnUNet_raw", "{0} ", "!!", "export nnUNet_raw={0}"),
-        ("nnUNet_raw", "'{0}'", "!!", "export nnUNet_raw={0}"),
         ("nnUNet_raw", "~/data", "!!", f"export nnUNet_raw={Path.home()}/data"),
         ("nnUNet_raw", "{0}/not there", "!!", "mkdir -p '{0}/not there'"),
         ("nnUNet_raw", "", "!!", "export nnUNet_raw=/path/to/nnUNet_raw"),
         ("nnUNet_extTrainer", f"{{0}}{os.pathsep}{{0}}/gone", "!!", "stunet path trainers"),
         ("nnUNet_def_n_proc", "two", "!!", "no number of processes"),
-        ("nnUNet_n_proc_DA", "-1", "!!", "no number of processes"),
         # Serves training, but stops nnU-Net's planners.
         ("nnUNet_n_proc_DA", "0", "! ", "planners stop"),
-        ("nnUNet_n_proc_DA", "4", "ok", "4"),
     ],
 )
 def test_variables_of_nnunet_are_examined(

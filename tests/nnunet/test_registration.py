@@ -14,7 +14,6 @@ from unittest.mock import DEFAULT, Mock
 import nnunetv2
 import pytest
 
-from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet import registration
 from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.registration import BRIDGE_NAME, BRIDGES, registered
@@ -57,19 +56,14 @@ def test_an_old_bridge_is_replaced_and_another_file_is_not(host: Path, stunet: S
     planners.write_text("my = 'own'")
     for command in ("register", "unregister"):
         assert "did not write it" in stunet.refuse(command)
-    planners.unlink()
-    planners.mkdir()
-    assert "did not write it" in stunet.refuse("register")
 
 
-@pytest.mark.parametrize("failing", [0, 1])
 def test_a_folder_that_cannot_be_written_leaves_nothing_behind(
-    host: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch, failing: int
+    host: Path, stunet: Stunet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denied = PermissionError(13, "Permission denied")
     with monkeypatch.context() as patch:
-        effects = [DEFAULT] * failing + [denied]
-        write = Mock(wraps=registration.write_atomically, side_effect=effects)
+        write = Mock(wraps=registration.write_atomically, side_effect=[DEFAULT, denied])
         patch.setattr(registration, "write_atomically", write)
         message = stunet("register", code=2)
     for words in ("Permission denied", "=$(stunet path trainers)", "stunet plan"):
@@ -94,9 +88,7 @@ def test_other_versions_of_nnunet_are_refused(stunet: Stunet) -> None:
     [
         ("STUnetPlanner_smal", "STUNetPlanner_small"),
         ("stunetplanner_base", "STUNetPlanner_base"),
-        ("STUNet_Planner-base", "STUNetPlanner_base"),
         ("PctNetPlanner", "PCTNetPlanner"),
-        ("PCTNetPlanner", None),
         ("nnUNetPlannerResEncL", None),
         ("MySTUNetPlanner_small", None),
         ("__path__", None),
@@ -108,11 +100,8 @@ def test_only_names_that_are_nearly_ours_get_a_hint(
     with pytest.raises(AttributeError, match=typed):
         PLANNERS.module_getattr("plans")(typed)
     hint = f"stunet-plugin: Unknown planner '{typed}'. Did you mean {meant}?"
-    assert capsys.readouterr().err.startswith(hint if meant else "")
-    assert (PLANNERS.hint(typed) is None) == (meant is None)
-    if meant:
-        with pytest.raises(PluginError, match=meant):
-            PLANNERS.find(typed)
+    said = capsys.readouterr().err
+    assert said.startswith(hint) if meant else said == ""
 
 
 LOOK_UP = (
@@ -155,11 +144,6 @@ def test_installed_registered_found_and_gone(
         return
     planning = ("-d", PHANTOM_ID, "-pl", "STUNetPlanner_tiny")
     run(find_command("nnUNetv2_plan_experiment"), *planning)
-    plans = ("-plans_name", "STUNetPlans_tiny", "-c", "3d_fullres", "-np", 1)
-    run(find_command("nnUNetv2_preprocess"), "-d", PHANTOM_ID, *plans)
-    training = ("3d_fullres", 0, "-tr", "STUNetTrainer_tiny", "-p", "STUNetPlans_tiny")
-    command = (find_command("nnUNetv2_train"), PHANTOM_ID, *training, "-device", "cpu")
-    assert "Pseudo dice" in run(*command)
 
     # Once the plugin is gone the bridge is silent: stock trainers are found past it, ours are not.
     subprocess.run([sys.executable, *pip, "uninstall", "-y", "stunet-plugin"], check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,6 @@ def test_boxes_are_of_the_sizes_asked_for_and_later_ones_cover_earlier_ones() ->
     small = [painted(OverlappingBoxes(0.01, 0.01), 100, 100, seed=seed) > 0 for seed in range(300)]
     counts = [drawn.sum() for drawn in small]
     assert (min(counts), max(counts)) == (10, 40)
-    assert np.any(small, axis=0).mean() > 0.4
     assert all(np.any(small, axis=(0, axis)).all() for axis in (1, 2))
     inside = [painted(OverlappingBoxes(1, 1, 2, 2), 9, seed=seed) for seed in range(50)]
     assert {len(set(line[line > 0])) for line in inside} == {1, 2}
@@ -91,12 +89,7 @@ def test_tiles_are_whole_and_their_share_is_exact() -> None:
         assert (class_map > 0).sum() == int(0.7 * 4**3) * 4 * 6 * 5
         tiles = class_map.reshape(4, 4, 4, 6, 4, 5)
         assert (tiles == tiles[:, :1, :, :1, :, :1]).all()
-    # With a margin, at any offset; and one tile that fills the patch is blended.
-    starts = {
-        tuple(np.argwhere(painted(TiledBlocks(0.4, 0.4, 1.0), 10, 10, seed=seed))[0])
-        for seed in range(100)
-    }
-    assert starts == set(itertools.product(range(3), repeat=2))
+    # One tile that fills the patch is blended.
     assert all(painted(TiledBlocks(1, 1), 8, 8, seed=seed).min() > 0 for seed in range(20))
 
 
@@ -109,8 +102,8 @@ def test_inversion_is_of_both_and_as_often_as_asked() -> None:
     plain = fusion.fuse(foreground, background, class_map, (False, False))
     torch.testing.assert_close(image, torch.stack([inverted[0], plain[1]]))
     zeros = torch.zeros(1000, 1, 4, 4)
-    image, _ = fusion(zeros, zeros, np.random.default_rng(0))
-    assert float(image.mean()) == pytest.approx(0.25, abs=0.04)
+    share = fusion(zeros, zeros, np.random.default_rng(0))[0].mean()
+    assert float(share) == pytest.approx(0.25, abs=0.04)
 
 
 def test_standardised_images_have_mean_0_and_deviation_1_even_without_contrast() -> None:
@@ -128,7 +121,6 @@ def test_standardised_images_have_mean_0_and_deviation_1_even_without_contrast()
     [
         (lambda: VolumeFusion(0), "needs 1 to 255 fusion classes, not 0"),
         (lambda: vf.BlockSizes(0.5, 0.2), "0 < .*SMALLEST <= .* <= 1.*smallest 0.5 and largest"),
-        (lambda: vf.BlockSizes((0.1, 0.2), (0.5, 1.2)), "0 < "),
         (lambda: TiledBlocks().size_range((3, 64, 64)), r"\[3, 64, 64\] voxels .*LARGEST to 0.33"),
     ],
 )

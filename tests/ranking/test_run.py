@@ -19,7 +19,7 @@ from stunet_plugin.cli import main
 from stunet_plugin.datasets.raw_dataset import RawDataset
 from stunet_plugin.ranking.candidates import Candidate, Plan
 from stunet_plugin.ranking.ccfv import LevelScore
-from stunet_plugin.ranking.run import Result, by_architecture, ranking_table
+from stunet_plugin.ranking.run import Result, ranking_table
 from stunet_plugin.ranking.target import class_names
 
 from conftest import Stunet
@@ -206,16 +206,11 @@ def test_other_architectures_are_pointed_out(folders: Path) -> None:
     plan = write_plans()
     kwargs = "configurations/3d_fullres/architecture/arch_kwargs"
     wide = with_changes(plan.plans, {f"{kwargs}/features_per_stage": [4, 8, 16, 32, 32, 32]})
-    candidates = [
-        Candidate("a", None, "STUNetTrainer_tiny", plan),
-        Candidate("b", None, "STUNetTrainer", Plan(wide, "3d_fullres")),
-        Candidate("c", None, "STUNetTrainer", plan),
-    ]
-    results = [Result(candidate, (LevelScore(score=1.0),), 0.0) for candidate in candidates]
-    assert by_architecture(results) == [["a", "c"], ["b"]]
-    last = ranking_table(results).splitlines()[-1]
-    assert last.startswith("These are 2 architectures")
-    assert last.endswith(": a, c | b")
+    plans = {"a": plan, "b": Plan(wide, "3d_fullres"), "c": plan}
+    candidates = [Candidate(name, None, "STUNetTrainer", plans[name]) for name in plans]
+    table = ranking_table([Result(one, (LevelScore(score=1.0),), 0.0) for one in candidates])
+    last = table.splitlines()[-1]
+    assert last == "These are 2 architectures; compare within each: a, c | b"
 
 
 def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
@@ -227,12 +222,9 @@ def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:
         "one two -p Nothing": "no such plans",
         "one two --names case0 caze1": "Did you mean case1?",
         "one": "at least two candidates",
-        "random": "at least two candidates",
         "x=one x=two": "Two candidates are called x",
         "one two --json not/there.json": "no folder",
         "one two --cases 1": "--cases must be at least 2",
-        "one two --seed -1": "--seed must be at least 0",
-        "one two --names case0": "make no pair",
         "one two --step-size 0": "--step-size",
         "one random:STUNetTrainer_tiny": "no plan of its own",
     }
@@ -257,14 +249,12 @@ def test_refusals(folders: Path, made: Path, stunet: Stunet) -> None:
     for name, plans in (("Two", two_channels), ("Cascade", cascade)):
         Path("nnUNet_preprocessed", DATASET, f"{name}.json").write_text(json.dumps(plans))
     torch.save(checkpoint(trainer_name="STUNetTrainer_small"), "small.pth")
-    torch.save(checkpoint(init_args={}), "none.pth")
     weights = checkpoint()["network_weights"]
     less = {name: weights[name] for name in weights if "encoder.stages.0" not in name}
     torch.save(checkpoint(network_weights=less), "less.pth")
     for words, message in (
-        ("one two --levels 6", "--levels must be from 1 to 5"),
+        ("one two --levels 6", "--levels must be 1 to 5"),
         (f"one {made}/one.model", "stunet import"),
-        ("one none.pth", "none.pth has no plan of its own"),
         ("one two -p Mine -c 2d", "no configuration '2d'"),
         ("one two -p Two", "the plan Mine, 3d_fullres is for 2"),
         ("one two -p Cascade", "second stage of a cascade"),
@@ -276,7 +266,5 @@ def test_refusals(folders: Path, made: Path, stunet: Stunet) -> None:
     for file in labels.iterdir():
         write_array(file, 0 * read_array(file), spacing=SPACING)
     assert "No class has 2 voxels in two of the cases" in stunet(RANK, "one two", code=2)
-    (labels / "case0.nii.gz").write_bytes(b"nothing")
-    assert "Case case0 of Dataset004_Boxes cannot be prepared" in stunet(RANK, "one two", code=2)
     (labels / "case0.nii.gz").unlink()
     assert "have no labels" in stunet(RANK, "one two", code=2)

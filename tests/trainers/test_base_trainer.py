@@ -22,8 +22,8 @@ from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.options import Options
 from stunet_plugin.trainers.base_trainer import FineTuningScheduler, parameter_groups
 
-from conftest import PHANTOM_ID, Workspace
-from trainer_helpers import Make, batch_for, misfm, started, stunet
+from conftest import PHANTOM_ID
+from trainer_helpers import Make, batch_for, started, stunet
 
 TINY = "STUNetTrainer_tiny"
 ISOTROPIC = [[1, 1, 1], *[[2, 2, 2]] * 5]
@@ -89,10 +89,7 @@ def test_mode_follows_from_the_plan_and_is_recorded(
 def test_wrong_options_are_refused() -> None:
     for variable, text, message in (
         ("STUNET_EPOCHS", "0", "must be an integer from 1 to 1000000"),
-        ("STUNET_EPOCHS", "many", "must be an integer from 1 to 1000000"),
-        ("STUNET_ENCODER_RATE", "2", "must be a number from 0 to 1"),
         ("STUNET_ENCODER_RATE", "nan", "must be a number from 0 to 1"),
-        ("STUNET_SEED", "-1", "must be an integer from 0 to"),
         ("STUNET_VF_SCHEME", "2024", "must be one of 2023, 2025"),
         ("STUNET_EPOCH", "3", "there is no such option. Did you mean STUNET_EPOCHS"),
     ):
@@ -144,11 +141,10 @@ def test_warmup_and_the_encoders_rate_follow_nnunets_schedule() -> None:
     assert encoder == pytest.approx(0.1 * rest)
 
 
-@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 def test_fine_tuning_takes_weights_with_a_prefix_and_says_loudly_if_there_are_none(
-    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, prefix: str
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
-    file = tmp_path / "weights.pth"
+    file, prefix = tmp_path / "weights.pth", "module._orig_mod."
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
     pretrained = started(make("PCTNetTrainer_ft"))
     pretrained.on_train_start()
@@ -158,8 +154,7 @@ def test_fine_tuning_takes_weights_with_a_prefix_and_says_loudly_if_there_are_no
     content = torch.load(file, weights_only=False)
     content["network_weights"] = {f"{prefix}{name}": value for name, value in own.items()}
     torch.save(content, file)
-    words = ["-pretrained_weights", str(file)]
-    monkeypatch.setattr("sys.argv", ["train", *(words if prefix else ["=".join(words)])])
+    monkeypatch.setattr("sys.argv", ["train", f"-pretrained_weights={file}"])
     trainer = make("PCTNetTrainer_ft")
     maybe_load_checkpoint(trainer, False, False, str(file))
     trainer.on_train_start()
@@ -169,17 +164,15 @@ def test_fine_tuning_takes_weights_with_a_prefix_and_says_loudly_if_there_are_no
     log = capsys.readouterr().out
     assert "no pretrained weights" not in log
     assert re.search(r"come from PCTNetTrainer_ft; (\d+) start at random: \1 of the seg", log)
-    assert (f"Prefix {prefix!r} stripped from all names" in log) == bool(prefix)
+    assert f"Prefix {prefix!r} stripped from all names" in log
 
 
 # --- refusals, before anything is written
 
 
 def test_wrong_plans_and_folders(
-    make: Make, nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(PluginError, match="lacks plans_name"):
-        make(TINY, plans={**nnunet_environment.plans(), "plans_name": ""})
     (tmp_path / "file").write_text("in the way")
     options = {"nnUNet_results": tmp_path / "file" / "results"}
     with pytest.raises(PluginError, match="Cannot write results .*Set nnUNet_results"):
@@ -211,12 +204,7 @@ OTHER = {"network_class_name": "other.Net", "arch_kwargs": {"strides": [[1, 1, 1
         (TINY, {"patch_size": [40, 48, 60]}, r"\[40, 48, 56\] and \[40, 48, 64\].*plans file"),
         (TINY, {"patch_size": [4, 8, 8]}, "single voxel at the deepest stage"),
         (TINY, {"data_identifier": "nowhere"}, f"nnUNetv2_preprocess -d {PHANTOM_ID} -plans_name"),
-        (TINY, {"batch_size": None}, "has no batch_size. Fix the plans"),
-        ("PCTNetTrainer", {"architecture": OTHER}, "'other.Net'.*-p PCTNetPlans"),
-        ("PCTNetTrainer", {"architecture": misfm("PCTNet", 1) | {"arch_kwargs": {"mode": 7}}}, "7"),
         ("PCTNetTrainer", {"architecture": None}, "has no architecture with arch_kwargs"),
-        ("PCTNetTrainer", {"patch_size": "big"}, "patch_size in the plan .* not 'big'"),
-        ("PCTNetTrainer", {"patch_size": [16, 40, 40]}, "divisible by .*-pl PCTNetPlanner"),
         ("FMUNetTrainer", {"patch_size": [32, 32]}, "use a 3D configuration .*STUNetTrainer for 2"),
         ("VolumeFusionTrainer", {"architecture": {"arch_kwargs": {}}}, "one output per resolution"),
         ("VolumeFusionTrainer", {"previous_stage": "3d_lowres"}, "cascade.*Pretrain 3d_lowres or"),

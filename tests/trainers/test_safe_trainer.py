@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.trainers.safe_trainer import BEST, FINAL, LATEST, MOST_SKIPPED_IN_A_ROW
@@ -68,20 +67,6 @@ def test_a_write_that_fails_keeps_the_earlier_checkpoint(
     assert list(tmp_path.glob("*.pth*")) == [latest]
     trainer.save_checkpoint(str(latest))
     assert torch.load(latest, weights_only=False)["current_epoch"] == 8
-
-
-def test_ctrl_c_says_how_the_training_resumes(
-    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(self: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(nnUNetTrainer, "run_training", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="in epoch 0. The same command starts again"):
-        trainer.run_training()
-    trainer.save_checkpoint(str(tmp_path / LATEST))
-    with pytest.raises(KeyboardInterrupt, match=f"with --c resumes from {LATEST}"):
-        trainer.run_training()
 
 
 def end_epoch(trainer: Any, epoch: int, dice: float) -> None:
@@ -142,7 +127,9 @@ def test_what_is_not_finite_never_reaches_the_weights(make: Make, name: str) -> 
     assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
 
 
-def test_steps_that_the_gradient_scaler_skips_are_counted(trainer: Any, capsys: Any) -> None:
+def test_steps_that_the_gradient_scaler_skips_are_counted_and_too_many_end_the_training(
+    trainer: Any, tmp_path: Path, capsys: Any
+) -> None:
     """It halves its scale forever, and the loss of such steps is finite."""
     trainer.grad_scaler = torch.amp.GradScaler("cpu")
     weight = next(trainer.network.parameters())
@@ -153,22 +140,13 @@ def test_steps_that_the_gradient_scaler_skips_are_counted(trainer: Any, capsys: 
     trainer.on_train_epoch_end(outputs)
     assert "Skipped 3 of 3 steps" in capsys.readouterr().out
     trainer._skipped_in_a_row = MOST_SKIPPED_IN_A_ROW
-    with pytest.raises(PluginError, match=f"the last {MOST_SKIPPED_IN_A_ROW} steps"):
-        trainer.on_train_epoch_end(outputs)
-    hook.remove()
-    trainer.train_step(batch_for(trainer))
-    assert trainer._skipped_in_a_row == 0
-
-
-def test_training_ends_when_no_step_is_finite(trainer: Any, tmp_path: Path) -> None:
-    bad = batch_for(trainer)
-    bad["data"][:] = float("nan")
-    start = state(trainer)
-    outputs = [trainer.train_step(bad) for _ in range(3)]
-    with pytest.raises(PluginError, match=f"the last 3 steps .*{LATEST} is good"):
+    with pytest.raises(PluginError, match=f"the last {MOST_SKIPPED_IN_A_ROW} steps .*is good"):
         trainer.on_train_epoch_end(outputs)
     kept = torch.load(tmp_path / LATEST, weights_only=False)["network_weights"]
     assert all(torch.equal(kept[name], start[name]) for name in kept)
+    hook.remove()
+    trainer.train_step(batch_for(trainer))
+    assert trainer._skipped_in_a_row == 0
 
 
 def test_resuming_is_exact(make: Make, tmp_path: Path) -> None:

@@ -25,19 +25,10 @@ from stunet_plugin.unlabeled.checks import (
 from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source, Tally, walk
 from stunet_plugin.unlabeled.image_files import HEADER, place_image, points_to, write_image
 from stunet_plugin.unlabeled.reading import read_scan, series_of
-from stunet_plugin.utils.files import LINK, OutputError, link_or_copy
+from stunet_plugin.utils.files import OutputError, link_or_copy
 from stunet_plugin.utils.geometry import Grid
 
-from unlabeled_helpers import (
-    SHAPE,
-    SPACING,
-    ct_array,
-    largest_file,
-    mr_array,
-    truncate,
-    write,
-    write_dicom,
-)
+from unlabeled_helpers import SHAPE, SPACING, ct_array, largest_file, mr_array, write, write_dicom
 
 # --- finding
 
@@ -74,9 +65,6 @@ def test_a_folder_of_dicom_is_found_by_name_or_by_content(tmp_path: Path) -> Non
     found = list(walk([str(tmp_path)], ()))
     expected = [(str(tmp_path / name), DICOM_FOLDER, SHAPE[0]) for name in ("bare", "named")]
     assert [(source.path, source.kind, len(source.files)) for source in found] == expected
-    (tmp_path / "named" / "one_more.dcm").touch()
-    (again,) = walk([str(tmp_path / "named")], ())
-    assert again.signature != found[1].signature
 
 
 def test_a_changed_raw_file_is_another_scan(tmp_path: Path) -> None:
@@ -106,12 +94,6 @@ def test_nifti_voxels_are_those_that_itk_reads(tmp_path: Path) -> None:
     assert expected.min() < -10
 
 
-def test_an_axial_series_of_a_sagittal_image_is_known(tmp_path: Path) -> None:
-    axes = (0, 0, 1, 1, 0, 0, 0, 1, 0)
-    path = write(tmp_path / "sagittal.nii.gz", mr_array(1), direction=axes)
-    assert read_scan(Source(str(path))).geometry.axial == 1
-
-
 def skewed(folder: Path) -> Path:
     affine = np.eye(4)
     affine[0, 1] = 0.2
@@ -121,37 +103,22 @@ def skewed(folder: Path) -> Path:
     return folder / "a.nii.gz"
 
 
-def misnamed(folder: Path) -> Path:
-    name = Path(os.fsdecode(bytes(folder) + b"/\xff.nii"))
-    return write(folder / "a.nii", mr_array(1)).rename(name)
-
-
 def organs() -> np.ndarray:
     """A map of some sixty labels."""
     z, y, x = np.indices(SHAPE) // 6
     return (z * 25 + y * 5 + x).astype(np.uint8)
 
 
-def scan(
-    array: np.ndarray | None = None, share: float = 1, **options: Any
-) -> Callable[[Path], Path]:
-    """A function that writes a scan to a folder, and keeps a share of the file."""
-    voxels = mr_array(1) if array is None else array
-    return lambda folder: truncate(write(folder / "a.nii", voxels, **options), share)
+def scan(array: np.ndarray, **options: Any) -> Callable[[Path], Path]:
+    """A function that writes a scan to a folder."""
+    return lambda folder: write(folder / "a.nii", array, **options)
 
 
 BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    "2D": ("one slice", scan(mr_array(1)[0])),
-    "one slice": ("one slice", scan(mr_array(1)[:1])),
-    "four slices": ("too few slices", scan(mr_array(1)[:4])),
-    "microns": ("absurd spacing", scan(spacing=(0.001,) * 3)),
-    "metres": ("absurd spacing", scan(spacing=(500.0,) * 3)),
+    "microns": ("absurd spacing", scan(mr_array(1), spacing=(0.001,) * 3)),
     "skewed": ("skewed axes", skewed),
-    "not UTF-8": ("name of the file", misnamed),
-    "cut short": ("cut off or damaged", scan(share=0.6)),
     "too large a value": ("not finite", scan(mr_array(1) * 1e37)),
     "constant": ("constant", scan(np.full(SHAPE, 7, dtype=np.int16))),
-    "mask": ("label map", scan((mr_array(1) > 200).astype(np.uint8))),
     "organs": ("label map", scan(organs())),
 }
 
@@ -193,7 +160,6 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
         "slices missing": {"array": mr_array(3)[1:], "positions": [*places[:5], *places[6:]]},
         "several volumes in one series": {"array": mr_array(4), "positions": twice},
         "one slice": {"array": mr_array(5)[:1]},
-        "several spacings in one series": {"array": mr_array(6), "wide": 3},
     }
     write_dicom(tmp_path, mr_array(1), 1)
     write_dicom(tmp_path, mr_array(2), 2, modality="CT")
@@ -206,7 +172,7 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
     ending = "; 1 of the folder's files cannot be read as images"
     assert all(one.problem[1].endswith(ending) for one in found if one.problem), "perhaps the slice"
     assert [one.modality for one in found[:2]] == [MR, CT]
-    assert len({one.key for one in found}) == 6
+    assert len({one.key for one in found}) == 5
     for seed, one in enumerate(found[:2], start=1):
         scan = read_scan(one)
         np.testing.assert_array_equal(scan.array, mr_array(seed))
@@ -216,47 +182,26 @@ def test_series_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_tilted_gantry_is_left_out_as_a_skewed_nifti_is(tmp_path: Path) -> None:
     """ITK stacks the slices straight: the last one is far off."""
-    for name, degrees in (("straight", 0.0), ("rounded", 0.05), ("tilted", 20.0)):
+    for name, degrees in (("rounded", 0.05), ("tilted", 20.0)):
         write_dicom(tmp_path / name, mr_array(1), 1, tilt=degrees)
-    rounded, straight, tilted = (series_of(x)[0].problem for x in walk([str(tmp_path)], ()))
-    assert straight is rounded is None
+    rounded, tilted = (series_of(x)[0].problem for x in walk([str(tmp_path)], ()))
+    assert rounded is None
     assert tilted is not None
     assert tilted[0] == BAD["skewed"][0]
     assert "20.0 degrees" in tilted[1]
     assert f"{np.sin(np.radians(20)) * SPACING[2] * (SHAPE[0] - 1):.1f} mm" in tilted[1]
 
 
-def test_a_folder_per_slice_is_one_series(tmp_path: Path) -> None:
-    write_dicom(tmp_path / "flat", mr_array(1), 1)
-    touch(tmp_path, "deep/other/x.txt")
-    for path in (tmp_path / "flat").iterdir():
-        (tmp_path / "deep" / path.stem).mkdir()
-        path.rename(tmp_path / "deep" / path.stem / "image.dcm")
-    tally = Tally()
-    (folder,) = walk([str(tmp_path)], (), tally=tally)
-    assert (folder.path, tally.dicom_folders) == (str(tmp_path / "deep"), 1)
-    (series,) = series_of(folder)
-    np.testing.assert_array_equal(read_scan(series).array, mr_array(1))
-
-
-def test_a_folder_of_dicom_without_images_is_said_to_be_one(tmp_path: Path) -> None:
-    (tmp_path / "report.dcm").write_bytes(bytes(200))
-    with pytest.raises(UnusableError, match="no image: none of 1 .* for example report.dcm"):
-        series_of(next(walk([str(tmp_path)], ())))
-
-
 # --- placing
 
 
-@pytest.mark.parametrize(
-    ("header", "ending"), [("a.mhd", ".mha"), ("b.mhd", ".mha"), ("a.nhdr", ".nrrd")]
-)
+@pytest.mark.parametrize(("header", "ending"), [("a.mhd", ".mha"), ("a.nhdr", ".nrrd")])
 def test_a_scan_in_two_files_is_linked_by_its_header(
     tmp_path: Path, header: str, ending: str
 ) -> None:
-    """Under its own ending too, as b.mha: a link to it would look for the voxels elsewhere."""
+    """Under its own ending too: a link to it would look for the voxels elsewhere."""
     path = write(tmp_path / "with space" / header, mr_array(1))
-    if header != "a.mhd":
+    if ending == ".nrrd":
         path = path.rename(path.with_suffix(ending))
     source, target = Source(str(path)), tmp_path / f"case_0000{ending}"
     assert place_image(source, read_scan(source), target, copy=False) == HEADER
@@ -279,35 +224,27 @@ def test_conversion_keeps_voxels_and_geometry(tmp_path: Path, ending: str) -> No
     np.testing.assert_array_equal(sitk.GetArrayFromImage(converted), mr_array(1))
     assert converted.GetPixelID() == sitk.sitkInt16
     assert Grid.of(converted).agrees(scan.geometry)
-    write_image(scan.array, scan.geometry, target)
-    content = target.read_bytes()
-    write_image(scan.array, scan.geometry, target)
-    assert target.read_bytes() == content, "the same every time"
 
 
-@pytest.mark.parametrize(
-    ("missing", "how"), [((), LINK), (("symlink",), "hard link"), (("symlink", "link"), "copy")]
-)
 def test_links_where_the_file_system_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], how: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError("not on this file system")
 
-    for name in missing:
-        monkeypatch.setattr(os, name, refuse)
     source = tmp_path / "scan.nii"
     source.write_bytes(b"content")
-    assert link_or_copy(str(source), tmp_path / "target.nii") == how
-    assert (tmp_path / "target.nii").read_bytes() == source.read_bytes() == b"content"
+    for how, then_missing in (("link", "symlink"), ("hard link", "link"), ("copy", "link")):
+        assert link_or_copy(str(source), tmp_path / how) == how
+        assert (tmp_path / how).read_bytes() == b"content"
+        monkeypatch.setattr(os, then_missing, refuse)
 
 
-@pytest.mark.parametrize("room", [0, 50_000])
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".nrrd"])
-def test_a_full_disk_is_noticed(tmp_path: Path, ending: str, room: int) -> None:
+def test_a_full_disk_is_noticed(tmp_path: Path, ending: str) -> None:
     """ITK writes a part of a NIfTI file and says nothing."""
     array = np.random.default_rng(0).integers(0, 30000, (40, 40, 40)).astype(np.int16)
     scan = read_scan(Source(str(write(tmp_path / "scan.nii", array))))
     full = pytest.raises(OutputError, match="part|written|large|failed|open")
-    with largest_file(room), full:
+    with largest_file(50_000), full:
         write_image(scan.array, scan.geometry, tmp_path / f"out{ending}")

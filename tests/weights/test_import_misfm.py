@@ -27,8 +27,7 @@ PATCHES = {0: (32, 32, 32), 1: (16, 32, 32), 2: (8, 32, 32)}
 SEGMENTS = "--spacing 3 1 1 --patch-size 16 32 32"
 QKV = "pyramid_ct.convtrans_d2.trans.blocks.0.attn.qkv.weight"
 TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
-COUNTER = "pyramid_ct.down3.conv.0.num_batches_tracked"
-STEM = "project.weight"
+STEM, OUR_STEM = "project.weight", "encoder.stages.0.0.weight"
 Published = Callable[..., Path]
 
 
@@ -70,9 +69,7 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     said = stunet("inspect", source)
     assert f"PyMIC checkpoint of {'PCT-Net' if is_pctnet else network}" in said
     assert "1 input channel(s), 5 outputs" in said
-    assert "30000" in said
     assert ("--mode N" in said) == is_pctnet
-    assert ("in mode 1" in said) == (not is_pctnet)
 
     said = stunet("import", source, "--dataset-id 103", f"--mode {mode}" if is_pctnet else "")
     out = nnunet_folders / "nnUNet_results" / f"Dataset103_{network.lower()}_volf_mode{mode}"
@@ -80,9 +77,7 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     assert f"-tr {network}Trainer_ft -pretrained_weights {helpers.checkpoint_of(out)}" in said
     assert f"-pl {network}Planner" in said
     assert '"features_per_stage": [4, 8, 16, 32, 64]' in said, "not the widths of the planner"
-    said = stunet("inspect", out)
-    assert "heads left out" in said
-    assert f"fine-tune with the dataset's own, of {network}Planner" in said
+    assert f"fine-tune with the dataset's own, of {network}Planner" in stunet("inspect", out)
     checkpoint = helpers.checkpoint_in(out)
     weights = checkpoint["network_weights"]
     assert checkpoint["trainer_name"] == f"{network}Trainer"
@@ -96,9 +91,12 @@ def test_pretrained_weights_fit_stock_fine_tuning_for_any_classes(
     # Another mode is another network at its first levels.
     other = small_network(network, 1 if mode != 1 else 2)
     assert f"mode {other.mode.number}" in mismatches(other, out)
-    with torch.device("meta"):
-        wider = NETWORKS[network](1, 3, mode, features_per_stage=(8, 16, 32, 64, 128))
-    assert "other widths" in mismatches(wider, out)
+
+    # Copies of an image give what it gave, since norms behind the stem have learned its response.
+    four = stunet.model(source, f"--mode {mode}", "--in-channels 4")
+    one, wide = (helpers.checkpoint_in(x)["network_weights"][OUR_STEM] for x in (out, four))
+    torch.testing.assert_close(wide.sum(1), one.sum(1))
+    assert "--in-channels 4" in mismatches(small_network(network, mode, 4), out)
 
 
 @pytest.mark.shared
@@ -131,45 +129,14 @@ def test_segmentation_model_predicts_as_published(
     assert list(helpers.read(model, "dataset")["labels"]) == ["background", "a", "b", "c", "d"]
 
 
-def test_other_outputs_than_those_of_the_pretext_task(published: Published, stunet: Stunet) -> None:
-    source = published("FMUNet", 1, outputs=3)
-    labels = helpers.read(stunet.model(source, SEGMENTS), "dataset")["labels"]
-    assert labels == {"background": 0, "class_1": 1, "class_2": 2}
-    # Without a plan they could be anything.
-    assert "has 3 outputs" in stunet.refuse_import(source)
-    stunet.model(source, "--pretext")
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_other_image_channels(published: Published, stunet: Stunet, network: str) -> None:
-    """By default copies of an image give what the image gave, since norms behind the stem have
-    learned its response."""
-    source = published(network, 1)
-    models = [stunet.model(source, f"--mode 1 --in-channels {n}") for n in (1, 4)]
-    one, four = (small_network(network, 1, n).eval() for n in (1, 4))
-    for target, model in zip((one, four), models, strict=True):
-        load_pretrained_weights(target, helpers.checkpoint_of(model))
-    four.decoder.seg_layers.load_state_dict(one.decoder.seg_layers.state_dict())
-    x = torch.randn(1, 1, 16, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(four(x.expand(-1, 4, -1, -1, -1)), one(x), rtol=1e-3, atol=1e-3)
-    assert "--in-channels 4" in mismatches(four, models[0])
-
-
 def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet, tmp_path: Path) -> None:
     file = helpers.checkpoint_of(stunet.model(published("PCTNet", 1), "--mode 1", SEGMENTS))
     said = stunet("inspect", file)
     assert "nnU-Net v2 checkpoint of this plugin's PCT-Net" in said
     assert "PCTNet of no published size in mode 1 (widths [4, 8, 16, 32, 64])" in said
-    stunet.model(file, "--in-channels 2")
     assert "mode 1, not 2" in stunet.refuse_import(file, "--mode 2")
-    content = torch.load(file, weights_only=True)
-    weights = content["network_weights"]
-    name = next(name for name in weights if name.endswith(".relative_position_bias_table"))
-    table = weights.pop(name)
-    for changed, reason in (({name: table[:, :3]}, "num_heads must"), ({}, "missing")):
-        torch.save(content | {"network_weights": weights | changed}, file)
-        assert reason in stunet.refuse_import(file)
+    # Without a plan other outputs than those of the pretext task could be anything.
+    assert "has 3 outputs" in stunet.refuse_import(published("FMUNet", 1, outputs=3))
 
     pretext = {
         "network_weights": small_network("FMUNet", 1).state_dict(),
@@ -179,62 +146,39 @@ def test_own_checkpoints_are_read_too(published: Published, stunet: Stunet, tmp_
     assert f"-pretrained_weights {file}" in stunet.refuse_import(file)
 
 
-@pytest.mark.parametrize(("network", "mode"), [("PCTNet", 1), ("FMUNet", 0)])
 def test_plans_like_a_segmentation_model(
-    published: Published, network: str, mode: int, stunet: Stunet, planned: Path
+    published: Published, stunet: Stunet, planned: Path
 ) -> None:
     """The plan has the model's spacing, patch and widths, so that the weights fit what a trainer
     builds for it."""
-    option = f"--mode {mode}" if network == "PCTNet" else ""
-    patch = ("--spacing 3 1 1 --patch-size", *PATCHES[mode])
-    model = stunet.model(published(network, mode), *patch, option)
-    name = f"{network}Plans_like_mode{mode}"
+    source, name = published("PCTNet", 1), "PCTNetPlans_like_mode1"
+    model = stunet.model(source, "--mode 1", SEGMENTS)
     said = stunet("plan-like", model, "-d 7")
-    assert f"-p {name} -tr {network}Trainer_ft -pretrained_weights" in said
+    assert f"-p {name} -tr PCTNetTrainer_ft -pretrained_weights" in said
     written = helpers.configuration(planned, name)
-    assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], list(PATCHES[mode]))
+    assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], [16, 32, 32])
     assert written["median_image_size_in_voxels"] == [200 / 3, 150, 120]
     manager = PlansManager(helpers.read(planned, name))
     chosen = manager.get_configuration("3d_fullres")
-    built = build_network(f"{network}Trainer", manager, chosen, 1, 3, deep_supervision=True)
+    built = build_network("PCTNetTrainer", manager, chosen, 1, 3, deep_supervision=True)
     assert mismatches(built, model) == ""
-
-
-@pytest.mark.usefixtures("planned")
-def test_what_has_no_plan_says_what_to_do(published: Published, stunet: Stunet) -> None:
-    source = published("PCTNet", 1)
-    pretext = stunet.model(source, "--mode 1")
-    for given, advice in (
-        (pretext, "nnUNetv2_plan_and_preprocess -d 7"),
-        (source, "--spacing Z Y X --patch-size Z Y X"),
-    ):
-        message = stunet.refuse("plan-like", given, "-d 7")
-        assert "has no plan" in message
-        assert advice in message
+    message = stunet.refuse("plan-like", stunet.model(source, "--mode 1"), "-d 7")
+    assert "has no plan" in message
+    assert "nnUNetv2_plan_and_preprocess -d 7" in message
 
 
 @pytest.mark.parametrize(
     ("network", "options", "changes", "message"),
     [
         ("PCTNet", "", {}, "--mode"),
-        ("PCTNet", "--mode 3", {}, "mode 3"),
         ("FMUNet", "--mode 0", {}, "mode 1, not 0"),
         ("FMUNet", f"{SEGMENTS} --strides 2,2,2", {}, "[[1, 2, 2], [2, 2, 2]"),
         ("FMUNet", "--spacing 1 1 1 --patch-size 20 32 32", {}, "divisible by [8, 16, 16]"),
-        ("FMUNet", "--labels background a", {}, "--spacing"),
-        ("FMUNet", f"{SEGMENTS} --labels background a", {}, "5 outputs"),
         ("FMUNet", "--pretext --labels background a", {}, "--pretext"),
         ("PCTNet", "--mode 1", {QKV: None}, "missing (for example decoder.blocks.1.transformer"),
-        ("PCTNet", "--mode 1", {"embeddings.1.proj.weight": None}, "missing"),
-        ("PCTNet", "--mode 1", {"extra.weight": torch.ones(2)}, "'extra.weight' is not a param"),
         ("PCTNet", "--mode 1", {QKV: torch.ones(3, 3)}, "wrong shape for widths [4, 8"),
         ("PCTNet", "--mode 1", {TABLE: torch.ones(13**3, 4)}, "windows are 7 voxels long"),
-        ("PCTNet", "--mode 1", {TABLE: torch.ones(100, 4)}, "100 is none of 1, 27"),
-        ("PCTNet", "--mode 1", {TABLE: "x"}, "is a str, not a tensor"),
-        ("PCTNet", "--mode 1", {COUNTER: torch.ones(())}, "no plain tensor"),
-        ("FMUNet", "", {STEM: torch.ones(4, 1)}, "3 axes"),
         ("FMUNet", "", {STEM: torch.ones(4, 1, 5, 5, 5)}, "no mode"),
-        ("FMUNet", "", {"project.bias": torch.full((4,), torch.nan)}, "NaN or infinite"),
     ],
 )
 def test_wrong_options_and_weights_are_refused(

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.model_sharing.model_export import export_pretrained_model
-from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from stunet_plugin.networks.from_plan import stunet_architecture
@@ -51,18 +50,14 @@ def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
     }
     assert {key: helpers.configuration(out)[key] for key in expected} == expected
     assert plans["image_reader_writer"] == "NibabelIOWithReorient"
-    assert plans["plans_name"] == "nnUNetPlans"
     assert dataset["labels"] == {"background": 0, "liver": 1, "spleen": 2, "aorta": 3, "colon": 4}
     assert (dataset["channel_names"], dataset["file_ending"]) == ({"0": "nonCT"}, ".nii.gz")
     assert record["sha256"] == sha256_of(tiny)
     assert record["plans_pickle_sha256"] == sha256_of(tiny.with_name("tiny.model.pkl"))
-    assert record["source"] == str(tiny)
-    assert record["format"] == "nnU-Net v1 checkpoint of the published STU-Net"
     assert {"stunet-plugin", "nnunetv2", "torch", "numpy", "python"} == set(record["versions"])
     assert {*record["files"], "provenance.json"} == set(contents(out))
 
     checkpoint = helpers.checkpoint_in(out)
-    assert {"trainer_name", "inference_allowed_mirroring_axes"} <= set(checkpoint)
     assert checkpoint["optimizer_state"] is None
     arguments = {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": dataset}
     assert checkpoint["init_args"] == arguments
@@ -72,17 +67,16 @@ def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
     assert same_weights(helpers.published_weights(network), given)
 
     said = stunet("inspect", out)
-    assert said == stunet("inspect", out / "fold_0")
     assert "5: background, liver, spleen, aorta, colon" in said
     assert f"from {tiny} by stunet-plugin" in said
 
 
 def test_nnunet_results_is_the_default_place(stunet: Stunet, tiny: Path) -> None:
-    """nnU-Net finds the model by ID and trainer, exports it and installs it elsewhere."""
+    """nnU-Net finds the model by ID and trainer, and exports it."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         stunet.patch.delenv(variable, raising=False)
     assert "nnUNet_results is not set" in stunet.refuse("import", tiny)
-    results, elsewhere = stunet.folder / "results", stunet.folder / "elsewhere"
+    results = stunet.folder / "results"
     stunet.patch.setenv("nnUNet_results", str(results))
     said = stunet("import", tiny)
     assert "nnUNetv2_predict -d 101 -c 3d_fullres -tr STUNetTrainer_tiny -f 0" in said
@@ -92,25 +86,20 @@ def test_nnunet_results_is_the_default_place(stunet: Stunet, tiny: Path) -> None
     assert "--dataset-id" in stunet.refuse("import", tiny, "--name Other")
     stunet("import", tiny, "--name Other --dataset-id 102")
 
-    archive = str(stunet.folder / "model.zip")
-    export_pretrained_model(101, archive, ("3d_fullres",), "STUNetTrainer_tiny", folds=(0,))
-    stunet.patch.setenv("nnUNet_results", str(elsewhere))
-    install_model_from_zip_file(archive)
-    installed, exported = contents(elsewhere / found.relative_to(results)), contents(found)
-    assert installed.items() <= exported.items()
-    assert set(exported) - set(installed) == {"provenance.json"}
+    archive = stunet.folder / "model.zip"
+    export_pretrained_model(101, str(archive), ("3d_fullres",), "STUNetTrainer_tiny", folds=(0,))
+    assert archive.is_file()
 
 
 def test_importing_twice_changes_nothing_without_force(stunet: Stunet, tiny: Path) -> None:
     out = stunet.model(tiny)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
-    # The same again is no error: scripts run more than once. From another place, too.
+    # The same again is no error, from another place too: scripts run more than once.
     elsewhere = stunet.folder / "moved" / tiny.name
     shutil.copytree(tiny.parent, elsewhere.parent)
-    for source in (tiny, elsewhere):
-        said = stunet("import", source, "--out", out)
-        assert f"Already there: {out} holds this very import. Nothing was written." in said
-        assert "Predict:" in said
+    said = stunet("import", elsewhere, "--out", out)
+    assert f"Already there: {out} holds this very import. Nothing was written." in said
+    assert "Predict:" in said
     message = stunet.refuse("import", tiny, "--out", out, LABELS)
     assert all(words in message for words in ("is there already", str(tiny), sha256_of(tiny)))
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in out.rglob("*")}
@@ -127,8 +116,6 @@ def test_importing_twice_changes_nothing_without_force(stunet: Stunet, tiny: Pat
     trained.parent.mkdir()
     trained.write_text("a week of training")
     assert "fold_1/checkpoint_best.pth" in stunet.refuse(*again)
-    (out / "provenance.json").write_text("{")
-    assert "is damaged" in stunet.refuse(*again)
     (out / "provenance.json").unlink()
     assert "no `stunet import` wrote it" in stunet.refuse(*again)
 
@@ -137,9 +124,7 @@ def test_importing_twice_changes_nothing_without_force(stunet: Stunet, tiny: Pat
     ("module", "function", "failing", "error", "code"),
     [
         (torch, "save", 1, OSError(28, "No space left on device"), 1),
-        (torch, "save", 1, RuntimeError("PytorchStreamWriter failed writing file"), 2),
         (torch, "save", 1, KeyboardInterrupt(), 130),
-        (os, "rename", 1, OSError(5, "Input/output error"), 2),
         (os, "rename", 2, OSError(5, "Input/output error"), 2),
     ],
 )
@@ -158,46 +143,23 @@ def test_a_crash_leaves_everything_as_it_was(
     before = contents(stunet.folder)
     stunet.patch.setattr(module, function, fail_once)
     # Only where a folder is replaced are there two renamings.
-    for out in (stunet.folder / "new" / "model", there)[failing - 1 :]:
-        calls.clear()
-        assert stunet("import", tiny, "--out", out, "--force", code=code)
-        assert contents(stunet.folder) == before
-        assert sorted(os.listdir(stunet.folder)) == ["models", "source"]
+    out = there if failing == 2 else stunet.folder / "new" / "model"
+    assert stunet("import", tiny, "--out", out, "--force", code=code)
+    assert contents(stunet.folder) == before
+    assert sorted(os.listdir(stunet.folder)) == ["models", "source"]
 
 
-@pytest.mark.parametrize(("kind", "legacy"), [(torch.float16, True), (torch.float64, False)])
-def test_other_number_formats_become_float32(
-    stunet: Stunet, tiny: Path, kind: torch.dtype, legacy: bool
-) -> None:
-    plain = helpers.published_weights(helpers.make_network())
-    weights = {name: value.to(kind) for name, value in plain.items()}
-    # A view of a larger tensor: only its own values may be written.
-    wide = torch.zeros(2, *weights["seg_outputs.0.weight"].shape, dtype=kind)
-    weights["seg_outputs.0.weight"] = wide[1]
-    torch.save(helpers.v1_checkpoint(weights), tiny, _use_new_zipfile_serialization=not legacy)
-    written = helpers.checkpoint_in(stunet.model(tiny))["network_weights"]
-    assert {value.dtype for value in written.values()} == {torch.float32}
-    stem = written["encoder.stages.0.0.conv1.weight"]
-    assert torch.equal(stem, weights["conv_blocks_context.0.0.conv1.weight"].float())
-    assert written["decoder.seg_layers.0.weight"].untyped_storage().nbytes() == wide[1].numel() * 4
-
-
-@pytest.mark.parametrize(
-    ("prefix", "wrapper"),
-    [("module.", {}), ("_orig_mod.module.", {}), ("net.", {"pytorch-lightning_version": "2.4"})],
-)
-def test_prefixes_of_wrappers_are_stripped_and_said(
-    stunet: Stunet, tiny: Path, tmp_path: Path, prefix: str, wrapper: dict[str, str]
-) -> None:
-    plain = stunet.model(tiny)
+def test_wrapped_weights_in_half_precision(stunet: Stunet, tiny: Path) -> None:
     content = torch.load(tiny, weights_only=False)
-    content["state_dict"] = {prefix + name: x for name, x in content["state_dict"].items()}
-    torch.save(content | wrapper, tiny)
-    said = stunet("import", tiny, "--out", tmp_path / "wrapped")
-    assert f"{prefix!r} stripped" in said
-    assert ("Lightning" in said) == bool(wrapper)
-    one, two = (helpers.checkpoint_in(x)["network_weights"] for x in (plain, tmp_path / "wrapped"))
-    assert same_weights(one, two)
+    plain = content["state_dict"]
+    content["state_dict"] = {f"_orig_mod.net.{x}": plain[x].half() for x in plain}
+    torch.save(content | {"pytorch-lightning_version": "2.4"}, tiny)
+    said = stunet("import", tiny, "--out", out := stunet.folder / "wrapped")
+    assert "'_orig_mod.net.' stripped from all names (Lightning" in said
+    written = helpers.checkpoint_in(out)["network_weights"]
+    assert {value.dtype for value in written.values()} == {torch.float32}
+    stem = plain["conv_blocks_context.0.0.conv1.weight"].half().float()
+    assert torch.equal(written["encoder.stages.0.0.conv1.weight"], stem)
 
 
 def test_own_checkpoints_are_imported_with_their_plan_and_labels(
@@ -214,7 +176,8 @@ def test_own_checkpoints_are_imported_with_their_plan_and_labels(
         assert {key for key in one if one[key] != two[key]} <= naming
     written = helpers.checkpoint_in(second)
     assert written["inference_allowed_mirroring_axes"] == (0, 2)
-    assert same_weights(written["network_weights"], content["network_weights"])
+    torch.save(content | {"inference_allowed_mirroring_axes": (0, 7)}, tmp_path / "own.pth")
+    assert "mirroring" in stunet.refuse_import(tmp_path / "own.pth")
 
 
 def test_inspect_says_what_is_known_and_reads_no_weights(stunet: Stunet, tiny: Path) -> None:
@@ -229,58 +192,39 @@ def test_inspect_says_what_is_known_and_reads_no_weights(stunet: Stunet, tiny: P
         "1 input channel(s), 5 outputs",
         "spacing 1.5 x 1.5 x 1.5 mm, patch 32 x 32 x 64",
         "5: background, class_1",
-        "4000",
     ):
         assert words in said
     pickled = tiny.with_name("tiny.model.pkl")
     assert "plans of nnU-Net v1" in stunet("inspect", pickled)
-    pickled.unlink()
-    assert "unknown" in stunet("inspect", tiny)
     assert "no model folder" in stunet.refuse("inspect", stunet.folder)
 
 
-@pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str | None]]:
-    """What is asked of a stand-in for huggingface_hub, which serves the files of a folder."""
-    asked = []
+def test_files_of_the_hub(stunet: Stunet) -> None:
+    """A stand-in for huggingface_hub serves the files of a folder."""
+    folder, asked = stunet.folder / "hub", []
 
     def download(repo_id: str, filename: str, revision: str | None, **_: bool) -> str:
         asked.append((repo_id, filename, revision))
-        if not (tmp_path / "hub" / filename).is_file():
+        if not (folder / filename).is_file():
             raise FileNotFoundError(f"404: {filename}")
-        return str(tmp_path / "hub" / filename)
+        return str(folder / filename)
 
     hub = SimpleNamespace(hf_hub_download=download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setattr(locate, "is_reachable", lambda address: True)
-    return asked
-
-
-@pytest.mark.parametrize("pickled", [True, False])
-def test_hub_files_are_imported(
-    stunet: Stunet, tmp_path: Path, asked: list[tuple[str, str, str | None]], pickled: bool
-) -> None:
-    helpers.write_v1(tmp_path / "hub" / "weights" / "tiny.model", plans=None if pickled else {})
+    stunet.patch.setitem(sys.modules, "huggingface_hub", hub)
+    stunet.patch.setattr(locate, "is_reachable", lambda address: True)
+    helpers.write_v1(folder / "weights" / "tiny.model")
     source = "hf://someone/STU-Net@v1.0/weights/tiny.model"
-    plan = "--spacing 2 2 2 --patch-size 32 32 64 --strides 2,2,2 2,2,2 2,2,2 2,2,2 1,1,2"
-    said = stunet("import", source, "--out", tmp_path / "model", "" if pickled else plan)
+    model = stunet.model(source)
     files = ("weights/tiny.model", "weights/tiny.model.pkl")
     assert asked == [("someone/STU-Net", file, "v1.0") for file in files]
-    assert helpers.read(tmp_path / "model", "provenance")["source"] == source
-    assert ("No tiny.model.pkl beside it" in said) is not pickled
+    assert helpers.read(model, "provenance")["source"] == source
 
-
-@pytest.mark.usefixtures("asked")
-def test_hub_errors_say_what_to_do(stunet: Stunet) -> None:
-    web, ours, missing = "https://huggingface.co", "stunet import hf:/", "hf://a/STU-Net/x.model"
+    web, missing = "https://huggingface.co/a/STU-Net/resolve", "hf://a/STU-Net/x.model"
     for address, message in (
         (missing, "FileNotFoundError: 404"),
         ("hf://someone", "hf://owner/repository/file"),
-        ("hf://someone/STU-Net", "hf://owner/repository/file"),
         ("hf://someone/STU-Net/../x.model", "hf://owner/repository/file"),
-        (f"{web}/a/STU-Net/resolve/main/b.model?download=true", f"{ours}/a/STU-Net/b.model"),
-        (f"{web}/a/b/blob/v1/c/d.pth", f"{ours}/a/b@v1/c/d.pth"),
-        ("https://example.org/x.model", "download the file"),
+        (f"{web}/v1/b.model?download=true", "stunet import hf://a/STU-Net@v1/b.model"),
     ):
         assert message in stunet.refuse("import", address)
     # Without a network only the client's cache is asked, and at once.

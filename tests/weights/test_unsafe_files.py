@@ -6,13 +6,11 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -75,17 +73,7 @@ def old_format(path: Path, content: Any = None) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
-def image(path: Path) -> None:
-    file = path.with_name("image.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), file)
-    file.rename(path)
-
-
 EVIL = helpers.v1_checkpoint({"a": WritesAFile()})
-PORT = {
-    "network_weights": {"encoder.stages.0.0.convs.0.weight": torch.ones(2)},
-    "trainer_name": "T",
-}
 LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": "2"}
 
 
@@ -96,7 +84,6 @@ LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": 
         (EVIL, "posix.system"),
         (lambda path: old_format(path, EVIL), "posix.system"),
         (lambda path: path.write_bytes(pickle.dumps(EVIL)), "plain pickle"),
-        (lambda path: append(path, "../../outside.txt"), "no torch file"),
         (lambda path: append(path, "fold_0/model.txt", "w"), "no torch file"),
         (lambda path: append(path, ""), "the same entry twice"),
         (lambda path: rewrite_zip(path, method=zipfile.ZIP_DEFLATED), "compressed"),
@@ -104,21 +91,13 @@ LIGHTNING = {"state_dict": {"a.b": torch.ones(1)}, "pytorch-lightning_version": 
         (lambda path: (old_format(path), cut(path)), "damaged"),
         (wrong_byte, "checksum"),
         (lambda path: torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path)), "TorchScript"),
-        (image, "NIfTI image"),
         (b"\n<!DOCTYPE html><html><head><title>Quota</title></head></html>", "web page (HTML)"),
         (b"", "empty"),
-        (b'{"error": "not found"}', "JSON"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-        (b"\x1f\x8b\x08\x00", "gzip"),
-        (bytes(257) + b"ustar", "tar archive"),
         (b"\x00" * 100, "starts with"),
         (Path.unlink, "no such file"),
-        (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
-        ([1, 2], "list"),
         ({"state_dict": {}, "best": np.datetime64("2020-01-01")}, "'M8' is not allowed"),
-        ({"weights": torch.ones(2)}, "its entries are weights"),
         (LIGHTNING, "pytorch-lightning_version, its tensors a.b"),
-        (PORT, "its trainer T, its tensors encoder.stages.0.0.convs.0.weight"),
     ],
 )
 def test_unsafe_file_is_refused(content: Any, message: str, stunet: Stunet, tiny: Path) -> None:
@@ -131,7 +110,6 @@ def test_unsafe_file_is_refused(content: Any, message: str, stunet: Stunet, tiny
         torch.save(content, tiny)
     said = stunet.refuse_import(tiny)
     assert message in said
-    assert tiny.name in said
     assert "weights_only" not in said, "torch's advice to trust the file must not be passed on"
     assert not Path(MARKER).exists()
 
@@ -143,17 +121,12 @@ NORM = "conv_blocks_context.2.0.norm1.weight"
     ("changes", "message"),
     [
         ({NORM: torch.full((16,), torch.nan)}, "1 of 130 tensors hold NaN or infinite"),
-        ({NORM: torch.full((16,), torch.inf)}, "1 of 130 tensors hold NaN or infinite"),
         ({NORM: torch.ones(15)}, "(15,), expected (16,)"),
         ({NORM: torch.ones(16, dtype=torch.int64)}, "no plain tensor"),
         ({NORM: torch.ones(1).expand(16)}, "claims 16 values"),
-        ({NORM: "x"}, "is a str"),
         ({NORM: None}, "1 of 130 tensors are missing"),
         ({"conv_blocks_context.3.0.conv1.weight": None}, "stages"),
-        ({"seg_outputs.1.weight": None}, "4 segmentation heads"),
         ({"more": torch.ones(1)}, "'more'"),
-        ({"conv_blocks_context.0.0.conv1.scale": torch.ones(1)}, "no part of an STU-Net"),
-        ({3: torch.ones(1)}, "3"),
     ],
 )
 def test_wrong_weights_are_refused(
@@ -172,22 +145,18 @@ def test_checkpoints_of_either_numpy_load(renamed: bool, tiny: Path) -> None:
     assert load_checkpoint(tiny)["best_stuff"] == (None, 0.3, 0.9)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_plans_with_numpy_come_as_plain_numbers(protocol: int, tmp_path: Path) -> None:
     content = {
         "array": np.array([[1, 2], [3, 4]], dtype=">i2"),
-        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "fortran": np.asfortranarray([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]),
         "numbers": (np.float32(1.5), np.bool_(True)),
         "table": OrderedDict([(0, ("a", {1, 2}))]),
     }
     path = tmp_path / "plans.pkl"
     path.write_bytes(pickle.dumps(content, protocol=protocol))
-    plain = {
-        "array": [[1, 2], [3, 4]],
-        "fortran": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
-        "numbers": (1.5, True),
-        "table": {0: ("a", {1, 2})},
-    }
+    arrays = {name: content[name].tolist() for name in ("array", "fortran")}
+    plain = arrays | {"numbers": (1.5, True), "table": {0: ("a", {1, 2})}}
     # The text tells True from 1.0, and a dict from one of another class.
     assert repr(load_plans_pickle(path)) == repr(plain)
 
@@ -207,20 +176,15 @@ SMALL_INTEGERS = pickle.dumps({"a": np.arange(3, dtype=np.int16)}, protocol=4)
     ("content", "message"),
     [
         (pickle.dumps({"more": WritesAFile()}), "posix.system"),
-        (pickle.dumps({"more": Path}), "pathlib.Path"),
         (pickle.dumps({"more": np.array([WritesAFile()], dtype=object)}), "'O8' is not allowed"),
         (pickle.dumps({"more": endless()}), "nested without end"),
-        (pickle.dumps([1]), "list"),
         # One instruction that makes CPython's unpickler reserve 16 GB: "remember this under the
         # number 2**31 - 1".
         (b"\x80\x04Nr\xff\xff\xff\x7f.", "all memory"),
-        (b"\x80\x02cposix\nsystem\n.", "posix.system"),
         (code(*ORDERED, b"\x93N}", "function", b"K\x01s\x86b"), "AttributeError"),
         (code("numpy", "dtype", b"\x93", "f8", b"\x85R(K\x03", "<", FIELDS), "fields"),
         (code("_codecs", "encode", b"\x93", "a", "zlib", b"\x86R"), "'zlib' is not allowed"),
-        (code("collections", "OrderedDict.fromkeys", b"\x93"), "OrderedDict.fromkeys"),
         (code("a", "b", b"\x86Q"), "BINPERSID"),
-        (code(b"\x8e" + struct.pack("<Q", 2**60) + b"ab"), "cannot be read"),
         (SMALL_INTEGERS.replace(b"K\x03\x85", b"K\x09\x85"), "shape"),
     ],
 )
@@ -230,7 +194,6 @@ def test_unsafe_plans_are_refused(content: bytes, message: str, stunet: Stunet, 
     path.write_bytes(content)
     said = stunet.refuse_import(tiny)
     assert message in said
-    assert path.name in said
     assert not Path(MARKER).exists()
     # What was refused must not have changed the reader for the next file.
     path.write_bytes(pickle.dumps(helpers.v1_plans()))
