@@ -21,7 +21,7 @@ from stunet_plugin.networks import fmunet, pctnet
 from stunet_plugin.networks.anisotropy import get_mode
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES
-from stunet_plugin.networks.presets import MISFM_PRESETS, PCTNET, PRESETS, get_preset
+from stunet_plugin.networks.presets import MISFM_PRESETS, PCTNET, PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import Strides, as_strides
 from stunet_plugin.weights import misfm_keys, stunet
@@ -85,7 +85,7 @@ def find_subject(name: str) -> Subject:
 
 
 def _stunet(size: str) -> Subject:
-    preset = get_preset(size)
+    preset = PRESETS[size]
 
     def plain(outputs: int, deep_supervision: bool, _: tuple[int, ...]) -> nn.Module:
         network = PlainSTUNet(preset, PUBLISHED_STRIDES, INPUT_CHANNELS, outputs, deep_supervision)

@@ -24,7 +24,7 @@ import torch
 
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.memory import PUBLISHED_STRIDES
-from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.nnunet.commands import find_command
 from stunet_plugin.nnunet.registration import trainers_folder
@@ -65,7 +65,7 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int
 def import_random_weights(options: argparse.Namespace, work: Path, environment: Any) -> Path:
     """Import a checkpoint of STU-Net with random weights; return the model folder."""
     source = work / "random.pth"
-    arguments = stunet_architecture(get_preset(options.size), PUBLISHED_STRIDES)["arch_kwargs"]
+    arguments = stunet_architecture(PRESETS[options.size], PUBLISHED_STRIDES)["arch_kwargs"]
     network = STUNet(1, options.outputs, **{**arguments, "conv_op": torch.nn.Conv3d})
     network.apply(network.initialize)
     torch.save({"network_weights": network.state_dict()}, source)
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image", type=Path, required=True, help="a CT")
     add("--model", type=Path, help="model folder of nnU-Net with a 3d_fullres configuration")
     add("--fold", default="0", help="of --model")
-    add("--size", default="small", help="of STU-Net, without --model")
+    add("--size", default="small", choices=PRESETS, help="of STU-Net, without --model")
     add("--outputs", type=int, default=105, help="background included, without --model")
     add("--spacing", type=float, default=PUBLISHED_SPACING, metavar="MM", help="without --model")
     add("--sequential", action="store_true", help="no worker processes, less memory")

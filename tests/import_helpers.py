@@ -16,7 +16,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from stunet_plugin.networks.from_plan import stunet_architecture
-from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.nnunet.registration import trainers_folder
 
@@ -33,7 +33,7 @@ _TO_PUBLISHED = (
 
 def make_network(size: str = "tiny", channels: int = 1, outputs: int = 5) -> STUNet:
     """A network of a published size with its initial (random) weights."""
-    arguments = stunet_architecture(get_preset(size), STRIDES)["arch_kwargs"]
+    arguments = stunet_architecture(PRESETS[size], STRIDES)["arch_kwargs"]
     return STUNet(channels, outputs, **(arguments | {"conv_op": torch.nn.Conv3d}))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from stunet_plugin.networks.anisotropy import get_mode
 from stunet_plugin.networks.from_plan import stunet_architecture
-from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.presets import PRESETS
 
 Make = Callable[..., Any]
 PATCH = [16, 32, 32]
@@ -24,7 +24,7 @@ DATASET = {
 
 def stunet(strides: list[list[int]] = STRIDES, width: int = 2) -> dict[str, Any]:
     """Return the architecture entry of a narrow STU-Net with these strides."""
-    architecture, stages = stunet_architecture(get_preset("tiny"), strides), len(strides)
+    architecture, stages = stunet_architecture(PRESETS["tiny"], strides), len(strides)
     architecture["arch_kwargs"].update(
         n_stages=stages,
         features_per_stage=[width * min(2**stage, 4) for stage in range(stages)],

@@ -128,7 +128,8 @@ class PluginTrainer(DistributedTrainer):
         loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper):
             weights = np.array(loss.weight_factors)
-            weights[max(topology.num_poolings(self._network_strides()) - 1, 1) :] = 0
+            poolings = sum(max(stage) > 1 for stage in self._network_strides())
+            weights[max(poolings - 1, 1) :] = 0
             weights /= weights.sum()
             loss.weight_factors = tuple(float(w) or UNTRAINED_HEAD_WEIGHT for w in weights)
         return loss

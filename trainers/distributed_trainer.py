@@ -54,7 +54,7 @@ class DistributedTrainer(SafeTrainer):
             self.optimizer = self.lr_scheduler = None
             sharding.shard(self.network, self.device)
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
-            sharding.accept_whole_state(self.optimizer)
+            self.optimizer.register_load_state_dict_pre_hook(sharding.shard_optimizer_state)
             self.print_to_log_file(f"Weights are sharded over {world_size()} process(es).")
         elif self.is_ddp:
             self.network = self._replicate(self.network)

@@ -50,11 +50,6 @@ def shard(network: nn.Module, device: torch.device) -> None:
     network.register_load_state_dict_pre_hook(_shard_weights)
 
 
-def accept_whole_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer of sharded parameters load a state with whole tensors."""
-    optimizer.register_load_state_dict_pre_hook(_shard_optimizer_state)
-
-
 def gather(state: Any, keep: bool) -> Any:
     """Return a state with whole tensors on the CPU in place of sharded ones, None where a process
     does not ``keep`` them; every process has to call this."""
@@ -95,9 +90,10 @@ def _shard_weights(network: nn.Module, state: dict[str, Any], prefix: str, *_: A
             state[prefix + name] = _shard_tensor(state[prefix + name], parameter)
 
 
-def _shard_optimizer_state(
+def shard_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> dict[str, Any]:
+    """Before an optimizer of sharded parameters loads a state with whole tensors."""
     # States number the parameters in the order of the groups.
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]

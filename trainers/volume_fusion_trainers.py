@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgeneratorsv2.transforms.utils import deep_supervision_downsampling as downsampling
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import (
+    DownsampleSegForDSTransform,
+)
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, distributed
@@ -95,7 +96,7 @@ class VolumeFusionMixin(MISFMOptimizer):
     def _build_loss(self) -> torch.nn.Module:
         """The network trainer's loss; class 0 counts in the Dice like the others."""
         loss = super()._build_loss()
-        dice: Any = (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).dc
+        dice: Any = loss.get_submodule("loss.dc")
         getattr(dice, "_orig_mod", dice).do_bg = True
         return loss
 
@@ -130,11 +131,8 @@ class VolumeFusionMixin(MISFMOptimizer):
         channel, *patch) and class maps, one per output, on the training device."""
         foreground, background = batch["data"].to(self.device, non_blocking=True).chunk(2)
         image, class_map = self.fusion(foreground, background, self._fusion_draws)
-        scales = self._get_deep_supervision_scales()
-        if scales is None:
-            return {"data": image, "target": class_map[:, None]}
         # Samples take the place of that transform's channels, which it treats alike.
-        downsample = downsampling.DownsampleSegForDSTransform(scales)
+        downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
         targets = downsample(segmentation=class_map)["segmentation"]
         return {"data": image, "target": [target[:, None] for target in targets]}
 
@@ -166,8 +164,9 @@ class VolumeFusionMixin(MISFMOptimizer):
         with self._autocast():
             outputs = self.network(fused["data"])
             loss = self.loss(outputs, fused["target"])
-        target = _full_resolution(fused["target"])[:, 0]
-        return loss.cpu().numpy(), score.confusion_matrix(_full_resolution(outputs), target)
+        # Of the outputs the first has full resolution.
+        confusion = score.confusion_matrix(outputs[0], fused["target"][0][:, 0])
+        return loss.cpu().numpy(), confusion
 
     def _autocast(self) -> torch.autocast:
         """As in nnU-Net's steps: half precision on CUDA only."""
@@ -194,10 +193,10 @@ class VolumeFusionMixin(MISFMOptimizer):
             return
         self.network.eval()
         images = self._example["data"][:EXAMPLE_SAMPLES]
-        targets = _full_resolution(self._example["target"])[:EXAMPLE_SAMPLES, 0]
+        targets = self._example["target"][0][:EXAMPLE_SAMPLES, 0]
         with self._autocast():
             # The bare network: in DDP's forward pass this process would wait for the others.
-            predictions = _full_resolution(self._bare_network()(images)).argmax(1)
+            predictions = self._bare_network()(images)[0].argmax(1)
         if self.local_rank == 0:
             arrays = tuple(one.cpu().numpy() for one in (images[:, 0], targets, predictions))
             file = Path(self.output_folder, f"volume_fusion_epoch_{self.current_epoch:04d}.png")
@@ -281,10 +280,6 @@ def fusion_from(options: Options) -> fusing.VolumeFusion:
     classes = options.whole(names.VF_CLASSES, fusing.PUBLISHED_CLASSES)
     standardise = bool(options.whole(names.VF_STANDARDISE, 0))
     return fusing.VolumeFusion(classes, scheme, standardise=standardise)
-
-
-def _full_resolution(per_output: Tensor | Sequence[Tensor]) -> Tensor:
-    return per_output if isinstance(per_output, Tensor) else per_output[0]
 
 
 class PlannedNetworkTrainer(PluginTrainer):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.networks.topology import published_strides
 from stunet_plugin.options import EPOCHS, ITERATIONS, MIRRORING, SEED, VAL_ITERATIONS, Options
@@ -62,7 +62,7 @@ class PlainSTUNetTrainer_small_ep5(nnUNetTrainerBudget):
     ) -> torch.nn.Module:
         strides = published_strides(configuration_manager.pool_op_kernel_sizes)
         sizes = num_input_channels, num_output_channels, enable_deep_supervision
-        return PlainSTUNet(get_preset("small"), strides, *sizes).apply(STUNet.initialize)
+        return PlainSTUNet(PRESETS["small"], strides, *sizes).apply(STUNet.initialize)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self.network.deep_supervision = enabled

@@ -12,12 +12,8 @@ class Inspect(Command):
 
     command = "inspect"
     example = "stunet inspect base_ep4k.model"
+    runs = "stunet_plugin.weights.inspect:inspect"
 
     file: str = required(
         metavar="FILE_OR_FOLDER", help="checkpoint (.model, .pth, .pt), plans (.pkl), model folder"
     )
-
-    def run(self) -> int:
-        from stunet_plugin.weights.inspect import inspect
-
-        return inspect(self.file)

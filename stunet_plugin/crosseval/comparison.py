@@ -49,10 +49,9 @@ class Pair:
     def names(self) -> tuple[str, str]:
         return self.model.name, self.dataset.name
 
-    @property
-    def folder(self) -> Path:
-        """For its files, in that of all predictions or scores."""
-        return Path(*(name.replace(" ", "_") for name in self.names))
+    def file(self, folder: Path, case: Case, ending: str = ".json") -> Path:
+        """Return where a file of a case goes in the folder of all predictions or scores."""
+        return folder.joinpath(*(x.replace(" ", "_") for x in self.names), f"{case.name}{ending}")
 
 
 class Comparison:

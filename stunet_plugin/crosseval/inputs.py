@@ -79,9 +79,7 @@ class Model:
             "mirroring": self.mirroring,
             "mirroring_axes": [int(axis) for axis in axes] if self.mirroring else [],
             "step_size": self.step_size,
-            "labels": self.labels.name,
-            "labels_from": self.labels_from,
-            "classes": list(self.labels.classes),
+            **_describe_labels(self),
         }
 
 
@@ -106,13 +104,12 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """Return where its cases are, how many, and what their labels mean, as JSON has it."""
-        return {
-            **self.origin,
-            "cases": len(self.cases),
-            "labels": self.labels.name,
-            "labels_from": self.labels_from,
-            "classes": list(self.labels.classes),
-        }
+        return {**self.origin, "cases": len(self.cases), **_describe_labels(self)}
+
+
+def _describe_labels(one: Model | Dataset) -> dict[str, Any]:
+    classes = list(one.labels.classes)
+    return {"labels": one.labels.name, "labels_from": one.labels_from, "classes": classes}
 
 
 @dataclass(frozen=True)

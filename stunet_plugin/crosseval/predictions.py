@@ -30,16 +30,6 @@ if TYPE_CHECKING:
 PREDICTIONS = "predictions"
 
 
-def prediction_file(out: Path, pair: Pair, case: Case) -> Path:
-    """Return where the prediction of a case goes in the output folder."""
-    return out / PREDICTIONS / pair.folder / f"{case.name}{pair.dataset.ending}"
-
-
-def record_file(out: Path, pair: Pair, case: Case) -> Path:
-    """Return where the record of a prediction is."""
-    return out / PREDICTIONS / pair.folder / f"{case.name}.json"
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """Return a record, or nothing where there is none or half of one."""
     try:
@@ -51,14 +41,14 @@ def read_record(path: Path) -> dict[str, Any]:
 def predict_missing(comparison: Comparison) -> None:
     """Make the predictions that are missing or no longer right, one model after the other; raise
     PluginError for a model or an image that cannot be used, before any prediction is made."""
-    setup, out = comparison.setup, comparison.setup.output
+    setup, out = comparison.setup, comparison.setup.output / PREDICTIONS
     # Each file is hashed once, however many pairs it belongs to.
     identity, hash_once = cache(_identity), cache(hash_of_image)
     wanted: dict[Pair, dict[Case, dict[str, Any]]] = {}
     for pair, case in comparison.cases:
         key = {**identity(pair.model), "images": [hash_once(image) for image in case.images]}
-        record = read_record(record_file(out, pair, case))
-        file = prediction_file(out, pair, case)
+        record = read_record(pair.file(out, case))
+        file = pair.file(out, case, pair.dataset.ending)
         same = record.get("made_from") == key and file.is_file()
         if not same or record.get("prediction") != hash_of_image(file):
             wanted.setdefault(pair, {})[case] = key
@@ -73,13 +63,13 @@ def predict_missing(comparison: Comparison) -> None:
             with loaded(model, setup.device) as trained:
                 for pair in pairs:
                     bar.set_postfix_str(" on ".join(pair.names))
-                    files = {prediction_file(out, pair, x): x.images for x in wanted[pair]}
+                    ending = pair.dataset.ending
+                    files = {pair.file(out, x, ending): x.images for x in wanted[pair]}
                     next(iter(files)).parent.mkdir(parents=True, exist_ok=True)
-                    written = trained.predict_files(files, pair.dataset.ending, setup.processes)
+                    written = trained.predict_files(files, ending, setup.processes)
                     for file, (case, key) in zip(written, wanted[pair].items(), strict=True):
                         record = {"made_from": key, "prediction": hash_of_image(file)}
-                        path = record_file(out, pair, case)
-                        write_atomically(path, json.dumps(record, indent=1))
+                        write_atomically(pair.file(out, case), json.dumps(record, indent=1))
                         bar.update()
 
 

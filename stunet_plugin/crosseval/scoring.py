@@ -19,7 +19,7 @@ import SimpleITK as sitk
 
 from stunet_plugin.crosseval.comparison import Comparison, Pair, ScoredClass
 from stunet_plugin.crosseval.measures import bounding_box, score
-from stunet_plugin.crosseval.predictions import prediction_file, read_record, record_file
+from stunet_plugin.crosseval.predictions import PREDICTIONS, read_record
 from stunet_plugin.crosseval.statistics import Results, without_nan
 from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.datasets.raw_dataset import Case
@@ -50,7 +50,8 @@ class CaseTask:
 
     @classmethod
     def of(cls, comparison: Comparison, pair: Pair, case: Case) -> CaseTask:
-        files = (case.label, prediction_file(comparison.setup.output, pair, case))
+        predictions = comparison.setup.output / PREDICTIONS
+        files = (case.label, pair.file(predictions, case, pair.dataset.ending))
         labels = (pair.dataset.labels, pair.model.labels)
         names = (*pair.names, case.name)
         return cls(names, *files, pair.classes, *labels, comparison.setup.resample)
@@ -74,12 +75,12 @@ def score_all(comparison: Comparison) -> Results:
     missing: dict[tuple[str, str, str], tuple[CaseTask, Path, str]] = {}
     for pair, case in comparison.cases:
         task = CaseTask.of(comparison, pair, case)
-        prediction = read_record(record_file(out, pair, case)).get("prediction")
+        prediction = read_record(pair.file(out / PREDICTIONS, case)).get("prediction")
         rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, task.resample]
         content = [*rules, prediction, hash_once(case.label)]
         text = json.dumps(content, sort_keys=True, default=str)
         made_from = hashlib.sha256(text.encode()).hexdigest()
-        file = out / SCORES / pair.folder / f"{case.name}.json"
+        file = pair.file(out / SCORES, case)
         records[task.names] = read_record(file)
         if records[task.names].get("made_from") != made_from:
             missing[task.names] = task, file, made_from

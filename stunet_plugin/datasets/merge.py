@@ -225,9 +225,10 @@ class _Merge:
         if target.is_file():
             return
         array, _ = read_images(case.images, self._reader, len(self.channels))
-        found = read_label_array(case.label, self._reader, part.system.values)
-        if array.shape[1:] != found.labels.shape:
-            size = f"{found.labels.shape}, its image {array.shape[1:]}"
+        values = part.system.values
+        labels, properties, rounded = read_label_array(case.label, self._reader, values)
+        if array.shape[1:] != labels.shape:
+            size = f"{labels.shape}, its image {array.shape[1:]}"
             raise ImageError(case.label, "not of its image's size", size)
         if self.ending not in (*PICTURES, *TIFF):
             grid, own = read_geometry(case.images[0]), read_geometry(case.label)
@@ -235,11 +236,10 @@ class _Merge:
                 differing = f"{own}; image {grid}"
                 raise ImageError(case.label, "not on the voxels of its image", differing)
         self.target.add_images(name, case.images, self.ending)
-        if mapping.changes_nothing and not found.rounded:
+        if mapping.changes_nothing and not rounded:
             place_image(case.label, target, self.target.how)
         else:
-            labels = mapping.translate(found.labels)
-            write_labels(self._reader, labels, found.properties, target)
+            write_labels(self._reader, mapping.translate(labels), properties, target)
 
     @cached_property
     def _reader(self) -> Any:

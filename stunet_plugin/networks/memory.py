@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-REFERENCE_PATCH = (128, 128, 128)
 PUBLISHED_STRIDES: Strides = ((1, 1, 1), *(((2, 2, 2),) * 5))
 """Of an isotropic plan: five poolings by two on every axis."""
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stunet_plugin.errors import PluginError, did_you_mean
-
 if TYPE_CHECKING:
     from stunet_plugin.networks.anisotropy import AnisotropyMode
 
@@ -58,17 +56,11 @@ DEFAULT_SIZE = "base"  # of the published ``STUNetTrainer`` without a suffix
 
 @dataclass(frozen=True)
 class MISFMPreset:
-    """A network of MIS-FM, in its three anisotropy modes.
-
-    ``parameters`` are of ours at 1 input channel and 5 outputs, ``published_parameters`` of the
-    published code built for 64 x 128 x 128; PCT-Net's holds the stems and heads of all modes, norms
-    that it never uses, and smaller tables.
-    """
+    """A network of MIS-FM, in its three anisotropy modes."""
 
     name: str  # what users type, as in ``PCTNetTrainer``
     class_name: str  # dotted path that a plans file names
-    parameters: tuple[int, int, int]
-    published_parameters: tuple[int, int, int]
+    parameters: tuple[int, int, int]  # of ours in each mode at 1 input channel and 5 outputs
     weights: str  # name of the published file
     gpu_memory_gb: float = 8.0
 
@@ -95,26 +87,15 @@ PCTNET = MISFMPreset(
     "PCTNet",
     "stunet_plugin.networks.pctnet.PCTNet",
     (44_265_454, 44_198_206, 43_904_062),
-    (45_257_938, 45_289_554, 45_289_554),
     "pctnet_ct10k_volf.pt",
 )
 FMUNET = MISFMPreset(
     "FMUNet",
     "stunet_plugin.networks.fmunet.FMUNet",
     (47_371_572, 47_220_660, 46_625_076),
-    (47_371_572, 47_220_660, 46_625_076),
     "fmunet_abk1k_volf.pt",
 )
 MISFM_PRESETS = (PCTNET, FMUNET)
-
-
-def get_preset(name: str) -> STUNetPreset:
-    """Return a size of STU-Net; a PluginError names the known ones and the nearest."""
-    if name in PRESETS:
-        return PRESETS[name]
-    raise PluginError(
-        f"Unknown STU-Net size {name!r}. Sizes: {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}"
-    )
 
 
 def find_preset(features: tuple[int, ...], blocks: tuple[int, ...]) -> STUNetPreset | None:

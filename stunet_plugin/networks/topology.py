@@ -65,11 +65,6 @@ def total_stride(strides: Strides) -> tuple[int, ...]:
     return tuple(np.prod(strides, axis=0).tolist())
 
 
-def num_poolings(strides: Strides) -> int:
-    """Return how many stages pool at all; padded ones do not."""
-    return sum(any(step > 1 for step in stage) for stage in strides)
-
-
 def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int, ...]]:
     """Return the spatial shape of every stage for an input of ``patch_size`` voxels."""
     shapes = np.asarray(patch_size) // np.cumprod(strides, axis=0)

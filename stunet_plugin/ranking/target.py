@@ -73,7 +73,7 @@ def _prepare(case: Case, raw: RawDataset, plan: Plan) -> tuple[np.ndarray, np.nd
     declared = {0, *class_names(raw), *([] if ignore is None else [ignore])}
     try:
         image, properties = images.read_images(case.images, reader, len(raw.channels))
-        labels = images.read_label_array(case.label, reader, declared).labels
+        labels = images.read_label_array(case.label, reader, declared)[0]
         labels = _in_order_of(case, reader, labels)
         if labels.shape != image.shape[1:]:
             size = f"{labels.shape}, its image {image.shape[1:]}"

@@ -43,14 +43,9 @@ def saved_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def save_overlays(cases: Sequence[OverlayCase], class_names: dict[int, str], path: Path) -> None:
-    """Write a PNG with one row per case: image, reference, prediction, on the slice that shows most
-    classes.
-
-    Args:
-        cases: at least one.
-        class_names: label value to name, background left out; other values are not shown.
-        path: of the PNG.
-    """
+    """Write a PNG with one row per case (at least one): image, reference, prediction, on the slice
+    that shows most classes. ``class_names`` is label value to name, without the background; other
+    values are not shown."""
     from matplotlib.patches import Patch
 
     values = sorted(class_names)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -39,15 +39,6 @@ ROUNDING = 1e-3
 """Label values that are this close to whole numbers are rounded."""
 NOT_FINITE, BAD_SPACING, SKEWED = "not finite", "absurd spacing", "skewed axes"
 NOT_LABELS, UNDECLARED = "not a label map", "undeclared label values"
-
-
-class LabelArray(NamedTuple):
-    """A label map (z, y, x) of integers, its geometry for the reader that writes it, and whether
-    the file holds other values than these."""
-
-    labels: np.ndarray
-    properties: dict[str, Any]
-    rounded: bool
 
 
 def read_geometry(path: Path | str) -> Grid:
@@ -124,14 +115,15 @@ def read_label_map(path: Path | str, values: Collection[int] | None = None) -> A
 
 def read_label_array(
     path: Path | str, reader: Any, values: Collection[int] | None = None
-) -> LabelArray:
-    """Return a label map as one of nnU-Net's readers sees it; raise as :func:`read_label_map`."""
+) -> tuple[np.ndarray, dict[str, Any], bool]:
+    """Return a label map (z, y, x) of integers as one of nnU-Net's readers sees it, its geometry
+    for writing, and whether values were rounded; raise as :func:`read_label_map`."""
     check_image(path)
     array, properties = _with_reader(path, lambda: reader.read_seg(os.fspath(path)))
     if array.shape[0] != 1:
         raise ImageError(path, COMPONENTS, f"{array.shape[0]}: a label map in colours or layers")
     labels = check_labels(path, array[0], values)
-    return LabelArray(labels, properties, not np.array_equal(labels, array[0]))
+    return labels, properties, not np.array_equal(labels, array[0])
 
 
 def check_labels(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stunet_plugin.errors import few
 from stunet_plugin.networks.anisotropy import MODE_PURPOSES
@@ -15,10 +16,13 @@ from stunet_plugin.weights.output_labels import choose_labels
 from stunet_plugin.weights.safe_loading import FileFormat, recognise
 from stunet_plugin.weights.source_plan import find_plan, read_plans_file
 
+if TYPE_CHECKING:
+    from stunet_plugin.commands.inspect import Inspect
 
-def inspect(given: str) -> int:
+
+def inspect(options: Inspect) -> int:
     """Print what is known, one line per fact."""
-    for name, text in _facts(given):
+    for name, text in _facts(options.file):
         print(f"{name + ':':<13}{text}")
     return 0
 

@@ -27,7 +27,7 @@ from stunet_plugin.plans.misfm_planners import PLANNERS as MISFM
 from stunet_plugin.plans.stunet_planners import PLANNERS
 
 from conftest import PHANTOM_ID, Workspace
-from dataset_helpers import write_dataset
+from dataset_helpers import change_json, write_dataset
 
 HOST = "nnUNetPlans_3d_fullres"
 
@@ -72,15 +72,19 @@ def test_plans_carry_the_published_network_and_fit_the_target(large: Path, size:
     assert plans["configurations"]["3d_cascade_fullres"]["inherits_from"] == "3d_fullres"
 
 
-def test_plans_of_misfm_fit_the_target(large: Path) -> None:
-    planner = MISFM["PCTNetPlanner"](7, gpu_memory_target_in_gb=4)
+@pytest.mark.parametrize(("name", "gigabytes"), [("PCTNetPlanner", 4), ("FMUNetPlanner", 3)])
+def test_plans_of_misfm_fit_the_target(large: Path, name: str, gigabytes: int) -> None:
+    # Small scans, since larger patches take longer to trace.
+    shapes = [[40, 128, 128]] * 6
+    change_json(large / "dataset_fingerprint.json", shapes_after_crop=shapes)
+    planner = MISFM[name](7, gpu_memory_target_in_gb=gigabytes)
     plans = planner.plan_experiment()
     assert "2d" not in plans["configurations"]
     chosen = plans["configurations"]["3d_fullres"]
     resolved, _ = resolve(chosen, planner.network_record, "a trainer")
     assert resolved == chosen["architecture"]
     needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], (1, 6))
-    assert needed <= 4 * GIGABYTE
+    assert needed <= gigabytes * GIGABYTE
 
 
 def test_patch_that_fits_is_near_and_divisible() -> None:

@@ -27,7 +27,7 @@ import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from stunet_plugin.networks.from_plan import stunet_architecture
-from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.trainers.safe_trainer import UNFINISHED
 from stunet_plugin.trainers.stunet_trainers import TRAINERS
@@ -45,7 +45,7 @@ def train_until_killed(plans: dict[str, Any], folder: Path, tell: Any, size: str
     """Resume from a folder's checkpoint, tell its epoch, then train and save until killed."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     os.environ["nnUNet_n_proc_DA"] = "0"
-    architecture = stunet_architecture(get_preset(size), STRIDES)
+    architecture = stunet_architecture(PRESETS[size], STRIDES)
     changes = {"patch_size": PATCH, "batch_size": 2, "architecture": architecture}
     plans["configurations"]["3d_fullres"].update(changes)
     plans["continue_training"] = True

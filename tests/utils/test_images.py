@@ -149,8 +149,8 @@ def test_files_of_nnunets_other_readers(tmp_path: Path, ending: str) -> None:
     path, colours = tmp_path / f"a{ending}", tmp_path / f"c{ending}"
     io.imsave(path, labels, check_contrast=False)
     io.imsave(colours, np.stack([labels] * 3, -1), check_contrast=False)
-    found = read_label_array(path, NaturalImage2DIO(), (0, 1, 2))
-    assert np.array_equal(found.labels[0], labels)
+    found, _, _ = read_label_array(path, NaturalImage2DIO(), (0, 1, 2))
+    assert np.array_equal(found[0], labels)
     check_image(colours)
     with pytest.raises(ImageError, match="colours"):
         read_label_array(colours, NaturalImage2DIO())

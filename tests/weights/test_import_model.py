@@ -16,7 +16,7 @@ from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from stunet_plugin.networks.from_plan import stunet_architecture
-from stunet_plugin.networks.presets import get_preset
+from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.weights import locate
 
@@ -41,7 +41,7 @@ def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
         helpers.read(out, name) for name in ("plans", "dataset", "provenance")
     )
     expected = {
-        "architecture": stunet_architecture(get_preset("tiny"), helpers.STRIDES),
+        "architecture": stunet_architecture(PRESETS["tiny"], helpers.STRIDES),
         "spacing": [1.5] * 3,
         "patch_size": [32, 32, 64],
         "batch_size": 2,
