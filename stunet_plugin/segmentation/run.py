@@ -8,9 +8,10 @@ import io
 import json
 import os
 import platform
+import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from stunet_plugin.commands.segment import Segment
 
 RECORDS, STATISTICS, RUN = "records", "statistics.csv", "run.json"
-COLUMNS = ("scan", "structure", "label", "volume_ml", "mean_intensity", "touches_border")
+COLUMNS = ("scan", "structure", "labels", "volume_ml", "mean_intensity", "touches_border")
 FAST_STEP, STEP = 0.8, 0.5
 
 
@@ -81,7 +82,7 @@ class _Run:
             "plans_sha256": sha256_of(model.folder / "plans.json"),
         }
         self.settings = {
-            "structures": list(segmenter.names.values()),
+            "structures": list(segmenter.structures),
             "step_size": model.predictor.tile_step_size,
             "mirroring": options.mirror,
             "separate": options.separate,
@@ -159,8 +160,10 @@ class _Run:
         maps = {f"{scan.name}{ending}": found.labels}
         if self.options.separate:
             maps = {
-                f"{scan.name}/{name}{ending}": (found.labels == value).astype(np.uint8)
-                for value, name in found.names.items()
+                f"{scan.name}/{file}{ending}": np.isin(found.labels, labels).astype(np.uint8)
+                for file, labels in zip(
+                    _file_names(found.structures), found.structures.values(), strict=True
+                )
             }
         with tempfile.TemporaryDirectory(prefix=".partial", dir=self.out) as folder:
             for name, labels in maps.items():
@@ -221,11 +224,20 @@ class _Run:
             write_atomically(self.out / RUN, json.dumps(run, indent=2))
 
 
+def _file_names(structures: Iterable[str]) -> list[str]:
+    """Return a file name for each structure: a name in a model's description may hold anything."""
+    names: list[str] = []
+    for structure in structures:
+        name = re.sub(r"[^\w+-]+", "_", structure)
+        names.append(f"{name}_{len(names)}" if name in names else name)
+    return names
+
+
 def _cells(row: Mapping[str, Any]) -> list[Any]:
     mean = row["mean_intensity"]
     return [
         row["name"],
-        row["label"],
+        " ".join(map(str, row["labels"])),
         f"{row['volume_ml']:.3f}",
         "" if mean is None else f"{mean:.2f}",
         row["touches_border"],

@@ -36,13 +36,14 @@ class Structure:
     """What was found of a structure.
 
     Attributes:
+        labels: its label values; several for a region that holds others.
         volume_ml: of all its voxels; 0 where it was not found.
         mean_intensity: of the first channel; None where it was not found.
         touches_border: it may go on outside the image.
     """
 
     name: str
-    label: int
+    labels: tuple[int, ...]
     volume_ml: float
     mean_intensity: float | None
     touches_border: bool
@@ -54,7 +55,8 @@ class Segmentation:
 
     Attributes:
         labels: (z, y, x), as the image.
-        names: of the label values.
+        structures: name to label values, several for a region that holds others.
+        names: of each label value; of a region's, where it is in no smaller one.
         image: first channel (z, y, x).
         spacing: (z, y, x) in mm.
         properties: for nnU-Net's writer of label maps.
@@ -62,6 +64,7 @@ class Segmentation:
     """
 
     labels: np.ndarray
+    structures: dict[str, tuple[int, ...]]
     names: dict[int, str]
     image: np.ndarray
     spacing: tuple[float, ...]
@@ -70,7 +73,7 @@ class Segmentation:
 
     def statistics(self) -> list[Structure]:
         """Return what was found of every structure, in the order of the label values."""
-        most = max(self.names)
+        most = max(value for values in self.structures.values() for value in values)
         flat = self.labels.ravel()
         voxels = np.bincount(flat, minlength=most + 1)
         sums = np.bincount(flat, weights=self.image.ravel(), minlength=most + 1)
@@ -78,16 +81,14 @@ class Segmentation:
         axes = [axis for axis, length in enumerate(self.labels.shape) if length > 1]
         border = {int(x) for axis in axes for x in np.unique(self.labels.take((0, -1), axis))}
         voxel_ml = float(np.prod(self.spacing)) / 1000
-        return [
-            Structure(
-                name,
-                value,
-                float(voxels[value] * voxel_ml),
-                float(sums[value] / voxels[value]) if voxels[value] else None,
-                value in border,
+        found = []
+        for name, labels in self.structures.items():
+            count, total = (int(voxels[[*labels]].sum()), float(sums[[*labels]].sum()))
+            mean = total / count if count else None
+            found.append(
+                Structure(name, labels, count * voxel_ml, mean, not border.isdisjoint(labels))
             )
-            for value, name in self.names.items()
-        ]
+        return found
 
 
 class Segmenter:
@@ -125,24 +126,23 @@ class Segmenter:
         dataset = self.model.dataset
         system = LabelSystem.from_table(dataset, folder.name)
         manager = self.model.predictor.label_manager
-        self.names = {
-            int(values): name
-            for name, values in dataset["labels"].items()
-            if isinstance(values, int) and name not in ("background", "ignore")
+        named = {x: y for x, y in dataset["labels"].items() if x not in ("background", "ignore")}
+        self.structures = {
+            name: tuple(map(int, values if isinstance(values, (list, tuple)) else [values]))
+            for name, values in named.items()
         }
-        if manager.has_regions:
-            regions = [x for x in dataset["labels"] if x not in ("background", "ignore")]
-            order = manager.regions_class_order
-            self.names = {int(value): regions[n] for n, value in enumerate(order)}
+        order = manager.regions_class_order if manager.has_regions else None
+        # The value that each is written as, and the network's output for it.
+        written = [int(x) for x in order] if order else [x[0] for x in self.structures.values()]
+        outputs = dict(zip(self.structures, range(len(written)) if order else written, strict=True))
         self.modality = self._modality()
         self.leave_out_air, self.force = leave_out_air, force
+        self.names = dict(zip(written, self.structures, strict=True))
         if structures:
-            chosen = _find_structures(structures, system)
-            self.names = {value: name for value, name in self.names.items() if value in chosen}
-            self.model.predictor.outputs = tuple(
-                manager.regions_class_order.index(value) if manager.has_regions else value
-                for value in self.names
-            )
+            chosen = _find_structures(structures, system, self.structures)
+            self.structures = {x: y for x, y in self.structures.items() if x in chosen}
+            self.names = {x: y for x, y in self.names.items() if y in chosen}
+            self.model.predictor.outputs = tuple(outputs[name] for name in self.structures)
 
     def _modality(self) -> str:
         for published in published_models().values():
@@ -223,7 +223,9 @@ class Segmenter:
             leave_out = _only_air(array[0].transpose(forward)[box], data.shape[1:])
         found = self.model.segment(data, noted, case, leave_out=leave_out)
         spacing = tuple(float(x) for x in properties["spacing"])
-        return Segmentation(found.labels, self.names, array[0], spacing, properties, found.windows)
+        return Segmentation(
+            found.labels, self.structures, self.names, array[0], spacing, properties, found.windows
+        )
 
 
 def _only_air(image: np.ndarray, shape: Sequence[int]) -> Callable[[Sequence[slice]], bool]:
@@ -244,20 +246,23 @@ def _only_air(image: np.ndarray, shape: Sequence[int]) -> Callable[[Sequence[sli
     return is_air
 
 
-def _find_structures(given: Sequence[str], system: LabelSystem) -> set[int]:
-    """Return the label values of structures by their names in any label system."""
-    values: set[int] = set()
+def _find_structures(
+    given: Sequence[str], system: LabelSystem, structures: dict[str, tuple[int, ...]]
+) -> set[str]:
+    """Return a model's structures by their names in any label system, groups among them."""
+    chosen: set[str] = set()
     for name in given:
-        found = system.find(name)
-        if found is None:
+        values = system.find(name)
+        same = {x for x, labels in structures.items() if sorted(labels) == sorted(values or ())}
+        parts = {x for x, labels in structures.items() if set(labels) <= set(values or ())}
+        if not values or not (same or parts):
             known = [*system.classes, *published_systems()["compositions"]]
             hint = did_you_mean(name, known)
             raise PluginError(
-                f"The model has no structure {name!r}.{hint} It has:"
-                f" {few(list(system.classes), 120)}."
+                f"The model has no structure {name!r}.{hint} It has: {few(list(structures), 120)}."
             )
-        values.update(found)
-    return values
+        chosen |= same or parts
+    return chosen
 
 
 def segment(

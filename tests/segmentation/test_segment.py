@@ -77,7 +77,7 @@ def test_a_scan_becomes_labels_statistics_and_a_picture(model: Path, tmp_path: P
     table = rows(out)
     assert [row["structure"] for row in table] == NAMES[1:]
     for row in table:
-        mask = found == int(row["label"])
+        mask = found == int(row["labels"])
         assert float(row["volume_ml"]) == pytest.approx(
             mask.sum() * 1.6 * 1.7 * 1.8 / 1000, abs=1e-3
         )
@@ -167,6 +167,28 @@ def test_wrong_input_is_refused_before_anything_is_written(
     assert segment(tmp_path / "mr.nii.gz", "-o", out, "-m", model, "--force") in (0, 1)
     change_json(model / "dataset.json", channel_names={"0": "T1", "1": "T2"})
     assert segment(scan, "-o", out, "-m", model) == 2
+
+
+def test_regions_are_whole(model: Path, tmp_path: Path) -> None:
+    labels = {
+        "background": 0,
+        "all": [1, 2, 3, 4, 5],
+        "../core": [2, 3],
+        "c": 3,
+        "d": [4, 5],
+        "e": 5,
+    }
+    change_json(model / "dataset.json", labels=labels, regions_class_order=[1, 2, 3, 4, 5])
+    scan, out = write_scan(tmp_path / "scan.nii.gz"), tmp_path / "out"
+    assert segment(scan, "-o", out, "-m", model, "--all-windows") == 0
+    found = sitk.GetArrayFromImage(read_label_map(out / "scan.nii.gz"))
+    volumes = {row["structure"]: float(row["volume_ml"]) for row in rows(out)}
+    whole = (found > 0).sum() * 1.6 * 1.7 * 1.8 / 1000
+    assert volumes["all"] == pytest.approx(whole, abs=1e-3)
+    assert segment(scan, "-o", out, "-m", model, "--all-windows", "--separate") == 0
+    assert {path.name for path in (out / "scan").iterdir()} == {
+        f"{name}.nii.gz" for name in ("all", "_core", "c", "d", "e")
+    }
 
 
 def test_air_is_left_out() -> None:
