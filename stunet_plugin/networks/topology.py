@@ -7,6 +7,7 @@ axis; the first entry is all ones because the first stage works at full resoluti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def strides_for_patch(patch_size: Sequence[int]) -> Strides:
 
 def total_stride(strides: Strides) -> tuple[int, ...]:
     """Return by how much each axis shrinks from the input to the deepest stage."""
-    return tuple(np.prod(strides, axis=0).tolist())
+    # Without numpy, which torch.compile would trace: every forward pass asks.
+    return tuple(map(prod, zip(*strides, strict=True)))
 
 
 def stage_shapes(patch_size: Sequence[int], strides: Strides) -> list[tuple[int, ...]]:
