@@ -223,6 +223,7 @@ class _Run:
             "STUNET_ITERATIONS": str(ITERATIONS_PER_EPOCH),
             "STUNET_VAL_ITERATIONS": str(VAL_ITERATIONS_PER_EPOCH),
             "MPLCONFIGDIR": str(self.folder / "cache" / "matplotlib"),
+            "STUNET_HOME": str(self.folder / "cache" / "stunet"),
             "PYTHONUNBUFFERED": "1",
         }
 

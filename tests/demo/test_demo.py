@@ -117,9 +117,10 @@ def test_the_whole_run(tmp_path: Path) -> None:
     words = ["--size", "tiny", "--epochs", "1", "--device", "cpu", "--out", str(out)]
     command, clean = [find_command("stunet"), "demo", *words], {**clean, "HOME": str(home)}
     done = subprocess.run(command, env=clean, cwd=out.parent, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "finds next to nothing (mean Dice 0.0" in done.stderr
-    assert "Try --size small" in done.stderr
+    # Random weights decide whether one epoch finds anything.
+    found_nothing = "finds next to nothing (mean Dice 0.0" in done.stderr
+    assert done.returncode == int(found_nothing), done.stderr
+    assert ("Try --size small" in done.stderr) == found_nothing
     training = "$ nnUNetv2_train 999 3d_fullres 0 -tr STUNetTrainer_tiny"
     for text in (training, "epoch   1 of 1", "mean Dice", "Everything is in"):
         assert text in done.stdout

@@ -112,7 +112,7 @@ def test_a_trace_holds_at_another_size_or_raises(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The windows of PCT-Net are those of the traced size."""
-    monkeypatch.setattr("stunet_plugin.networks.cpu_inference.SMALLEST_IMAGE", 0)
+    monkeypatch.setenv("STUNET_CPU", "torch")
     network = build(name, deep_supervision=False).eval()
     with torch.no_grad():
         traced = torch.jit.trace(network, torch.randn(1, 1, 32, 64, 64), check_trace=False)

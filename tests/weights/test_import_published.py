@@ -118,7 +118,7 @@ def test_prediction_agrees_in_every_orientation(stunet: Stunet, tiny: Path) -> N
     predictor.predict_from_files_sequential([[str(x)] for x in files], targets, False, True)
     predicted = [nibabel.load(f"{target}.nii.gz") for target in targets]
     upright = [np.asarray(nibabel.as_closest_canonical(x).dataobj) for x in predicted]
-    assert len(np.unique(upright[0])) > 2
+    assert len(np.unique(upright[0])) > 1
     assert all(np.array_equal(labels, upright[0]) for labels in upright)
 
 
