@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections import OrderedDict
@@ -145,8 +146,10 @@ def precision_in_use() -> str:
 @cache
 def _why_missing() -> str:
     """Return why OpenVINO cannot be loaded, or ""."""
+    # Without this module OpenVINO's converter, which has a stand-in for it, neither sends statistics
+    # nor writes an ID into the home directory.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
-        os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
         import openvino
     except Exception as error:  # a library of the system may be too old
         reason = last_line(error)

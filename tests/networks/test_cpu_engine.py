@@ -74,6 +74,24 @@ def test_follows_new_weights_and_is_kept_on_disk(
     assert cpu_engine.precision_in_use() == "float32"
 
 
+def test_nothing_is_sent_nor_written_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's converter would send statistics."""
+    home = tmp_path / "user"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("CI", raising=False)
+    sent: list[str] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, *_, **__: sent.append(request))
+    network, x = network_of("STUNet 2D"), image("STUNet 2D", batch=1)
+    with torch.inference_mode():
+        network(x)
+    assert cpu_engine.precision_in_use() == "float32"
+    assert list(home.iterdir()) == []
+    assert sent == []
+
+
 def test_small_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_engine, "KEPT_BYTES", 1)
     monkeypatch.setattr(cpu_engine, "DISK_BYTES", 8_000_000)
