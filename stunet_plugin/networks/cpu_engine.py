@@ -146,7 +146,7 @@ def precision_in_use() -> str:
 @cache
 def _why_missing() -> str:
     """Return why OpenVINO cannot be loaded, or ""."""
-    # Without this module OpenVINO's converter, which has a stand-in for it, neither sends statistics
+    # Without it OpenVINO's converter, which has a stand-in, neither sends statistics
     # nor writes an ID into the home directory.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
