@@ -36,6 +36,29 @@ def stunet(strides: list[list[int]] = STRIDES, width: int = 2) -> dict[str, Any]
     return architecture
 
 
+RESIDUAL = {
+    "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+    "arch_kwargs": {
+        "n_stages": 4,
+        "features_per_stage": [4, 8, 8, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * 3],
+        "strides": STRIDES,
+        "n_blocks_per_stage": [1, 2, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1, 1],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    },
+    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+}
+"""A plan's narrow ResidualEncoderUNet, as nnU-Net's ResEnc planners write it."""
+
+
 def misfm(network: str, mode: int = 1, **changes: Any) -> dict[str, Any]:
     """Return the architecture entry of a narrow PCTNet or FMUNet."""
     strides = [list(stage) for stage in get_mode(mode).strides]

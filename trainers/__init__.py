@@ -6,10 +6,13 @@ absolutely.
 
 from stunet_plugin.nnunet.registry import Registry as _Registry
 from stunet_plugin.trainers import misfm_trainers as _misfm
+from stunet_plugin.trainers import planned_trainers as _planned
 from stunet_plugin.trainers import stunet_trainers as _stunet
 from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
 
-TRAINERS = _Registry("trainer", _stunet.TRAINERS, _misfm.TRAINERS, _volume_fusion.TRAINERS)
+TRAINERS = _Registry(
+    "trainer", _stunet.TRAINERS, _misfm.TRAINERS, _planned.TRAINERS, _volume_fusion.TRAINERS
+)
 globals().update(TRAINERS)
 
 __all__ = list(TRAINERS)

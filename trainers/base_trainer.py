@@ -254,6 +254,12 @@ class PluginTrainer(DistributedTrainer):
                 f"{cls.__name__} cannot build the network of {plan}: {error} {REPLAN}"
             ) from error
         check_distribution(chosen, network)
+        options = Options()
+        if (
+            options.whole(names.FROZEN_ENCODER_EPOCHS, 0)
+            or options.fraction(names.ENCODER_RATE, 1) < 1
+        ):
+            encoder_parameters(network)
         if file := _pretrained_file():
             # nnU-Net's loader would stop at an assertion.
             if not Path(file).is_file():
@@ -321,7 +327,16 @@ def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict
 
 
 def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    return network.get_submodule(str(network.key_to_encoder)).parameters()
+    """Return the parameters of the encoder, its stem included; raise if it is not known."""
+    keys = [getattr(network, key, None) for key in ("key_to_encoder", "key_to_stem")]
+    if not all(keys):
+        raise PluginError(
+            f"{type(network).__name__} does not say which part is its encoder (key_to_encoder,"
+            f" key_to_stem). Unset {names.FROZEN_ENCODER_EPOCHS.variable} and"
+            f" {names.ENCODER_RATE.variable}."
+        )
+    parts = [network.get_submodule(str(key)) for key in keys]
+    return dict.fromkeys(parameter for part in parts for parameter in part.parameters())
 
 
 def _pretrained_file() -> str | None:

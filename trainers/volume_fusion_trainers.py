@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,9 +24,7 @@ from torch import Tensor, distributed
 
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import REPLAN
 from stunet_plugin.networks.presets import PRESETS
-from stunet_plugin.networks.topology import as_strides
 from stunet_plugin.options import Options
 from stunet_plugin.pretraining import cases, figures, score
 from stunet_plugin.pretraining import volume_fusion as fusing
@@ -35,6 +32,7 @@ from stunet_plugin.pretraining.subvolumes import SubVolumeLoader
 from stunet_plugin.trainers.base_trainer import PluginTrainer
 from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
 from stunet_plugin.trainers.misfm_trainers import MISFMOptimizer
+from stunet_plugin.trainers.planned_trainers import PlannedTrainer
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY, read_checkpoint
@@ -282,24 +280,8 @@ def fusion_from(options: Options) -> fusing.VolumeFusion:
     return fusing.VolumeFusion(classes, scheme, standardise=standardise)
 
 
-class PlannedNetworkTrainer(PluginTrainer):
-    """Trains the network that the plan names: nnU-Net's U-Nets, or another that lists strides."""
-
-    @classmethod
-    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        architecture: Any = configuration.get("architecture")
-        kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
-        if "strides" not in (kwargs or {}):
-            raise PluginError(
-                f"{cls.__name__} needs a plan whose network has one output per resolution stage,"
-                f" with its strides under arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"
-            )
-        as_strides(architecture["arch_kwargs"]["strides"])
-        return dict(architecture)
-
-
 NETWORKS: dict[str, tuple[type[PluginTrainer], str]] = {
-    "": (PlannedNetworkTrainer, "nnUNetTrainer"),
+    "": (PlannedTrainer, "PlannedTrainer_ft"),
     **{
         f"_STUNet_{size}": (STUNET[f"STUNetTrainer_{size}"], f"STUNetTrainer_{size}_ft")
         for size in PRESETS

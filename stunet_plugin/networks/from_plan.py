@@ -71,6 +71,28 @@ def resolve(
     return resolved
 
 
+def resolve_planned(configuration: Mapping[str, Any], who: str) -> dict[str, Any]:
+    """Return the architecture that a configuration of a plan names, as it is; raise a PluginError
+    unless it lists its strides, by which outputs and targets pair, and these divide the patch."""
+    architecture = configuration.get("architecture")
+    kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
+    if not isinstance(architecture, Mapping) or "strides" not in (kwargs or {}):
+        raise PluginError(
+            f"{who} needs a plan whose network has one output per resolution stage, with its"
+            f" strides under arch_kwargs, as nnU-Net plans its U-Nets. {REPLAN}"
+        )
+    strides = as_strides(architecture["arch_kwargs"]["strides"])
+    if is_host_unet(architecture):
+        advice = "Set patch_size in the plans file to one of them, or plan again."
+        check_patch_size(configuration["patch_size"], strides, f"The network of {who}", advice)
+    return dict(architecture)
+
+
+def is_host_unet(architecture: Mapping[str, Any]) -> bool:
+    """Return whether an ``architecture`` entry names one of nnU-Net's U-Nets."""
+    return str(architecture.get("network_class_name")).startswith(HOST_ARCHITECTURES)
+
+
 def _resolve_stunet(
     architecture: Mapping[str, Any], preset: STUNetPreset | None, who: str
 ) -> Resolved:

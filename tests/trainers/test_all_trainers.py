@@ -23,7 +23,7 @@ from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
 from dataset_helpers import change_json, write_dataset
-from trainer_helpers import Make, batch_for, small_plans, started
+from trainer_helpers import RESIDUAL, Make, batch_for, small_plans, started
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
 
@@ -31,7 +31,9 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
 def test_names_and_signatures() -> None:
     sizes = ("", "_tiny", "_small", "_base", "_large", "_huge")
     expected = {f"STUNetTrainer{size}{one.suffix}" for size in sizes for one in SCHEDULES}
-    expected |= {f"{net}Trainer{suffix}" for net in ("PCTNet", "FMUNet") for suffix in ("", "_ft")}
+    expected |= {
+        f"{net}Trainer{suffix}" for net in ("PCTNet", "FMUNet", "Planned") for suffix in ("", "_ft")
+    }
     expected |= {f"VolumeFusionTrainer_STUNet{size}" for size in sizes if size}
     expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
     assert set(trainers.__all__) == expected
@@ -43,7 +45,7 @@ def test_names_and_signatures() -> None:
         assert trainer.epochs == epochs.get(name.rpartition("_")[2], 1000)
         # nnU-Net reads them off the signature.
         assert list(inspect.signature(trainer.__init__).parameters) == stock
-        assert getattr(trainer, "segmentation_trainer", name) in {"nnUNetTrainer", *expected}
+        assert getattr(trainer, "segmentation_trainer", name) in expected
 
 
 def test_mistyped_names_get_a_hint(capsys: Any) -> None:
@@ -71,6 +73,8 @@ SEVEN_POOLINGS = {
         ("STUNetTrainer_tiny", "3d_fullres", SEVEN_POOLINGS, 5),
         ("PCTNetTrainer", "3d_fullres", {}, 4),
         ("FMUNetTrainer", "3d_fullres", {}, 4),
+        ("PlannedTrainer", "3d_fullres", {"architecture": RESIDUAL}, 3),
+        ("PlannedTrainer_ft", "2d", {}, 3),
         ("VolumeFusionTrainer", "3d_fullres", {}, 3),
         ("VolumeFusionTrainer", "2d", {}, 3),
         ("VolumeFusionTrainer_PCTNet", "3d_fullres", {}, 4),
@@ -87,7 +91,7 @@ def test_outputs_and_targets_pair_and_every_parameter_gets_a_gradient(
     assert len(found) == len(trainer.loss.weight_factors) == outputs
     assert np.isfinite(trainer.train_step(batch)["loss"])
     published: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-5}
-    if name.startswith("STUNetTrainer"):
+    if name.startswith(("STUNetTrainer", "Planned")):
         published = {"weight_decay": 3e-5, "momentum": 0.99, "nesterov": True}
         published["lr"] = 1e-3 if trainer.fine_tuning else 1e-2
     assert trainer.optimizer.defaults.items() >= published.items()

@@ -1,0 +1,41 @@
+"""PlannedTrainer and PlannedTrainer_ft: the plan's own network, such as nnU-Net's U-Nets, with the
+options of this project's trainers; nnU-Net's optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.activation_checkpointing import BLOCK, STAGE
+from stunet_plugin.networks.from_plan import resolve_planned
+from stunet_plugin.options import CHECKPOINTING, Options
+from stunet_plugin.trainers.base_trainer import PluginTrainer
+
+
+class PlannedTrainer(PluginTrainer):
+    """Trains the network that the plan names: nnU-Net's U-Nets, or another that lists strides."""
+
+    @classmethod
+    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
+        return resolve_planned(configuration, cls.__name__)
+
+    @classmethod
+    def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:
+        setting = Options().word(CHECKPOINTING)
+        if setting in (STAGE, BLOCK):
+            raise PluginError(
+                f"{CHECKPOINTING.variable}={setting} is for the trainers of STU-Net; {cls.__name__}"
+                f" has no activation checkpointing. Unset it, or plan for less memory"
+                " (-gpu_memory_target)."
+            )
+        super().check_input(plans, configuration, fold, dataset)
+
+
+class PlannedTrainer_ft(PlannedTrainer):
+    """Fine-tunes the network that the plan names: learning rate 0.001."""
+
+    learning_rate = 1e-3
+    fine_tuning = True
+
+
+TRAINERS = {trainer.__name__: trainer for trainer in (PlannedTrainer, PlannedTrainer_ft)}
