@@ -81,7 +81,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     """Return whether a full disk is behind an error: torch and ITK raise others instead of it."""
     while error is not None:
         told = any(words in str(error) for words in FULL)
-        if told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         error = error.__cause__ or error.__context__
     return False

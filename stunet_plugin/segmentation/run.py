@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -26,10 +27,11 @@ from stunet_plugin.errors import PluginError, few, few_lines
 from stunet_plugin.networks import cpu_engine
 from stunet_plugin.segmentation.preview import save_preview
 from stunet_plugin.segmentation.scans import Scan, find_scans, parts_of
-from stunet_plugin.segmentation.segmenter import Segmenter
+from stunet_plugin.segmentation.segmenter import Segmentation, Segmenter, shown
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import lock, read_json, sha256_of, write_atomically
-from stunet_plugin.utils.image_files import MOVE, hash_of_image, place_image, side_files
+from stunet_plugin.utils.image_files import MOVE, ImageError, hash_of_image, place_image, side_files
+from stunet_plugin.utils.images import check_image
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.segment import Segment
@@ -59,7 +61,8 @@ def run_segment(options: Segment) -> int:
         options.force,
         progress=not options.quiet,
     )
-    scans = find_scans(options.scan, segmenter.model.channels)
+    modality = "" if options.force else segmenter.modality
+    scans = find_scans(options.scan, segmenter.model.channels, modality)
     chosen = parts_of(scans, options.num_parts, options.part_id)
     run = _Run(options, segmenter, out, device, several=len(scans) > 1)
     return run.segment(chosen)
@@ -92,8 +95,9 @@ class _Run:
         }
 
     def segment(self, scans: Sequence[Scan]) -> int:
-        hashes = {scan: [hash_of_image(image) for image in scan.images] for scan in scans}
+        hashes = {scan: scan.sha256() for scan in scans}
         missing = [scan for scan in scans if not self._is_done(scan, hashes[scan])]
+        self._check_targets(missing, hashes)
         self._check(missing)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / RECORDS).mkdir(exist_ok=True)
@@ -113,6 +117,32 @@ class _Run:
                 " scans (body part, modality, orientation)?"
             )
         return 1 if empty else 0
+
+    def _check_targets(self, scans: Sequence[Scan], hashes: Mapping[Scan, list[str]]) -> None:
+        """Raise a PluginError if a file would be lost that is not an earlier result of a scan."""
+        other = f"Choose another folder with -o, or move it away from {self.out}."
+        for scan in scans:
+            if any(isinstance(x, Path) and x.parent == self.out for x in scan.images):
+                raise PluginError(f"-o {self.out} is the folder of the scans. Choose another.")
+            if self._record(scan).is_file():
+                record = read_json(self._record(scan))
+                images = [shown(image) for image in scan.images]
+                if images != record.get("images") and hashes[scan] != record.get("images_sha256"):
+                    raise PluginError(
+                        f"{self.out} holds the result of another scan {scan.name},"
+                        f" {few(record.get('images', []))}. {other}"
+                    )
+                continue
+            for name in self._files(scan):
+                if (self.out / name).exists():
+                    raise PluginError(
+                        f"{self.out / name} is there, and is no result of this command. {other}"
+                    )
+            if self._preview(scan) in self._files(scan):
+                raise PluginError(
+                    f"The labels of {scan.name} and their picture would both be"
+                    f" {self._preview(scan)}. Rename the scan."
+                )
 
     def _check(self, scans: Sequence[Scan]) -> None:
         """Read all scans, so that nothing stops the run later."""
@@ -156,44 +186,61 @@ class _Run:
                 f"Not enough memory for {scan.name}. Smaller: --structures NAME ..., a smaller"
                 " model, or a cropped scan."
             ) from error
-        ending = self.segmenter.ending_of(scan.images)
-        maps = {f"{scan.name}{ending}": found.labels}
-        if self.options.separate:
-            maps = {
-                f"{scan.name}/{file}{ending}": np.isin(found.labels, labels).astype(np.uint8)
-                for file, labels in zip(
-                    _file_names(found.structures), found.structures.values(), strict=True
-                )
-            }
+        maps = self._maps(scan, found)
         with tempfile.TemporaryDirectory(prefix=".partial", dir=self.out) as folder:
+            written = {name: Path(folder) / Path(name).name for name in maps}
             for name, labels in maps.items():
-                written, target = Path(folder) / Path(name).name, self.out / name
-                writer = self.segmenter.model.reader
-                with contextlib.redirect_stdout(None):
-                    writer.write_seg(labels, str(written), found.properties)
+                self._write_labels(labels, written[name], found.properties)
+            save_preview(found, self.out / self._preview(scan))
+            statistics = found.statistics()
+            record = {
+                "scan": scan.name,
+                "images": [shown(image) for image in scan.images],
+                "images_sha256": list(hashes),
+                "model": self.model,
+                "settings": self.settings,
+                "files": {name: hash_of_image(file) for name, file in written.items()},
+                "windows": asdict(found.windows),
+                "engine": cpu_engine.precision_in_use() or "torch",
+                "seconds": round(time.monotonic() - started, 2),
+                "structures": [asdict(structure) for structure in statistics],
+            }
+            # Before the files: what has no record is not ours.
+            write_atomically(self._record(scan), json.dumps(record, indent=2))
+            for name, file in written.items():
+                target = self.out / name
                 target.parent.mkdir(exist_ok=True)
                 for old in (*side_files(target), target) if target.exists() else ():
                     old.unlink()
-                place_image(written, target, MOVE)
-        preview = f"preview_{scan.name}.png" if self.several else "preview.png"
-        save_preview(found, self.out / preview)
-        statistics = found.statistics()
-        record = {
-            "scan": scan.name,
-            "images": [str(image) for image in scan.images],
-            "images_sha256": list(hashes),
-            "model": self.model,
-            "settings": self.settings,
-            "files": {name: hash_of_image(self.out / name) for name in maps},
-            "windows": asdict(found.windows),
-            "engine": cpu_engine.precision_in_use() or "torch",
-            "seconds": round(time.monotonic() - started, 2),
-            "structures": [asdict(structure) for structure in statistics],
-        }
-        write_atomically(self._record(scan), json.dumps(record, indent=2))
+                place_image(file, target, MOVE)
         present = [structure for structure in statistics if structure.volume_ml > 0]
         tqdm.write(f"{scan.name}: {len(present)} of {len(statistics)} structures found")
         return bool(present)
+
+    def _maps(self, scan: Scan, found: Segmentation) -> dict[str, np.ndarray]:
+        """Return the label maps (z, y, x) to write, by file below the output folder."""
+        if not self.options.separate:
+            return dict.fromkeys(self._files(scan), found.labels)
+        values = found.structures.values()
+        masks = (np.isin(found.labels, labels).astype(np.uint8) for labels in values)
+        return dict(zip(self._files(scan), masks, strict=True))
+
+    def _files(self, scan: Scan) -> list[str]:
+        ending = self.segmenter.ending_of(scan.images)
+        if not self.options.separate:
+            return [f"{scan.name}{ending}"]
+        return [f"{scan.name}/{x}{ending}" for x in _file_names(self.segmenter.structures)]
+
+    def _preview(self, scan: Scan) -> str:
+        return f"preview_{scan.name}.png" if self.several else "preview.png"
+
+    def _write_labels(self, labels: np.ndarray, path: Path, properties: Any) -> None:
+        with contextlib.redirect_stdout(None):
+            self.segmenter.model.reader.write_seg(labels, str(path), properties)
+        try:
+            check_image(path)
+        except ImageError as error:  # ITK says nothing when the disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
     def _summarise(self, scans: int, seconds: float) -> None:
         """Write the statistics of all scans in the folder, and what this run was."""

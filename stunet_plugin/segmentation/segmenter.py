@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 import torch
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy.ndimage import maximum_filter
 
 from stunet_plugin.datasets.label_systems import LabelSystem
@@ -21,7 +22,9 @@ from stunet_plugin.inference.slabs import Windows
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.segmentation.models import find_model
 from stunet_plugin.segmentation.published import published_models
-from stunet_plugin.segmentation.scans import CT, LEAST_AIR, MR, check_modality
+from stunet_plugin.segmentation.scans import CT, LEAST_AIR, MR, check_modality, find_scans
+from stunet_plugin.utils.dicom import read_series
+from stunet_plugin.utils.discovery import Source
 from stunet_plugin.utils.image_files import ending_of
 from stunet_plugin.utils.images import read_image
 
@@ -54,7 +57,7 @@ class Segmentation:
     """The result of :func:`stunet_plugin.segment`.
 
     Attributes:
-        labels: (z, y, x), as the image.
+        labels: (z, y, x), as the image file; of :class:`Segmenter`, as the model's reader has it.
         structures: name to label values, several for a region that holds others.
         names: of each label value; of a region's, where it is in no smaller one.
         image: first channel (z, y, x).
@@ -70,6 +73,21 @@ class Segmentation:
     spacing: tuple[float, ...]
     properties: dict[str, Any]
     windows: Windows
+
+    def in_the_order_of_the_file(self) -> Segmentation:
+        """Return the same with the voxels in the order of the image file, which a reader of
+        nnU-Net that turns images to RAS has changed; the properties are not for its writer then."""
+        affines = self.properties.get("nibabel_stuff", {})
+        if "reoriented_affine" not in affines:
+            return self
+        back = ornt_transform(
+            io_orientation(affines["reoriented_affine"]), io_orientation(affines["original_affine"])
+        )
+        labels, image = (apply_orientation(x.T, back).T for x in (self.labels, self.image))
+        spacing = [0.0, 0.0, 0.0]
+        for step, axis in zip(self.spacing[::-1], back[:, 0], strict=True):
+            spacing[2 - int(axis)] = step
+        return replace(self, labels=labels, image=image, spacing=tuple(spacing), properties={})
 
     def statistics(self) -> list[Structure]:
         """Return what was found of every structure, in the order of the label values."""
@@ -152,24 +170,24 @@ class Segmenter:
         first = str(names.get("0", "")).upper()
         return {"CT": CT, "MR": MR, "MRI": MR, "T1": MR, "T2": MR, "FLAIR": MR}.get(first, "")
 
-    def segment(self, images: Sequence[Path]) -> Segmentation:
+    def segment(self, images: Sequence[Path | Source]) -> Segmentation:
         """Segment a scan of one image per channel, of any format that is known here.
 
         Raises:
             PluginError: an image cannot be used, or is of another modality.
         """
         array, properties = self._read(images)
-        return self._segment(array, properties, str(images[0]))
+        return self._segment(array, properties, shown(images[0]))
 
-    def check(self, images: Sequence[Path]) -> None:
+    def check(self, images: Sequence[Path | Source]) -> None:
         """Read a scan; raise PluginError as :meth:`segment` would."""
         self._read(images)
 
-    def _read(self, images: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    def _read(self, images: Sequence[Path | Source]) -> tuple[np.ndarray, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             array, properties = self.model.read(self._readable(images, Path(folder)))
         if not self.force:
-            check_modality(images[0], array[0], self.modality)
+            check_modality(shown(images[0]), array[0], self.modality)
         return array, properties
 
     def segment_array(self, array: np.ndarray, spacing: Sequence[float]) -> Segmentation:
@@ -191,26 +209,28 @@ class Segmenter:
         if not np.isfinite(array).all():
             raise PluginError("The array has voxels that are NaN or infinite.")
         if not self.force:
-            check_modality(Path("The array"), array[0], self.modality)
+            check_modality("The array", array[0], self.modality)
         return self._segment(array, {"spacing": [float(x) for x in spacing]}, "the array")
 
-    def ending_of(self, images: Sequence[Path]) -> str:
+    def ending_of(self, images: Sequence[Path | Source]) -> str:
         """Return the file ending of a scan's label map: the scan's own, if nnU-Net's reader writes
         it."""
-        own = ending_of(images[0])
+        own = "" if isinstance(images[0], Source) else ending_of(images[0])
         return own if own in self.model.reader.supported_file_endings else ".nii.gz"
 
-    def _readable(self, images: Sequence[Path], folder: Path) -> list[Path]:
+    def _readable(self, images: Sequence[Path | Source], folder: Path) -> list[Path]:
         """Return images for the model's reader, converted to NIfTI where it does not know them."""
-        if ending_of(images[0]) in self.model.reader.supported_file_endings:
-            return list(images)
+        files = [image for image in images if not isinstance(image, Source)]
+        if files and ending_of(files[0]) in self.model.reader.supported_file_endings:
+            return files
         if ".nii.gz" not in self.model.reader.supported_file_endings:
             known = ", ".join(self.model.reader.supported_file_endings)
-            raise PluginError(f"{images[0]}: the model takes images with {known}.")
+            raise PluginError(f"{shown(images[0])}: the model takes images with {known}.")
         converted = []
-        for image in images:
-            target = folder / f"{image.name}.nii.gz"
-            sitk.WriteImage(read_image(image), str(target), useCompression=False)
+        for number, image in enumerate(images):
+            target = folder / f"{number}.nii.gz"
+            voxels = read_series(image) if isinstance(image, Source) else read_image(image)
+            sitk.WriteImage(voxels, str(target), useCompression=False)
             converted.append(target)
         return converted
 
@@ -226,6 +246,11 @@ class Segmenter:
         return Segmentation(
             found.labels, self.structures, self.names, array[0], spacing, properties, found.windows
         )
+
+
+def shown(image: Path | Source) -> str:
+    """Return what messages and records call an image."""
+    return image.shown if isinstance(image, Source) else str(image)
 
 
 def _only_air(image: np.ndarray, shape: Sequence[int]) -> Callable[[Sequence[slice]], bool]:
@@ -280,5 +305,12 @@ def segment(
         if spacing is None:
             raise PluginError("An array needs its spacing: spacing=(z, y, x) in mm.")
         return segmenter.segment_array(np.asarray(image), spacing)
-    paths = [image] if isinstance(image, str | Path) else list(image)
-    return segmenter.segment([Path(path).expanduser() for path in paths])
+    paths = [Path(x).expanduser() for x in ([image] if isinstance(image, str | Path) else image)]
+    if len(paths) == 1 and paths[0].is_dir():
+        modality = "" if segmenter.force else segmenter.modality
+        scans = find_scans(str(paths[0]), segmenter.model.channels, modality)
+        if len(scans) > 1:
+            names = few([scan.name for scan in scans])
+            raise PluginError(f"{paths[0]} holds {len(scans)} scans. Give one: {names}.")
+        return segmenter.segment(scans[0].images).in_the_order_of_the_file()
+    return segmenter.segment(paths).in_the_order_of_the_file()

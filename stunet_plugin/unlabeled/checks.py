@@ -4,18 +4,11 @@ found."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 CT, MR = MODALITIES = "CT", "MR"
-MINIMUM_SIZE = 5
-"""Voxels on every axis; an image of one slice is no volume, and one of a few has nothing to learn
-from in 3D."""
-MAXIMUM_VOXELS = 2**31
-SPACING_LIMITS = (0.05, 20.0)
-"""Millimetres; outside of them the header is wrong or the image not one of a patient."""
 LABEL_MAP_VALUES = 16
 """An image with fewer values than this among the sampled voxels is a label map, not a scan."""
 MANY_LABELS, EQUAL_NEIGHBOURS = 256, 0.6
@@ -37,25 +30,6 @@ class UnusableError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
-
-
-def check_header(size: Sequence[int], spacing: Sequence[float], components: int = 1) -> None:
-    """Refuse what is no volume of one value per voxel; ``size`` and ``spacing`` (mm) x first."""
-    text = " x ".join(map(str, size))
-    low, high = SPACING_LIMITS
-    if components > 1:
-        raise UnusableError("several values per voxel", f"{components} (colour image)")
-    if len(size) > 3:
-        raise UnusableError("more than three axes", text)
-    if len(size) < 3 or min(size) == 1:
-        raise UnusableError("one slice", text)
-    if min(size) < MINIMUM_SIZE:
-        raise UnusableError("too few slices", f"{text} voxels; needed are {MINIMUM_SIZE} per axis")
-    if math.prod(size) > MAXIMUM_VOXELS:
-        raise UnusableError("too large", f"{text} voxels")
-    if not all(low <= step <= high for step in spacing):
-        steps = " x ".join(f"{step:g}" for step in spacing)
-        raise UnusableError("absurd spacing", f"{steps} mm; taken are {low:g} to {high:g} mm")
 
 
 def check_voxels(array: np.ndarray) -> tuple[float, float, np.ndarray]:

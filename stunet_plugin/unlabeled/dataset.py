@@ -16,9 +16,9 @@ from stunet_plugin.datasets.raw_dataset import new_raw_folder
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.unlabeled.checks import MODALITIES
-from stunet_plugin.unlabeled.discovery import DATASET_ENDINGS, Source
 from stunet_plugin.unlabeled.image_files import is_in_place, points_to
 from stunet_plugin.unlabeled.manifest import CASE, DUPLICATE, FAILED, SKIPPED, Manifest, Record
+from stunet_plugin.utils.discovery import DATASET_ENDINGS, Source
 from stunet_plugin.utils.files import LINK, lock, read_json, write_atomically, write_if_new
 
 LABELS = {"background": 0, "body": 1}

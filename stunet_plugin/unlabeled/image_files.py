@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.unlabeled.discovery import METAIMAGE, METAIMAGE_HEADER, Source, scan_ending
 from stunet_plugin.unlabeled.reading import Scan
+from stunet_plugin.utils.discovery import METAIMAGE, METAIMAGE_HEADER, Source, scan_ending
 from stunet_plugin.utils.files import copy_file, flush, guarded, link_or_copy
 from stunet_plugin.utils.geometry import Grid
 from stunet_plugin.utils.image_files import NIFTI, side_files, with_data_file

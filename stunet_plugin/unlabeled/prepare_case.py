@@ -19,10 +19,10 @@ from stunet_plugin.unlabeled.checks import (
     looks_like,
 )
 from stunet_plugin.unlabeled.dataset import Dataset, Prepared
-from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source
 from stunet_plugin.unlabeled.image_files import is_in_place, place_image, write_image
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, SKIPPED, Record
 from stunet_plugin.unlabeled.reading import read_scan, series_of
+from stunet_plugin.utils.discovery import DICOM_FOLDER, Source
 from stunet_plugin.utils.files import OutputError
 from stunet_plugin.utils.image_files import CANNOT_OPEN
 

@@ -16,9 +16,9 @@ import SimpleITK as sitk
 
 from stunet_plugin.unlabeled.checks import CT
 from stunet_plugin.unlabeled.dataset import Dataset
-from stunet_plugin.unlabeled.discovery import Tally
 from stunet_plugin.unlabeled.image_files import is_in_place
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Record
+from stunet_plugin.utils.discovery import Tally
 from stunet_plugin.utils.files import write_if_new
 from stunet_plugin.utils.image_files import CANNOT_OPEN
 from stunet_plugin.utils.workers import run_ordered

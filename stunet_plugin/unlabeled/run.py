@@ -21,10 +21,10 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import FOLDS
 from stunet_plugin.unlabeled.checks import MODALITIES
 from stunet_plugin.unlabeled.dataset import Dataset, Prepared
-from stunet_plugin.unlabeled.discovery import EXCLUDED, SCAN_ENDINGS, Source, Tally, walk
 from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER
 from stunet_plugin.unlabeled.prepare_case import prepare, probe, record_of
 from stunet_plugin.unlabeled.report import PICTURE, SKIPPED, write_picture, write_reports
+from stunet_plugin.utils.discovery import EXCLUDED, SCAN_ENDINGS, Source, Tally, walk
 from stunet_plugin.utils.files import OutputError
 from stunet_plugin.utils.image_files import PICTURES, TIFF
 from stunet_plugin.utils.workers import Finished, run_ordered

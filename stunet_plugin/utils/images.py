@@ -38,7 +38,14 @@ from stunet_plugin.utils.image_files import (
 ROUNDING = 1e-3
 """Label values that are this close to whole numbers are rounded."""
 NOT_FINITE, BAD_SPACING, SKEWED = "not finite", "absurd spacing", "skewed axes"
+ONE_SLICE, FEW_SLICES = "one slice", "too few slices"
 NOT_LABELS, UNDECLARED = "not a label map", "undeclared label values"
+MINIMUM_SIZE = 5
+"""Voxels on every axis; an image of one slice is no volume, and one of a few has nothing to learn
+from in 3D."""
+MAXIMUM_VOXELS = 2**31
+SPACING_LIMITS = (0.05, 20.0)
+"""Millimetres; outside of them the header is wrong or the image not one of a patient."""
 
 
 def read_geometry(path: Path | str) -> Grid:
@@ -78,6 +85,28 @@ def check_image(path: Path | str) -> None:
         check_data(path, _read_header(path)[0])
         array = _with_reader(path, lambda: sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
     check_finite(path, array)
+
+
+def check_header(
+    path: Path | str, size: Sequence[int], spacing: Sequence[float], components: int = 1
+) -> None:
+    """Raise an ImageError if a header is not that of a volume of one value per voxel; ``size`` and
+    ``spacing`` (mm) x first."""
+    text = " x ".join(map(str, size))
+    low, high = SPACING_LIMITS
+    if components > 1:
+        raise ImageError(path, COMPONENTS, f"{components} (colour image)")
+    if len(size) > 3:
+        raise ImageError(path, AXES, text)
+    if len(size) < 3 or min(size) == 1:
+        raise ImageError(path, ONE_SLICE, text)
+    if min(size) < MINIMUM_SIZE:
+        raise ImageError(path, FEW_SLICES, f"{text} voxels; needed are {MINIMUM_SIZE} per axis")
+    if math.prod(size) > MAXIMUM_VOXELS:
+        raise ImageError(path, "too large", f"{text} voxels")
+    if not all(low <= step <= high for step in spacing):
+        steps = " x ".join(f"{step:g}" for step in spacing)
+        raise ImageError(path, BAD_SPACING, f"{steps} mm; taken are {low:g} to {high:g} mm")
 
 
 def check_finite(path: Path | str, array: np.ndarray) -> None:

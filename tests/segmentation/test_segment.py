@@ -17,10 +17,14 @@ from stunet_plugin.cli import main
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Model
 from stunet_plugin.segmentation.segmenter import Segmenter, _only_air
+from stunet_plugin.utils.dicom import read_series, series_of
+from stunet_plugin.utils.discovery import walk
+from stunet_plugin.utils.geometry import Grid
 from stunet_plugin.utils.images import read_label_map
 
 from dataset_helpers import change_json
 from import_helpers import make_network, published_weights, v1_plans, write_v1
+from unlabeled_helpers import ct_array, largest_file, write_dicom
 
 NAMES = ["background", "liver", "spleen", "kidney_left", "kidney_right"]
 SHAPE = (30, 34, 40)
@@ -112,6 +116,48 @@ def test_a_folder_resumes_in_parts_and_formats(
     assert (out / "a.nii.gz").stat().st_mtime_ns == before
     assert segment(scans, "-o", out, "-m", model, "--structures", "liver") in (0, 1)
     assert "3 segmented" in capsys.readouterr().out
+
+
+def test_a_dicom_series_gets_labels_in_its_geometry(model: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "näme with space", tmp_path / "out"
+    write_dicom(folder, ct_array(1, (30, 34, 40)), 1, "CT")
+    assert segment(folder, "-o", out, "-m", model) in (0, 1)
+    (series,) = series_of(next(walk([str(folder)], ())))
+    image, labels = read_series(series), read_label_map(out / f"{folder.name}.nii.gz")
+    assert Grid.of(labels).agrees(Grid.of(image))
+    found = sitk.GetArrayFromImage(labels)
+    voxel = float(np.prod(image.GetSpacing())) / 1000
+    for row in rows(out):
+        expected = (found == int(row["labels"])).sum() * voxel
+        assert float(row["volume_ml"]) == pytest.approx(expected, abs=1e-3)
+    again = stunet_plugin.segment(folder, model, device="cpu")
+    # The reader of the model turns images to RAS, the arrays are as the files.
+    assert np.array_equal(again.labels, found)
+    assert np.array_equal(again.image, sitk.GetArrayFromImage(image))
+    assert again.spacing == pytest.approx(image.GetSpacing()[::-1])
+
+
+def test_no_file_of_others_is_lost(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan, out = write_scan(tmp_path / "a" / "scan.nii.gz"), tmp_path / "out"
+    other = write_scan(tmp_path / "b" / "scan.nii.gz", 1)
+    before = scan.read_bytes()
+    assert segment(scan, "-o", scan.parent, "-m", model) == 2
+    assert "is the folder of the scans" in capsys.readouterr().err
+    assert scan.read_bytes() == before
+    out.mkdir()
+    (out / "scan.nii.gz").write_text("drawn by hand")
+    assert segment(scan, "-o", out, "-m", model) == 2
+    assert "is no result of this command" in capsys.readouterr().err
+    (out / "scan.nii.gz").unlink()
+    with largest_file(1000):
+        assert segment(scan, "-o", out, "-m", model) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["records"]
+    assert segment(scan, "-o", out, "-m", model) in (0, 1)
+    assert segment(other, "-o", out, "-m", model) == 2
+    assert f"the result of another scan scan, {scan}." in capsys.readouterr().err
 
 
 def test_structures_by_names_of_any_system(model: Path, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from stunet_plugin.unlabeled.checks import (
     check_voxels,
     looks_like,
 )
-from stunet_plugin.unlabeled.discovery import DICOM_FOLDER, Source, Tally, walk
 from stunet_plugin.unlabeled.image_files import HEADER, place_image, points_to, write_image
 from stunet_plugin.unlabeled.reading import read_scan, series_of
+from stunet_plugin.utils.discovery import DICOM_FOLDER, Source, Tally, walk
 from stunet_plugin.utils.files import OutputError, link_or_copy
 from stunet_plugin.utils.geometry import Grid
 

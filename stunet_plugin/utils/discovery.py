@@ -42,6 +42,7 @@ class Source:
         signature: sizes and times of the files; another signature is another content.
         series: instance UID of a DICOM series, with a number where it holds several stacks.
         files: names of its slices in their order in space.
+        modality, number: of the series, as DICOM says; empty where it does not.
         problem: reason and detail why it cannot be used, where the search has seen that already.
     """
 
@@ -51,12 +52,18 @@ class Source:
     series: str = ""
     files: tuple[str, ...] = ()
     modality: str = ""
+    number: str = ""
     problem: tuple[str, str] | None = None
 
     @property
     def key(self) -> str:
         """What it is known by from run to run."""
         return f"{self.path}\n{self.series}" if self.series else self.path
+
+    @property
+    def shown(self) -> str:
+        """What messages call it."""
+        return f"{self.path}, series {self.number or self.series}" if self.series else self.path
 
 
 @dataclass
