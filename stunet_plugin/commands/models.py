@@ -54,7 +54,8 @@ def _table(models: "list[PublishedModel]") -> str:
     titles = ("name", "modality", "parameters", "download", "from", "licence", "here", "structures")
     rows = [titles]
     for model in models:
-        few = ", ".join(model.structures[:SHOWN])
+        few = ", ".join([*model.structures[:SHOWN], "..."])
+        structures = f"{len(model.structures)}: {few}" if model.structures else "not published"
         rows.append(
             (
                 model.name,
@@ -64,7 +65,7 @@ def _table(models: "list[PublishedModel]") -> str:
                 "hub" if model.source else "browser",
                 model.licence,
                 "yes" if is_model(model.folder) else "no",
-                f"{len(model.structures)}: {few}, ...",
+                structures,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -82,7 +83,7 @@ def _details(model: "PublishedModel") -> str:
     where = model.source or f"{model.page} (by a browser): {model.file}"
     facts = {
         "Model": model.name,
-        "Modality": f"{model.modality}, {model.channels} channel",
+        "Modality": f"{model.modality}, {model.channels} channel(s)",
         "Trained on": model.trained_on,
         "Network": f"STU-Net {model.size}, {model.parameters / 1e6:,.1f} M parameters",
         "From": where,
@@ -91,7 +92,7 @@ def _details(model: "PublishedModel") -> str:
         "Note": model.note,
         "Cite": " ".join(model.citation),
         "Folder": f"{model.folder} ({'here' if here else 'not here yet'})",
-        "Structures": f"{len(model.structures)}, by label value",
+        "Structures": f"{len(model.structures)}, by label value" if model.structures else None,
     }
     lines = [f"{title + ':':<12}{text}" for title, text in facts.items() if text]
     numbered = [f"{value:>5}  {name}" for value, name in enumerate(model.structures, 1)]

@@ -43,7 +43,7 @@ def find_model(given: str) -> Path:
         return _published(get_model(given))
     if given.startswith(HUB_PREFIX):
         for model in published_models().values():
-            if model.source == given:
+            if model.source == given and model.structures:
                 return _published(model)
         name = re.sub(r"[^\w.-]+", "_", given.removeprefix(HUB_PREFIX))
         return _from_hub(given, models_folder() / name)
@@ -95,6 +95,14 @@ def _import_first(checkpoint: Path) -> str:
 def _published(model: PublishedModel) -> Path:
     if is_model(model.folder):
         return model.folder
+    if not model.structures:
+        names = ["background", *(f"NAME_{number}" for number in range(1, model.outputs))]
+        words = ["stunet", "import", model.source or "", "--out", str(model.folder)]
+        raise PluginError(
+            f"{model.name} cannot be had by its name: {model.note} If you know both, write the"
+            f" names of the outputs into this command, and give scans with their {model.channels}"
+            f" channels in that order:\n{shlex.join([*words, '--labels', *names])}"
+        )
     if model.source is None:
         file = model.file or ""
         raise PluginError(

@@ -26,7 +26,8 @@ class PublishedModel:
 
     Attributes:
         size: of STU-Net, which says how many parameters it has.
-        structures: in the order of the outputs, without the background.
+        structures: in the order of the outputs, without the background; none where that is not
+            published, and then the model is not imported by its name.
         known_to_import: ``stunet import`` knows the structures by itself.
         source: ``hf://`` address of the checkpoint; None where it is only on a ``page``, as
             ``file`` there.
