@@ -110,11 +110,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Time and memory of nnU-Net's prediction of a whole CT.",
-        epilog="Example: python benchmarks/predict_whole_ct.py --image ct.nii.gz --json ct.json",
-    )
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which CT is predicted by which model."""
     add = parser.add_argument
     add("--image", type=Path, required=True, help="a CT")
     add("--model", type=Path, help="model folder of nnU-Net with a 3d_fullres configuration")
@@ -122,6 +119,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", default="small", choices=PRESETS, help="of STU-Net, without --model")
     add("--outputs", type=int, default=105, help="background included, without --model")
     add("--spacing", type=float, default=PUBLISHED_SPACING, metavar="MM", help="without --model")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Time and memory of nnU-Net's prediction of a whole CT.",
+        epilog="Example: python benchmarks/predict_whole_ct.py --image ct.nii.gz --json ct.json",
+    )
+    add_model_options(parser)
+    add = parser.add_argument
     add("--sequential", action="store_true", help="no worker processes, less memory")
     add("--json", type=Path, required=True, help="file for the numbers")
     return parser

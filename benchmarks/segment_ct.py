@@ -27,13 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time and memory of stunet segment against nnUNetv2_predict.",
         epilog="Example: python benchmarks/segment_ct.py --image ct.nii.gz --json segment_ct.json",
     )
+    whole.add_model_options(parser)
     add = parser.add_argument
-    add("--image", type=Path, required=True, help="a CT")
-    add("--model", type=Path, help="model folder of nnU-Net with a 3d_fullres configuration")
-    add("--fold", default="0", help="of --model")
-    add("--size", default="small", help="of STU-Net with random weights, without --model")
-    add("--outputs", type=int, default=105, help="background included, without --model")
-    add("--spacing", type=float, default=whole.PUBLISHED_SPACING, metavar="MM", help="likewise")
     add("--rounds", type=int, default=1, help="how often each runs")
     add("--more", default="", metavar="OPTIONS", help="of stunet segment, such as '--fast'")
     add("--json", type=Path, required=True, help="file for the numbers")

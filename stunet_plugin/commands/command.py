@@ -141,7 +141,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class CommandParser(argparse.ArgumentParser):
     """Parser that answers unknown options with the nearest known one."""
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse
+    # argparse has no types here.
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [word for action in self._actions for word in action.option_strings]

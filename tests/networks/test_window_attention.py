@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stunet_plugin.networks import window_attention
 from stunet_plugin.networks.window_attention import WindowTransformer, offset_rows
 from stunet_plugin.weights.misfm_keys import translate_pctnet, translate_table
 
@@ -64,3 +65,28 @@ def test_published_tables_keep_their_function_whatever_window_they_were_built_fo
     # Offsets that the window does not know take the nearest that it does.
     cube = ours.reshape(11, 11, 11, HEADS)
     assert torch.equal(cube[0, 5, 10], cube[6 - window, 5, 4 + window])
+
+
+def test_layouts_are_made_once_per_shape_and_stay_out_of_the_state_dict() -> None:
+    network, x = transformer().eval(), torch.randn(1, CHANNELS, 7, 12, 9)
+    window_attention._cached_layout_tensors.cache_clear()
+    with torch.inference_mode():
+        network(x)
+    made = window_attention._cached_layout_tensors.cache_info().misses
+    assert made == 2  # with and without shift
+    # What inference mode has made must serve training, too.
+    network.train()
+    network(x).sum().backward()
+    assert window_attention._cached_layout_tensors.cache_info().misses == made
+    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_into_one_graph_for_shapes_that_change(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    network = transformer().eval()
+    compiled = torch.compile(network, backend="eager", fullgraph=True, dynamic=dynamic)
+    for shape in ((1, 7, 8, 9), (2, 7, 8, 9), (2, 4, 6, 8)):
+        x = torch.randn(shape[0], CHANNELS, *shape[1:])
+        torch.testing.assert_close(compiled(x), network(x))

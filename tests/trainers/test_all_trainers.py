@@ -23,7 +23,7 @@ from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
 from dataset_helpers import change_json, write_dataset
-from trainer_helpers import RESIDUAL, Make, batch_for, small_plans, started
+from trainer_helpers import RESIDUAL, Make, batch_for, misfm, small_plans, started
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
 
@@ -163,12 +163,25 @@ def test_trains_resumes_and_predicts_with_four_channels_regions_and_ignore_label
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "architecture", "backend"),
+    [
+        ("STUNetTrainer", None, "inductor"),
+        # Tracing alone: for PCT-Net on the CPU inductor takes minutes.
+        ("PCTNetTrainer", misfm("PCTNet", dropout_per_stage=[0.0] * 5, drop_path=0.0), "aot_eager"),
+        ("FMUNetTrainer", misfm("FMUNet", dropout_per_stage=[0.0] * 5), "aot_eager"),
+    ],
+)
+def test_a_compiled_step_is_the_same(
+    make: Make, monkeypatch: Any, name: str, architecture: Any, backend: str
+) -> None:
     """On the CPU nnU-Net compiles only if told so, as here."""
-    losses = []
+    stock, losses = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *given: stock(*given, backend=backend))
+    changes = {"architecture": architecture} if architecture else {}
     for compiles in (False, True):
         monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self, on=compiles: on)
-        trainer = started(make(options={"STUNET_SEED": 1, "nnUNet_compile": "t"}))
+        trainer = started(make(name, options={"STUNET_SEED": 1, "nnUNet_compile": "t"}, **changes))
         assert isinstance(trainer.network, torch._dynamo.OptimizedModule) == compiles
         losses.append(trainer.train_step(batch_for(trainer))["loss"])
         assert all(value.grad is not None for value in trainer.network.parameters())

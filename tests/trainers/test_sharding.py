@@ -96,6 +96,26 @@ def test_pretrained_weights_go_into_a_sharded_network(
         assert torch.equal(taken[name], value) == (".seg_layers." not in name or value.ndim == 1)
 
 
+def test_half_precisions_scaler_skips_infinite_gradients(make: Make, group_of_one: None) -> None:
+    trainer = ready(make, SHARDED)
+    # The first scale is too large for the loss; the next one is 1.
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-38)
+    before = {name: value.clone() for name, value in trainer.whole_weights().items()}
+    for same in (True, False):
+        step(trainer)
+        now = trainer.whole_weights()
+        assert all(torch.equal(value, before[name]) for name, value in now.items()) == same
+        assert trainer.grad_scaler.get_scale() == pytest.approx(1.0)
+
+
+def test_pretraining_is_sharded_too(make: Make, group_of_one: None) -> None:
+    trainer = started(make("VolumeFusionTrainer_STUNet_tiny", options=SHARDED))
+    assert step(trainer) < float("inf")
+    trainer._example = trainer._fuse(batch_for(trainer))
+    trainer._save_example()
+    assert Path(trainer.output_folder, "volume_fusion_epoch_0000.png").is_file()
+
+
 def test_what_cannot_be_sharded_or_split_is_refused(
     make: Make, group_of_one: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
