@@ -327,13 +327,20 @@ class _Resampling:
         old, new: shapes before and after.
         nearest: the axis that takes the nearest plane, if there is one.
         rounded: to half precision, as nnU-Net's default does.
+        flat: planes follow the first axis, as the windows of a 2D model do.
     """
 
     def __init__(
-        self, old: Sequence[int], new: Sequence[int], nearest: int | None, rounded: bool
+        self,
+        old: Sequence[int],
+        new: Sequence[int],
+        nearest: int | None,
+        rounded: bool,
+        flat: bool = False,
     ) -> None:
         longest = max(old)
-        self.axis = 0 if old[0] >= FIRST_AXIS_FROM * longest else list(old).index(longest)
+        first = flat or old[0] >= FIRST_AXIS_FROM * longest
+        self.axis = 0 if first else list(old).index(longest)
         self.old, self.new, self.nearest, self.rounded = old, new, nearest, rounded
         self._kept: list[tuple[int, Tensor]] = []  # planes of the input, resampled within
         self._read = self._written = 0
@@ -366,7 +373,8 @@ class _Resampling:
         _, axis = determine_do_sep_z_and_axis(
             how.pop("force_separate_z"), *_spacings(predictor, properties), **how
         )
-        return cls(tuple(old), tuple(new), axis, default)
+        flat = len(predictor.configuration_manager.patch_size) == 2
+        return cls(tuple(old), tuple(new), axis, default, flat)
 
     def planes(self, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Take the next planes (output, plane, *others); yield those of the image that are complete

@@ -14,21 +14,24 @@ NAMED = 24
 
 
 def save_preview(found: Segmentation, path: Path) -> None:
-    """Write the plane of each axis that shows most of what was found, with the labels over it."""
+    """Write the plane of each axis that shows most of what was found, with the labels over it; of a
+    picture, all."""
     from matplotlib.patches import Patch
 
     colours = dict(zip(found.names, distinct_colours(len(found.names)), strict=True))
     palette = np.zeros((max(found.names) + 1, 4))
     for value, colour in colours.items():
         palette[value] = (*colour, 0.5)
+    spacing = found.spacing or (1.0, 1.0, 1.0)
     low, high = np.percentile(found.image, [2, 99.5])
+    axes = range(3) if found.labels.shape[0] > 1 else range(1)
     with saved_figure(path, 11, 4.8) as figure:
-        for axis, plot in enumerate(figure.subplots(1, 3)):
+        for axis, plot in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
             others = tuple(other for other in range(3) if other != axis)
             counts = (found.labels > 0).sum(axis=others)
             index = int(counts.argmax()) if counts.any() else found.labels.shape[axis] // 2
             image, labels = (x.take(index, axis) for x in (found.image, found.labels))
-            aspect = found.spacing[others[0]] / found.spacing[others[1]]
+            aspect = spacing[others[0]] / spacing[others[1]]
             plot.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             plot.imshow(palette[labels], aspect=aspect, interpolation="nearest")
             plot.set_title(f"axis {'zyx'[axis]}, plane {index}", fontsize=9)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from stunet_plugin.commands.segment import Segment
 
 RECORDS, STATISTICS, RUN = "records", "statistics.csv", "run.json"
-COLUMNS = ("scan", "structure", "labels", "volume_ml", "mean_intensity", "touches_border")
+COLUMNS = ("scan", "structure", "labels", "voxels", "volume_ml", "mean_intensity", "touches_border")
 FAST_STEP, STEP = 0.8, 0.5
 
 
@@ -213,7 +213,7 @@ class _Run:
                 for old in (*side_files(target), target) if target.exists() else ():
                     old.unlink()
                 place_image(file, target, MOVE)
-        present = [structure for structure in statistics if structure.volume_ml > 0]
+        present = [structure for structure in statistics if structure.voxels]
         tqdm.write(f"{scan.name}: {len(present)} of {len(statistics)} structures found")
         return bool(present)
 
@@ -281,11 +281,12 @@ def _file_names(structures: Iterable[str]) -> list[str]:
 
 
 def _cells(row: Mapping[str, Any]) -> list[Any]:
-    mean = row["mean_intensity"]
+    mean, volume = row["mean_intensity"], row["volume_ml"]
     return [
         row["name"],
         " ".join(map(str, row["labels"])),
-        f"{row['volume_ml']:.3f}",
+        row["voxels"],
+        "" if volume is None else f"{volume:.3f}",
         "" if mean is None else f"{mean:.2f}",
         row["touches_border"],
     ]

@@ -16,6 +16,7 @@ from stunet_plugin.utils.dicom import series_of
 from stunet_plugin.utils.discovery import DICOM_FOLDER, Source, walk
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.image_files import (
+    CANNOT_OPEN,
     META,
     NIFTI,
     NRRD,
@@ -29,6 +30,9 @@ from stunet_plugin.utils.images import FEW_SLICES, ONE_SLICE
 
 ENDINGS = (*NIFTI, *META, *NRRD, *TIFF, *PICTURES)
 CT, MR = "CT", "MR"
+LABEL_MAP_VALUES = 16
+"""An image with fewer different values is a label map, not a scan."""
+SAMPLED_VOXELS = 200_000
 LEAST_AIR = -200
 """Hounsfield units: every CT has voxels below, in air or fat; images of other kinds have none."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
@@ -71,7 +75,7 @@ def find_scans(given: str, channels: int, modality: str = "") -> list[Scan]:
         raise PluginError(f"{path} does not exist.")
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
-        files = [file for file in files if ending_of(file) in ENDINGS and file.is_file()]
+        files = [file for file in files if ending_of(file) in ENDINGS and not file.is_dir()]
         folders = [x for x in walk([str(path)], ()) if x.kind == DICOM_FOLDER]
         if not files:
             return _dicom_scans(path, folders, channels, modality)
@@ -96,8 +100,10 @@ def _group(files: Sequence[Path], channels: int) -> list[Scan]:
     found: dict[str, dict[int, Path]] = {}
     stems = {_stem(file) for file in files}
     for file in files:
+        if not file.is_file():
+            raise ImageError(file, CANNOT_OPEN, "no file, or a link to nowhere")
         name, channel = _case_and_channel(file)
-        if channel is None and channels > 1:
+        if channel is None and channels > 1 and ending_of(file) not in (*PICTURES, *TIFF):
             raise PluginError(
                 f"{file}: the model takes {channels} channels, in files named SCAN_0000.nii.gz,"
                 " SCAN_0001.nii.gz, ... as nnU-Net has it."
@@ -112,14 +118,16 @@ def _group(files: Sequence[Path], channels: int) -> list[Scan]:
         images[channel] = file
     scans = []
     for name, images in found.items():
-        if sorted(images) != list(range(channels)):
-            ending = ending_of(next(iter(images.values())))
+        ending = ending_of(next(iter(images.values())))
+        # Colours of a picture are several channels in one file.
+        fewest = 1 if ending in (*PICTURES, *TIFF) else channels
+        if sorted(images) != list(range(len(images))) or not fewest <= len(images) <= channels:
             wanted = few([f"{name}_{channel:04d}{ending}" for channel in range(channels)])
             raise PluginError(
                 f"Scan {name} has {len(images)} image(s), and the model takes {channels}."
                 f" Expected {wanted}."
             )
-        scans.append(Scan(name, tuple(images[channel] for channel in range(channels))))
+        scans.append(Scan(name, tuple(images[channel] for channel in sorted(images))))
     return scans
 
 
@@ -193,7 +201,15 @@ def _case_and_channel(file: Path) -> tuple[str, int | None]:
 
 def check_modality(path: Path | str, image: np.ndarray, modality: str) -> None:
     """Raise a PluginError if an image (any shape) cannot be of a model's modality."""
+    if not modality:
+        return
     least = float(image.min())
+    step = max(1, image.size // SAMPLED_VOXELS)
+    if 1 < len(np.unique(image.ravel()[::step])) < LABEL_MAP_VALUES:
+        raise PluginError(
+            f"{path} looks like a label map: it has few different values. Give the scan. If you are"
+            " sure, go on with --force."
+        )
     if modality == CT and least > LEAST_AIR:
         raise PluginError(
             f"{path} is no CT in Hounsfield units: its least value is {least:g}. The model was"

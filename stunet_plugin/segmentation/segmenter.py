@@ -12,6 +12,8 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from scipy.ndimage import maximum_filter
 
 from stunet_plugin.datasets.label_systems import LabelSystem
@@ -20,6 +22,7 @@ from stunet_plugin.errors import PluginError, did_you_mean, few
 from stunet_plugin.inference.predictor import Model
 from stunet_plugin.inference.slabs import Windows
 from stunet_plugin.nnunet.names import CHECKPOINT
+from stunet_plugin.segmentation.memory import check_memory
 from stunet_plugin.segmentation.models import find_model
 from stunet_plugin.segmentation.published import published_models
 from stunet_plugin.segmentation.scans import CT, LEAST_AIR, MR, check_modality, find_scans
@@ -40,14 +43,16 @@ class Structure:
 
     Attributes:
         labels: its label values; several for a region that holds others.
-        volume_ml: of all its voxels; 0 where it was not found.
+        voxels: how many; 0 where it was not found.
+        volume_ml: of all of them; None in a picture, whose pixels have no size.
         mean_intensity: of the first channel; None where it was not found.
         touches_border: it may go on outside the image.
     """
 
     name: str
     labels: tuple[int, ...]
-    volume_ml: float
+    voxels: int
+    volume_ml: float | None
     mean_intensity: float | None
     touches_border: bool
 
@@ -61,7 +66,7 @@ class Segmentation:
         structures: name to label values, several for a region that holds others.
         names: of each label value; of a region's, where it is in no smaller one.
         image: first channel (z, y, x).
-        spacing: (z, y, x) in mm.
+        spacing: (z, y, x) in mm; None for a picture, whose pixels have no size.
         properties: for nnU-Net's writer of label maps.
         windows: of the network, and how many were left out.
     """
@@ -70,7 +75,7 @@ class Segmentation:
     structures: dict[str, tuple[int, ...]]
     names: dict[int, str]
     image: np.ndarray
-    spacing: tuple[float, ...]
+    spacing: tuple[float, ...] | None
     properties: dict[str, Any]
     windows: Windows
 
@@ -78,7 +83,7 @@ class Segmentation:
         """Return the same with the voxels in the order of the image file, which a reader of
         nnU-Net that turns images to RAS has changed; the properties are not for its writer then."""
         affines = self.properties.get("nibabel_stuff", {})
-        if "reoriented_affine" not in affines:
+        if self.spacing is None or "reoriented_affine" not in affines:
             return self
         back = ornt_transform(
             io_orientation(affines["reoriented_affine"]), io_orientation(affines["original_affine"])
@@ -98,14 +103,14 @@ class Segmentation:
         # A single plane has no neighbours along its axis.
         axes = [axis for axis, length in enumerate(self.labels.shape) if length > 1]
         border = {int(x) for axis in axes for x in np.unique(self.labels.take((0, -1), axis))}
-        voxel_ml = float(np.prod(self.spacing)) / 1000
+        voxel_ml = float(np.prod(self.spacing)) / 1000 if self.spacing else None
         found = []
         for name, labels in self.structures.items():
             count, total = (int(voxels[[*labels]].sum()), float(sums[[*labels]].sum()))
             mean = total / count if count else None
-            found.append(
-                Structure(name, labels, count * voxel_ml, mean, not border.isdisjoint(labels))
-            )
+            volume = None if voxel_ml is None else count * voxel_ml
+            touches = not border.isdisjoint(labels)
+            found.append(Structure(name, labels, count, volume, mean, touches))
         return found
 
 
@@ -186,9 +191,25 @@ class Segmenter:
     def _read(self, images: Sequence[Path | Source]) -> tuple[np.ndarray, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             array, properties = self.model.read(self._readable(images, Path(folder)))
+        self._check_size(shown(images[0]), array.shape[1:], properties["spacing"])
+        check_memory(self.model.predictor, shown(images[0]), array.shape, properties["spacing"])
         if not self.force:
             check_modality(shown(images[0]), array[0], self.modality)
         return array, properties
+
+    def _check_size(self, path: str, shape: Sequence[int], spacing: Sequence[float]) -> None:
+        """Raise a PluginError if an image (z, y, x) is no volume for a model of volumes."""
+        predictor = self.model.predictor
+        own = predictor.configuration_manager.spacing
+        if len(own) < 3:
+            return
+        order = predictor.plans_manager.transpose_forward
+        new = compute_new_shape([shape[x] for x in order], [spacing[x] for x in order], own)
+        if min(shape) < 2 or min(new) < 1:
+            raise PluginError(
+                f"{path} is no volume: {' x '.join(map(str, shape))} voxels (z, y, x). The model"
+                " takes volumes."
+            )
 
     def segment_array(self, array: np.ndarray, spacing: Sequence[float]) -> Segmentation:
         """Segment an array (z, y, x) or (channel, z, y, x), in the orientation of the images that
@@ -208,6 +229,7 @@ class Segmenter:
             raise PluginError(f"The spacing must be three positive numbers, not {spacing}.")
         if not np.isfinite(array).all():
             raise PluginError("The array has voxels that are NaN or infinite.")
+        self._check_size("The array", array.shape[1:], spacing)
         if not self.force:
             check_modality("The array", array[0], self.modality)
         return self._segment(array, {"spacing": [float(x) for x in spacing]}, "the array")
@@ -242,7 +264,8 @@ class Segmenter:
             box = tuple(slice(*edges) for edges in noted["bbox_used_for_cropping"])
             leave_out = _only_air(array[0].transpose(forward)[box], data.shape[1:])
         found = self.model.segment(data, noted, case, leave_out=leave_out)
-        spacing = tuple(float(x) for x in properties["spacing"])
+        is_picture = isinstance(self.model.reader, NaturalImage2DIO)
+        spacing = None if is_picture else tuple(float(x) for x in properties["spacing"])
         return Segmentation(
             found.labels, self.structures, self.names, array[0], spacing, properties, found.windows
         )
