@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.nnunet.registration import trainers_folder
+from stunet_plugin.weights.source_plan import RESAMPLING
 
 STRIDES = [[1, 1, 1], *([[2, 2, 2]] * 4), [1, 1, 2]]
 
@@ -79,6 +81,116 @@ def v1_plans(channels: int = 1) -> dict[str, Any]:
     )
 
 
+UNET_STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]
+
+
+def unet_entry(kind: str = "ResidualEncoderUNet", **changes: Any) -> dict[str, Any]:
+    """The ``architecture`` entry of a narrow U-Net of nnU-Net, as its planners write it."""
+    residual = kind == "ResidualEncoderUNet"
+    depths = {"n_blocks_per_stage": [1, 2, 1, 1]} if residual else {"n_conv_per_stage": [2] * 4}
+    kwargs = {
+        "n_stages": 4,
+        "features_per_stage": [4, 8, 16, 16],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * 3],
+        "strides": UNET_STRIDES,
+        **depths,
+        "n_conv_per_stage_decoder": [1 if residual else 2] * 3,
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+        **changes,
+    }
+    return {
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{kind}",
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def make_unet(entry: dict[str, Any], channels: int = 1, outputs: int = 5) -> Any:
+    """A network of such an entry, whose values all matter to the output."""
+    torch.manual_seed(0)
+    network = get_network_from_plans(*entry.values(), channels, outputs, deep_supervision=False)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+def unet_checkpoint(path: Path, entry: dict[str, Any], **changes: Any) -> Path:
+    """What nnU-Net v2 saves of a trained U-Net; its trainer is somebody else's."""
+    change = {
+        "configurations/3d_fullres/architecture": entry,
+        "configurations/3d_fullres/patch_size": [16, 32, 32],
+    }
+    arguments = {
+        "plans": with_changes(v2_plans(), change),
+        "configuration": "3d_fullres",
+        "fold": 0,
+        "dataset_json": {
+            "channel_names": {"0": "CT"},
+            "labels": {name: value for value, name in enumerate(("background", *"abcd"))},
+            "file_ending": ".nii.gz",
+        },
+    }
+    content = {
+        "network_weights": make_unet(entry).state_dict(),
+        "init_args": arguments,
+        "trainer_name": "TrainerOfSomebody",
+        "inference_allowed_mirroring_axes": None,
+        **changes,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def nnssl_checkpoint(
+    path: Path, entry: dict[str, Any], part: str = "", prefix: str = "", **changes: Any
+) -> Path:
+    """What nnssl saves (adaptation_plan.py there): tensors of one part or all, under a prefix."""
+    kind = entry["network_class_name"].rpartition(".")[2]
+    stem = "encoder.stem" if kind == "ResidualEncoderUNet" else "encoder.stages.0"
+    images = {
+        "spacing": [1, 1, 1],
+        "patch_size": [16, 32, 32],
+        "spacing_style": "onemmiso",
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+    }
+    plan = {
+        "architecture_plans": {
+            "arch_class_name": kind,
+            "arch_kwargs": entry["arch_kwargs"],
+            "arch_kwargs_requiring_import": entry["_kw_requires_import"],
+        },
+        "pretrain_plan": {
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2],
+            "configurations": {"onemmiso": images},
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": [16, 32, 32],
+        "key_to_encoder": f"{prefix}encoder.stages",
+        "key_to_stem": f"{prefix}{stem}",
+        "keys_to_in_proj": [f"{prefix}{stem}.convs.0.conv"],
+        "key_to_lpe": None,
+    }
+    weights = make_unet(entry, outputs=1).state_dict().items()
+    content = {
+        "network_weights": {f"{prefix}{x}": y for x, y in weights if x.startswith(part)},
+        "nnssl_adaptation_plan": with_changes(plan, changes),
+    }
+    content["network_weights"]["projector.weight"] = torch.ones(2, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
 def v2_plans() -> dict[str, Any]:
     """Plans of nnU-Net v2's default planner."""
     configuration = {
@@ -93,6 +205,8 @@ def v2_plans() -> dict[str, Any]:
             "arch_kwargs": {"strides": STRIDES},
         },
         "batch_dice": True,
+        "preprocessor_name": "DefaultPreprocessor",
+        **RESAMPLING,
     }
     return {
         "dataset_name": "Dataset004_Hippocampus",

@@ -28,7 +28,6 @@ from stunet_plugin.options import Options
 from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
 from stunet_plugin.trainers.safe_trainer import discard_gradients, read_to_resume
 from stunet_plugin.weights import pretrained
-from stunet_plugin.weights.identify import strip_prefix
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of outputs that nnU-Net gives none: without a gradient for their heads DDP stops."""
@@ -48,7 +47,7 @@ class PluginTrainer(DistributedTrainer):
     inference_allowed_mirroring_axes: tuple[int, ...] | None
     _choices: tuple[str, ...] = ()  # lines for the log on what was chosen by the plan
     _weights_were_loaded = False
-    _prefix_hooks: tuple[Any, ...] = ()
+    _name_hooks: tuple[Any, ...] = ()
 
     # nnU-Net reads the names of these parameters off the signature.
     def __init__(
@@ -157,34 +156,22 @@ class PluginTrainer(DistributedTrainer):
     def initialize(self) -> None:
         super().initialize()
         self._bare_network().register_load_state_dict_post_hook(self._note_loaded_weights)
-        self._accept_prefixed_weights()
+        self._accept_other_names()
 
-    def _accept_prefixed_weights(self) -> None:
-        """Let nnU-Net's loader take names with a prefix, as DDP and torch.compile add it."""
-        file, network = _pretrained_file(), self._bare_network()
-        prefix = _read_pretrained(file, network)[1] if file else ""
-        if not prefix:
-            return
-        self.print_to_log_file(f"Prefix {prefix!r} stripped from all names in {file}")
-
-        def add(_: Any, state: dict[str, Any], *__: Any) -> None:
-            for name in list(state):
-                state[prefix + name] = state.pop(name)
-
-        def strip(_: Any, state: dict[str, Any], *__: Any) -> None:
-            for name in list(state):
-                state[name.removeprefix(prefix)] = state.pop(name)
-
-        before_loading = network.register_load_state_dict_pre_hook(strip)
-        # Before the hook that shards weights.
-        network._load_state_dict_pre_hooks.move_to_end(before_loading.id, last=False)
-        self._prefix_hooks = before_loading, network.register_state_dict_post_hook(add)
+    def _accept_other_names(self) -> None:
+        """Let nnU-Net's loader take a file with other names, or without a decoder."""
+        if file := _pretrained_file():
+            network = self._bare_network()
+            given = pretrained.read_for(file, network)
+            if given.renamed:
+                self.print_to_log_file(f"{given.renamed}: {file}")
+                self._name_hooks = pretrained.show_as_own(network, given)
 
     def _note_loaded_weights(self, *_: Any) -> None:
         self._weights_were_loaded = True
 
     def on_train_start(self) -> None:
-        for hook in self._prefix_hooks:
+        for hook in self._name_hooks:
             hook.remove()
         super().on_train_start()
         network = self._bare_network()
@@ -198,7 +185,8 @@ class PluginTrainer(DistributedTrainer):
         if self._weights_were_loaded and file:
             weights = self.whole_weights()
             if self.local_rank == 0:
-                loaded = pretrained.describe_loaded(weights, _read_pretrained(file, network)[0])
+                given = pretrained.read_for(file, network).checkpoint
+                loaded = pretrained.describe_loaded(weights, given)
                 self.print_to_log_file(f"{loaded} ({file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_banner(
@@ -264,7 +252,7 @@ class PluginTrainer(DistributedTrainer):
             # nnU-Net's loader would stop at an assertion.
             if not Path(file).is_file():
                 raise PluginError(f"-pretrained_weights {file}: there is no such file.")
-            checkpoint, _ = _read_pretrained(file, network)
+            checkpoint = pretrained.read_for(file, network).checkpoint
             weights = checkpoint["network_weights"]
             mismatches = pretrained.describe_mismatches(network, weights, heads_too=False)
             if mismatches:
@@ -341,14 +329,6 @@ def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]
 
 def _pretrained_file() -> str | None:
     return pretrained.pretrained_weights_on_command_line(sys.argv)
-
-
-def _read_pretrained(file: str, network: torch.nn.Module) -> tuple[dict[str, Any], str]:
-    """Return the checkpoint, and the prefix that was stripped from the names of its weights."""
-    checkpoint = pretrained.read_checkpoint(file, "-pretrained_weights")
-    own_name = next(iter(network.state_dict()))
-    weights, prefix = strip_prefix(checkpoint["network_weights"], own_name)
-    return {**checkpoint, "network_weights": weights}, prefix
 
 
 def _check_writable(folder: Path) -> None:

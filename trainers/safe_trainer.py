@@ -84,7 +84,7 @@ class SafeTrainer(nnUNetTrainer):
         target = Path(filename)
         try:
             # torch.save takes an open file too, and then says what is wrong with the disk.
-            _write_whole(target, super().save_checkpoint)
+            write_whole(target, super().save_checkpoint)
             return
         except OSError as caught:
             error = caught
@@ -217,7 +217,7 @@ def _local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def _write_whole(target: Path, write: Callable[[Any], None]) -> None:
+def write_whole(target: Path, write: Callable[[Any], None]) -> None:
     """Write a file under another name, flush it to the disk, then rename it; after an OSError
     ``target`` is as it was, and nothing else is left."""
     unfinished = target.with_name(target.name + UNFINISHED)

@@ -4,8 +4,8 @@ this project: the published optimizer (docs/decisions.md), epochs of the network
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,8 +33,10 @@ from stunet_plugin.trainers.base_trainer import PluginTrainer
 from stunet_plugin.trainers.misfm_trainers import TRAINERS as MISFM
 from stunet_plugin.trainers.misfm_trainers import MISFMOptimizer
 from stunet_plugin.trainers.planned_trainers import PlannedTrainer
+from stunet_plugin.trainers.safe_trainer import FINAL, write_whole
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.weights import nnssl
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY, read_checkpoint
 
 SCORE_EPOCHS = 10
@@ -49,7 +51,7 @@ class VolumeFusionMixin(MISFMOptimizer):
     segmentation_trainer: ClassVar[str]
     _example: dict[str, Any] | None = None
 
-    @functools.cached_property
+    @cached_property
     def fusion(self) -> fusing.VolumeFusion:
         return fusion_from(self._options)
 
@@ -238,6 +240,23 @@ class VolumeFusionMixin(MISFMOptimizer):
                 " command with --c.\nElse look for images without contrast in"
                 " volume_fusion_epoch_*.png, or lower STUNET_VF_RATE and start again."
             )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net does; the final one then says in nnssl's way where its encoder is, and loads
+        with ``weights_only=True``, for tools that read such checkpoints."""
+        super().save_checkpoint(filename)
+        file, network = Path(filename), self._bare_network()
+        written = self.local_rank == 0 and not self.disable_checkpointing
+        if not written or file.name != FINAL or not hasattr(network, "key_to_encoder"):
+            return
+        chosen = dict(self.configuration_manager.configuration)
+        chosen["architecture"] = self.resolve_architecture(chosen)
+        plan = nnssl.make_plan(self.plans_manager.plans, chosen, self.num_input_channels, network)
+        whole = nnssl.without_numpy(read_checkpoint(filename, "The final checkpoint"))
+        try:
+            write_whole(file, partial(torch.save, {**whole, nnssl.ENTRY: plan}))
+        except OSError as error:
+            self.print_banner(f"{file.name} stays without {nnssl.ENTRY}: {error.strerror}.")
 
     @classmethod
     def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:

@@ -4,6 +4,7 @@ from stunet_plugin.commands.command import Command
 from stunet_plugin.commands.crosseval import Crosseval
 from stunet_plugin.commands.demo import Demo
 from stunet_plugin.commands.doctor import Doctor
+from stunet_plugin.commands.fine_tune import FineTune
 from stunet_plugin.commands.import_ import Import
 from stunet_plugin.commands.inspect import Inspect
 from stunet_plugin.commands.list import List
@@ -22,7 +23,7 @@ GROUPS: dict[str, tuple[type[Command], ...]] = {
     "segmentation": (Segment, Models),
     "install": (Demo, Register, Unregister, Doctor, Path),
     "networks and plans": (List, Plan),
-    "weights": (Import, Inspect, PlanLike),
+    "weights": (Import, Inspect, PlanLike, FineTune),
     "data": (Unlabeled, PseudoLabel, MergeDatasets),
     "evaluation": (Rank, Crosseval),
 }

@@ -8,15 +8,16 @@ from stunet_plugin.nnunet.names import DEFAULT_DATASET_ID, DEFAULT_FOLD, READERS
 
 @dataclass(frozen=True)
 class Import(Command):
-    """Turn published weights of STU-Net, PCT-Net or FMUNet (file or hf://owner/repository/file)
-    into a model folder of nnU-Net v2."""
+    """Turn weights of STU-Net, PCT-Net, FMUNet or nnU-Net's own U-Nets (file, model folder, or
+    hf://owner/repository/file) into a model folder of nnU-Net v2."""
 
     command = "import"
     example = "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model"
     runs = "stunet_plugin.weights.import_model:import_checkpoint"
 
     source: str = required(
-        metavar="SOURCE", help="checkpoint file, or hf://owner/repository[@revision]/file"
+        metavar="SOURCE",
+        help="checkpoint file, model folder, or hf://owner/repository[@revision]/file",
     )
 
     out: str | None = option(
@@ -86,11 +87,14 @@ class Import(Command):
             "other image channels",
             "repeat: the published way: every channel gets the mean kernel over the old channels,"
             " undivided; mean: the same divided by (new channels / old channels), so that channels"
-            " that all show one image give what that image gave",
+            " that all show one image give what that image gave; zeros: the old channels keep their"
+            " kernels, new ones start at zero",
         ),
         metavar="N",
         help="adapt the first convolutions to N channels",
     )
     stem: str | None = option(
-        "--stem", choices=("repeat", "mean"), help="how; repeat for STU-Net, mean for others"
+        "--stem",
+        choices=("repeat", "mean", "zeros"),
+        help="how; if not given, repeat for STU-Net, mean for others",
     )

@@ -13,12 +13,17 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.inference.build_network import build_network
+from stunet_plugin.inference.build_network import build_network, find_trainer
+from stunet_plugin.nnunet.names import CONFIGURATION
 from stunet_plugin.ranking.features import head_modules
 from stunet_plugin.ranking.options import Named, check_configuration
 from stunet_plugin.utils.files import read_json
+from stunet_plugin.weights import nnssl
+from stunet_plugin.weights.identify import NetworkWeights, is_decoder, read_weights
+from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.pretrained import describe_mismatches
 from stunet_plugin.weights.safe_loading import load_checkpoint
+from stunet_plugin.weights.source_plan import find_plan
 
 HEADS = ".seg_layers."
 """Names that fine-tuning does not take over, nor do we."""
@@ -66,13 +71,14 @@ class Candidate:
     file: Path | None
     trainer: str
     plan: Plan
+    translated: bool = False  # the file's tensors have other names than the network's
 
     def build(self, channels: int, seed: int) -> nn.Module:
         """Return the network, with heads at random and everything else as in the file, in
         evaluation mode; raise PluginError if the weights do not fit it."""
         network = self._initial(channels, seed)
         if self.file is not None:
-            weights = _read_checkpoint(self.file)["network_weights"]
+            weights = self._weights(self.file)
             mismatches = describe_mismatches(network, weights, heads_too=False)
             if mismatches:
                 raise PluginError(
@@ -82,6 +88,12 @@ class Candidate:
             kept = {name: value for name, value in weights.items() if HEADS not in name}
             network.load_state_dict(kept, strict=False)
         return network.eval()
+
+    def _weights(self, file: Path) -> dict[str, torch.Tensor]:
+        if self.translated:
+            return read_weights(file).tensors
+        weights: dict[str, torch.Tensor] = load_checkpoint(file)["network_weights"]
+        return weights
 
     def _initial(self, channels: int, seed: int) -> nn.Module:
         """Return the network with its initial weights, drawn with the seed."""
@@ -119,25 +131,59 @@ def find_candidates(given: Sequence[Named], target: Plan | None) -> list[Candida
         if one.trainer and target is not None:
             found.append(Candidate(one.name, None, one.trainer, target))
         elif one.path:
-            checkpoint = _read_checkpoint(one.file)
-            plan = target or _own_plan(checkpoint, one.file)
-            found.append(Candidate(one.name, one.file, str(checkpoint["trainer_name"]), plan))
+            found.append(_of_file(one, target))
     for one in given:
         if not one.path and not one.trainer:
             found += _random_ones(found, one.name)
     return found
 
 
-def _read_checkpoint(file: Path) -> dict[str, Any]:
-    """Return a checkpoint of nnU-Net v2, mapped into memory."""
-    checkpoint = load_checkpoint(file)
+def _of_file(one: Named, target: Plan | None) -> Candidate:
+    """Return the candidate in a checkpoint of nnU-Net v2 or nnssl."""
+    checkpoint = load_checkpoint(one.file)
     weights = checkpoint.get("network_weights")
-    if not isinstance(weights, Mapping) or not checkpoint.get("trainer_name"):
+    if not isinstance(weights, Mapping):
         raise PluginError(
-            f"{file} is no checkpoint of nnU-Net v2. Published weights become one with `stunet"
+            f"{one.file} is no checkpoint of nnU-Net v2. Published weights become one with `stunet"
             " import`; `stunet inspect` says what a file is."
         )
-    return checkpoint
+    trainer = str(checkpoint.get("trainer_name"))
+    names = [str(name) for name in weights]
+    alone = any(x.startswith("encoder.") for x in names) and not any(map(is_decoder, names))
+    if not nnssl.is_foreign(checkpoint) and _is_known(trainer):
+        if alone:
+            raise _encoder_only(one.file)
+        plan = target or _own_plan(checkpoint, one.file)
+        return Candidate(one.name, one.file, trainer, plan)
+    # Of somebody else's trainer, which is of no matter where the network is known.
+    network = read_weights(one.file)
+    if network.encoder_only:
+        raise _encoder_only(one.file)
+    plan = target or _plan_of(network, checkpoint, one.file)
+    return Candidate(one.name, one.file, network.trainer, plan, translated=True)
+
+
+def _encoder_only(file: Path) -> PluginError:
+    return PluginError(
+        f"{file} is an encoder without a decoder, whose features are compared. Rank weights with a"
+        " decoder; fine-tune with these and compare the results."
+    )
+
+
+def _is_known(trainer: str) -> bool:
+    try:
+        find_trainer(trainer)
+    except PluginError:
+        return False
+    return True
+
+
+def _plan_of(weights: NetworkWeights, checkpoint: Mapping[str, Any], file: Path) -> Plan:
+    """Return the plan of nnU-Net in a checkpoint or beside it, or that of nnssl's adaptation plan
+    in nnU-Net's terms."""
+    if nnssl.is_foreign(checkpoint) and (plan := find_plan(Source(file), weights)):
+        return Plan(plan.to_plans(weights, "Dataset000_Pretraining"), CONFIGURATION)
+    return _own_plan(checkpoint, file)
 
 
 def _own_plan(checkpoint: Mapping[str, Any], file: Path) -> Plan:

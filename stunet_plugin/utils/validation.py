@@ -64,6 +64,9 @@ class Fields:
 
         return str(self._checked(key, default, fits, f"one of {', '.join(allowed)}"))
 
+    def text(self, key: Any) -> str:
+        return str(self._checked(key, Fields._REQUIRED, _is_name, "text"))
+
     def number(self, key: Any, default: Any = _REQUIRED) -> float:
         return float(self._checked(key, default, is_number, "a finite number"))
 
@@ -113,6 +116,10 @@ def is_list(value: object) -> bool:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         return False
     return len(value) <= MAX_ENTRIES
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def is_integer(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Identification of the network in a checkpoint, from its keys and shapes alone, as names of files
-and metadata may be wrong. What is particular to a network is in ``stunet.py`` and ``misfm.py``."""
+and metadata may be wrong. What is particular to a network is in ``stunet.py``, ``misfm.py`` and
+``unet.py``."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError, few
 from stunet_plugin.networks.anisotropy import AnisotropyMode
+from stunet_plugin.networks.from_plan import resolve, resolve_planned
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import Strides
+from stunet_plugin.weights import nnssl
 from stunet_plugin.weights.safe_loading import load_checkpoint, plain_copy, plain_dict
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ class Origin(Enum):
     FMUNET = "PyMIC checkpoint of FMUNet"
     OWN_PCTNET = "nnU-Net v2 checkpoint of this plugin's PCT-Net"
     OWN_FMUNET = "nnU-Net v2 checkpoint of this plugin's FMUNet"
+    PLAIN = "nnU-Net v2 checkpoint of a PlainConvUNet"
+    RESIDUAL = "nnU-Net v2 checkpoint of a ResidualEncoderUNet"
+    NNSSL = "nnssl checkpoint of one of nnU-Net's networks"
 
     @property
     def pymic(self) -> bool:
@@ -43,6 +49,8 @@ class Origin(Enum):
         return self in (Origin.PCTNET, Origin.FMUNET)
 
 
+UNETS = (Origin.PLAIN, Origin.RESIDUAL, Origin.NNSSL)
+"""Of nnU-Net's own networks."""
 _V1, _V2, _PYMIC = "state_dict", "network_weights", "model_state_dict"
 """Entries that hold the weights in checkpoints of nnU-Net v1, v2 and of PyMIC."""
 _SIGNATURES = (
@@ -53,6 +61,8 @@ _SIGNATURES = (
     (Origin.OWN, _V2, "encoder.stages.0.0.shortcut.weight"),
     (Origin.OWN_PCTNET, _V2, "encoder.stages.2.2.transformer.blocks.0.attention.qkv.weight"),
     (Origin.OWN_FMUNET, _V2, "decoder.bottom.units.0.conv.weight"),
+    (Origin.PLAIN, _V2, "encoder.stages.0.0.convs.0.conv.weight"),
+    (Origin.RESIDUAL, _V2, "encoder.stem.convs.0.conv.weight"),
 )
 """Where each origin keeps its weights, and a name that only this network has."""
 
@@ -74,6 +84,8 @@ class NetworkWeights:
         default_stem: how these are adapted to other image channels if the user does not say.
         outputs: of the segmentation heads, 0 where these were left out.
         entry: the ``architecture`` entry of a plan, strides to be filled in unless there is a mode.
+        encoder_only: whether the decoder is not there.
+        upsampling: strides of the transposed convolutions, finest first, which tell the poolings.
     """
 
     origin: Origin
@@ -90,6 +102,13 @@ class NetworkWeights:
     default_stem: str
     outputs: int
     entry: dict[str, Any]
+    encoder_only: bool = False
+    upsampling: Strides = ()
+
+    @property
+    def kind(self) -> str:
+        """The network's class."""
+        return str(self.entry["network_class_name"]).rpartition(".")[2]
 
     @property
     def input_channels(self) -> int:
@@ -103,17 +122,24 @@ class NetworkWeights:
     @property
     def poolings(self) -> Strides | None:
         """Strides after the first stage if the network dictates them; None if the plan does."""
-        return self.mode.strides[1:] if self.mode else None
+        return self.mode.strides[1:] if self.mode else self.upsampling or None
 
     @property
     def description(self) -> str:
         """Network, size, channels and outputs, for people."""
         own = self.network.named_parameters()
-        parameters = sum(x.numel() for name, x in own if self.outputs or HEADS not in name)
+        parameters = sum(x.numel() for name, x in own if self._expects(name))
+        rest = f"{self.outputs} outputs" if self.outputs else "heads left out"
         return (
             f"{self.title}, {parameters:,} parameters, {self.input_channels} input channel(s),"
-            f" {f'{self.outputs} outputs' if self.outputs else 'heads left out'}"
+            f" {'encoder only' if self.encoder_only else rest}"
         )
+
+    def _expects(self, name: str) -> bool:
+        """Return whether a tensor of the network has to be there."""
+        if self.encoder_only:
+            return name.startswith("encoder.")
+        return bool(self.outputs) or HEADS not in name
 
     @cached_property
     def network(self) -> nn.Module:
@@ -121,7 +147,9 @@ class NetworkWeights:
         import torch
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-        entry = self.architecture(((1,) * DIMENSIONS,) * len(self.features))
+        # Of an encoder alone any will do, but with poolings its shortcuts have other names.
+        poolings = self.upsampling or ((2,) * DIMENSIONS,) * (len(self.features) - 1)
+        entry = self.architecture(((1,) * DIMENSIONS, *poolings))
         sizes = self.input_channels, self.outputs or 1
         with torch.device("meta"):
             # The entry's values are the class, its arguments and which of them to import.
@@ -143,19 +171,38 @@ class NetworkWeights:
         the old response; the norm behind conv1 takes that out again, the shortcut has none.
         ``mean``: m * M / N, as nnU-Net's loader of nnssl weights does. N copies of an image give
         exactly the old response.
+        ``zeros``: the old channels keep their kernels, new ones start at zero.
         """
-        old, adapted = self.input_channels, dict(self.tensors)
-        factor = old / channels if (stem or self.default_stem) == "mean" else 1.0
+        import torch
+
+        old, adapted, stem = self.input_channels, dict(self.tensors), stem or self.default_stem
+        if stem == "zeros" and channels < old:
+            raise PluginError(
+                f"--stem zeros is for more image channels than the {old} of the weights, not for"
+                f" {channels}. Take --stem mean or repeat."
+            )
+        factor = old / channels if stem == "mean" else 1.0
         for name in self.input_weights if old != channels else ():
-            kernel = adapted[name].mean(dim=1, keepdim=True) * factor
-            adapted[name] = kernel.repeat(1, channels, *([1] * DIMENSIONS))
+            kernel, rest = adapted[name], [1] * DIMENSIONS
+            if stem == "zeros":
+                new = kernel.new_zeros((kernel.shape[0], channels - old, *kernel.shape[2:]))
+                adapted[name] = torch.cat((kernel, new), dim=1)
+            else:
+                mean = kernel.mean(dim=1, keepdim=True) * factor
+                adapted[name] = mean.repeat(1, channels, *rest)
         return replace(self, tensors=adapted)
+
+    def check_plan(self, configuration: Mapping[str, Any]) -> None:
+        """Raise unless the weights' trainer builds a network for a configuration of a plan."""
+        if self.origin in UNETS:
+            resolve_planned(configuration, self.trainer)
+        else:
+            resolve(configuration, self.preset, self.trainer)
 
     def training_argument(self, name: str, kind: type) -> Any:
         """Return an argument of the trainer that an nnU-Net v2 checkpoint keeps, as plain Python;
         None where it has none of this kind."""
-        arguments = self.checkpoint.get("init_args")
-        value = plain_dict(arguments).get(name) if isinstance(arguments, dict) else None
+        value = training_arguments(self.checkpoint).get(name)
         return plain_copy(value, f"{name} in the checkpoint") if isinstance(value, kind) else None
 
     def check_finite(self, path: Path) -> None:
@@ -172,7 +219,7 @@ class NetworkWeights:
     def check_shapes(self) -> None:
         """Raise unless names and shapes are those of the network that the weights claim to be."""
         own = self.network.state_dict().items()
-        expected = {x: tuple(y.shape) for x, y in own if self.outputs or HEADS not in x}
+        expected = {x: tuple(y.shape) for x, y in own if self._expects(x)}
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected]
         wrong = [
@@ -182,7 +229,7 @@ class NetworkWeights:
         ]
         for found, what in (
             (missing, f"of {len(expected)} tensors are missing"),
-            (extra, f"tensors are no part of {self.misfm.name if self.misfm else 'an STU-Net'}"),
+            (extra, f"tensors are no part of a {self.kind}"),
             (wrong, f"tensors have the wrong shape for widths {list(self.features)}"),
         ):
             if found:
@@ -194,6 +241,7 @@ def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) ->
     ``mode``: for a file that holds all; ``any_mode``: read that by mode 0, where any will do."""
     from stunet_plugin.weights.misfm import PRESETS, read_misfm
     from stunet_plugin.weights.stunet import read_stunet
+    from stunet_plugin.weights.unet import read_unet
 
     checkpoint = load_checkpoint(path)
     origin, weights = _identify(checkpoint, path)
@@ -202,10 +250,11 @@ def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) ->
     try:
         if origin in PRESETS:
             found = read_misfm(origin, checkpoint, weights, mode)
-        elif mode is None:
-            found = read_stunet(origin, checkpoint, weights)
-        else:
+        elif mode is not None:
             raise PluginError("it has no anisotropy modes. Leave --mode out.")
+        else:
+            read = read_unet if origin in UNETS else read_stunet
+            found = read(origin, checkpoint, weights)
         found.check_shapes()
     except (PluginError, ValueError) as error:
         raise PluginError(f"{path} is refused as a {origin.value}: {error}") from error
@@ -216,12 +265,18 @@ def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[s
     """Return who wrote a checkpoint, and the weights without a wrapper's prefix (of data parallel
     training, torch.compile or Lightning)."""
     lightning = "pytorch-lightning_version" in checkpoint
+    plan = nnssl.adaptation_plan(checkpoint) if nnssl.is_foreign(checkpoint) else None
     for origin, entry, name in _SIGNATURES:
         weights = checkpoint.get(_V1 if lightning else entry)
         if not isinstance(weights, dict):
             continue
-        weights, prefix = strip_prefix(plain_dict(weights), name)
+        weights = plain_dict(weights)
+        if plan and entry == _V2:
+            weights = nnssl.rename(weights, plan)
+        weights, prefix = strip_prefix(weights, name)
         if name in weights:
+            if plan and origin in UNETS:
+                origin = Origin.NNSSL
             if prefix:
                 wrapper = " (Lightning checkpoint)" if lightning else ""
                 print(f"Prefix:       {prefix!r} stripped from all names{wrapper}")
@@ -235,6 +290,13 @@ def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[s
     raise PluginError(f"{path} is a torch file, but holds no network that is known here: {found}.")
 
 
+def training_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the trainer that an nnU-Net v2 checkpoint keeps, untrusted; empty
+    where there are none."""
+    arguments = checkpoint.get("init_args")
+    return plain_dict(arguments) if isinstance(arguments, dict) else {}
+
+
 def strip_prefix(weights: Mapping[Any, Any], expected: str) -> tuple[dict[Any, Any], str]:
     """Return weights without the prefix that all their names share before the expected name, and
     the prefix, empty if there is none."""
@@ -244,6 +306,14 @@ def strip_prefix(weights: Mapping[Any, Any], expected: str) -> tuple[dict[Any, A
         if name.endswith(f".{expected}") and all(str(x).startswith(prefix) for x in weights):
             return {x.removeprefix(prefix): weights[x] for x in names}, prefix
     return dict(weights), ""
+
+
+def is_decoder(name: str) -> bool:
+    """Return whether a tensor is of a decoder, without its heads, and without the encoder that the
+    decoder of nnU-Net's networks holds."""
+    return name.startswith("decoder.") and not name.startswith(
+        ("decoder.encoder.", "decoder.seg_layers.")
+    )
 
 
 def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import platform
 import re
 import reprlib
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
 from stunet_plugin.nnunet.registration import find_host, host_version, registered
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
-from stunet_plugin.weights import model_folder
-from stunet_plugin.weights.identify import DIMENSIONS, HEADS, NetworkWeights, read_weights
-from stunet_plugin.weights.locate import Source, find_source, published_facts
+from stunet_plugin.weights import model_folder, nnssl
+from stunet_plugin.weights.identify import (
+    DIMENSIONS,
+    HEADS,
+    UNETS,
+    NetworkWeights,
+    Origin,
+    read_weights,
+)
+from stunet_plugin.weights.locate import Source, find_model, published_facts
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 from stunet_plugin.weights.safe_loading import check_integrity
-from stunet_plugin.weights.source_plan import choose_plan
+from stunet_plugin.weights.source_plan import choose_plan, find_plan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
@@ -44,6 +50,7 @@ class _Model:
     labels: str
     init_args: dict[str, Any]
     files: model_folder.Files
+    entries: dict[str, Any] = field(default_factory=dict)  # more of the checkpoint
 
 
 def import_checkpoint(options: Import) -> int:
@@ -53,7 +60,7 @@ def import_checkpoint(options: Import) -> int:
         raise PluginError(f"--fold must be a number or 'all', not {options.fold!r}.")
     if options.in_channels is not None and options.in_channels < 1:
         raise PluginError(f"--in-channels must be at least 1, not {options.in_channels}.")
-    source = find_source(options.source)
+    source = find_model(options.source)
     weights = read_weights(source.checkpoint, options.mode)
     print(f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}")
     print(f"Network:      {weights.description}")
@@ -77,7 +84,7 @@ def _write(options: Import, source: Source, weights: NetworkWeights, model: _Mod
     channels = options.in_channels or weights.input_channels
     written = model.weights.with_input_channels(channels, options.stem)
     mirroring = _mirroring_axes(weights)
-    save = partial(model_folder.save_checkpoint, written, model.init_args, mirroring)
+    save = partial(model_folder.save_checkpoint, written, model.init_args, mirroring, model.entries)
     model_folder.write_model_folder(model.folder, record, {**model.files, file: save}, file)
 
 
@@ -94,7 +101,7 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
     dataset_name, folder = model_folder.find_place(options, name, model_name)
     plan = plan.with_channels(options.in_channels or plan.channels)
     plans = plan.to_plans(weights, dataset_name)
-    resolve(plans["configurations"][CONFIGURATION], weights.preset, weights.trainer)
+    weights.check_plan(plans["configurations"][CONFIGURATION])
     dataset = {
         "name": dataset_name,
         "description": f"Weights of {source.checkpoint.name}; there are no training cases here.",
@@ -124,17 +131,28 @@ def _segmentation_model(options: Import, source: Source, weights: NetworkWeights
 
 def _pretext_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:
     """Return weights of a pretext task without their heads, for ``-pretrained_weights``."""
-    print(
-        f"Heads:        left out: {weights.outputs} outputs of a pretext task (a segmentation model"
-        " has --spacing and --patch-size)"
+    outputs = (
+        f"{weights.outputs} outputs of a pretext task" if weights.outputs else "there are none"
     )
-    number = weights.mode.number if weights.mode else 0
-    name, model_name = f"{_name_of_file(source)}_mode{number}", f"__pretext__mode{number}"
-    _, folder = model_folder.find_place(options, name, weights.trainer + model_name)
-    plan, labels = "none: weights of a pretext task", "none: heads left out"
-    arguments = {"configuration": CONFIGURATION, "mode": number}
+    advice = " (a segmentation model has --spacing and --patch-size)" if weights.mode else ""
+    print(f"Heads:        left out: {outputs}{advice}")
+    mode = f"mode{weights.mode.number}" if weights.mode else ""
+    name = "_".join(filter(None, (_name_of_file(source), mode)))
+    model_name = "__".join(filter(None, (weights.trainer, "pretext", mode)))
+    dataset_name, folder = model_folder.find_place(options, name, model_name)
+    arguments: dict[str, Any] = {"configuration": CONFIGURATION}
+    if weights.mode:
+        arguments["mode"] = weights.mode.number
     kept = {name: value for name, value in weights.tensors.items() if HEADS not in name}
-    return _Model(folder, replace(weights, tensors=kept, outputs=0), plan, labels, arguments, {})
+    bare = replace(weights, tensors=kept, outputs=0)
+    entries, origin = dict[str, Any](), "none: weights of a pretext task"
+    if weights.origin in UNETS and (plan := find_plan(source, weights)):
+        plan = plan.with_channels(options.in_channels or weights.input_channels)
+        plans, origin = plan.to_plans(weights, dataset_name), plan.origin
+        chosen = plans["configurations"][CONFIGURATION]
+        made = nnssl.make_plan(plans, chosen, plan.channels, weights.network)
+        entries = {nnssl.ENTRY: made}
+    return _Model(folder, bare, origin, "none: heads left out", arguments, {}, entries)
 
 
 def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> bool:
@@ -149,6 +167,14 @@ def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> boo
             f" nothing. Fine-tune with it as it is: -pretrained_weights {shlex.quote(str(file))}"
         )
     segments = any((options.plans, options.spacing, options.patch_size, options.labels))
+    if weights.encoder_only or weights.origin is Origin.NNSSL:
+        what = "an encoder without a decoder" if weights.encoder_only else "of a pretext task"
+        if segments:
+            raise PluginError(
+                f"{file} is {what}, so it segments nothing. Leave out --plans, --spacing,"
+                " --patch-size and --labels; the import is then for -pretrained_weights."
+            )
+        return True
     if options.pretext and weights.outputs and (segments or not pymic):
         raise PluginError(
             "--pretext is for PyMIC checkpoints whose outputs mean nothing: leave it out, or"
@@ -209,6 +235,9 @@ def _advice(options: Import, model: _Model) -> tuple[tuple[str, str], ...]:
         f"nnUNetv2_train DATASET {CONFIGURATION} FOLD -tr {weights.trainer}_ft -pretrained_weights"
         f" {file}"
     )
+    if not weights.outputs and weights.origin in UNETS:
+        plan = f"stunet plan-like {place} -d DATASET    # or your own plan of this network"
+        return (*first, ("Plan", plan), ("Fine-tune", f"{train} -p NAME"))
     if network and not weights.outputs:
         plan = (
             f"nnUNetv2_plan_experiment -d DATASET -pl {network.planner} && nnUNetv2_preprocess -d"

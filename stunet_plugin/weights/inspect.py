@@ -52,7 +52,7 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
             yield name, str(value)[:80]
     plan = find_plan(source, weights)
     yield "plan", f"{plan.summary()} ({plan.origin})" if plan else _no_plan(weights)
-    if weights.outputs:
+    if weights.outputs and weights.origin is not Origin.NNSSL:
         labels, origin = choose_labels(source, weights, plan)
         names = list(labels["labels"])
         yield "labels", f"{len(names)}: {few(names, 12)} ({origin})"
@@ -61,6 +61,8 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
 
 def _no_plan(weights: NetworkWeights) -> str:
     network = weights.misfm
+    if weights.encoder_only:
+        return "unknown: fine-tune with a plan of the dataset that has this network"
     if not network or weights.outputs:
         return "unknown: `stunet import` will ask for --plans or plan options"
     return (

@@ -174,10 +174,11 @@ def save_checkpoint(
     weights: NetworkWeights,
     init_args: Mapping[str, Any],
     mirroring: tuple[int, ...] | None,
+    entries: Mapping[str, Any],
     path: Path,
 ) -> None:
     """Write an nnU-Net v2 checkpoint that loads with ``weights_only=True``. ``mirroring``: axes for
-    prediction."""
+    prediction; ``entries``: more that it holds."""
     import torch
 
     content = {
@@ -190,6 +191,7 @@ def save_checkpoint(
         "init_args": init_args,
         "trainer_name": weights.trainer,
         "inference_allowed_mirroring_axes": mirroring,
+        **entries,
     }
     torch.save(content, path)
 

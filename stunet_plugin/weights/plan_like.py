@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, PREPROCESSED
 from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields, channel_names
@@ -41,7 +40,7 @@ def plan_like(options: PlanLike) -> int:
     target = _check_name(folder, name, options.force)
     plans = _make_plans(model, weights, base, dataset, name)
     configuration = plans["configurations"][CONFIGURATION]
-    resolve(configuration, weights.preset, weights.trainer)
+    weights.check_plan(configuration)
     data = folder / configuration["data_identifier"]
     if data.is_dir():
         print(f"{data} holds data of an earlier plan of this name: preprocess again.")

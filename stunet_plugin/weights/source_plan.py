@@ -20,6 +20,7 @@ from stunet_plugin.networks.topology import Strides, check_patch_size, published
 from stunet_plugin.nnunet.names import AS_IN_FILE, CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, READERS
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.validation import Fields, is_number
+from stunet_plugin.weights import nnssl
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, Origin
 from stunet_plugin.weights.locate import FACTS, PLANS_SUFFIX, Source, published_facts
 from stunet_plugin.weights.safe_loading import load_plans_pickle
@@ -90,11 +91,12 @@ class SourcePlan:
     def channels(self) -> int:
         return len(self.normalization)
 
-    def strides(self, stages: int) -> Strides:
-        """Return the strides of a network with so many stages: six, as published, cut or pad the
+    def strides(self, weights: NetworkWeights) -> Strides:
+        """Return the strides of a network: the published six stages of STU-Net cut or pad the
         poolings; any other number must be the plan's own."""
         full: Strides = ((1,) * DIMENSIONS, *self.poolings)
-        if stages == NUM_STAGES:
+        stages = len(weights.features)
+        if stages == NUM_STAGES and weights.kind == "STUNet":
             return published_strides(full)
         if len(full) != stages:
             raise PluginError(
@@ -112,7 +114,7 @@ class SourcePlan:
             )
         check_patch_size(
             self.patch_size,
-            self.strides(len(weights.features)),
+            self.strides(weights),
             f"The network with the strides of the plan ({self.origin})",
             "Give the plan of the training (--plans), or --patch-size and --strides.",
         )
@@ -147,7 +149,7 @@ class SourcePlan:
                     "normalization_schemes": list(self.normalization),
                     "use_mask_for_norm": list(self.mask_for_norm),
                     **self.resampling,
-                    "architecture": weights.architecture(self.strides(len(weights.features))),
+                    "architecture": weights.architecture(self.strides(weights)),
                     "batch_dice": self.batch_dice,
                 }
             },
@@ -193,8 +195,8 @@ def choose_plan(source: Source, weights: NetworkWeights, options: Import) -> Sou
             mask_for_norm=(False,) * channels,
             channel_names=tuple(f"channel_{channel}" for channel in range(channels)),
             intensities=({},) * channels,
-            # PyMIC reads images as they lie in the file; those that STU-Net saw are all RAS.
-            reader=AS_IN_FILE if weights.origin.pymic else READERS[0],
+            # Those that STU-Net saw are all RAS; PyMIC and nnU-Net read as it lies in the file.
+            reader=READERS[0] if weights.kind == "STUNet" else AS_IN_FILE,
         )
     if plan is None:
         needed = "--spacing Z Y X --patch-size Z Y X"
@@ -223,6 +225,8 @@ def find_plan(
         found = read_plans_file(source.plans_pickle)
     elif plans := weights.training_argument("plans", dict):
         found = plan_from_v2(plans, configuration, f"plans in {source.checkpoint.name}")
+    elif plan := nnssl.adaptation_plan(weights.checkpoint):
+        return nnssl.read_plan(plan, weights, f"{nnssl.ENTRY} in {source.checkpoint.name}")
     else:
         return published if weights.origin is Origin.V1 else None
     if dataset:
@@ -313,7 +317,7 @@ def plan_from_v1(content: Mapping[str, Any], where: str) -> SourcePlan:
 def plan_from_v2(content: Mapping[str, Any], configuration: str, where: str) -> SourcePlan:
     """Translate one configuration of nnU-Net v2 plans, of the present format or that before 2.3."""
     plans = Fields(content, where)
-    chosen = _resolve_configuration(plans, configuration)
+    chosen = resolve_configuration(plans, configuration)
     if "previous_stage" in chosen:
         raise PluginError(f"{chosen.where} is the second stage of a cascade, no use on its own.")
     if "architecture" in chosen:
@@ -391,7 +395,7 @@ def _with_dataset(plan: SourcePlan, dataset: Mapping[str, Any], where: str) -> S
     return replace(plan, file_ending=ending)
 
 
-def _resolve_configuration(plans: Fields, name: str) -> Fields:
+def resolve_configuration(plans: Fields, name: str) -> Fields:
     """Follow ``inherits_from``, as nnU-Net does."""
     configurations = plans.fields("configurations")
     merged, following = dict[str, Any](), name

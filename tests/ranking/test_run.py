@@ -24,7 +24,16 @@ from stunet_plugin.ranking.target import class_names
 
 from conftest import Stunet
 from dataset_helpers import change_json, read_array, write_array
-from import_helpers import make_network, published_weights, v1_plans, with_changes, write_v1
+from import_helpers import (
+    make_network,
+    nnssl_checkpoint,
+    published_weights,
+    unet_checkpoint,
+    unet_entry,
+    v1_plans,
+    with_changes,
+    write_v1,
+)
 
 SHAPE, SPACING = (16, 16, 64), (1.5, 1.5, 1.5)
 DATASET = "Dataset004_Boxes"
@@ -107,6 +116,18 @@ def test_ranking_of_models_with_their_own_plans(folders: Path, stunet: Stunet) -
         # From the first run: the same numbers.
         assert f"{entry['score']:.3f}  " in table
     assert Path("ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_networks_of_nnunet_and_nnssl(folders: Path, stunet: Stunet) -> None:
+    """A trainer that nobody here has is of no matter; without -p nnssl's own preparation counts."""
+    unet_checkpoint(Path("unet.pth"), unet_entry("PlainConvUNet"))
+    nnssl_checkpoint(Path("ssl.pth"), unet_entry(), prefix="net.")
+    found = rank(stunet, "unet.pth ssl.pth --cases 2 --levels 2")
+    assert {entry["trainer"] for entry in found["candidates"]} == {"PlannedTrainer"}
+    assert all(entry["score"] is not None for entry in found["candidates"])
+    nnssl_checkpoint(Path("encoder.pth"), unet_entry(), "encoder.")
+    message = stunet(RANK, "unet.pth encoder.pth", code=2)
+    assert "encoder.pth is an encoder without a decoder" in message
 
 
 def test_the_datasets_plans_and_its_preprocessed_cases(folders: Path, stunet: Stunet) -> None:

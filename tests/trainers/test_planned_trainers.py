@@ -3,13 +3,17 @@ what it asks of every trainer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from stunet_plugin.errors import PluginError
 
+from import_helpers import make_unet, nnssl_checkpoint, unet_checkpoint, unet_entry
 from trainer_helpers import RESIDUAL, Make, batch_for, started
 
 
@@ -38,4 +42,60 @@ def test_what_it_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(PluginError) as caught:
         make("PlannedTrainer", options=options, **{"architecture": RESIDUAL, **changes})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
+@pytest.mark.parametrize("part", ["", "encoder."], ids=["whole", "encoder"])
+@pytest.mark.parametrize("prefix", [None, "net."], ids=["nnunet", "nnssl"])
+def test_takes_weights_through_the_stock_loader(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    part: str,
+    prefix: str | None,
+) -> None:
+    entry, file = unet_entry(kind), tmp_path / "weights.pth"
+    given = make_unet(entry, outputs=1).state_dict()
+    if prefix is None:
+        kept = {name: value for name, value in given.items() if name.startswith(part)}
+        unet_checkpoint(file, entry, network_weights=kept)
+    else:
+        nnssl_checkpoint(file, entry, part, prefix)
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    trainer = make("PlannedTrainer_ft", architecture=entry)
+    trainer.initialize()
+    before = {name: value.clone() for name, value in trainer.network.named_parameters()}
+    maybe_load_checkpoint(trainer, False, False, str(file))
+    trainer.save_debug_information = trainer.plot_network_architecture = lambda: None
+    trainer.on_train_start()
+    for name, value in trainer.network.named_parameters():
+        loaded = "seg_layers" not in name and (part == "" or name.startswith("encoder."))
+        assert torch.equal(value, given[name] if loaded else before[name]), name
+    log = Path(trainer.log_file).read_text()
+    assert ("the decoder starts at random" in log) == (part != "")
+    assert np.isfinite(trainer.train_step(batch_for(trainer))["loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features_per_stage": [4, 8, 24, 24]}, "in encoder.stages.2, encoder.stages.3, decoder"),
+        ({"kernel_sizes": [[3, 3, 3]] * 4}, "other kernels or strides than the plan's network"),
+        ({"n_blocks_per_stage": [1, 2, 2, 1]}, "missing (for example encoder.stages.2.blocks.1"),
+        ({"n_blocks_per_stage": [1, 1, 1, 1]}, "this network lacks (for example encoder.stages.1"),
+    ],
+)
+def test_stages_that_do_not_fit_are_named(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    file = unet_checkpoint(tmp_path / "weights.pth", unet_entry())
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    with pytest.raises(PluginError) as caught:
+        make("PlannedTrainer_ft", architecture=unet_entry(**changes))
     assert message in str(caught.value)

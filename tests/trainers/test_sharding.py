@@ -88,7 +88,7 @@ def test_pretrained_weights_go_into_a_sharded_network(
     trainer = make(options=SHARDED)
     torch.manual_seed(2)
     trainer.load_pretrained_weights(file)
-    for hook in trainer._prefix_hooks:
+    for hook in trainer._name_hooks:
         hook.remove()
     assert trainer._weights_were_loaded
     taken = trainer.whole_weights()

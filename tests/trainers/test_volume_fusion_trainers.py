@@ -15,10 +15,11 @@ from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
 from stunet_plugin.pretraining import score
 from stunet_plugin.trainers.volume_fusion_trainers import NETWORKS
+from stunet_plugin.weights.identify import Origin, read_weights
 from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
-from trainer_helpers import PATCH, Make, started
+from trainer_helpers import PATCH, RESIDUAL, Make, started
 
 TINY = "VolumeFusionTrainer_STUNet_tiny"
 REGIONS = {
@@ -92,6 +93,36 @@ def test_training_cannot_be_resumed_with_other_blocks(make: Make, tmp_path: Path
     make(TINY).load_checkpoint(checkpoint)
     with pytest.raises(PluginError, match="had classes 4, now 2. Set the STUNET_VF_ options"):
         make(TINY, options={"STUNET_VF_CLASSES": 2}).load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["VolumeFusionTrainer", TINY])
+def test_the_final_checkpoint_says_where_its_encoder_is(
+    make: Make, tmp_path: Path, name: str
+) -> None:
+    """In nnssl's way, so that nnU-Net's development version, where it is installed, reads it."""
+    trainer = started(make(name, **({} if name == TINY else {"architecture": RESIDUAL})))
+    file = tmp_path / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(file))
+    content = torch.load(file, weights_only=True)
+    plan, network = content["nnssl_adaptation_plan"], trainer.network
+    for key in ("key_to_encoder", "key_to_stem", *plan["keys_to_in_proj"]):
+        network.get_submodule(plan.get(key, key))
+    assert plan["architecture_plans"]["arch_class_name"].endswith(type(network).__name__)
+    (images,) = plan["pretrain_plan"]["configurations"].values()
+    assert images["patch_size"] == plan["recommended_downstream_patchsize"] == PATCH
+    assert read_weights(file).origin is not Origin.NNSSL
+    make(name, **({} if name == TINY else {"architecture": RESIDUAL})).load_checkpoint(str(file))
+    reader = pytest.importorskip(
+        "nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer",
+        reason="needs an nnU-Net that reads checkpoints of nnssl",
+    )
+    chosen = trainer.configuration_manager
+    other = trainer.build_network_architecture(trainer.plans_manager, chosen, 1, 3)
+    keys = [plan[f"key{x}"] for x in ("_to_encoder", "_to_stem", "s_to_in_proj", "_to_lpe")]
+    load = reader.PretrainedTrainer.load_pretrained_weights
+    load(other, str(file), 1, 1, PATCH, PATCH, *keys)
+    for key, value in network.encoder.state_dict().items():
+        assert torch.equal(other.encoder.state_dict()[key], value)
 
 
 @pytest.mark.slow
