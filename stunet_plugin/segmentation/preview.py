@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from stunet_plugin.segmentation.segmenter import Segmentation
 from stunet_plugin.utils.figures import distinct_colours, saved_figure
@@ -18,6 +19,7 @@ def save_preview(found: Segmentation, path: Path) -> None:
     picture, all."""
     from matplotlib.patches import Patch
 
+    found, titles = _upright(found)
     colours = dict(zip(found.names, distinct_colours(len(found.names)), strict=True))
     palette = np.zeros((max(found.names) + 1, 4))
     for value, colour in colours.items():
@@ -34,7 +36,7 @@ def save_preview(found: Segmentation, path: Path) -> None:
             aspect = spacing[others[0]] / spacing[others[1]]
             plot.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect)
             plot.imshow(palette[labels], aspect=aspect, interpolation="nearest")
-            plot.set_title(f"axis {'zyx'[axis]}, plane {index}", fontsize=9)
+            plot.set_title(titles[axis], fontsize=9)
             plot.set_axis_off()
         sizes = np.bincount(found.labels.ravel(), minlength=len(palette))
         named = sorted(found.names, key=lambda value: -sizes[value])
@@ -45,3 +47,17 @@ def save_preview(found: Segmentation, path: Path) -> None:
             figure.legend(handles=patches, fontsize=7, frameon=False, **where)
         else:
             figure.suptitle("Nothing was found", color="red")
+
+
+def _upright(found: Segmentation) -> tuple[Segmentation, tuple[str, ...]]:
+    """Turn a volume as radiologists look at it (head and front up, the patient's right on the
+    left), where its orientation is known; return it with the titles of the planes."""
+    nibabel, itk = (found.properties.get(f"{name}_stuff", {}) for name in ("nibabel", "sitk"))
+    affine = nibabel.get("reoriented_affine", nibabel.get("original_affine"))
+    if len(itk.get("direction", ())) == 9:
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+        affine[:3, :3] @= np.reshape(itk["direction"], (3, 3))
+    if affine is None:
+        return found, ("axis z", "axis y", "axis x")
+    change = ornt_transform(io_orientation(affine), axcodes2ornt("LPI"))
+    return found.turned(change), ("axial", "coronal", "sagittal")

@@ -88,9 +88,14 @@ class Segmentation:
         back = ornt_transform(
             io_orientation(affines["reoriented_affine"]), io_orientation(affines["original_affine"])
         )
-        labels, image = (apply_orientation(x.T, back).T for x in (self.labels, self.image))
+        return self.turned(back)
+
+    def turned(self, change: np.ndarray) -> Segmentation:
+        """Return the same in another order of voxels, by nibabel's array of a change of orientation
+        (axes x first); without the properties."""
+        labels, image = (apply_orientation(x.T, change).T for x in (self.labels, self.image))
         spacing = [0.0, 0.0, 0.0]
-        for step, axis in zip(self.spacing[::-1], back[:, 0], strict=True):
+        for step, axis in zip((self.spacing or (1.0,) * 3)[::-1], change[:, 0], strict=True):
             spacing[2 - int(axis)] = step
         return replace(self, labels=labels, image=image, spacing=tuple(spacing), properties={})
 

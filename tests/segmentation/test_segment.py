@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from stunet_plugin.cli import main
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.inference.predictor import Model
+from stunet_plugin.inference.slabs import Windows
 from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.segmentation.memory import LIBRARIES, check_memory, least_memory
-from stunet_plugin.segmentation.segmenter import Segmenter, _only_air
+from stunet_plugin.segmentation.preview import _upright
+from stunet_plugin.segmentation.segmenter import Segmentation, Segmenter, _only_air
 from stunet_plugin.utils.dicom import read_series, series_of
 from stunet_plugin.utils.discovery import walk
 from stunet_plugin.utils.geometry import Grid
@@ -192,6 +196,41 @@ def test_an_array_from_python(model: Path, tmp_path: Path) -> None:
             stunet_plugin.segment(array[0], model, **wrong)
     with pytest.raises(PluginError, match="shape"):
         stunet_plugin.segment(np.zeros((2, *SHAPE)), model, spacing=(1, 1, 1))
+
+
+def test_the_examples_of_the_documentation_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scan(tmp_path / "ct.nii.gz")
+    model.rename(tmp_path / "MODEL_FOLDER")
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testmod(stunet_plugin)
+    assert (failed, tried) == (0, 4), capsys.readouterr().out
+    page = Path(__file__).parents[2] / "docs" / "segment.md"
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(code, {})
+    assert "liver" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("axes", [(-1, 0, 0, 0, -1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, -1, 0)])
+def test_previews_are_upright(axes: tuple[int, ...]) -> None:
+    """Of a cube with its voxel nearest to the head, the front and the patient's right set."""
+    labels = np.zeros((2, 3, 4), np.uint8)
+    direction = np.reshape(axes, (3, 3))
+    corner = [
+        0
+        if direction[:, axis].sum() * (1, 1, -1)[int(abs(direction[:, axis]).argmax())] > 0
+        else -1
+        for axis in (2, 1, 0)
+    ]
+    labels[tuple(corner)] = 1
+    found = Segmentation(
+        labels, {}, {}, labels, (1.0, 2.0, 3.0), {"sitk_stuff": {"direction": axes}}, Windows()
+    )
+    upright, titles = _upright(found)
+    assert titles[0] == "axial"
+    assert upright.labels[0, 0, 0] == 1
+    assert upright.labels.sum() == 1
 
 
 def test_wrong_input_is_refused_before_anything_is_written(
