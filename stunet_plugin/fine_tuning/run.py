@@ -23,9 +23,9 @@ from stunet_plugin.trainers import TRAINERS
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights import pretrained
+from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import NetworkWeights, Origin, read_weights
 from stunet_plugin.weights.locate import CHECKPOINTS, Source, find_model
-from stunet_plugin.weights.source_plan import find_plan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.fine_tune import FineTune

@@ -19,11 +19,11 @@ from stunet_plugin.ranking.features import head_modules
 from stunet_plugin.ranking.options import Named, check_configuration
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights import nnssl
+from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import NetworkWeights, is_decoder, read_weights
 from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.pretrained import describe_mismatches
 from stunet_plugin.weights.safe_loading import load_checkpoint
-from stunet_plugin.weights.source_plan import find_plan
 
 HEADS = ".seg_layers."
 """Names that fine-tuning does not take over, nor do we."""

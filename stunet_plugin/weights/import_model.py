@@ -21,6 +21,7 @@ from stunet_plugin.nnunet.registration import find_host, host_version, registere
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder, nnssl
+from stunet_plugin.weights.choose_plan import choose_plan, find_plan
 from stunet_plugin.weights.identify import (
     DIMENSIONS,
     HEADS,
@@ -33,7 +34,6 @@ from stunet_plugin.weights.locate import Source, find_model, published_facts
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 from stunet_plugin.weights.safe_loading import check_integrity
-from stunet_plugin.weights.source_plan import choose_plan, find_plan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import

@@ -16,9 +16,10 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, PREPROCESSED
 from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields, channel_names
+from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import find_model
-from stunet_plugin.weights.source_plan import CT, INTENSITIES, SourcePlan, find_plan
+from stunet_plugin.weights.source_plan import CT, INTENSITIES, SourcePlan
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.plan_like import PlanLike

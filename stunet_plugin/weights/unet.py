@@ -11,7 +11,7 @@ from stunet_plugin.networks.from_plan import HOST_ARCHITECTURES
 from stunet_plugin.utils.validation import Fields, is_number
 from stunet_plugin.weights import identify, nnssl
 from stunet_plugin.weights.identify import DIMENSIONS, is_decoder
-from stunet_plugin.weights.source_plan import resolve_configuration
+from stunet_plugin.weights.read_plans import resolve_configuration
 
 _CONVS = {
     "PlainConvUNet": "encoder.stages.{}.0.convs.{}.conv.weight",

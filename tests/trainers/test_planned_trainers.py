@@ -10,11 +10,24 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.errors import PluginError
 
 from import_helpers import make_unet, nnssl_checkpoint, unet_checkpoint, unet_entry
-from trainer_helpers import RESIDUAL, Make, batch_for, started
+from trainer_helpers import DATASET, RESIDUAL, Make, batch_for, started
+
+
+def test_a_step_is_that_of_nnunets_trainer(make: Make) -> None:
+    """But for the deepest output, which counts a millionth here and nothing there."""
+    ours = started(make("PlannedTrainer", options={"STUNET_SEED": 1}, architecture=RESIDUAL))
+    arguments = {**ours.my_init_kwargs, "plans": {**ours.my_init_kwargs["plans"]}}
+    arguments["plans"]["continue_training"] = False
+    stock = started(nnUNetTrainer(**arguments))
+    stock.network.load_state_dict(ours.network.state_dict())
+    for seed in (1, 2):
+        losses = [trainer.train_step(batch_for(trainer, seed))["loss"] for trainer in (ours, stock)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_stem_is_a_part_of_the_encoder(make: Make) -> None:
@@ -84,6 +97,7 @@ def test_takes_weights_through_the_stock_loader(
         ({"features_per_stage": [4, 8, 24, 24]}, "in encoder.stages.2, encoder.stages.3, decoder"),
         ({"kernel_sizes": [[3, 3, 3]] * 4}, "other kernels or strides than the plan's network"),
         ({"n_blocks_per_stage": [1, 2, 2, 1]}, "missing (for example encoder.stages.2.blocks.1"),
+        ({"channel_names": {"0": "T1", "1": "T2"}}, "stunet import --in-channels 2"),
         ({"n_blocks_per_stage": [1, 1, 1, 1]}, "this network lacks (for example encoder.stages.1"),
     ],
 )
@@ -96,6 +110,10 @@ def test_stages_that_do_not_fit_are_named(
 ) -> None:
     file = unet_checkpoint(tmp_path / "weights.pth", unet_entry())
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    channels = changes.get("channel_names", DATASET["channel_names"])
+    entry = unet_entry(**{key: x for key, x in changes.items() if key != "channel_names"})
     with pytest.raises(PluginError) as caught:
-        make("PlannedTrainer_ft", architecture=unet_entry(**changes))
+        make(
+            "PlannedTrainer_ft", dataset={**DATASET, "channel_names": channels}, architecture=entry
+        )
     assert message in str(caught.value)

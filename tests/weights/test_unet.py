@@ -46,6 +46,18 @@ def test_an_imported_model_is_the_same_network(
     assert helpers.checkpoint_of(model).stat().st_size < 1.5 * size + 200_000
 
 
+def test_plans_before_nnunet_2_3_do_not_name_the_network(stunet: Stunet, tmp_path: Path) -> None:
+    """As in TotalSegmentator's models: the tensors tell all that is not nnU-Net's custom."""
+    entry = unet_entry("PlainConvUNet")
+    content = torch.load(unet_checkpoint(tmp_path / "x.pth", entry), weights_only=True)
+    chosen = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+    del chosen["architecture"]
+    chosen |= {"UNet_class_name": "PlainConvUNet", "pool_op_kernel_sizes": helpers.UNET_STRIDES}
+    torch.save(content, tmp_path / "x.pth")
+    model = stunet.model(tmp_path / "x.pth")
+    assert helpers.configuration(model)["architecture"] == entry
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stem", [None, "repeat", "zeros"])
 def test_other_channels(kind: str, stem: str | None, stunet: Stunet, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.weights.identify import read_weights
+from stunet_plugin.weights.read_plans import read_plans_file
 from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickle
-from stunet_plugin.weights.source_plan import read_plans_file
 
 import import_helpers as helpers
 from conftest import Stunet
