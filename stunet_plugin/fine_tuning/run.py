@@ -71,6 +71,7 @@ class _FineTuning:
         self.number = str(int(self.dataset.name[len("Dataset") :][:3]))
         self.folder = Path(os.environ[PREPROCESSED], self.dataset.name)
         known = os.environ.get(_EXTERNAL) or "registered" in registered(find_host()).values()
+        self.planned = False  # by this run
         self.variables = {} if known else {_EXTERNAL: str(trainers_folder())}
 
     def all(self) -> None:
@@ -79,20 +80,26 @@ class _FineTuning:
             # Prints what makes the commands below work by hand.
             print(f"  $ export {_EXTERNAL}=$(stunet path trainers)")
         plans = self._choose_plans()
-        identifier = self._chosen(plans).data_identifier
-        there = len(list((self.folder / identifier).glob("*.pkl")))
-        if there < len(self.dataset.cases):
-            where = f"-plans_name {plans} -c {CONFIGURATION} -np {self.options.processes}"
-            self._stock(f"nnUNetv2_preprocess -d {self.number} {where}")
         model = f"{self.trainer}__{plans}__{CONFIGURATION}"
         fold = Path(os.environ[RESULTS], self.dataset.name, model, f"fold_{self.options.fold}")
+        file = str(self.source.checkpoint.absolute())
+        logs = [path.read_text(errors="replace") for path in fold.glob("training_log_*.txt")]
+        if logs and not any(file in text for text in logs):
+            raise PluginError(
+                f"{fold} is a training that did not start from {file}. Move it away, or name other"
+                " plans with -p, whose trainings have a folder of their own."
+            )
         if (fold / CHECKPOINTS[0]).is_file():
             print(f"Trained already: {fold / CHECKPOINTS[0]}")
             return
+        identifier = self._chosen(plans).data_identifier
+        there = len(list((self.folder / identifier).glob("*.pkl")))
+        if self.planned or there < len(self.dataset.cases):
+            where = f"-plans_name {plans} -c {CONFIGURATION} -np {self.options.processes}"
+            self._stock(f"nnUNetv2_preprocess -d {self.number} {where}")
         begun = any((fold / name).is_file() for name in CHECKPOINTS[1:])
-        words = f"nnUNetv2_train {self.number} {CONFIGURATION} {self.options.fold} -p {plans}"
-        file = str(self.source.checkpoint.absolute())
         start = ("--c",) if begun else ("-pretrained_weights", file)
+        words = f"nnUNetv2_train {self.number} {CONFIGURATION} {self.options.fold} -p {plans}"
         self._stock(f"{words} -tr {self.trainer} -device {self.device}", *start)
         print(f"Trained:  {fold / CHECKPOINTS[0]}")
 
@@ -110,6 +117,7 @@ class _FineTuning:
         if not self._is_there(PLANS_NAME):
             self._stock(f"nnUNetv2_extract_fingerprint -d {self.number} {count}")
             self._stock(f"nnUNetv2_plan_experiment -d {self.number}")
+            self.planned = True
         reasons, network = [self._misfit(PLANS_NAME)], self.weights.misfm
         if not reasons[0]:
             return PLANS_NAME
@@ -123,7 +131,8 @@ class _FineTuning:
         for plans, command in ways.items():
             if not self._is_there(plans):
                 self._stock(*command)
-            reasons.append(self._misfit(plans))
+                self.planned = True
+            reasons.append(self._misfit(plans) or self._unlike(plans))
             if not reasons[-1]:
                 return plans
         tried = " ".join(f"{x}: {y}." for x, y in zip((PLANS_NAME, *ways), reasons, strict=True))
@@ -156,6 +165,19 @@ class _FineTuning:
         given = pretrained.read_for(str(self.source.checkpoint), network).checkpoint
         weights = given["network_weights"]
         return pretrained.describe_mismatches(network, weights, heads_too=False)
+
+    def _unlike(self, plans: str) -> str:
+        """Return why plans of this name are not those like the pretraining, "" if they are."""
+        model = find_plan(self.source, self.weights)
+        if model is None or plans != self.weights.plans_like:
+            return ""
+        chosen = self._chosen(plans)
+        if (tuple(chosen.spacing), tuple(chosen.patch_size)) == (model.spacing, model.patch_size):
+            return ""
+        return (
+            "they are like another pretraining (spacing or patch size differs). Make others: stunet"
+            f" plan-like {shlex.quote(str(self.source.checkpoint))} -d {self.number} --name NAME"
+        )
 
     def _stock(self, words: str, *more: str) -> None:
         """Print and run a command; Ctrl-C reaches it as well."""

@@ -37,6 +37,14 @@ def test_what_is_left_to_do_is_done_once(
     said = capfd.readouterr().out
     assert "Trained already" in said
     assert "  $ " not in said
+    other = nnunet_environment.root / "other.pth"
+    nnssl_checkpoint(other, unet_entry(), "encoder.", "net.", **spacing)
+    assert main([words[0], str(other), *words[2:]]) == 2
+    assert "did not start from" in capfd.readouterr().err
+    spacing["pretrain_plan/configurations/onemmiso/spacing"] = [4, 4, 4]
+    nnssl_checkpoint(other, unet_entry(), "encoder.", "net.", **spacing)
+    assert main([words[0], str(other), *words[2:]]) == 2
+    assert "they are like another pretraining" in capfd.readouterr().err
 
 
 def test_wrong_input_is_refused(stunet: Stunet, nnunet_folders: Path, tmp_path: Path) -> None:
