@@ -29,6 +29,7 @@ from stunet_plugin.segmentation.preview import save_preview
 from stunet_plugin.segmentation.scans import Scan, find_scans, parts_of
 from stunet_plugin.segmentation.segmenter import Segmentation, Segmenter, shown
 from stunet_plugin.utils.device import choose_device
+from stunet_plugin.utils.discovery import Source
 from stunet_plugin.utils.files import lock, read_json, sha256_of, write_atomically
 from stunet_plugin.utils.image_files import MOVE, ImageError, hash_of_image, place_image, side_files
 from stunet_plugin.utils.images import check_image
@@ -43,7 +44,7 @@ FAST_STEP, STEP = 0.8, 0.5
 
 def run_segment(options: Segment) -> int:
     """Segment; return 0, or 1 if nothing was found in a scan."""
-    out = Path(options.out).expanduser().absolute()
+    out = Path(os.path.abspath(Path(options.out).expanduser()))
     if out.exists() and not out.is_dir():
         raise PluginError(f"-o {out} is a file. Give a folder.")
     device = choose_device(options.device)
@@ -122,7 +123,8 @@ class _Run:
         """Raise a PluginError if a file would be lost that is not an earlier result of a scan."""
         other = f"Choose another folder with -o, or move it away from {self.out}."
         for scan in scans:
-            if any(isinstance(x, Path) and x.parent == self.out for x in scan.images):
+            folders = [Path(x.path) if isinstance(x, Source) else x.parent for x in scan.images]
+            if self.out.exists() and any(self.out.samefile(folder) for folder in folders):
                 raise PluginError(f"-o {self.out} is the folder of the scans. Choose another.")
             if self._record(scan).is_file():
                 record = read_json(self._record(scan))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from stunet_plugin.errors import PluginError, few, few_lines
-from stunet_plugin.utils.dicom import series_of
+from stunet_plugin.utils.dicom import damaged_images, series_of
 from stunet_plugin.utils.discovery import DICOM_FOLDER, Source, walk
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.image_files import (
@@ -148,7 +148,13 @@ def _dicom_scans(path: Path, folders: Sequence[Source], channels: int, modality:
     for folder in folders:
         if folder.problem:
             raise ImageError(folder.path, *folder.problem)
-        series += series_of(folder)
+        found = series_of(folder)
+        if damaged := damaged_images(folder, found):
+            raise PluginError(
+                f"{folder.path}: {len(damaged)} DICOM image(s) cannot be read: {few(damaged)}. Copy"
+                " the folder again, or convert it (dcm2niix)."
+            )
+        series += found
     volumes, left_out, problems = [], [], []
     for one in series:
         reason, detail = one.problem or ("", "")
@@ -165,8 +171,8 @@ def _dicom_scans(path: Path, folders: Sequence[Source], channels: int, modality:
         raise PluginError(f"These DICOM series are no volumes; move them away:\n{listed}")
     listed = few_lines([f"  {one}" for one in left_out])
     if not volumes:
-        force = " Series of another modality: --force." if modality else ""
-        raise PluginError(f"{path} holds no DICOM series that can be segmented.{force}\n{listed}")
+        force = "\nOf another modality: go on with --force." if "DICOM says" in listed else ""
+        raise PluginError(f"{path} holds no DICOM series that can be segmented:\n{listed}{force}")
     if left_out:
         print(f"Left out:\n{listed}")
     return [

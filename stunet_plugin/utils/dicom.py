@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from stunet_plugin.utils.image_files import UNREADABLE, ImageError
 from stunet_plugin.utils.images import SKEWED, check_header
 
 SERIES_UID, MODALITY, NUMBER = "0020|000e", "0008|0060", "0020|0011"
+PIXEL_DATA = b"\xe0\x7f\x10\x00"
+"""Tag in front of the voxels."""
 GAP_TOLERANCE = 0.1
 """By which share of the median gap the gaps between slices may differ."""
 SHIFT_TOLERANCE = 0.5
@@ -45,6 +48,14 @@ def read_series(source: Source) -> Any:
     components = image.GetNumberOfComponentsPerPixel()
     check_header(source.shown, image.GetSize(), image.GetSpacing(), components)
     return image
+
+
+def damaged_images(folder: Source, series: Sequence[Source]) -> list[str]:
+    """Return the files of a DICOM folder that hold voxels but are in none of its series: damaged,
+    or compressed in a way that is not known. A report, say, holds none."""
+    read = {name for one in series for name in one.files}
+    others = [name for name in folder.files if name not in read]
+    return [name for name in others if PIXEL_DATA in Path(folder.path, name).read_bytes()]
 
 
 class _Slice(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.segmentation.scans import find_scans
@@ -24,6 +25,10 @@ def refusal(given: Path, channels: int = 1, modality: str = "") -> str:
     with pytest.raises(PluginError) as caught:
         find_scans(str(given), channels, modality)
     return str(caught.value)
+
+
+def position(file: Path) -> float:
+    return float(sitk.ReadImage(str(file)).GetOrigin()[2])
 
 
 def touch(folder: Path, *files: str) -> Path:
@@ -77,9 +82,9 @@ def test_what_is_no_volume_is_left_out_or_refused(
     assert "ct, series 2: too few slices" in said
     assert "series 3: DICOM says MR, the model takes CT" in said
     assert names(tmp_path) == {"ct": ["1"], "mr": ["3"]}
-    assert "no DICOM series that can be segmented. Series of another modality: --force" in refusal(
-        tmp_path / "mr", modality="CT"
-    )
+    said = refusal(tmp_path / "mr", modality="CT")
+    assert "no DICOM series that can be segmented" in said
+    assert said.endswith("Of another modality: go on with --force.")
     places = [SPACING[2] * index for index in range(SHAPE[0])]
     write_dicom(tmp_path / "ct", ct_array(4)[1:], 4, "CT", [*places[:5], *places[6:]])
     write_dicom(tmp_path / "ct", ct_array(5), 5, "CT", tilt=20)
@@ -87,6 +92,11 @@ def test_what_is_no_volume_is_left_out_or_refused(
     assert re.search("ct, series 4: slices missing .*\n.*ct, series 5: skewed axes", said)
     write(tmp_path / "ct" / "image.nii.gz", ct_array(1))
     assert "holds both images (image.nii.gz) and DICOM" in refusal(tmp_path / "ct")
+    # The last slice of a series, where no gap tells that it lacks.
+    write_dicom(tmp_path / "cut", ct_array(6), 6, "CT")
+    truncate(max((tmp_path / "cut").iterdir(), key=position), 0.7)
+    (tmp_path / "cut" / "report.dcm").write_bytes(bytes(200))
+    assert "cut: 1 DICOM image(s) cannot be read: 6_" in refusal(tmp_path / "cut")
     for file in sorted((tmp_path / "mr").iterdir()):
         truncate(file, 0.1)
     assert "no image (none of 14 DICOM files can be read" in refusal(tmp_path / "mr")
