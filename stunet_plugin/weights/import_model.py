@@ -257,7 +257,8 @@ def _advice(options: Import, model: _Model) -> tuple[tuple[str, str], ...]:
     where = f"_from_modelfolder -m {place}" if options.out else installed
     predict = f"nnUNetv2_predict{where} -f {options.fold} -i IMAGES -o PREDICTIONS"
     predict += "" if torch.cuda.is_available() else " -device cpu"
-    return (*first, ("Predict", predict), ("Fine-tune", train))
+    segment = f"stunet segment SCAN -o OUT -m {place}"
+    return (("Segment", segment), *first, ("Predict", predict), ("Fine-tune", train))
 
 
 def _mirroring_axes(weights: NetworkWeights) -> tuple[int, ...] | None:
