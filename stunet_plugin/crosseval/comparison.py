@@ -10,9 +10,9 @@ from pathlib import Path
 
 from stunet_plugin.crosseval.inputs import PAIR, SHARED, Dataset, Model, Setup
 from stunet_plugin.crosseval.measures import TUBULAR, tolerance_of
-from stunet_plugin.datasets import label_systems
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, did_you_mean, few, nearest
+from stunet_plugin.utils import label_systems
 
 NEAR = 0.8
 """Similarity (1: the same) from which a name is taken for another one misspelt."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stunet_plugin.crosseval.measures import DEFAULT_TOLERANCE, TOLERANCES
-from stunet_plugin.datasets import label_systems
-from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name, load_label_system
 from stunet_plugin.datasets.raw_dataset import Case, find_raw, read_raw
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT
+from stunet_plugin.utils import label_systems
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import read_json
+from stunet_plugin.utils.label_systems import LabelSystem, canonical_name, load_label_system
 from stunet_plugin.utils.validation import channel_names, is_list, is_number
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stunet_plugin.datasets.label_systems import SIDES
+from stunet_plugin.utils.label_systems import SIDES
 
 DSC, NSD, HD95, ASSD = "DSC", "NSD", "HD95", "ASSD"
 REFERENCE_VOLUME, PREDICTION_VOLUME = "reference_volume", "prediction_volume"

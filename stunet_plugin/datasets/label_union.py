@@ -13,8 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
-from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name
 from stunet_plugin.errors import PluginError
+from stunet_plugin.utils.label_systems import LabelSystem, canonical_name
 
 
 @dataclass(frozen=True)

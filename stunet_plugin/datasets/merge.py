@@ -14,7 +14,6 @@ from nnunetv2.imageio import reader_writer_registry
 from tqdm import tqdm
 
 from stunet_plugin.datasets.folds import balanced_folds, own_folds
-from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name, load_label_system
 from stunet_plugin.datasets.label_union import LabelMapping, unite
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
@@ -23,6 +22,7 @@ from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS, SPLITS
 from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, hash_of_image, place_image
 from stunet_plugin.utils.images import read_geometry, read_images, read_label_array
+from stunet_plugin.utils.label_systems import LabelSystem, canonical_name, load_label_system
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.merge_datasets import MergeDatasets

@@ -19,7 +19,6 @@ import numpy as np
 from tqdm import tqdm
 
 from stunet_plugin import __version__
-from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name, check_regions
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
 from stunet_plugin.datasets.raw_dataset import find_raw, list_images
 from stunet_plugin.errors import PluginError
@@ -28,6 +27,7 @@ from stunet_plugin.nnunet.names import CONFIGURATION
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.files import read_json, sha256_of, write_atomically
+from stunet_plugin.utils.label_systems import LabelSystem, canonical_name, check_regions
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.pseudo_label import PseudoLabel

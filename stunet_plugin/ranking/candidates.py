@@ -14,8 +14,8 @@ from torch import nn
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.build_network import build_network, find_trainer
+from stunet_plugin.networks.features import head_modules
 from stunet_plugin.nnunet.names import CONFIGURATION
-from stunet_plugin.ranking.features import head_modules
 from stunet_plugin.ranking.options import Named, check_configuration
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights import nnssl

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.networks.features import read_features, sample_voxels, samples_of_levels
 from stunet_plugin.ranking.candidates import Candidate, Plan, find_candidates
 from stunet_plugin.ranking.ccfv import MINIMUM_SAMPLES, Gaussian, LevelScore, score_level
-from stunet_plugin.ranking.features import read_features, sample_voxels, samples_of_levels
 from stunet_plugin.ranking.options import FEWEST_CASES, Inputs
 from stunet_plugin.ranking.target import class_names, prepared_cases
 from stunet_plugin.utils.device import choose_device

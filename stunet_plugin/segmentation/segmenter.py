@@ -16,8 +16,6 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from scipy.ndimage import maximum_filter
 
-from stunet_plugin.datasets.label_systems import LabelSystem
-from stunet_plugin.datasets.label_systems import published_facts as published_systems
 from stunet_plugin.errors import PluginError, did_you_mean, few
 from stunet_plugin.inference.predictor import Model
 from stunet_plugin.inference.slabs import Windows
@@ -30,6 +28,8 @@ from stunet_plugin.utils.dicom import read_series
 from stunet_plugin.utils.discovery import Source
 from stunet_plugin.utils.image_files import ending_of
 from stunet_plugin.utils.images import read_image
+from stunet_plugin.utils.label_systems import LabelSystem
+from stunet_plugin.utils.label_systems import published_facts as published_systems
 
 AIR = -900
 """Hounsfield units: windows with nothing above hold only air."""

@@ -19,9 +19,9 @@ from stunet_plugin.crosseval.inputs import PAIR, Dataset, Model, Setup, read_dat
 from stunet_plugin.crosseval.measures import ASSD, DSC, MEASURES, NSD, TOLERANCES
 from stunet_plugin.crosseval.scoring import CaseScores, CaseTask, score_case
 from stunet_plugin.crosseval.statistics import Results, estimate, holm, wilcoxon
-from stunet_plugin.datasets.label_systems import LabelSystem, load_label_system
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError
+from stunet_plugin.utils.label_systems import LabelSystem, load_label_system
 
 Labels = str | Sequence[str]
 """A published system, or classes of one's own."""

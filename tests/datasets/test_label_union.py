@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stunet_plugin.datasets.label_systems import LabelSystem
 from stunet_plugin.datasets.label_union import unite
 from stunet_plugin.errors import PluginError
+from stunet_plugin.utils.label_systems import LabelSystem
 
 
 def system(name: str, *classes: str, **more: Any) -> LabelSystem:

@@ -14,11 +14,11 @@ import SimpleITK as sitk
 import torch
 
 from stunet_plugin.cli import main
-from stunet_plugin.datasets.label_systems import LabelSystem, check_regions
 from stunet_plugin.datasets.pseudo_label import ConfidenceFilter, Rule, parse_rules
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Model, Prediction
 from stunet_plugin.utils.files import read_json
+from stunet_plugin.utils.label_systems import LabelSystem, check_regions
 
 from conftest import Stunet
 from dataset_helpers import change_json, read_array, write_array

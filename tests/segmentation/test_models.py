@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from stunet_plugin.datasets.label_systems import LabelSystem, canonical_name
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.options import Options
 from stunet_plugin.segmentation.models import find_model, is_model
 from stunet_plugin.segmentation.published import PublishedModel, published_models
 from stunet_plugin.utils.files import home
+from stunet_plugin.utils.label_systems import LabelSystem, canonical_name
 from stunet_plugin.weights.locate import published_facts, web_address
 
 import import_helpers as helpers

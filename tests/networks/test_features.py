@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stunet_plugin.ranking.features import (
+from stunet_plugin.networks.features import (
     head_modules,
     read_features,
     sample_voxels,

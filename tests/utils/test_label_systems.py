@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stunet_plugin.datasets.label_systems import (
+from stunet_plugin.errors import PluginError
+from stunet_plugin.utils.label_systems import (
     LabelSystem,
     canonical_name,
     load_label_system,
     published_facts,
     shared_classes,
 )
-from stunet_plugin.errors import PluginError
 
 A_EVAL = ("FLARE22", "AMOS", "WORD-17", "TotalSegmentator-v2", "TotalSegmentator-MR", "BTCV")
 
