@@ -79,6 +79,12 @@ OPTIONS = (
     ENCODER_RATE := _fraction(
         "STUNET_ENCODER_RATE", "learning rate of the encoder as a fraction of the decoder's"
     ),
+    HEADS := Option(
+        "STUNET_HEADS",
+        "first segmentation heads: of the same class in the pretrained model (name), fitted to"
+        " sampled voxels (fit), or both (auto; if not set: in trainers _ft)",
+        words=("auto", "random", "name", "fit"),
+    ),
     MIRRORING := _switch(
         "STUNET_MIRRORING",
         "0: mirror neither in augmentation nor in prediction, for classes told apart by side",

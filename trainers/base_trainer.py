@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -25,15 +23,21 @@ from stunet_plugin.networks import topology
 from stunet_plugin.networks.from_plan import REPLAN, resolve
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.options import Options
-from stunet_plugin.trainers.distributed_trainer import DistributedTrainer, check_distribution
+from stunet_plugin.trainers.distributed_trainer import check_distribution
+from stunet_plugin.trainers.fine_tuning import (
+    FineTuningScheduler,
+    encoder_parameters,
+    parameter_groups,
+)
 from stunet_plugin.trainers.safe_trainer import discard_gradients, read_to_resume
+from stunet_plugin.trainers.starting_heads import StartingHeads
 from stunet_plugin.weights import pretrained
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of outputs that nnU-Net gives none: without a gradient for their heads DDP stops."""
 
 
-class PluginTrainer(DistributedTrainer):
+class PluginTrainer(StartingHeads):
     """Base of the trainers of this project: a subclass says which network it builds
     (:meth:`resolve_architecture`) and its published schedule; iterations are per epoch."""
 
@@ -41,7 +45,6 @@ class PluginTrainer(DistributedTrainer):
     epochs: ClassVar[int] = 1000
     iterations: ClassVar[int] = 250
     val_iterations: ClassVar[int] = 50
-    fine_tuning: ClassVar[bool] = False
     preset: ClassVar[STUNetPreset | MISFMPreset | None]
 
     inference_allowed_mirroring_axes: tuple[int, ...] | None
@@ -181,12 +184,12 @@ class PluginTrainer(DistributedTrainer):
         self.print_to_log_file(
             f"Network: {type(network).__name__}, {count:,} parameters, strides {strides}"
         )
-        file = _pretrained_file()
+        file, checkpoint = _pretrained_file(), None
         if self._weights_were_loaded and file:
             weights = self.whole_weights()
+            checkpoint = pretrained.read_for(file, network).checkpoint
             if self.local_rank == 0:
-                given = pretrained.read_for(file, network).checkpoint
-                loaded = pretrained.describe_loaded(weights, given)
+                loaded = pretrained.describe_loaded(weights, checkpoint)
                 self.print_to_log_file(f"{loaded} ({file})")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_banner(
@@ -194,6 +197,7 @@ class PluginTrainer(DistributedTrainer):
                 "Stop and add -pretrained_weights /path/to/checkpoint_final.pth, or use the trainer"
                 " without _ft."
             )
+        self.start_heads(checkpoint, file)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         if not self.was_initialized:
@@ -201,6 +205,7 @@ class PluginTrainer(DistributedTrainer):
         if isinstance(filename_or_checkpoint, str):
             self.check_resumable(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
+        self._resumes = True
 
     @classmethod
     def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:
@@ -260,6 +265,7 @@ class PluginTrainer(DistributedTrainer):
                     f"-pretrained_weights {file} does not fit {cls.__name__}: it was written by"
                     f" {checkpoint.get('trainer_name', 'an unknown trainer')} and {mismatches}."
                 )
+            cls.check_heads(dataset, checkpoint, file)
 
     def check_resumable(self, file: str) -> None:
         """Say why a training cannot resume from a checkpoint, before nnU-Net changes anything."""
@@ -283,48 +289,6 @@ class PluginTrainer(DistributedTrainer):
             raise PluginError(
                 f"Cannot resume from {file}: that training started {had}. Use the same options."
             )
-
-
-class FineTuningScheduler(PolyLRScheduler):
-    """nnU-Net's poly schedule, times the warm-up, times each parameter group's ``rate_factor``."""
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, rate: float, max_steps: int, warmup_epochs: int
-    ) -> None:
-        self.warmup_epochs = warmup_epochs
-        super().__init__(optimizer, rate, max_steps)
-
-    def step(self, current_step: int | None = None) -> None:
-        super().step(current_step)
-        # As in the parent: without an argument its own counter, which it has just raised.
-        epoch = self.ctr - 1 if current_step is None or current_step == -1 else current_step
-        warmup = min(1.0, (epoch + 1) / (self.warmup_epochs + 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] *= warmup * group.get("rate_factor", 1.0)
-
-
-def parameter_groups(network: torch.nn.Module, encoder_rate: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: one, or (rest, encoder) where the encoder's rate, a fraction
-    of the rest's, differs; nnU-Net logs the first group's learning rate."""
-    if encoder_rate == 1.0:
-        return [{"params": list(network.parameters())}]
-    encoder = list(encoder_parameters(network))
-    inside = set(map(id, encoder))
-    rest = [parameter for parameter in network.parameters() if id(parameter) not in inside]
-    return [{"params": rest, "rate_factor": 1.0}, {"params": encoder, "rate_factor": encoder_rate}]
-
-
-def encoder_parameters(network: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    """Return the parameters of the encoder, its stem included; raise if it is not known."""
-    keys = [getattr(network, key, None) for key in ("key_to_encoder", "key_to_stem")]
-    if not all(keys):
-        raise PluginError(
-            f"{type(network).__name__} does not say which part is its encoder (key_to_encoder,"
-            f" key_to_stem). Unset {names.FROZEN_ENCODER_EPOCHS.variable} and"
-            f" {names.ENCODER_RATE.variable}."
-        )
-    parts = [network.get_submodule(str(key)) for key in keys]
-    return dict.fromkeys(parameter for part in parts for parameter in part.parameters())
 
 
 def _pretrained_file() -> str | None:

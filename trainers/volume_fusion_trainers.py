@@ -48,6 +48,7 @@ class VolumeFusionMixin(MISFMOptimizer):
     """Trains a network on fusion classes instead of labels; comes before the network's trainer
     among the bases. ``segmentation_trainer`` fine-tunes what this one pretrained."""
 
+    segments_labels = False
     segmentation_trainer: ClassVar[str]
     _example: dict[str, Any] | None = None
 

@@ -16,6 +16,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from stunet_plugin.errors import PluginError
 
@@ -58,9 +59,9 @@ def read_features(
     voxels: Mapping[int, np.ndarray],
     patch_size: Sequence[int],
     step: float,
-    levels: int,
+    heads: Sequence[nn.Module],
 ) -> list[dict[int, np.ndarray]]:
-    """Return the features of sampled voxels at the finest levels of the decoder.
+    """Return the features of sampled voxels at levels of the decoder: what some modules take in.
 
     At coarser levels a voxel's features are interpolated linearly between those of the level.
 
@@ -70,26 +71,26 @@ def read_features(
         voxels: label to indices (voxel, 3), see :func:`sample_voxels`.
         patch_size: three or two axes; a 2D network sees slices of the first axis.
         step: of the sliding window, as a fraction of the patch.
-        levels: how many.
+        heads: a module per level, the coarsest first: :func:`head_modules`, or in them.
 
     Returns:
-        One entry per level, the coarsest first: label to features (voxel, channel), float32.
+        One entry per level: label to features (voxel, channel), float32.
     """
     axes, patch = len(patch_size), (*(1,) * (3 - len(patch_size)), *patch_size)
     padded, inside = pad_nd_image(image, patch, "constant", {"value": 0}, return_slicer=True)
-    counts, counted = samples_of_levels(levels), [len(indices) for indices in voxels.values()]
+    counts, counted = samples_of_levels(len(heads)), [len(indices) for indices in voxels.values()]
     points = np.concatenate(list(voxels.values())) + [part.start or 0 for part in inside[1:]]
     rank, label = np.concatenate([np.arange(n) for n in counted]), np.repeat(list(voxels), counted)
 
     starts = _window_starts(points, padded.shape[1:], patch, step)
     device = next(network.parameters()).device
-    heads, inputs = head_modules(network)[-levels:], {}
+    inputs: dict[nn.Module, Tensor] = {}
 
     def remember(head: nn.Module, given: tuple[Tensor, ...]) -> None:
         inputs[head] = given[0]
 
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in heads]
-    with torch.inference_mode(), contextlib.ExitStack() as hooks:
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
         for head in heads:
             hooks.callback(head.register_forward_pre_hook(remember).remove)
         for start in np.unique(starts, axis=0):
@@ -146,3 +147,15 @@ def head_modules(network: nn.Module) -> list[nn.Module]:
             " are no levels to compare. Rank networks of this plugin, or nnU-Net's own U-Nets."
         )
     return list(heads)
+
+
+def last_convolution(head: nn.Module) -> _ConvNd:
+    """Return the convolution that makes the logits: the head itself, or the one in it that comes
+    after norm and activation; raise PluginError if there are more."""
+    found = [module for module in head.modules() if isinstance(module, _ConvNd)]
+    if len(found) != 1:
+        raise PluginError(
+            f"A segmentation head with {len(found)} convolutions cannot be fitted. Start it at"
+            " random: STUNET_HEADS=random"
+        )
+    return found[0]

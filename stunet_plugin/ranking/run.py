@@ -15,7 +15,12 @@ import numpy as np
 import torch
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.features import read_features, sample_voxels, samples_of_levels
+from stunet_plugin.networks.features import (
+    head_modules,
+    read_features,
+    sample_voxels,
+    samples_of_levels,
+)
 from stunet_plugin.ranking.candidates import Candidate, Plan, find_candidates
 from stunet_plugin.ranking.ccfv import MINIMUM_SAMPLES, Gaussian, LevelScore, score_level
 from stunet_plugin.ranking.options import FEWEST_CASES, Inputs
@@ -136,11 +141,11 @@ def _score(
     network = candidate.build(len(inputs.raw.channels), options.seed).to(device)
     collected = [LevelFeatures() for _ in range(levels)]
     patch, step = candidate.plan.chosen.patch_size, options.step_size
-    labels = list(class_names(inputs.raw))
+    labels, heads = list(class_names(inputs.raw)), head_modules(network)[-levels:]
     for case, image, segmentation in prepared_cases(inputs, candidate.plan):
         voxels = sample_voxels(segmentation, labels, case, options.seed)
         if set(voxels) - {BACKGROUND}:
-            features = read_features(network, image, voxels, patch, step, levels)
+            features = read_features(network, image, voxels, patch, step, heads)
             for level, of_case in zip(collected, features, strict=True):
                 level.add(of_case)
     if all(level.finite for level in collected) and not collected[-1].compared:

@@ -47,6 +47,11 @@ DRY_RUNS = {
         "stunet merge-datasets 911 916 --train-only 916 -d 919 -n AWithPseudoB_nnunet",
         "stunet crosseval",
     ),
+    "fitted_heads": (
+        "--test-cases 2 --labelled-cases 2 --seeds 1 --json none.json",
+        "STUNET_HEADS=auto nnUNetv2_train 21 3d_fullres_small_batch 1 -tr STUNetTrainer_small_ft",
+        "nnUNetv2_train 22 3d_fullres_small_batch 1 -tr STUNetTrainer_small -p",
+    ),
     "fine_tuning_circle": (
         "--model {model} --json none.json",
         "nnUNetv2_train 15 3d_fullres_small_batch 0 -tr STUNetTrainer_small_ft",

@@ -62,7 +62,8 @@ def test_each_voxel_is_read_in_the_window_that_has_it_in_the_middle(patch: tuple
     where = coordinates(SHAPE)
     segmentation = (np.indices(SHAPE).sum(0) > 40).astype(np.int8)
     voxels = sample_voxels(segmentation, [0, 1], "case", 0)
-    (full,) = read_features(Pyramid(len(patch)), where, voxels, patch, 0.5, 1)
+    network = Pyramid(len(patch))
+    (full,) = read_features(network, where, voxels, patch, 0.5, head_modules(network)[-1:])
     for label, indices in voxels.items():
         expected = where.numpy()[(slice(None), *indices.T)].T
         assert np.allclose(full[label], expected, rtol=1e-4, atol=1e-3)
@@ -72,7 +73,9 @@ def test_features_between_voxels_are_those_of_torchs_interpolation() -> None:
     torch.manual_seed(0)
     noise, size = torch.rand(2, 16, 16, 16), (16, 16, 16)
     voxels = sample_voxels(np.ones(size), [1], "case", 0)
-    coarse, half, _ = read_features(Pyramid(3), noise, voxels, size, 1.0, 3)
+    network = Pyramid(3)
+    heads = head_modules(network)[-3:]
+    coarse, half, _ = read_features(network, noise, voxels, size, 1.0, heads)
     for found, factor, count in ((coarse, 4, 100), (half, 2, 200)):
         pooled = functional.avg_pool3d(noise[None], factor)
         upsampled = functional.interpolate(pooled, size=size, mode="trilinear")[0]
@@ -85,8 +88,9 @@ def test_heads_of_every_network(name: str) -> None:
     """Applied to the features that were read, the last head gives the network's output."""
     network, given = build(name).eval(), image(name)[:1]
     voxels = {1: np.argwhere(np.ones(given.shape[2:]))[::97][:400]}
-    features = read_features(network, given[0], voxels, given.shape[2:], 0.5, 2)
-    head = head_modules(network)[-1]
+    heads = head_modules(network)[-2:]
+    features = read_features(network, given[0], voxels, given.shape[2:], 0.5, heads)
+    head = heads[-1]
     with torch.no_grad():
         found = head(torch.from_numpy(features[-1][1])[..., None, None, None]).flatten(1)
         expected = network(given)[0][0].numpy()[(slice(None), *voxels[1].T)].T

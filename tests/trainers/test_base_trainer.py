@@ -20,7 +20,7 @@ from stunet_plugin.networks.from_plan import stunet_architecture
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
 from stunet_plugin.options import Options
-from stunet_plugin.trainers.base_trainer import FineTuningScheduler, parameter_groups
+from stunet_plugin.trainers.fine_tuning import FineTuningScheduler, parameter_groups
 
 from conftest import PHANTOM_ID
 from trainer_helpers import Make, batch_for, started, stunet

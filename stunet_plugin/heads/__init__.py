@@ -1,0 +1,1 @@
+"""Segmentation heads at the start of fine-tuning: by name, or fitted to voxels."""
