@@ -96,6 +96,9 @@ class Heads:
                     samples.add(patch, read_features(self.network, *given))
         finally:
             self.network.train(training)
+        if not samples.finite:
+            self.lines.append("Segmentation heads at random: features are not finite numbers.")
+            return
         absent = [x for x, there in enumerate(samples.there()) if not there]
         if lost := [outputs.names[x] for x in absent if x not in self.rows]:
             self.lines.append(
@@ -110,9 +113,10 @@ class Heads:
         for level, (name, _) in enumerate(self.convolutions):
             weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
             middle: Any = (slice(None), slice(None), *(size // 2 for size in weight.shape[2:]))
-            start = Linear(weight[middle].float(), bias.float())
+            # A larger kernel is taken for what it is where features do not change from voxel to
+            # voxel, and starts with the voxel itself.
+            start = Linear(weight.flatten(2).sum(2).float(), bias.float())
             fitted = fit(samples.of_level(level, seed), start, free, blank)
-            # A larger kernel starts with the voxel itself.
             whole = torch.zeros_like(weight)
             whole[middle] = fitted.head.weight
             weight[free], bias[free] = whole[free], fitted.head.bias[free]
@@ -161,7 +165,7 @@ class _Sampled:
 
     def __init__(self, outputs: Outputs, labels: Sequence[int]) -> None:
         self.outputs, self.labels = outputs, labels
-        self.patches, self.cases = 0, set[int]()
+        self.patches, self.cases, self.finite = 0, set[int](), True
         self._levels: list[list[tuple[np.ndarray, np.ndarray]]] = []
 
     def add(self, patch: Patch, features: Sequence[Mapping[int, np.ndarray]]) -> None:
@@ -171,6 +175,7 @@ class _Sampled:
         self._levels = self._levels or [[] for _ in features]
         for level, of_level in zip(self._levels, features, strict=True):
             for label, values in of_level.items():
+                self.finite &= bool(np.isfinite(values).all())
                 share = (patch.labels == label).sum() / len(values)
                 facts = np.tile([label, share, patch.case], (len(values), 1))
                 level.append((values, facts))

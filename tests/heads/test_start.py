@@ -58,6 +58,10 @@ def losses(network: torch.nn.Module, dataset: Any, outputs: Outputs) -> tuple[fl
 
 def fitted(name: str, outputs: Outputs, **how: Any) -> tuple[Any, Any, Heads]:
     network = build(name, input_channels=2, num_classes=len(outputs.names)).train()
+    return (network, *fit_heads(network, name, outputs, **how))
+
+
+def fit_heads(network: Any, name: str, outputs: Outputs, **how: Any) -> tuple[Any, Heads]:
     patch = NETWORKS[name][1]
     shape = (5, *patch) if len(patch) == 2 else patch
     found = cases(shape, **how)
@@ -65,7 +69,7 @@ def fitted(name: str, outputs: Outputs, **how: Any) -> tuple[Any, Any, Heads]:
     heads = Heads(network, tensors)
     labels = sorted({0, *(value for values in outputs.values for value in values)})
     heads.fit(outputs, lambda: patches.training_patches(found, patch, labels, 1), patch, 1)
-    return network, found, heads
+    return found, heads
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +105,14 @@ def test_a_class_without_voxels_stays_random_and_is_outvoted() -> None:
     assert any("at random: nowhere (no voxel in" in line for line in heads.lines)
     loss, constant = losses(network, dataset, outputs)
     assert loss < constant
+
+
+def test_features_that_are_not_finite_leave_heads_at_random() -> None:
+    network = build("STUNet", input_channels=2)
+    torch.nn.init.constant_(network.encoder.stages[0][0].conv1.bias, torch.nan)
+    heads = fit_heads(network, "STUNet", Outputs.of({"labels": LABELS}, "test"))[1]
+    assert heads.lines == ["Segmentation heads at random: features are not finite numbers."]
+    assert all(torch.equal(x, network.state_dict()[name]) for name, x in heads.tensors.items())
 
 
 def test_patches_are_around_all_classes_and_the_same_again() -> None:
