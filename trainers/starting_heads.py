@@ -59,6 +59,13 @@ class StartingHeads(DistributedTrainer):
         own = {name: x for name, x in network.state_dict().items() if IN_HEADS in name}
         whole = sharding.gather(own, keep=True) if self.sharded else own
         heads = Heads(network, {name: x.detach().cpu().clone() for name, x in whole.items()})
+        try:
+            _ = heads.convolutions
+        except PluginError as error:
+            if wanted != AUTO:
+                raise
+            self.print_to_log_file(f"Segmentation heads at random: {error}")
+            return
         target, source, rows = _matched(self.dataset_json, checkpoint or {}, file or "", wanted)
         weights = (checkpoint or {}).get("network_weights", {})
         if source is not None and rows and have_heads(weights, heads.tensors, len(source.names)):

@@ -144,7 +144,7 @@ def head_modules(network: nn.Module) -> list[nn.Module]:
     if not isinstance(heads, nn.ModuleList) or not len(heads):
         raise PluginError(
             f"{type(network).__name__} has no segmentation heads in decoder.seg_layers, so there"
-            " are no levels to compare. Rank networks of this plugin, or nnU-Net's own U-Nets."
+            " are no levels to compare or fit. Take networks of this plugin, or nnU-Net's U-Nets."
         )
     return list(heads)
 

@@ -57,7 +57,7 @@ def fine_tune(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
 
 @pytest.mark.parametrize(
     ("name", "configuration"),
-    [("STUNetTrainer", "3d_fullres"), ("STUNetTrainer", "2d"), ("PCTNetTrainer", "3d_fullres")],
+    [("STUNetTrainer", "2d"), ("PCTNetTrainer", "3d_fullres"), ("PlannedTrainer", "3d_fullres")],
 )
 def test_same_labels_in_another_order_give_the_models_own_output(
     fine_tune: Any, name: str, configuration: str, capsys: Log
@@ -74,7 +74,9 @@ def test_same_labels_in_another_order_give_the_models_own_output(
     assert "by fit" not in log
 
 
-@pytest.mark.parametrize("name", ["STUNetTrainer", "PCTNetTrainer", "FMUNetTrainer"])
+@pytest.mark.parametrize(
+    "name", ["STUNetTrainer", "PCTNetTrainer", "FMUNetTrainer", "PlannedTrainer"]
+)
 def test_other_labels_are_fitted_around_those_known_by_name(
     fine_tune: Any, name: str, capsys: Log
 ) -> None:
@@ -112,7 +114,7 @@ def test_regions_and_options(fine_tune: Any, capsys: Log) -> None:
 
 def test_fine_tuning_trainers_do_it_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STUNET_HEADS", raising=False)
-    names = ("STUNetTrainer_tiny", "STUNetTrainer_tiny_ft", "FMUNetTrainer_ft")
+    names = ("STUNetTrainer_tiny", "STUNetTrainer_tiny_ft", "PlannedTrainer_ft")
     assert [TRAINERS[name].heads_wanted() for name in names] == ["random", "auto", "auto"]
     for word in ("fit", "random"):
         monkeypatch.setenv("STUNET_HEADS", word)
