@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-STRENGTHS = (1e-4, 1e-2)
-"""Of regularisation, on features of deviation 1 and the mean loss of a voxel."""
+LOGISTIC, RIDGE = "logistic regression", "ridge regression"
+METHODS = ((LOGISTIC, 1e-2), (RIDGE, 1e-2), (LOGISTIC, 1e-3), (LOGISTIC, 1e-4))
+"""Regressions, and how strongly they are regularised, on features of deviation 1 and the mean loss
+of a voxel; smaller weights first. Rare classes need the last ones."""
+AS_GOOD = 0.02
+"""Of Dice. Large weights unsettle the features in training (measured), so they must be worth it."""
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """From the scores of a ridge regression, 0 to 1, to logits; the best by the held-out loss."""
 STEPS = 50
-LOGISTIC, RIDGE = "logistic regression", "ridge regression"
+LEAST_DEVIATION = 0.1
+"""Of a channel's features, of that of all."""
 HELD_OUT = 4
 """Every fourth case."""
 
@@ -125,13 +130,10 @@ def fit(samples: Samples, start: Linear, free: Tensor, blank: Tensor) -> Fit:
         return _ridge(given, held_out, strength)
 
     # Ridge regression knows nothing of outputs that stay as they are.
-    names = (LOGISTIC, RIDGE) if bool((free & blank).all()) else (LOGISTIC,)
-    dice = {
-        (name, strength): held_out.dice(method(name, strength, part)(held_out.features))
-        for name in names
-        for strength in STRENGTHS
-    }
-    best = max(dice, key=lambda chosen: float(dice[chosen].nanmean().nan_to_num(-1)))
+    known = [x for x in METHODS if x[0] == LOGISTIC or bool((free & blank).all())]
+    dice = {x: held_out.dice(method(*x, part)(held_out.features)) for x in known}
+    means = {x: float(values.nanmean().nan_to_num(0)) for x, values in dice.items()}
+    best = next(x for x, mean in means.items() if mean >= max(means.values()) - AS_GOOD)
     return Fit(back(method(*best, scaled)), dice[best], f"{best[0]}, {best[1]:g}")
 
 
@@ -143,9 +145,9 @@ def _standardised(
     share = samples.weights / samples.weights.sum()
     mean = share @ samples.features
     deviation = (share @ (samples.features - mean) ** 2).sqrt()
-    # A channel that does not vary says nothing.
-    least = (1e-5 * mean.abs()).clamp(min=1e-6 * float(deviation.max().clamp(min=1e-6)))
-    deviation = torch.where(deviation > least, deviation, torch.inf)
+    # Channels that hardly vary must not get weights that a training could not keep.
+    least = LEAST_DEVIATION * deviation.square().mean().sqrt()
+    deviation = deviation.clamp(min=float(least.clamp(min=1e-6)))
     scaled = Samples(
         (samples.features - mean) / deviation,
         samples.targets,
@@ -155,8 +157,7 @@ def _standardised(
     )
 
     def forward(head: Linear) -> Linear:
-        weight = torch.where(deviation.isinf(), 0, head.weight * deviation)
-        return Linear(weight, head.bias + head.weight @ mean)
+        return Linear(head.weight * deviation, head.bias + head.weight @ mean)
 
     def back(head: Linear) -> Linear:
         weight = head.weight / deviation

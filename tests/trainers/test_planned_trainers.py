@@ -77,7 +77,8 @@ def test_takes_weights_through_the_stock_loader(
     else:
         nnssl_checkpoint(file, entry, part, prefix)
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
-    trainer = make("PlannedTrainer_ft", architecture=entry)
+    random = {"STUNET_HEADS": "random"}
+    trainer = make("PlannedTrainer_ft", architecture=entry, options=random)
     trainer.initialize()
     before = {name: value.clone() for name, value in trainer.network.named_parameters()}
     maybe_load_checkpoint(trainer, False, False, str(file))
