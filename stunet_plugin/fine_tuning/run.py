@@ -183,10 +183,12 @@ class _FineTuning:
         """Print and run a command; Ctrl-C reaches it as well."""
         command = [*words.split(), *more]
         print(f"  $ {shlex.join(command)}", flush=True)
+        environment = {**os.environ, **self.variables}
+        if command[0] != "nnUNetv2_train" and environment.get("nnUNet_n_proc_DA") == "0":
+            # Good for a training; nnU-Net's planners stop at it.
+            environment["nnUNet_n_proc_DA"] = "1"
         process = subprocess.Popen(
-            [find_command(command[0]), *command[1:]],
-            env={**os.environ, **self.variables},
-            stdin=subprocess.DEVNULL,
+            [find_command(command[0]), *command[1:]], env=environment, stdin=subprocess.DEVNULL
         )
         try:
             code = process.wait()

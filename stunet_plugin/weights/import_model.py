@@ -236,8 +236,7 @@ def _advice(options: Import, model: _Model) -> tuple[tuple[str, str], ...]:
         f" {file}"
     )
     if not weights.outputs and weights.origin in UNETS:
-        plan = f"stunet plan-like {place} -d DATASET    # or your own plan of this network"
-        return (*first, ("Plan", plan), ("Fine-tune", f"{train} -p NAME"))
+        return (*first, ("Fine-tune", f"stunet fine-tune {place} -d DATASET"))
     if network and not weights.outputs:
         plan = (
             f"nnUNetv2_plan_experiment -d DATASET -pl {network.planner} && nnUNetv2_preprocess -d"
