@@ -34,6 +34,9 @@ class Segment(Command):
         metavar="NAME",
         help="compute and write only these, by names of any label system",
     )
+    crop: bool = flag(
+        "--crop", "find the structures in a coarse pass (3 mm), run the network only around them"
+    )
     separate: bool = flag("--separate", "write one file per structure, OUT/SCAN/STRUCTURE")
     fast: bool = flag("--fast", "larger steps of the sliding window (0.8 patches, not 0.5)")
     mirror: bool = flag("--mirror", "average over mirrored images: 8 times as long")

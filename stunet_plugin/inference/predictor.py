@@ -126,8 +126,11 @@ class Model:
             self.trainer, manager, chosen, self.channels, outputs, deep_supervision=False
         )
         weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
+        # With one fold, its tensors become the network's: one copy in memory.
+        own = network.state_dict()
+        same = all(x not in own or own[x].dtype == y.dtype for x, y in weights[0].items())
         try:
-            network.load_state_dict(weights[0])
+            network.load_state_dict(weights[0], assign=same and len(weights) == 1)
         except RuntimeError as error:
             raise PluginError(
                 f"The weights in {self.files[0]} do not fit the plan of {self.folder}: {error}"
@@ -136,6 +139,7 @@ class Model:
         self.predictor.manual_initialization(
             network, manager, chosen, weights, self.dataset, self.trainer, axes
         )
+        self.predictor.loaded = weights[0]
         self.reader = manager.image_reader_writer_class()
 
     @property

@@ -35,12 +35,15 @@ def least_memory(predictor: SlabPredictor, shape: Sequence[int], spacing: Sequen
     padded = [max(pair) for pair in zip(map(int, new), patch, strict=True)]
     outputs = predictor.label_manager.num_segmentation_heads
     wanted = outputs if predictor.outputs is None else len(predictor.outputs) + 1
-    # Along the longest axis; half precision.
-    slab = min(patch[axis] * prod(padded) / padded[axis] for axis in range(3)) * wanted * 2
     first = next(x for x in predictor.network.parameters() if x.ndim > 3)
-    window = prod(patch) * (FIRST_MAPS * first.shape[0] + 2 * outputs) * 4
-    weights = sum(x.numel() for x in predictor.network.parameters()) * 4
     folds = len(predictor.list_of_parameters)
+    # Outputs are in half precision, features of the last layer, as wide as the first, in float32.
+    features = first.shape[0] * folds + 1
+    voxel = 4 * features if 2 * features <= outputs else 2 * wanted
+    # Along the longest axis.
+    slab = min(patch[axis] * prod(padded) / padded[axis] for axis in range(3)) * voxel
+    window = prod(patch) * (FIRST_MAPS * first.shape[0] * 4 + voxel)
+    weights = sum(x.numel() for x in predictor.network.parameters()) * 4
     images = IMAGE_COPIES * prod(shape) + INPUT_COPIES * shape[0] * prod(padded)
     return LIBRARIES + images * 4 + slab + window + (folds + 1) * weights
 

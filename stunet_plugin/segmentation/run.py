@@ -61,6 +61,7 @@ def run_segment(options: Segment) -> int:
         not options.all_windows,
         options.force,
         progress=not options.quiet,
+        crop=options.crop,
     )
     modality = "" if options.force else segmenter.modality
     scans = find_scans(options.scan, segmenter.model.channels, modality)
@@ -91,6 +92,7 @@ class _Run:
             "mirroring": options.mirror,
             "separate": options.separate,
             "leave_out_air": segmenter.leave_out_air,
+            "crop": segmenter.crop,
             "precision": options.precision,
             "device": device,
         }

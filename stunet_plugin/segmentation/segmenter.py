@@ -15,6 +15,7 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from scipy.ndimage import maximum_filter
+from tqdm import tqdm
 
 from stunet_plugin.errors import PluginError, did_you_mean, few
 from stunet_plugin.inference.predictor import Model
@@ -131,6 +132,7 @@ class Segmenter:
         device: ``cpu``, ``cuda`` or ``mps``.
         leave_out_air: do not run the network where a CT shows only air.
         force: take images of another modality than the model's.
+        crop: find the structures in a coarse pass first, and run the network only around them.
 
     Raises:
         PluginError: no such model or structure.
@@ -148,6 +150,7 @@ class Segmenter:
         leave_out_air: bool = True,
         force: bool = False,
         progress: bool = False,
+        crop: bool = False,
     ) -> None:
         folder = find_model(str(model))
         self.model = Model(folder, folds, checkpoint, step_size, mirroring, device, progress)
@@ -164,7 +167,7 @@ class Segmenter:
         written = [int(x) for x in order] if order else [x[0] for x in self.structures.values()]
         outputs = dict(zip(self.structures, range(len(written)) if order else written, strict=True))
         self.modality = self._modality()
-        self.leave_out_air, self.force = leave_out_air, force
+        self.leave_out_air, self.force, self.crop = leave_out_air, force, crop
         self.names = dict(zip(written, self.structures, strict=True))
         if structures:
             chosen = _find_structures(structures, system, self.structures)
@@ -268,7 +271,9 @@ class Segmenter:
             forward = self.model.predictor.plans_manager.transpose_forward
             box = tuple(slice(*edges) for edges in noted["bbox_used_for_cropping"])
             leave_out = _only_air(array[0].transpose(forward)[box], data.shape[1:])
-        found = self.model.segment(data, noted, case, leave_out=leave_out)
+        found = self.model.segment(data, noted, case, leave_out=leave_out, crop=self.crop)
+        if found.uncropped:
+            tqdm.write(f"{case}: not cropped: {found.uncropped}.")
         is_picture = isinstance(self.model.reader, NaturalImage2DIO)
         spacing = None if is_picture else tuple(float(x) for x in properties["spacing"])
         return Segmentation(
