@@ -20,7 +20,7 @@ METHODS = ((LOGISTIC, 1e-2), (RIDGE, 1e-2), (LOGISTIC, 1e-3), (LOGISTIC, 1e-4))
 """Regressions, and how strongly they are regularised, on features of deviation 1 and the mean loss
 of a voxel; smaller weights first. Rare classes need the last ones."""
 AS_GOOD = 0.02
-"""Of Dice. Large weights unsettle the features in training (measured), so they must be worth it."""
+"""Of Dice. Large weights may unsettle a training (seen once), so they must be worth it."""
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """From the scores of a ridge regression, 0 to 1, to logits; the best by the held-out loss."""
 STEPS = 50
