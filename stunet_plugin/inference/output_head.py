@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 
+CHUNK = 2**14
+"""Voxels whose outputs are made together, which stay in the processor's cache."""
+
 
 class OutputHead:
     """The last layer of a network, a linear one, with the weights of several folds.
@@ -99,7 +102,7 @@ class OutputHead:
         flat = features[0].flatten(1)
         folds = (len(self.matrix) - 1) // self.channels
         weight, bias = self.matrix[: self.channels] * folds, self.matrix[-1] + self._elsewhere
-        parts = [torch.addmm(bias, part.T, weight).argmax(1) for part in flat.split(2**14, 1)]
+        parts = [torch.addmm(bias, part.T, weight).argmax(1) for part in flat.split(CHUNK, 1)]
         return torch.cat(parts)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -31,13 +31,11 @@ from stunet_plugin.inference.coarse_box import (
     coarse_leave_out,
     reaches_a_side,
 )
+from stunet_plugin.inference.decision import decide
 from stunet_plugin.inference.output_head import OutputHead
 from stunet_plugin.inference.plane_resampling import PlaneResampling
-from stunet_plugin.inference.wanted_outputs import WantedOutputs, choose
+from stunet_plugin.inference.wanted_outputs import WantedOutputs
 from stunet_plugin.inference.window_sums import Window, WindowSums
-
-CHUNK = 2**14
-"""Voxels whose outputs are looked at together, which stay in the processor's cache."""
 
 
 class NotFiniteError(PluginError):
@@ -167,8 +165,10 @@ class SlabPredictor(nnUNetPredictor):
                 planes = self._at_once(data, shape, spacings)
             else:
                 planes = self._slabs(data, resampling, head, leave_out, box, counted)
+            manager = self.label_manager
+            order = manager.regions_class_order if manager.has_regions else None
             for place, values in planes:
-                labels[place], decided = self._decide(values, head, confidence)
+                labels[place], decided = decide(values, head, self.outputs, order, confidence)
                 if sure is not None:
                     sure[place] = decided
         return labels, sure, counted
@@ -326,10 +326,8 @@ class SlabPredictor(nnUNetPredictor):
                 x = data[window][None].contiguous().to(self.device)
                 with mixed:
                     prediction = self._predict_window(x, head)[0].to(device)
-                again = head is not None and number > 0
-                slab.add(
-                    window, axis, prediction.mul_(weight), 0 * weight if again else weight, first
-                )
+                share = 0 * weight if first else weight
+                slab.add(window, axis, prediction.mul_(weight), share, first)
                 bar.update(1 / len(folds))
 
     def _predict_window(self, x: Tensor, head: OutputHead | None) -> Tensor:
@@ -344,49 +342,6 @@ class SlabPredictor(nnUNetPredictor):
         finally:
             self.network = network
         return prediction
-
-    def _decide(
-        self, values: Tensor, head: OutputHead | None, confidence: bool
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the labels of logits or features (channel, *spatial), and their confidence if
-        asked for."""
-        flat = values.flatten(1)
-        labels = torch.zeros(flat.shape[1], dtype=torch.int16, device=flat.device)
-        sure = torch.ones(flat.shape[1], device=flat.device)
-        regions = self.label_manager.has_regions
-        for start in range(0, flat.shape[1], CHUNK):
-            part = flat[:, start : start + CHUNK]
-            if head and not part[-1].any():
-                continue  # The network was not run here.
-            logits = head.logits(part) if head else part.T.float().contiguous()
-            if head and self.outputs is not None:
-                logits = choose(logits, self.outputs, regions)
-            decide = self._regions_of if regions else self._classes_of
-            stop = start + part.shape[1]
-            labels[start:stop], decided = decide(logits, confidence)
-            if decided is not None:
-                sure[start:stop] = decided
-        shape = values.shape[1:]
-        found = labels.reshape(shape).cpu().numpy()
-        return found, sure.reshape(shape).cpu().numpy() if confidence else None
-
-    def _classes_of(self, logits: Tensor, confidence: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the greatest of logits (voxel, output), and its probability."""
-        top, labels = logits.max(1)
-        sure = torch.exp(top - torch.logsumexp(logits, 1)) if confidence else None
-        if self.outputs is not None:
-            labels = torch.tensor([*self.outputs, 0], device=labels.device)[labels]
-        return labels, sure
-
-    def _regions_of(self, logits: Tensor, confidence: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the last region of each voxel, and how sure the least sure output is."""
-        probabilities = torch.sigmoid(logits)
-        order = self.label_manager.regions_class_order
-        labels = torch.zeros(len(logits), dtype=torch.int16, device=logits.device)
-        for column, output in enumerate(self.outputs or range(len(order))):
-            labels[probabilities[:, column] > 0.5] = order[output]
-        sure = torch.maximum(probabilities, 1 - probabilities).amin(1) if confidence else None
-        return labels, sure
 
 
 def _extent(part: Any) -> slice:
