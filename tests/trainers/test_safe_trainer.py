@@ -3,8 +3,10 @@ that resume where they stopped."""
 
 from __future__ import annotations
 
-import importlib
+import json
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,11 +174,15 @@ def test_resuming_is_exact(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_there_is_a_checkpoint_to_resume_from(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, nnunet_environment: Workspace, tmp_path: Path
+    repository: Path, nnunet_environment: Workspace, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(repository / "tests" / "tools"))
-    script = importlib.import_module("kill_training")
-    counts = script.kill_many(3, nnunet_environment.plans(), tmp_path, seed=1)
+    plans, counted, checkpoints = (tmp_path / name for name in ("plans.json", "counts.json", "run"))
+    plans.write_text(json.dumps(nnunet_environment.plans()))
+    # A process of its own: it forks trainings, which must not follow on other tests' threads.
+    script = repository / "tests" / "tools" / "kill_training.py"
+    options = ["--plans", plans, "--folder", checkpoints, "--kills", "3", "--json", counted]
+    subprocess.run([sys.executable, script, *options], check=True)
+    counts = json.loads(counted.read_text())
     assert (counts["kills"], counts["did_not_load"], counts["epochs_lost"]) == (3, 0, 0)
     assert counts["checkpoints_saved"] > 0
     assert not list(tmp_path.rglob("*.unfinished"))
