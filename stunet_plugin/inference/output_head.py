@@ -67,7 +67,9 @@ class OutputHead:
                 found.append((layer, inputs[0], output))
 
         parameter = next(network.parameters())
-        x = torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device)
+        # Not constant, whose normalised features would be zeros whatever the network does.
+        x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+        x = x.to(parameter)
         with register_module_forward_hook(note):
             output = network(x)
         layer, features, last = found[-1] if found else (None, x, x)
