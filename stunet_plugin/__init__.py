@@ -4,7 +4,7 @@ copy."""
 import os as _os
 from typing import Any as _Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ``trainers/`` and ``plans/`` stand beside this folder in the repository and inside it once
 # installed (setup.py, package_dir). This lets ``python -m stunet_plugin`` and ``python -m pytest``
