@@ -1,7 +1,8 @@
 """Presets: the published sizes of all networks. Imports nothing heavy.
 
 Every number of a size is here and nowhere else. Sources: STU-Net, arXiv:2304.06716 (table 1) and
-the checkpoints ``{small,base,large,huge}_ep4k``; MIS-FM, arXiv:2306.16925, and its weights.
+the checkpoints ``{small,base,large,huge}_ep4k``; MIS-FM, arXiv:2306.16925, and its weights;
+SAM-Med2D, arXiv:2308.16184, and its published code.
 """
 
 from __future__ import annotations
@@ -96,6 +97,53 @@ FMUNET = MISFMPreset(
     "fmunet_abk1k_volf.pt",
 )
 MISFM_PRESETS = (PCTNET, FMUNET)
+
+
+@dataclass(frozen=True)
+class SAMPreset:
+    """One size of SAM-Med2D: SAM for small images, with an adapter in every block of its encoder.
+
+    Attributes:
+        image_size: pixels per side of what the network sees.
+        global_blocks: of the encoder, attend to all tokens; the others to windows of ``window``.
+        embedding: channels of an embedded image, of a prompt, and of the decoder.
+        adapters: parameters of the adapters, of the ``parameters`` in all.
+    """
+
+    name: str
+    image_size: int
+    width: int
+    blocks: int
+    heads: int
+    window: int
+    global_blocks: tuple[int, ...]
+    embedding: int
+    decoder_heads: int
+    decoder_mlp: int
+    parameters: int
+    adapters: int
+    patch_size: int = 16
+
+    @property
+    def tokens(self) -> int:
+        """Per side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def mask_size(self) -> int:
+        """Pixels per side of the masks that the decoder gives, and takes as prompts."""
+        return self.tokens * 4
+
+
+SAM_PRESETS: dict[str, SAMPreset] = {
+    preset.name: preset
+    for preset in (
+        SAMPreset("tiny", 64, 48, 3, 4, 3, (1,), 32, 4, 64, 352_004, 176_544),  # for tests
+        SAMPreset(
+            "vit_b", 256, 768, 12, 12, 14, (2, 5, 8, 11), 256, 8, 2048, 271_241_776, 180_504_576
+        ),
+    )
+}
 
 
 def find_preset(features: tuple[int, ...], blocks: tuple[int, ...]) -> STUNetPreset | None:
