@@ -51,6 +51,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that no process is left alone with one at the end."""
+    if sys.platform == "win32":
+        for item in filter(lambda one: one.get_closest_marker("posix"), items):
+            item.add_marker(pytest.mark.skip(reason="needs signals, fork or a shell of POSIX"))
     long_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long_files)
 

@@ -53,9 +53,10 @@ def repeated(*flags: str, **settings: Any) -> Any:
     return option(*flags, default=(), action="append", **settings)
 
 
-def device_option(*more: str) -> Any:
+def device_option() -> Any:
     """Return the field ``--device``."""
-    choices, meaning = ("auto", "cpu", "cuda", *more), "auto takes a GPU if there is one"
+    meaning = "auto takes a CUDA GPU if there is one; mps is Apple's"
+    choices = ("auto", "cpu", "cuda", "mps")
     return option("--device", "-device", default="auto", choices=choices, help=meaning)
 
 

@@ -50,6 +50,6 @@ class Crosseval(Command):
         "--sliced", "score aorta, vena cava, esophagus between the reference's end slices alone"
     )
     resample: bool = flag("--resample", "resample predictions to references where voxels differ")
-    device: str = device_option("mps")
+    device: str = device_option()
     processes: int | None = option("-np", metavar="N", help="if not given, half the cores")
     check: bool = flag("--check", "check everything, say what would be scored, and stop")

@@ -31,4 +31,4 @@ class FineTune(Command):
         " plans like those of the pretraining",
     )
     processes: int = option("-np", default=2, metavar="N", help="processes for planning and data")
-    device: str = device_option("mps")
+    device: str = device_option()

@@ -54,5 +54,5 @@ class Segment(Command):
     num_parts: int = option("-num_parts", default=1, metavar="N", help="for a job array: N jobs")
     part_id: int = option("-part_id", default=0, metavar="I", help="number of this job, 0 first")
     force: bool = flag("--force", "take scans of another modality than the model's")
-    device: str = device_option("mps")
+    device: str = device_option()
     quiet: bool = flag("--quiet", "no progress bars")

@@ -33,7 +33,7 @@ PREDICTIONS = "predictions"
 def read_record(path: Path) -> dict[str, Any]:
     """Return a record, or nothing where there is none or half of one."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -63,7 +63,7 @@ def own_folds(folder: Path, cases: Collection[str]) -> tuple[list[list[str]] | N
     if file is None:
         return None, ""
     try:
-        splits: Any = json.loads(file.read_text())
+        splits: Any = json.loads(file.read_text(encoding="utf-8"))
         folds = [list(map(str, split["val"])) for split in splits]
     except (OSError, ValueError, TypeError, KeyError):
         return None, f"{file} is not as nnU-Net has it"

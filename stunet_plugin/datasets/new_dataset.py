@@ -65,7 +65,7 @@ class NewDataset:
             (self.unfinished / part).mkdir(parents=True, exist_ok=True)
         with lock(self.unfinished / ".lock", f"run is making {self.folder.name}"):
             file, text = self.unfinished / SETTINGS, _text(settings)
-            if file.is_file() and file.read_text() != text:
+            if file.is_file() and file.read_text(encoding="utf-8") != text:
                 was, now = read_json(file), json.loads(text)
                 changed = ", ".join(x for x in {**was, **now} if was.get(x) != now.get(x))
                 raise PluginError(
@@ -98,7 +98,7 @@ class NewDataset:
     def finish(self, description: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Write ``dataset.json`` and the provenance, and give the dataset its place."""
         settings = self.unfinished / SETTINGS
-        made_of = {**provenance, SETTINGS_HASH: _hash(settings.read_text())}
+        made_of = {**provenance, SETTINGS_HASH: _hash(settings.read_text(encoding="utf-8"))}
         for name, content in ((self.provenance, made_of), ("dataset.json", description)):
             write_atomically(self.unfinished / name, json.dumps(content, indent=1) + "\n")
         shutil.rmtree(self.unfinished / RECORDS)

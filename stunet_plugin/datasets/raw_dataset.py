@@ -66,7 +66,7 @@ def find_raw(given: str) -> Path:
     PluginError if there is not one."""
     if Path(given).is_dir() and not given.isdigit():
         return Path(given).absolute()
-    if os.sep in given:
+    if os.path.dirname(given):
         raise PluginError(f"{given} is not a folder.")
     root, wanted, names = raw_root(), given, [given]
     if given.isdigit():

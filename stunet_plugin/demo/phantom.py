@@ -36,7 +36,7 @@ def write_dataset(folder: Path, num_cases: int = NUM_CASES, seed: int = 0) -> No
             sitk.WriteImage(written, str(folder / f"{file}.nii.gz"))
     content = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": num_cases}
     description = json.dumps({**content, "file_ending": ".nii.gz"}, indent=2)
-    (folder / "dataset.json").write_text(description)
+    (folder / "dataset.json").write_text(description, encoding="utf-8")
 
 
 def make_case(

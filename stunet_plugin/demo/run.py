@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.demo.phantom import write_dataset
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.commands import find_command
+from stunet_plugin.nnunet.commands import end_command, find_command
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS, PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, trainers_folder
 from stunet_plugin.utils.device import choose_device
@@ -130,7 +130,10 @@ class _Run:
             write_dataset(self.raw)
             print(f"  16 CT-like scans with 5 organs, made from a seed, in {self.raw}")
         else:
-            self.raw.symlink_to(self.source.folder, target_is_directory=True)
+            try:
+                self.raw.symlink_to(self.source.folder, target_is_directory=True)
+            except OSError:  # Windows asks for a right that users do not have
+                shutil.copytree(self.source.folder, self.raw)
             print(f"  {self.source.folder}")
         self.dataset = read_raw(self.raw)
         count = f"-npfp {PROCESSES} -np {PROCESSES}"
@@ -144,7 +147,7 @@ class _Run:
     def predict(self) -> None:
         """Predict the cases that were not trained on."""
         splits = self.folder / PREPROCESSED / self.raw.name / "splits_final.json"
-        cases = set(json.loads(splits.read_text())[int(FOLD)]["val"])
+        cases = set(json.loads(splits.read_text(encoding="utf-8"))[int(FOLD)]["val"])
         images, labels = (self.held_out / kind for kind in ("images", "labels"))
         for folder in (images, labels):
             folder.mkdir(parents=True)
@@ -172,7 +175,7 @@ class _Run:
 
     def _report(self) -> float:
         """Print the Dice table, write the picture and return the mean Dice."""
-        summary = json.loads((self.predictions / "summary.json").read_text())
+        summary = json.loads((self.predictions / "summary.json").read_text(encoding="utf-8"))
         ending = self.dataset.file_ending
         keys = {
             label_or_region_to_key(tuple(value) if isinstance(value, list) else value): name
@@ -267,12 +270,7 @@ class _Run:
                         facts.clear()
                 code = process.wait()
             except BaseException:
-                # The command has workers of its own: stop the whole group.
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+                end_command(process)
                 raise
         if code != 0:
             tail = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])

@@ -152,7 +152,7 @@ def tell_torchrun(text: str) -> None:
         # The format that torchrun reads; by the time it finds the first.
         message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": message}))
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def check(options: argparse.Namespace) -> None:

@@ -274,7 +274,7 @@ def _keep_on_disk(model: Any, place: Path, found: dict[str, Any]) -> None:
         partial = Path(tempfile.mkdtemp(prefix=".partial", dir=place.parent))
         try:
             openvino.save_model(model, partial / "network.xml", compress_to_fp16=False)
-            (partial / "checked.json").write_text(json.dumps(found))
+            (partial / "checked.json").write_text(json.dumps(found), encoding="utf-8")
             partial.replace(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -117,6 +117,8 @@ def _interpolate(features: Tensor, places: Tensor) -> np.ndarray:
     # torch's interpolate.
     grid = (2 * places - 1).flip(1)
     grid = grid.view(1, *(1,) * (grid.shape[1] - 1), *grid.shape)
+    if features.device.type == "mps":  # torch has no 3D grid_sample for it
+        features, grid = features.cpu(), grid.cpu()
     values = functional.grid_sample(
         features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
     )

@@ -127,7 +127,9 @@ def _gpus() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield Finding(OK, "GPU", f"{gpu.name}, {gpu.total_memory / 1024**3:.0f} GB")
-    if not torch.cuda.is_available():
+    if torch.backends.mps.is_available():
+        yield Finding(OK, "GPU", "Apple's; add -device mps to nnU-Net's commands")
+    elif not torch.cuda.is_available():
         state = "none that torch can use; add -device cpu to nnU-Net's commands (slow)"
         yield Finding(OK, "GPU", state)
 
@@ -135,7 +137,7 @@ def _gpus() -> Iterator[Finding]:
 def _user() -> Iterator[Finding]:
     """A user id without a name (docker --user), at which torch's compiler and others fail."""
     if os.environ.get("USER") == NAMELESS:
-        state = f"user id {os.getuid()} has no name, so nnU-Net's commands can fail at an import"
+        state = "this user id has no name, so nnU-Net's commands can fail at an import"
         advice = "Run: export USER=nnunet    # in docker: -e USER=nnunet"
         yield Finding(WRONG, "user", state, advice)
     home = os.path.expanduser("~")

@@ -64,7 +64,7 @@ def _in_split(splits: Path, fold: int | str) -> set[str]:
     if fold == "all" or not splits.is_file():
         return set()
     try:
-        folds = json.loads(splits.read_text())
+        folds = json.loads(splits.read_text(encoding="utf-8"))
         if int(fold) >= len(folds):
             return set()
         return {case for part in ("train", "val") for case in folds[int(fold)][part]}

@@ -46,7 +46,7 @@ class Named:
             return cls(name or RANDOM)
         if path.startswith(f"{RANDOM}:"):
             return cls(name or path, trainer=path.partition(":")[2])
-        return cls(name or path.rstrip("/"), path)
+        return cls(name or path.rstrip(f"/{os.sep}"), path)
 
     @cached_property
     def file(self) -> Path:

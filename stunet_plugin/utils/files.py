@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise PluginError(f"{path} is refused: such files take a few kB, not {size} bytes.")
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PluginError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(content, dict):
@@ -128,7 +128,7 @@ def guarded() -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
 
 

@@ -145,10 +145,12 @@ def published_facts() -> dict[str, Any]:
     """Return the content of the data file, and under ``synonyms`` its aliases turned round: other
     name to class."""
     folder = files("stunet_plugin").joinpath("data")
-    content: dict[str, Any] = json.loads(folder.joinpath("label_systems.json").read_text())
+    content: dict[str, Any] = json.loads(
+        folder.joinpath("label_systems.json").read_text(encoding="utf-8")
+    )
     content["synonyms"] = {x: name for name, others in content["aliases"].items() for x in others}
     # The order of the published weights is kept where the import of them needs it.
-    stunet = json.loads(folder.joinpath("published_stunet.json").read_text())
+    stunet = json.loads(folder.joinpath("published_stunet.json").read_text(encoding="utf-8"))
     content["systems"]["STU-Net"] = {"source": stunet["about"], "labels": stunet["labels"][1:]}
     return content
 

@@ -71,7 +71,9 @@ def find_model(given: str) -> Source:
 
 def published_facts() -> dict[str, Any]:
     """Return plan and labels of the published STU-Net weights."""
-    return dict(json.loads(files("stunet_plugin").joinpath("data", FACTS).read_text()))
+    return dict(
+        json.loads(files("stunet_plugin").joinpath("data", FACTS).read_text(encoding="utf-8"))
+    )
 
 
 def web_address(given: str) -> str:

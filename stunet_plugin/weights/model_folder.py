@@ -94,7 +94,8 @@ def is_there(
             all(there.get(x) == value for x, value in record.items() if x not in _CIRCUMSTANCES)
             and known <= present
             and all(
-                json.loads((target / name).read_text()) == json.loads(json.dumps(content))
+                json.loads((target / name).read_text(encoding="utf-8"))
+                == json.loads(json.dumps(content))
                 for name, content in files.items()
                 if isinstance(content, dict)
             )
@@ -142,7 +143,7 @@ def write_model_folder(
 def _write(path: Path, content: dict[str, Any] | Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, dict):
-        path.write_text(json.dumps(content, indent=4) + "\n")
+        path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     else:
         content(path)
     flush(path)

@@ -123,6 +123,7 @@ def test_every_command_has_the_function_that_it_runs() -> None:
             assert len(parameters) == 1, command
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
     context = multiprocessing.get_context("fork")
@@ -140,6 +141,7 @@ def test_an_interrupted_command_ends_its_workers_first(number: int) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.posix
 def test_a_worker_that_its_pool_ends_says_nothing_and_ends() -> None:
     """Also in the moment of its fork, where Python forgets signals."""
     python(

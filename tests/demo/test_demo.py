@@ -75,6 +75,7 @@ FACTS = "train_loss -0.12, Pseudo dice [0.5, 0.7], Epoch time: 12.3 s"
 TINY = ("--size", "tiny", "--epochs", "3")
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(("end", "code"), [("exit 3", 1), ("sleep 0.3; kill -INT $PPID", 130)])
 def test_a_demo_that_fails_or_is_interrupted_says_how_to_start_again(
     commands: Path, stunet: Stunet, end: str, code: int
@@ -93,6 +94,7 @@ def test_a_demo_that_fails_or_is_interrupted_says_how_to_start_again(
         assert "nnUNetv2_train ended with exit code 3. Its last lines:\n    Prepro" in errors
 
 
+@pytest.mark.posix
 def test_a_users_dataset_with_regions(commands: Path, nnunet_folders: Path, stunet: Stunet) -> None:
     raw = nnunet_folders / "nnUNet_raw" / "Dataset077_Mine"
     write_dataset(raw, num_cases=5)

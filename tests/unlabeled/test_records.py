@@ -34,6 +34,7 @@ def work(task: int) -> str:
     return f"done {task}"
 
 
+@pytest.mark.posix
 def test_workers_that_die_cost_their_task_alone_and_results_keep_their_order() -> None:
     def further(value: str) -> list[int]:
         number = int(value.split()[1])
