@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain, count
 from math import prod
 from pathlib import Path
@@ -39,6 +39,8 @@ KEPT_BYTES = 2 << 30
 """Of weights, compiled and kept in memory; the one in use is kept whatever its size."""
 DISK_BYTES = 4 << 30
 """Of compiled networks on disk; the oldest go first, larger ones are not kept there."""
+MODEL, CHECKED = "network.xml", "checked.json"
+"""Files of a compiled network on disk; the first is missing where it differs too much."""
 LARGEST_ERROR = 1e-3
 """Of float32, relative to the largest logit."""
 LEAST_AGREEMENT = 0.995
@@ -182,15 +184,13 @@ def _compile(network: nn.Module, x: Tensor, wanted: str, labels: Labels) -> _Com
     precisions = [wanted]
     if wanted == AUTO:
         precisions = [BFLOAT16, FLOAT32] if has_bfloat16() else [FLOAT32]
-    size = sum(p.numel() * p.element_size() for p in network.parameters())
     _busy = True
     try:
         # Not in inference mode, whose tensors cannot be exported.
         with torch.inference_mode(False), torch.no_grad():
-            x = x.clone()
-            program = torch.export.export(network, (x,), strict=False)
+            compiler = _Compiler(network, x.clone(), labels)
             for precision in precisions:
-                compiled = _compiled_program(program, network, x, precision, size, labels)
+                compiled = compiler.compile(precision)
                 if compiled is not None:
                     return compiled
     except MemoryError:
@@ -205,42 +205,75 @@ def _compile(network: nn.Module, x: Tensor, wanted: str, labels: Labels) -> _Com
     return None
 
 
-def _compiled_program(
-    program: Any, network: nn.Module, x: Tensor, precision: str, size: int, labels: Labels
-) -> _Compiled | None:
-    import openvino
+class _Compiler:
+    """A network and its first input, exported and run once for all precisions."""
 
-    text = f"{program.graph} {tuple(x.shape)} {precision} {_state_of(network).digest}"
-    versions = f"{torch.__version__} {openvino.__version__}"
-    place = home() / "engine" / hashlib.sha256(f"{text} {versions}".encode()).hexdigest()[:32]
-    if (place / "checked.json").is_file():
-        os.utime(place)
-        return _Compiled(openvino.Core().read_model(place / "network.xml"), precision, size)
-    model = openvino.convert_model(program)
-    model.reshape(list(x.shape))
-    if precision == FLOAT32:
-        _split_means(model)
-    compiled = _Compiled(model, precision, size)
-    output, expected = compiled.run(x), network(x)
-    # Channel by channel: an output can be a gigabyte.
-    pairs = list(zip(output.flatten(0, 1), expected.flatten(0, 1), strict=True))
-    differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
-    largest = torch.stack([theirs.abs().max() for _, theirs in pairs]).max().clamp(min=1e-6)
-    error = float(torch.stack(differences).max() / largest)
-    fits, agreement = error < LARGEST_ERROR, 1.0
-    if precision == BFLOAT16 or not fits:
-        agreement = float((labels(output) == labels(expected)).float().mean())
-        fits = precision == BFLOAT16 and agreement >= LEAST_AGREEMENT
-    if not fits:  # also for NaN
+    def __init__(self, network: nn.Module, x: Tensor, labels: Labels) -> None:
+        self.network, self.x, self.labels = network, x, labels
+        self.size = sum(p.numel() * p.element_size() for p in network.parameters())
+        self.program = torch.export.export(network, (x,), strict=False)
+
+    def compile(self, precision: str) -> _Compiled | None:
+        """Return the network in a precision, or None where it differs too much from its own."""
+        import openvino
+
+        text = f"{self.program.graph} {tuple(self.x.shape)} {_state_of(self.network).digest}"
+        versions = f"{precision} {torch.__version__} {openvino.__version__}"
+        place = home() / "engine" / hashlib.sha256(f"{text} {versions}".encode()).hexdigest()[:32]
+        if (place / CHECKED).is_file():
+            os.utime(place)
+            found = json.loads((place / CHECKED).read_text("utf-8"))
+            if _fits(precision, found):
+                model = openvino.Core().read_model(place / MODEL)
+                return _Compiled(model, precision, self.size)
+        else:
+            compiled, found = self._compare(precision, place)
+            if _fits(precision, found):
+                return compiled
         _say(
-            f"OpenVINO in {precision} gives other labels for {1 - agreement:.2%} of the voxels of"
-            f" the first window (largest error {error:.2g}), so it is not used."
+            f"OpenVINO in {precision} gives other labels for {1 - found['agreement']:.2%} of the"
+            f" voxels of the first window (largest error {found['error']:.2g}), so it is not used."
         )
         return None
-    found = {"largest_relative_error": error, "agreement": agreement, "precision": precision}
-    if size <= DISK_BYTES // 2:
-        _keep_on_disk(model, place, found)
-    return compiled
+
+    def _compare(self, precision: str, place: Path) -> tuple[_Compiled, dict[str, float]]:
+        """Return the compiled network, its largest error, relative to the largest logit, and the
+        share of voxels with the same label."""
+        model = self._converted
+        if precision == FLOAT32:
+            _split_means(model)
+        compiled = _Compiled(model, precision, self.size)
+        output = compiled.run(self.x)
+        # Channel by channel: an output can be a gigabyte.
+        pairs = list(zip(output.flatten(0, 1), self._expected.flatten(0, 1), strict=True))
+        differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
+        largest = torch.stack([theirs.abs().max() for _, theirs in pairs]).max().clamp(min=1e-6)
+        same = self.labels(output) == self.labels(self._expected)
+        error = float(torch.stack(differences).max() / largest)
+        found = {"error": error, "agreement": float(same.float().mean())}
+        if self.size <= DISK_BYTES // 2:
+            _keep_on_disk(model if _fits(precision, found) else None, place, found)
+        return compiled, found
+
+    @cached_property
+    def _converted(self) -> Any:
+        import openvino
+
+        model = openvino.convert_model(self.program)
+        model.reshape(list(self.x.shape))
+        return model
+
+    @cached_property
+    def _expected(self) -> Tensor:
+        output: Tensor = self.network(self.x)
+        return output
+
+
+def _fits(precision: str, found: dict[str, float]) -> bool:
+    """Return whether a compiled network may be used; NaN never fits."""
+    if precision == BFLOAT16:
+        return found["agreement"] >= LEAST_AGREEMENT
+    return found["error"] < LARGEST_ERROR
 
 
 def _split_means(model: Any) -> None:
@@ -266,15 +299,17 @@ def _split_means(model: Any) -> None:
             target.replace_source_output(mean.output(0))
 
 
-def _keep_on_disk(model: Any, place: Path, found: dict[str, Any]) -> None:
+def _keep_on_disk(model: Any | None, place: Path, found: dict[str, float]) -> None:
+    """Keep what was found, and the model unless it is None: one that differs too much."""
     import openvino
 
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial", dir=place.parent))
         try:
-            openvino.save_model(model, partial / "network.xml", compress_to_fp16=False)
-            (partial / "checked.json").write_text(json.dumps(found), encoding="utf-8")
+            if model is not None:
+                openvino.save_model(model, partial / MODEL, compress_to_fp16=False)
+            (partial / CHECKED).write_text(json.dumps(found), encoding="utf-8")
             partial.replace(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

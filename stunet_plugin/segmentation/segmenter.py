@@ -103,9 +103,11 @@ class Segmentation:
     def statistics(self) -> list[Structure]:
         """Return what was found of every structure, in the order of the label values."""
         most = max(value for values in self.structures.values() for value in values)
-        flat = self.labels.ravel()
-        voxels = np.bincount(flat, minlength=most + 1)
-        sums = np.bincount(flat, weights=self.image.ravel(), minlength=most + 1)
+        voxels, sums = np.zeros(most + 1, int), np.zeros(most + 1)
+        # Plane by plane: bincount copies its input to 8 bytes a voxel.
+        for labels, image in zip(self.labels, self.image, strict=True):
+            voxels += np.bincount(labels.ravel(), minlength=most + 1)
+            sums += np.bincount(labels.ravel(), image.ravel(), most + 1)
         # A single plane has no neighbours along its axis.
         axes = [axis for axis, length in enumerate(self.labels.shape) if length > 1]
         border = {int(x) for axis in axes for x in np.unique(self.labels.take((0, -1), axis))}

@@ -17,9 +17,10 @@ from network_helpers import NETWORKS, build, image, randomise
 
 @pytest.fixture(autouse=True)
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every image is large enough; nothing is compiled yet."""
+    """Every image is large enough; nothing is compiled yet; the same on every processor."""
     monkeypatch.setenv("STUNET_HOME", str(tmp_path))
     monkeypatch.setenv("STUNET_CPU", "openvino")
+    monkeypatch.setenv("STUNET_CPU_PRECISION", "float32")
     monkeypatch.setattr(cpu_engine, "SMALLEST_IMAGE", 0)
     cpu_engine._compiled.clear()
 
@@ -74,6 +75,29 @@ def test_follows_new_weights_and_is_kept_on_disk(
     assert cpu_engine.precision_in_use() == "float32"
 
 
+def test_half_precision_where_labels_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STUNET_CPU_PRECISION", "auto")
+    monkeypatch.setattr(cpu_engine, "has_bfloat16", lambda: True)
+    network, x = network_of("STUNet 2D"), image("STUNet 2D", batch=1)
+    with torch.inference_mode():
+        network(x)
+        agreed = (network(x).argmax(1) == plain(network, x).argmax(1)).float().mean()
+        assert cpu_engine.precision_in_use() == "bfloat16"
+        assert agreed >= cpu_engine.LEAST_AGREEMENT
+        # Another network, whose labels never agree; that is not tried twice.
+        monkeypatch.setattr(cpu_engine, "LEAST_AGREEMENT", 1.1)
+        network.load_state_dict({k: v * 1.1 for k, v in network.state_dict().items()})
+        network(x)
+        assert cpu_engine.precision_in_use() == "float32"
+        assert "OpenVINO in bfloat16 gives other labels" in capsys.readouterr().out
+        cpu_engine._compiled.clear()
+        monkeypatch.setattr("openvino.convert_model", None)
+        torch.testing.assert_close(network(x), plain(network, x), rtol=1e-4, atol=1e-4)
+        assert cpu_engine.precision_in_use() == "float32"
+
+
 def test_nothing_is_sent_nor_written_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +149,7 @@ def test_torch_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         torch.testing.assert_close(network(x), plain(network, x))
         assert "is not used" in capsys.readouterr().out
         monkeypatch.setattr("openvino.convert_model", None)
-        network = network_of("STUNet 2D")
+        network.load_state_dict({k: v * 1.1 for k, v in network.state_dict().items()})
         torch.testing.assert_close(network(x), plain(network, x))
         assert "does not take STUNet" in capsys.readouterr().out
         hook = network.decoder.seg_layers[0].register_forward_pre_hook(lambda *_: None)
