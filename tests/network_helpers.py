@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stunet_plugin.networks.fmunet import FMUNet
+from stunet_plugin.networks.from_plan import STUNET_CLASS
+from stunet_plugin.networks.network_options import OPTIONS, build_with_options
 from stunet_plugin.networks.pctnet import PCTNet
 from stunet_plugin.networks.stunet import STUNet
 
@@ -42,7 +44,28 @@ for mode, patch in enumerate([(32, 48, 48), (8, 48, 32), (12, 32, 80)]):
     NETWORKS[f"PCTNet {mode}"] = partial(PCTNet, mode=mode, **SMALL), patch
     NETWORKS[f"FMUNet {mode}"] = partial(FMUNet, mode=mode, **SMALL), patch
 """Name to what builds it from its remaining arguments, and a patch that it takes."""
-ONE_OF_EACH = ("STUNet", "PCTNet 1", "FMUNet 1")
+
+
+def with_options(
+    settings: dict[str, Any], patch: Sequence[int], input_channels: int, num_classes: int,
+    deep_supervision: bool, options: dict[str, Any], **changes: Any,
+) -> nn.Module:  # fmt: skip
+    """Build an STU-Net with network options, as a plan describes it."""
+    kwargs = {**settings, **changes}
+    network = {"network_class_name": STUNET_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+    strides = kwargs["strides"]
+    return build_with_options(
+        input_channels, num_classes, network, options, patch, strides, deep_supervision
+    )
+
+
+for option in OPTIONS:
+    for name, settings in (("STUNet", STUNET), ("STUNet 2D", STUNET | FLAT)):
+        patch = NETWORKS[name][1]
+        make = partial(with_options, settings, patch, options={option: {}})
+        NETWORKS[f"{name} {option.upper()}"] = make, patch
+WITH_OPTIONS = tuple(f"STUNet {option.upper()}" for option in OPTIONS)
+ONE_OF_EACH = ("STUNet", "PCTNet 1", "FMUNet 1", *WITH_OPTIONS)
 
 
 def build(name: str, **changes: Any) -> Any:

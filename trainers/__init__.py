@@ -6,12 +6,18 @@ absolutely.
 
 from stunet_plugin.nnunet.registry import Registry as _Registry
 from stunet_plugin.trainers import misfm_trainers as _misfm
+from stunet_plugin.trainers import option_trainers as _options
 from stunet_plugin.trainers import planned_trainers as _planned
 from stunet_plugin.trainers import stunet_trainers as _stunet
 from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
 
 TRAINERS = _Registry(
-    "trainer", _stunet.TRAINERS, _misfm.TRAINERS, _planned.TRAINERS, _volume_fusion.TRAINERS
+    "trainer",
+    _stunet.TRAINERS,
+    _misfm.TRAINERS,
+    _planned.TRAINERS,
+    _options.TRAINERS,
+    _volume_fusion.TRAINERS,
 )
 globals().update(TRAINERS)
 

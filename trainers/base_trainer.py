@@ -3,9 +3,11 @@ training options, fine-tuning, pretrained weights."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import topology
-from stunet_plugin.networks.from_plan import REPLAN, resolve
+from stunet_plugin.networks.from_plan import NO_OPTIONS, REPLAN, Resolved, options_of, resolve
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.options import Options
 from stunet_plugin.trainers.distributed_trainer import check_distribution
@@ -32,6 +34,7 @@ from stunet_plugin.trainers.fine_tuning import (
 from stunet_plugin.trainers.safe_trainer import discard_gradients, read_to_resume
 from stunet_plugin.trainers.starting_heads import StartingHeads
 from stunet_plugin.weights import pretrained
+from stunet_plugin.weights.trained_options import trained_options
 
 UNTRAINED_HEAD_WEIGHT = 1e-6
 """Loss weight of outputs that nnU-Net gives none: without a gradient for their heads DDP stops."""
@@ -46,6 +49,8 @@ class PluginTrainer(StartingHeads):
     iterations: ClassVar[int] = 250
     val_iterations: ClassVar[int] = 50
     preset: ClassVar[STUNetPreset | MISFMPreset | None]
+    network_options: ClassVar[Mapping[str, Any]] = NO_OPTIONS
+    """Added to the plan's network, see ``networks.network_options``; the plan's own come first."""
 
     inference_allowed_mirroring_axes: tuple[int, ...] | None
     _choices: tuple[str, ...] = ()  # lines for the log on what was chosen by the plan
@@ -78,18 +83,31 @@ class PluginTrainer(StartingHeads):
             self.print_to_log_file(line)
 
     @classmethod
-    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        """Return the network for a configuration of a plan, as an ``architecture`` entry of plans;
-        raise a PluginError if the plan is not for this trainer."""
+    def resolve(cls, configuration: dict[str, Any]) -> Resolved:
+        """Return the network for a configuration of a plan; raise a PluginError if the plan is not
+        for this trainer."""
         if not hasattr(cls, "preset"):
             raise PluginError(
                 f"{cls.__name__} is a base class; choose a trainer with `stunet list`."
             )
-        return resolve(configuration, cls.preset, cls.__name__).architecture
+        return resolve(configuration, cls.preset, cls.__name__, cls.network_options)
+
+    @classmethod
+    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
+        """Return the same as an ``architecture`` entry of plans."""
+        return cls.resolve(configuration).architecture
 
     def plans_to_record(self, plans: dict, configuration: str) -> dict:
-        """Return the plans that the checkpoint and the file beside it hold, for prediction."""
-        return plans
+        """Return the plans that the checkpoint and the file beside it hold, for prediction: with
+        the network in them where something was chosen, so that nobody has to choose again."""
+        chosen = PlansManager(plans).get_configuration(configuration).configuration
+        architecture, reason, options = self.resolve(chosen)
+        self._choices = (*((reason,) if reason else ()), *options)
+        if not self._choices:
+            return plans
+        recorded = copy.deepcopy(plans)
+        recorded["configurations"][configuration]["architecture"] = architecture
+        return recorded
 
     def dataset_to_record(self, dataset_json: dict) -> dict:
         """Return the description of the dataset that is stored like the plans."""
@@ -114,6 +132,9 @@ class PluginTrainer(StartingHeads):
         chosen = {**chosen, "architecture": cls.resolve_architecture(chosen)}
         build = nnUNetTrainer.build_network_architecture
         return build(plans_manager, ConfigurationManager(chosen), *sizes, **options)
+
+    def _planned_options(self) -> Mapping[str, Any]:
+        return options_of(self.configuration_manager.configuration)
 
     def _network_strides(self) -> topology.Strides:
         architecture = self.resolve_architecture(self.configuration_manager.configuration)
@@ -191,6 +212,10 @@ class PluginTrainer(StartingHeads):
             if self.local_rank == 0:
                 loaded = pretrained.describe_loaded(weights, checkpoint)
                 self.print_to_log_file(f"{loaded} ({file})")
+                had, has = trained_options(checkpoint), list(self._planned_options())
+                if had != has:
+                    of_file, here = (", ".join(names) or "none" for names in (had, has))
+                    self.print_to_log_file(f"Network options: {here}; of those weights: {of_file}")
         if self.fine_tuning and not self._weights_were_loaded:
             self.print_banner(
                 f"{type(self).__name__} is for fine-tuning, but no pretrained weights were given.\n"

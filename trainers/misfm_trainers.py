@@ -3,13 +3,11 @@ section IV) in nnU-Net's training; the anisotropy mode follows from the plan."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from stunet_plugin.networks.from_plan import resolve
 from stunet_plugin.networks.presets import MISFM_PRESETS, MISFMPreset
 from stunet_plugin.trainers.base_trainer import PluginTrainer
 
@@ -30,16 +28,12 @@ class MISFMTrainer(MISFMOptimizer):
     preset: ClassVar[MISFMPreset]
 
     def plans_to_record(self, plans: dict, configuration: str) -> dict:
-        """The plans with this trainer's network, so that prediction never has to choose a mode."""
-        name, recorded = self.preset.name, copy.deepcopy(plans)
-        chosen = PlansManager(plans).get_configuration(configuration).configuration
-        architecture, reason = resolve(chosen, self.preset, type(self).__name__)
-        recorded["configurations"][configuration]["architecture"] = architecture
-        self._choices = (f"{name}: {reason}",)
-        if chosen["batch_size"] < 2:
+        recorded = super().plans_to_record(plans, configuration)
+        chosen = PlansManager(plans).get_configuration(configuration)
+        if chosen.batch_size < 2:
             self._choices += (
-                f"{name} has batch norm: trained with a batch of 1, its predictions can be off. A"
-                " batch of 2 or more is safer.",
+                f"{self.preset.name} has batch norm: trained with a batch of 1, its predictions can"
+                " be off. A batch of 2 or more is safer.",
             )
         return recorded
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.activation_checkpointing import BLOCK, STAGE
-from stunet_plugin.networks.from_plan import resolve_planned
+from stunet_plugin.networks.from_plan import Resolved, resolve_planned
 from stunet_plugin.options import CHECKPOINTING, Options
 from stunet_plugin.trainers.base_trainer import PluginTrainer
 
@@ -16,8 +16,8 @@ class PlannedTrainer(PluginTrainer):
     """Trains the network that the plan names: nnU-Net's U-Nets, or another that lists strides."""
 
     @classmethod
-    def resolve_architecture(cls, configuration: dict[str, Any]) -> dict[str, Any]:
-        return resolve_planned(configuration, cls.__name__)
+    def resolve(cls, configuration: dict[str, Any]) -> Resolved:
+        return resolve_planned(configuration, cls.__name__, cls.network_options)
 
     @classmethod
     def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:

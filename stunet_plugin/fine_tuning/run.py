@@ -26,6 +26,7 @@ from stunet_plugin.weights import pretrained
 from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import NetworkWeights, Origin, read_weights
 from stunet_plugin.weights.locate import CHECKPOINTS, Source, find_model
+from stunet_plugin.weights.trained_options import USE_ITS_TRAINER, refuse_options
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.fine_tune import FineTune
@@ -64,6 +65,7 @@ class _FineTuning:
         self.dataset = read_raw(find_raw(options.dataset))
         self.source = find_model(options.model)
         self.weights = read_weights(self.source.checkpoint)
+        refuse_options(self.weights.checkpoint, self.source.checkpoint, USE_ITS_TRAINER)
         self.trainer = f"{self.weights.trainer}_ft"
         _check_weights(self.weights, self.source, self.dataset)
         if not re.match(r"Dataset\d{3}_", self.dataset.name):

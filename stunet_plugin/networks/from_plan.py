@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,29 +23,42 @@ STUNET_CLASS = "stunet_plugin.networks.stunet.STUNet"
 HOST_ARCHITECTURES = "dynamic_network_architectures.architectures.unet."
 """Module of the U-Nets that nnU-Net's own planners plan; we take over their strides."""
 
+WITH_OPTIONS = "stunet_plugin.networks.network_options.build_with_options"
+"""What a plan with network options names as its network."""
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
 REPLAN = "Fix the plans file, or plan again with nnUNetv2_plan_experiment."
 
 
 class Resolved(NamedTuple):
-    """An ``architecture`` entry of a plans file, and for a mode of MIS-FM why it was chosen."""
+    """An ``architecture`` entry of a plans file, for a mode of MIS-FM why it was chosen, and a line
+    for each network option."""
 
     architecture: dict[str, Any]
     reason: str = ""
+    options: tuple[str, ...] = ()
 
 
 def resolve(
-    configuration: Mapping[str, Any], network: STUNetPreset | MISFMPreset | None, who: str
+    configuration: Mapping[str, Any],
+    network: STUNetPreset | MISFMPreset | None,
+    who: str,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Resolved:
     """Return the architecture that a trainer builds for a configuration of a plan.
 
     It is the plan's own where that names the trainer's network, else the trainer's with the
-    strides, or for a network of MIS-FM the mode, that suit the plan of nnU-Net's planner.
+    strides, or for a network of MIS-FM the mode, that suit the plan of nnU-Net's planner. The
+    plan's network options are kept.
 
     Args:
         configuration: of a plans file, inheritance resolved.
         network: what the trainer's name asks for; None is an STU-Net of the plan's size, or base.
         who: the trainer's name, for messages.
+        options: network options that the trainer adds, by name, with numbers that are not to be
+            chosen by the plan.
     """
+    configuration, planned = _without_options(configuration, who)
     architecture, patch = configuration.get("architecture"), configuration.get("patch_size")
     kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
     if not isinstance(architecture, Mapping) or not isinstance(kwargs, Mapping):
@@ -68,12 +82,16 @@ def resolve(
             f"Patch size {list(patch)} leaves a single voxel at the deepest stage of {who}, too few"
             " for instance norm. Double at least one axis in the plans file."
         )
-    return resolved
+    return _with_options(resolved, {**options, **planned}, patch, who)
 
 
-def resolve_planned(configuration: Mapping[str, Any], who: str) -> dict[str, Any]:
-    """Return the architecture that a configuration of a plan names, as it is; raise a PluginError
-    unless it lists its strides, by which outputs and targets pair, and these divide the patch."""
+def resolve_planned(
+    configuration: Mapping[str, Any], who: str, options: Mapping[str, Any] = NO_OPTIONS
+) -> Resolved:
+    """Return the architecture that a configuration of a plan names, with network options that the
+    trainer adds; raise a PluginError unless it lists its strides, by which outputs and targets
+    pair, and these divide the patch."""
+    configuration, planned = _without_options(configuration, who)
     architecture = configuration.get("architecture")
     kwargs = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
     if not isinstance(architecture, Mapping) or "strides" not in (kwargs or {}):
@@ -85,7 +103,61 @@ def resolve_planned(configuration: Mapping[str, Any], who: str) -> dict[str, Any
     if is_host_unet(architecture):
         advice = "Set patch_size in the plans file to one of them, or plan again."
         check_patch_size(configuration["patch_size"], strides, f"The network of {who}", advice)
-    return dict(architecture)
+    resolved, added = Resolved(dict(architecture)), {**options, **planned}
+    return _with_options(resolved, added, configuration["patch_size"], who)
+
+
+def options_of(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the network options of a configuration of a plan, by name, as they are there."""
+    architecture = configuration.get("architecture")
+    if not isinstance(architecture, Mapping) or not _has_options(architecture):
+        return NO_OPTIONS
+    kwargs = architecture.get("arch_kwargs")
+    options = kwargs.get("options") if isinstance(kwargs, Mapping) else None
+    return options if isinstance(options, Mapping) else {"unreadable": {}}
+
+
+def _has_options(architecture: Mapping[str, Any]) -> bool:
+    return architecture.get("network_class_name") == WITH_OPTIONS
+
+
+def _without_options(
+    configuration: Mapping[str, Any], who: str
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return a configuration with its network alone, and its network options."""
+    architecture = configuration.get("architecture")
+    if not isinstance(architecture, Mapping) or not _has_options(architecture):
+        return configuration, NO_OPTIONS
+    kwargs = architecture.get("arch_kwargs")
+    kwargs = kwargs if isinstance(kwargs, Mapping) else {}
+    network, options = kwargs.get("network"), kwargs.get("options")
+    if not isinstance(network, Mapping) or not isinstance(options, Mapping):
+        raise PluginError(
+            f"The plan of {who} has network options, but its arch_kwargs lack network or options"
+            f" (tables). {REPLAN}"
+        )
+    return {**configuration, "architecture": network}, options
+
+
+def _with_options(
+    resolved: Resolved, options: Mapping[str, Any], patch: Sequence[int], who: str
+) -> Resolved:
+    """Return the same with network options around the network; without any, as it is."""
+    if not options:
+        return resolved
+    # Imports torch.
+    from stunet_plugin.networks.network_options import complete_options
+
+    network = resolved.architecture
+    numbers, lines = complete_options(network, options, patch, who)
+    kwargs = {
+        "network": network,
+        "options": numbers,
+        "patch_size": [int(size) for size in patch],
+        "strides": network["arch_kwargs"]["strides"],
+    }
+    entry = {"network_class_name": WITH_OPTIONS, "arch_kwargs": kwargs, "_kw_requires_import": []}
+    return resolved._replace(architecture=entry, options=tuple(lines))
 
 
 def is_host_unet(architecture: Mapping[str, Any]) -> bool:
@@ -141,7 +213,10 @@ def _resolve_misfm(configuration: Mapping[str, Any], network: MISFMPreset, who: 
     if planned == network.class_name:
         if "mode" not in kwargs:
             raise PluginError(f"The {network.name} in the plan of {who} lacks its mode. {REPLAN}")
-        mode, reason = get_mode(kwargs["mode"]), f"Mode {kwargs['mode']}, as the plan says."
+        mode, reason = (
+            get_mode(kwargs["mode"]),
+            f"{network.name}: Mode {kwargs['mode']}, as the plan says.",
+        )
         # Widths and the like that somebody set in the plans file are kept.
         kwargs = {**kwargs, **network.architecture(mode)["arch_kwargs"]}
         return Resolved({**architecture, "arch_kwargs": kwargs}, reason)
@@ -151,7 +226,7 @@ def _resolve_misfm(configuration: Mapping[str, Any], network: MISFMPreset, who: 
     if not isinstance(spacing, (list, tuple, np.ndarray)):
         raise PluginError(f"spacing in the plan of {who} must be a list, not {spacing!r}. {REPLAN}")
     mode, reason = choose_mode([float(step) for step in spacing], patch)
-    return Resolved(network.architecture(mode), reason)
+    return Resolved(network.architecture(mode), f"{network.name}: {reason}")
 
 
 def _other_network(who: str, planned: str, ours: str) -> PluginError:

@@ -24,6 +24,7 @@ from stunet_plugin.weights.identify import NetworkWeights, is_decoder, read_weig
 from stunet_plugin.weights.locate import Source
 from stunet_plugin.weights.pretrained import describe_mismatches
 from stunet_plugin.weights.safe_loading import load_checkpoint
+from stunet_plugin.weights.trained_options import refuse_options
 
 HEADS = ".seg_layers."
 """Names that fine-tuning does not take over, nor do we."""
@@ -153,6 +154,8 @@ def _of_file(one: Named, target: Plan | None) -> Candidate:
     if not nnssl.is_foreign(checkpoint) and _is_known(trainer):
         if alone:
             raise _encoder_only(one.file)
+        if target is not None:
+            refuse_options(checkpoint, one.file, "Rank it by its own plan: leave -p out.")
         plan = target or _own_plan(checkpoint, one.file)
         return Candidate(one.name, one.file, trainer, plan)
     # Of somebody else's trainer, which is of no matter where the network is known.

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, did_you_mean
 
 MAX_ENTRIES = 10_000
 """No list in a plan that is read here has more entries."""
@@ -89,6 +89,24 @@ class Fields:
         if not rows:
             raise self.wrong(key, f"a list with {axes} whole numbers for each pooling")
         return tuple(Fields(row, self.where).positives(key, axes, whole=True) for row in rows)
+
+    def integers(self, key: Any, maximum: int, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """Return rising integers from 0 to ``maximum``."""
+
+        def fits(value: Any) -> bool:
+            whole = is_list(value) and all(map(is_integer, value))
+            return whole and list(value) == sorted({x for x in value if 0 <= x <= maximum})
+
+        expected = f"rising whole numbers from 0 to {maximum}"
+        return tuple(map(int, self._checked(key, default, fits, expected)))
+
+    def only(self, *known: str) -> None:
+        """Raise if there is an entry of another name."""
+        if unknown := [str(key) for key in self.values if key not in known]:
+            raise PluginError(
+                f"{self.where} has no setting {unknown[0]!r}.{did_you_mean(unknown[0], known)}"
+                f" Settings: {', '.join(known)}."
+            )
 
     def permutation(self, key: Any, axes: int, default: Any = _REQUIRED) -> tuple[int, ...]:
         order = list(range(axes))

@@ -34,6 +34,7 @@ from stunet_plugin.weights.locate import Source, find_model, published_facts
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 from stunet_plugin.weights.safe_loading import check_integrity
+from stunet_plugin.weights.trained_options import refuse_options
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import
@@ -62,6 +63,8 @@ def import_checkpoint(options: Import) -> int:
         raise PluginError(f"--in-channels must be at least 1, not {options.in_channels}.")
     source = find_model(options.source)
     weights = read_weights(source.checkpoint, options.mode)
+    already = "Its model folder is nnU-Net's already: predict with it, or fine-tune from the file."
+    refuse_options(weights.checkpoint, source.checkpoint, already)
     print(f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}")
     print(f"Network:      {weights.description}")
     make = _pretext_model if _is_pretext(options, source, weights) else _segmentation_model

@@ -16,6 +16,7 @@ from stunet_plugin.weights.model_folder import PROVENANCE
 from stunet_plugin.weights.output_labels import choose_labels
 from stunet_plugin.weights.read_plans import read_plans_file
 from stunet_plugin.weights.safe_loading import FileFormat, recognise
+from stunet_plugin.weights.trained_options import trained_options
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.inspect import Inspect
@@ -43,6 +44,8 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
     weights = read_weights(path, any_mode=True)
     yield "format", weights.origin.value
     yield "network", weights.description
+    if options := trained_options(weights.checkpoint):
+        yield "options", ", ".join(options)
     if weights.origin is Origin.PCTNET:
         yield "modes", f"it holds all: choose one with `stunet import --mode N`. {MODE_PURPOSES}"
     known = {"trainer_name": "trainer", "epoch": "epochs", "current_epoch": "epochs"}

@@ -20,6 +20,7 @@ from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.source_plan import CT, INTENSITIES, SourcePlan
+from stunet_plugin.weights.trained_options import USE_ITS_TRAINER, refuse_options
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.plan_like import PlanLike
@@ -29,6 +30,7 @@ def plan_like(options: PlanLike) -> int:
     """Write the plan, and say what to run next."""
     source = find_model(options.model)
     weights = read_weights(source.checkpoint, any_mode=True)
+    refuse_options(weights.checkpoint, source.checkpoint, USE_ITS_TRAINER)
     model = find_plan(source, weights)
     if model is None:
         raise PluginError(f"{source.checkpoint} has no plan. {_without_plan(options, weights)}")

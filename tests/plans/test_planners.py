@@ -81,7 +81,7 @@ def test_plans_of_misfm_fit_the_target(large: Path, name: str, gigabytes: int) -
     plans = planner.plan_experiment()
     assert "2d" not in plans["configurations"]
     chosen = plans["configurations"]["3d_fullres"]
-    resolved, _ = resolve(chosen, planner.network_record, "a trainer")
+    resolved = resolve(chosen, planner.network_record, "a trainer").architecture
     assert resolved == chosen["architecture"]
     needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], (1, 6))
     assert needed <= gigabytes * GIGABYTE

@@ -34,6 +34,13 @@ def test_names_and_signatures() -> None:
     expected |= {
         f"{net}Trainer{suffix}" for net in ("PCTNet", "FMUNet", "Planned") for suffix in ("", "_ft")
     }
+    sized = [f"STUNetTrainer{size}" for size in sizes if size]
+    expected |= {
+        f"{network}_{option}{suffix}"
+        for network in (*sized, "PlannedTrainer")
+        for option in ("GRC",)
+        for suffix in ("", "_ft")
+    }
     expected |= {f"VolumeFusionTrainer_STUNet{size}" for size in sizes if size}
     expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
     assert set(trainers.__all__) == expected
@@ -75,6 +82,8 @@ SEVEN_POOLINGS = {
         ("FMUNetTrainer", "3d_fullres", {}, 4),
         ("PlannedTrainer", "3d_fullres", {"architecture": RESIDUAL}, 3),
         ("PlannedTrainer_ft", "2d", {}, 3),
+        ("STUNetTrainer_tiny_GRC", "3d_fullres", {}, 5),
+        ("PlannedTrainer_GRC_ft", "3d_fullres", {"architecture": RESIDUAL}, 3),
         ("VolumeFusionTrainer", "3d_fullres", {}, 3),
         ("VolumeFusionTrainer", "2d", {}, 3),
         ("VolumeFusionTrainer_PCTNet", "3d_fullres", {}, 4),
