@@ -12,8 +12,8 @@ def _classes(text: str) -> str | tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Crosseval(Command):
-    """Run models on datasets and compare them on the classes that they share: tables, tests,
-    pictures, a report."""
+    """Compare models, or finished predictions, across datasets on the classes that they share:
+    tables, tests, pictures, a report."""
 
     command = "crosseval"
     example = "stunet crosseval --model A=FOLDER --dataset AMOS=Dataset218_AMOS,labels=AMOS -o out"
@@ -29,11 +29,22 @@ class Crosseval(Command):
         help="model folder of nnU-Net v2; keys: fold (0, 0+1, all), checkpoint, mirroring,"
         " step_size, labels; may be repeated",
     )
+    predictions: tuple[str, ...] = repeated(
+        "--predictions",
+        metavar="NAME=FOLDER[,labels=...]",
+        help="finished label maps of any tool, FOLDER/CASE.nii.gz, or FOLDER/DATASET/CASE.nii.gz"
+        " with several datasets; may be repeated",
+    )
     datasets: tuple[str, ...] = repeated(
         "--dataset",
         metavar="NAME=FOLDER[,KEY=VALUE...]",
         help="raw dataset of nnU-Net with references; keys: labels (a system's name or file), part"
         " (Tr, Ts), images, references; may be repeated",
+    )
+    references: tuple[str, ...] = repeated(
+        "--references",
+        metavar="[NAME=]FOLDER[,labels=...]",
+        help="label maps to compare --predictions with, where there is no dataset; may be repeated",
     )
     out: str | None = option("-o", metavar="FOLDER", help="for all results; resumes in it")
     classes: str | tuple[str, ...] | None = option(

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from stunet_plugin.crosseval.inputs import PAIR, SHARED, Dataset, Model, Setup
+from stunet_plugin.crosseval.entries import PAIR, SHARED, folder_of
+from stunet_plugin.crosseval.inputs import Setup
 from stunet_plugin.crosseval.measures import TUBULAR, tolerance_of
+from stunet_plugin.crosseval.models import Compared, Predictions
+from stunet_plugin.crosseval.references import Dataset
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, did_you_mean, few, nearest
 from stunet_plugin.utils import label_systems
 
+PREDICTIONS = "predictions"
+"""Folder of those that models make."""
 NEAR = 0.8
 """Similarity (1: the same) from which a name is taken for another one misspelt."""
 FIX_LABELS = (
@@ -37,9 +42,9 @@ class ScoredClass:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A model and a dataset: the classes that are scored, and those that take no part."""
+    """A model or a tool and a dataset: the classes that are scored, and those that take no part."""
 
-    model: Model
+    model: Compared
     dataset: Dataset
     classes: tuple[ScoredClass, ...]
     only_in_dataset: tuple[str, ...]
@@ -51,7 +56,13 @@ class Pair:
 
     def file(self, folder: Path, case: Case, ending: str = ".json") -> Path:
         """Return where a file of a case goes in the folder of all predictions or scores."""
-        return folder.joinpath(*(x.replace(" ", "_") for x in self.names), f"{case.name}{ending}")
+        return folder.joinpath(*map(folder_of, self.names), f"{case.name}{ending}")
+
+    def prediction(self, output: Path, case: Case) -> Path:
+        """Return the file of a prediction: where a tool left it, or in the output folder."""
+        if isinstance(self.model, Predictions):
+            return self.model.files[self.dataset.name, case.name]
+        return self.file(output / PREDICTIONS, case, self.dataset.ending)
 
 
 class Comparison:
@@ -61,7 +72,7 @@ class Comparison:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         # Datasets first, since their order of classes is kept.
-        self._inputs: tuple[Model | Dataset, ...] = (*setup.datasets, *setup.models)
+        self._inputs: tuple[Compared | Dataset, ...] = (*setup.datasets, *setup.models)
         names = self._names()
         self.pairs = [self._pair(x, data, names) for x in setup.models for data in setup.datasets]
         self.classes = {one.name: one for pair in self.pairs for one in pair.classes}
@@ -81,6 +92,7 @@ class Comparison:
         lines = [f"Classes ({len(self.classes)}): {', '.join(self.classes)}."]
         for one, left in self._never_scored.items():
             lines.append(f"Not scored, as it has no counterpart: {one.kind} {one.name}: {left}.")
+        lines += [note for tool in self.setup.finished for note in tool.notes]
         for pair in self.pairs:
             if not pair.classes:
                 lines.append(f"Nothing to score: {' on '.join(pair.names)} share no class.")
@@ -117,7 +129,7 @@ class Comparison:
                 )
         return asked
 
-    def _pair(self, model: Model, dataset: Dataset, names: Sequence[str] | None) -> Pair:
+    def _pair(self, model: Compared, dataset: Dataset, names: Sequence[str] | None) -> Pair:
         setup, systems = self.setup, (dataset.labels, model.labels)
         if names is None:
             names = label_systems.shared_classes(systems)
@@ -135,7 +147,7 @@ class Comparison:
         return Pair(model, dataset, classes, *left)
 
     @cached_property
-    def _never_scored(self) -> dict[Model | Dataset, str]:
+    def _never_scored(self) -> dict[Compared | Dataset, str]:
         """The classes of each dataset and model that no pair scores, as text."""
         left = {}
         for one in self._inputs:

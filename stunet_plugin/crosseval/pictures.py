@@ -92,7 +92,7 @@ def save_worst_cases(results: Results, path: Path) -> None:
         for axis, scores in zip(axes, worst, strict=False):
             pair, case = cases[scores["model"], scores["dataset"], scores["case"]]
             task = CaseTask.of(comparison, pair, case)
-            index, names = _draw_case(axis, task, case.images[0], colours)
+            index, names = _draw_case(axis, task, case.images[:1], colours)
             drawn |= names
             where = f"{case.name}: DSC {scores[DSC]:.3f}, NSD {scores[NSD]:.3f}, slice {index}"
             axis.set_title(f"{' on '.join(pair.names)}\n{where}", fontsize=7)
@@ -104,12 +104,12 @@ def save_worst_cases(results: Results, path: Path) -> None:
 
 
 def _draw_case(
-    axis: Any, task: CaseTask, image_file: Path, colours: Mapping[str, Any]
+    axis: Any, task: CaseTask, images: Sequence[Path], colours: Mapping[str, Any]
 ) -> tuple[int, set[str]]:
-    """Draw the slice of a case where reference and prediction differ most; return its index, and
-    the classes that are on it."""
+    """Draw the slice of a case where reference and prediction differ most, on black if there are no
+    ``images``; return its index, and the classes that are on it."""
     reference, prediction, _ = read_both(task)
-    image = read_image(image_file)
+    image = read_image(images[0]) if images else reference * 0
     turned = on_grid_of(image, reference)
     image = turned if turned is not None else sitk.Resample(image, reference)
     arrays = [sitk.GetArrayViewFromImage(one) for one in (image, reference, prediction)]

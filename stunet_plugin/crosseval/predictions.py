@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from stunet_plugin.crosseval.comparison import Comparison, Pair
-from stunet_plugin.crosseval.inputs import Model
+from stunet_plugin.crosseval.comparison import PREDICTIONS, Comparison, Pair
+from stunet_plugin.crosseval.models import Model
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.files import sha256_of, write_atomically
@@ -26,8 +26,6 @@ from stunet_plugin.utils.image_files import hash_of_image
 
 if TYPE_CHECKING:
     from stunet_plugin.inference.predictor import Model as TrainedModel
-
-PREDICTIONS = "predictions"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -45,14 +43,17 @@ def predict_missing(comparison: Comparison) -> None:
     # Each file is hashed once, however many pairs it belongs to.
     identity, hash_once = cache(_identity), cache(hash_of_image)
     wanted: dict[Pair, dict[Case, dict[str, Any]]] = {}
-    for pair, case in comparison.cases:
+    cases = [(pair, case) for pair, case in comparison.cases if isinstance(pair.model, Model)]
+    if not cases:
+        return
+    for pair, case in cases:
         key = {**identity(pair.model), "images": [hash_once(image) for image in case.images]}
         record = read_record(pair.file(out, case))
-        file = pair.file(out, case, pair.dataset.ending)
+        file = pair.prediction(setup.output, case)
         same = record.get("made_from") == key and file.is_file()
         if not same or record.get("prediction") != hash_of_image(file):
             wanted.setdefault(pair, {})[case] = key
-    total, missing = len(comparison.cases), sum(map(len, wanted.values()))
+    total, missing = len(cases), sum(map(len, wanted.values()))
     print(f"Predictions: {total - missing} of {total} are there.", flush=True)
     by_model = [(model, list(pairs)) for model, pairs in groupby(wanted, lambda pair: pair.model)]
     for model, pairs in by_model:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from stunet_plugin.crosseval.comparison import Comparison, Pair, ScoredClass
+from stunet_plugin.crosseval.comparison import PREDICTIONS, Comparison, Pair, ScoredClass
 from stunet_plugin.crosseval.measures import bounding_box, score
-from stunet_plugin.crosseval.predictions import PREDICTIONS, read_record
+from stunet_plugin.crosseval.models import Predictions
+from stunet_plugin.crosseval.predictions import read_record
 from stunet_plugin.crosseval.statistics import Results, without_nan
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, few_lines
@@ -50,8 +51,7 @@ class CaseTask:
 
     @classmethod
     def of(cls, comparison: Comparison, pair: Pair, case: Case) -> CaseTask:
-        predictions = comparison.setup.output / PREDICTIONS
-        files = (case.label, pair.file(predictions, case, pair.dataset.ending))
+        files = (case.label, pair.prediction(comparison.setup.output, case))
         labels = (pair.dataset.labels, pair.model.labels)
         names = (*pair.names, case.name)
         return cls(names, *files, pair.classes, *labels, comparison.setup.resample)
@@ -75,7 +75,11 @@ def score_all(comparison: Comparison) -> Results:
     missing: dict[tuple[str, str, str], tuple[CaseTask, Path, str]] = {}
     for pair, case in comparison.cases:
         task = CaseTask.of(comparison, pair, case)
-        prediction = read_record(pair.file(out / PREDICTIONS, case)).get("prediction")
+        prediction = (
+            hash_once(task.prediction)
+            if isinstance(pair.model, Predictions)
+            else read_record(pair.file(out / PREDICTIONS, case)).get("prediction")
+        )
         rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, task.resample]
         content = [*rules, prediction, hash_once(case.label)]
         text = json.dumps(content, sort_keys=True, default=str)

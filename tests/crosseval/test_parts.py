@@ -15,8 +15,11 @@ import SimpleITK as sitk
 from scipy import stats
 
 from stunet_plugin.crosseval.comparison import Comparison, ScoredClass
-from stunet_plugin.crosseval.inputs import PAIR, Dataset, Model, Setup, read_dataset
+from stunet_plugin.crosseval.entries import PAIR
+from stunet_plugin.crosseval.inputs import Setup
 from stunet_plugin.crosseval.measures import ASSD, DSC, MEASURES, NSD, TOLERANCES
+from stunet_plugin.crosseval.models import Model
+from stunet_plugin.crosseval.references import Dataset, read_dataset
 from stunet_plugin.crosseval.scoring import CaseScores, CaseTask, score_case
 from stunet_plugin.crosseval.statistics import Results, estimate, holm, wilcoxon
 from stunet_plugin.datasets.raw_dataset import Case
