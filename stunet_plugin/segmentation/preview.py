@@ -12,6 +12,8 @@ from stunet_plugin.utils.figures import distinct_colours, saved_figure
 
 NAMED = 24
 """Structures in the legend, the largest first."""
+ENOUGH = 2_000_000
+"""Voxels that tell the range of grey values."""
 
 
 def save_preview(found: Segmentation, path: Path) -> None:
@@ -25,7 +27,8 @@ def save_preview(found: Segmentation, path: Path) -> None:
     for value, colour in colours.items():
         palette[value] = (*colour, 0.5)
     spacing = found.spacing or (1.0, 1.0, 1.0)
-    low, high = np.percentile(found.image, [2, 99.5])
+    every = max(1, round((found.image.size / ENOUGH) ** (1 / 3)))
+    low, high = np.percentile(found.image[::every, ::every, ::every], [2, 99.5])
     axes = range(3) if found.labels.shape[0] > 1 else range(1)
     with saved_figure(path, 11, 4.8) as figure:
         for axis, plot in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
@@ -38,7 +41,7 @@ def save_preview(found: Segmentation, path: Path) -> None:
             plot.imshow(palette[labels], aspect=aspect, interpolation="nearest")
             plot.set_title(titles[axis], fontsize=9)
             plot.set_axis_off()
-        sizes = np.bincount(found.labels.ravel(), minlength=len(palette))
+        sizes = sum(np.bincount(x.ravel(), minlength=len(palette)) for x in found.labels)
         named = sorted(found.names, key=lambda value: -sizes[value])
         shown = [value for value in named if sizes[value]][:NAMED]
         if shown:

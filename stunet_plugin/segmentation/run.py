@@ -12,7 +12,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -190,10 +190,10 @@ class _Run:
                 f"Not enough memory for {scan.name}. Smaller: --structures NAME ..., a smaller"
                 " model, or a cropped scan."
             ) from error
-        maps = self._maps(scan, found)
+        written: dict[str, Path] = {}
         with tempfile.TemporaryDirectory(prefix=".partial", dir=self.out) as folder:
-            written = {name: Path(folder) / Path(name).name for name in maps}
-            for name, labels in maps.items():
+            for name, labels in self._maps(scan, found):
+                written[name] = Path(folder) / Path(name).name
                 self._write_labels(labels, written[name], found.properties)
             save_preview(found, self.out / self._preview(scan))
             statistics = found.statistics()
@@ -221,13 +221,13 @@ class _Run:
         tqdm.write(f"{scan.name}: {len(present)} of {len(statistics)} structures found")
         return bool(present)
 
-    def _maps(self, scan: Scan, found: Segmentation) -> dict[str, np.ndarray]:
-        """Return the label maps (z, y, x) to write, by file below the output folder."""
+    def _maps(self, scan: Scan, found: Segmentation) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each label map (z, y, x) to write, with its file below the output folder."""
         if not self.options.separate:
-            return dict.fromkeys(self._files(scan), found.labels)
-        values = found.structures.values()
-        masks = (np.isin(found.labels, labels).astype(np.uint8) for labels in values)
-        return dict(zip(self._files(scan), masks, strict=True))
+            yield self._files(scan)[0], found.labels
+            return
+        for name, labels in zip(self._files(scan), found.structures.values(), strict=True):
+            yield name, np.isin(found.labels, labels).astype(np.uint8)
 
     def _files(self, scan: Scan) -> list[str]:
         ending = self.segmenter.ending_of(scan.images)
