@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin import trainers
 from stunet_plugin.errors import PluginError
+from stunet_plugin.trainers.misfm_trainers import MISFMOptimizer
 from stunet_plugin.trainers.stunet_trainers import SCHEDULES
 from stunet_plugin.weights.pretrained import describe_mismatches
 
@@ -100,7 +101,7 @@ def test_outputs_and_targets_pair_and_every_parameter_gets_a_gradient(
     assert len(found) == len(trainer.loss.weight_factors) == outputs
     assert np.isfinite(trainer.train_step(batch)["loss"])
     published: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-5}
-    if name.startswith(("STUNetTrainer", "Planned")):
+    if not isinstance(trainer, MISFMOptimizer):
         published = {"weight_decay": 3e-5, "momentum": 0.99, "nesterov": True}
         published["lr"] = 1e-3 if trainer.fine_tuning else 1e-2
     assert trainer.optimizer.defaults.items() >= published.items()
