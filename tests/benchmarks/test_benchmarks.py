@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
+from stunet_plugin.cli import main
 from stunet_plugin.pretraining.subvolumes import stretch
 from stunet_plugin.pretraining.volume_fusion import TiledBlocks, VolumeFusion
+
+from import_helpers import make_network, published_weights, v1_plans, write_v1
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +85,41 @@ def test_wrong_input_is_refused_before_anything_is_measured(
     assert import_module("step").main(["--device", "cpu", *options.split(), str(out)]) == 2
     assert capsys.readouterr().err.startswith("step.py: ")
     assert [path.name for path in tmp_path.iterdir()] == ["present.json"]
+
+
+@pytest.mark.slow
+def test_cpu_engine_reports_a_share_of_the_published_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report.json"
+    words = ["cpu_engine", "tiny", "--edge", "64", "--outputs", "3", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", [*words, "--json", str(out)])
+    for variable in ("STUNET_HOME", "STUNET_CPU_PRECISION"):
+        monkeypatch.setenv(variable, str(tmp_path))  # The script changes them.
+    script = import_module("cpu_engine")
+    monkeypatch.setattr(script, "MATRIX", 256)
+    assert script.main() == 0
+    (found,) = json.loads(out.read_text())["networks"]
+    seconds = {way: spread["median"] for way, spread in found["seconds"].items()}
+    expected = seconds["float32"] / seconds["published"]
+    assert found["of_published"]["float32"]["median"] == pytest.approx(expected)
+
+
+def test_label_agreement_of_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, folder, out = import_module("label_agreement"), tmp_path / "model", tmp_path / "a.json"
+    weights = published_weights(make_network(outputs=5))
+    source = write_v1(tmp_path / "m.model", weights, v1_plans())
+    names = ["background", *(f"c{number}" for number in range(1, 5))]
+    assert main(["import", str(source), "--out", str(folder), "--labels", *names]) == 0
+    image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(40, 40, 80)))
+    sitk.WriteImage(image, str(tmp_path / "a_0000.nii.gz"))
+    words = ["label_agreement", str(folder), str(tmp_path / "a_0000.nii.gz"), "--json", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setenv("STUNET_CPU", "torch")  # The script changes it.
+    assert script.main() == 0
+    shares = json.loads(out.read_text())["share_of_equal_labels"]
+    assert all(share["to exact"] > 0.95 for share in shares.values())
+    assert shares["exact"]["to exact"] == 1
 
 
 def test_published_pipeline_computes_what_ours_does() -> None:
