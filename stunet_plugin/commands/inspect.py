@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stunet_plugin.commands.command import Command, required
+from stunet_plugin.commands.command import Command, flag, required
 
 
 @dataclass(frozen=True)
@@ -17,3 +17,4 @@ class Inspect(Command):
     file: str = required(
         metavar="FILE_OR_FOLDER", help="checkpoint (.model, .pth, .pt), plans (.pkl), model folder"
     )
+    json: bool = flag("--json", "print JSON")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
@@ -21,8 +20,8 @@ from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, host_version, registered, trainers_folder
 from stunet_plugin.nnunet.registry import HINT
 from stunet_plugin.options import Options
+from stunet_plugin.utils.findings import OK, WARNING, WRONG, Finding, report
 
-OK, WARNING, WRONG = "ok", "! ", "!!"
 FOLDERS = {RAW: "datasets", PREPROCESSED: "preprocessed data and plans", RESULTS: "trained models"}
 EXTERNAL = "nnUNet_extTrainer"
 PROCESSES = {
@@ -33,25 +32,9 @@ PROCESSES = {
 LIBRARIES = ("torch", "dynamic-network-architectures", "batchgeneratorsv2", "torchvision")
 
 
-class Finding(NamedTuple):
-    """One line of the report: OK, WARNING or WRONG, what was examined, its state, what to do."""
-
-    mark: str
-    what: str
-    state: str
-    advice: str = ""
-
-
-def examine(trainer: str) -> int:
+def examine(trainer: str, as_json: bool = False) -> int:
     """Print the report; return 0 if nothing is wrong, else 1."""
-    wrong = 0
-    for finding in findings(trainer):
-        wrong += finding.mark == WRONG
-        print(f"[{finding.mark}] {finding.what}: {finding.state}", flush=True)
-        if finding.advice:
-            print(f"     {finding.advice}")
-    print(f"\n{wrong} thing(s) to fix." if wrong else "\nEverything is in place.")
-    return 1 if wrong else 0
+    return report(findings(trainer), as_json)
 
 
 def findings(trainer: str) -> Iterator[Finding]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.slabs import SlabPredictor
+from stunet_plugin.utils.memory import GIGABYTE, free_memory
 
-GIGABYTE = 1024**3
 LIBRARIES = 0.9 * GIGABYTE
 """torch, OpenVINO and nnU-Net, once imported."""
 IMAGE_COPIES, INPUT_COPIES = 3, 3
@@ -46,23 +45,6 @@ def least_memory(predictor: SlabPredictor, shape: Sequence[int], spacing: Sequen
     weights = sum(x.numel() for x in predictor.network.parameters()) * 4
     images = IMAGE_COPIES * prod(shape) + INPUT_COPIES * shape[0] * prod(padded)
     return LIBRARIES + images * 4 + slab + window + (folds + 1) * weights
-
-
-def free_memory() -> float | None:
-    """Return the bytes that this process may still take; None where that is not known."""
-    limits = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(line for line in lines if line.startswith("MemAvailable:"))
-        limits.append(int(free.split()[1]) * 1024.0)
-        most, used = (
-            Path("/sys/fs/cgroup", name).read_text(encoding="utf-8")
-            for name in ("memory.max", "memory.current")
-        )
-        limits.append(float(most) - float(used))  # "max" is no number
-    except (OSError, StopIteration, ValueError):
-        pass
-    return min(limits, default=None)
 
 
 def check_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
 
 def inspect(options: Inspect) -> int:
-    """Print what is known, one line per fact."""
-    for name, text in _facts(options.file):
+    """Print what is known, one line per fact, or as JSON."""
+    facts = _facts(options.file)
+    if options.json:
+        print(json.dumps(dict(facts), indent=2))
+        return 0
+    for name, text in facts:
         print(f"{name + ':':<13}{text}")
     return 0
 

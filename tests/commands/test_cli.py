@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -77,6 +78,10 @@ def test_list(stunet: Stunet) -> None:
     lines = stunet("list --trainers").splitlines()
     listed = {line.split()[0] for line in lines if line[:2] == "  "}
     assert listed == {*trainers.__all__, *plans.__all__}
+    facts = json.loads(stunet("list --trainers --json"))
+    assert {*facts["trainers"], *facts["planners"]} == listed
+    sizes = {one["size"]: one for one in json.loads(stunet("list --json"))["sizes"]}
+    assert sizes["base"]["parameters"] == 58_172_939
     assert "at least 1, not 0" in stunet.refuse("list --classes 0")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -67,6 +68,8 @@ def test_model_folder_is_complete(stunet: Stunet, tiny: Path) -> None:
     assert same_weights(helpers.published_weights(network), given)
 
     said = stunet("inspect", out)
+    facts = json.loads(stunet("inspect", out, "--json"))
+    assert said.splitlines() == [f"{name + ':':<13}{text}" for name, text in facts.items()]
     assert "5: background, liver, spleen, aorta, colon" in said
     assert f"from {tiny} by stunet-plugin" in said
 
