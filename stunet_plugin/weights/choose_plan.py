@@ -10,7 +10,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import AS_IN_FILE, CONFIGURATION, NIFTI_ENDINGS, READERS
 from stunet_plugin.utils.validation import Fields
 from stunet_plugin.weights import nnssl
-from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, Origin
+from stunet_plugin.weights.identify import NetworkWeights, Origin
 from stunet_plugin.weights.locate import FACTS, PLANS_SUFFIX, Source, published_facts
 from stunet_plugin.weights.read_plans import (
     plan_from_v1,
@@ -19,6 +19,7 @@ from stunet_plugin.weights.read_plans import (
     with_dataset,
 )
 from stunet_plugin.weights.source_plan import ZSCORE, SourcePlan
+from stunet_plugin.weights.tensors import DIMENSIONS
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.import_ import Import

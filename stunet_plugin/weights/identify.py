@@ -4,7 +4,7 @@ and metadata may be wrong. What is particular to a network is in ``stunet.py``, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -18,13 +18,12 @@ from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
 from stunet_plugin.networks.topology import Strides
 from stunet_plugin.weights import nnssl
 from stunet_plugin.weights.safe_loading import load_checkpoint, plain_copy, plain_dict
+from stunet_plugin.weights.sam_keys import sam_weights
+from stunet_plugin.weights.tensors import DIMENSIONS, check_shapes, strip_prefix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-DIMENSIONS = 3
-COUNTER = ".num_batches_tracked"
-"""End of the names of the batches that a batch norm has seen; integers, unlike other tensors."""
 HEADS = ".seg_layers."
 """Part of the names of the segmentation heads."""
 
@@ -205,45 +204,27 @@ class NetworkWeights:
         value = training_arguments(self.checkpoint).get(name)
         return plain_copy(value, f"{name} in the checkpoint") if isinstance(value, kind) else None
 
-    def check_finite(self, path: Path) -> None:
-        """Raise unless every weight is a finite number; takes no memory beside the tensors."""
-        ends = ((name, end) for name, x in self.tensors.items() for end in x.aminmax())
-        broken = list(dict.fromkeys(name for name, end in ends if not end.isfinite()))
-        if broken:
-            raise PluginError(
-                f"{path} is refused: {len(broken)} of {len(self.tensors)} tensors hold NaN or"
-                f" infinite values (for example {broken[0]}). The file is damaged or its training"
-                " diverged: take another copy or an earlier checkpoint."
-            )
-
     def check_shapes(self) -> None:
         """Raise unless names and shapes are those of the network that the weights claim to be."""
         own = self.network.state_dict().items()
         expected = {x: tuple(y.shape) for x, y in own if self._expects(x)}
-        missing = [name for name in expected if name not in self.tensors]
-        extra = [name for name in self.tensors if name not in expected]
-        wrong = [
-            f"{name}: {tuple(self.tensors[name].shape)}, expected {shape}"
-            for name, shape in expected.items()
-            if name not in missing and self.tensors[name].shape != shape
-        ]
-        for found, what in (
-            (missing, f"of {len(expected)} tensors are missing"),
-            (extra, f"tensors are no part of a {self.kind}"),
-            (wrong, f"tensors have the wrong shape for widths {list(self.features)}"),
-        ):
-            if found:
-                raise PluginError(f"{len(found)} {what} (for example {found[0]}).")
+        check_shapes(self.tensors, expected, self.kind, f"widths {list(self.features)}")
 
 
-def read_weights(path: Path, mode: int | None = None, any_mode: bool = False) -> NetworkWeights:
+def read_weights(
+    path: Path,
+    mode: int | None = None,
+    any_mode: bool = False,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> NetworkWeights:
     """Read the network in a checkpoint; refuse unknown ones, and weights that do not fit theirs.
-    ``mode``: for a file that holds all; ``any_mode``: read that by mode 0, where any will do."""
+    ``mode``: for a file that holds all; ``any_mode``: read that by mode 0, where any will do;
+    ``checkpoint``: the file's content, if it is loaded already."""
     from stunet_plugin.weights.misfm import PRESETS, read_misfm
     from stunet_plugin.weights.stunet import read_stunet
     from stunet_plugin.weights.unet import read_unet
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path) if checkpoint is None else checkpoint
     origin, weights = _identify(checkpoint, path)
     if any_mode and origin is Origin.PCTNET:
         mode = 0
@@ -281,6 +262,11 @@ def _identify(checkpoint: Mapping[str, Any], path: Path) -> tuple[Origin, dict[s
                 wrapper = " (Lightning checkpoint)" if lightning else ""
                 print(f"Prefix:       {prefix!r} stripped from all names{wrapper}")
             return origin, weights
+    if sam_weights(checkpoint):
+        raise PluginError(
+            f"{path} holds a SAM, which segments what it is shown: `stunet import` makes a model of"
+            " it for `stunet prompt`. Here a network of an nnU-Net plan is needed."
+        )
     found = f"its entries are {few(list(map(str, checkpoint)))}"
     if isinstance(trainer := checkpoint.get("trainer_name"), str):
         found += f", its trainer {trainer}"
@@ -297,53 +283,9 @@ def training_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return plain_dict(arguments) if isinstance(arguments, dict) else {}
 
 
-def strip_prefix(weights: Mapping[Any, Any], expected: str) -> tuple[dict[Any, Any], str]:
-    """Return weights without the prefix that all their names share before the expected name, and
-    the prefix, empty if there is none."""
-    names = [name for name in weights if isinstance(name, str)]
-    for name in names:
-        prefix = name.removesuffix(expected)
-        if name.endswith(f".{expected}") and all(str(x).startswith(prefix) for x in weights):
-            return {x.removeprefix(prefix): weights[x] for x in names}, prefix
-    return dict(weights), ""
-
-
 def is_decoder(name: str) -> bool:
     """Return whether a tensor is of a decoder, without its heads, and without the encoder that the
     decoder of nnU-Net's networks holds."""
     return name.startswith("decoder.") and not name.startswith(
         ("decoder.encoder.", "decoder.seg_layers.")
     )
-
-
-def plain_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors without what a file may have attached to them; refuse all but tensors of
-    floating-point numbers (counters: of integers) that the file holds in full."""
-    import torch
-
-    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    plain = {}
-    for name, value in weights.items():
-        if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise PluginError(f"{name!r} is a {type(value).__name__}, not a tensor with a name.")
-        tensor = torch.Tensor.detach(value)
-        allowed = (torch.int64,) if name.endswith(COUNTER) else floats
-        strided = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not strided or tensor.dtype not in allowed:
-            raise PluginError(f"{name} is no plain tensor of floats, but {tensor.dtype}.")
-        # Strides of zero repeat one value: a small file would be written as a huge one.
-        size = tensor.numel() * tensor.element_size()
-        if size == 0 or size > tensor.untyped_storage().nbytes():
-            raise PluginError(f"{name} claims {tensor.numel()} values, which the file lacks.")
-        plain[name] = tensor
-    return plain
-
-
-def check_convolutions(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise unless these tensors are there, as weights of convolutions in 3D."""
-    wrong = [x for x in names if x not in tensors or tensors[x].ndim != DIMENSIONS + 2]
-    if wrong:
-        raise PluginError(
-            f"{len(wrong)} tensors that tell its sizes are missing, or not of a convolution with"
-            f" {DIMENSIONS} axes (for example {wrong[0]})."
-        )

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import reprlib
 import shlex
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
-from stunet_plugin.nnunet.registration import find_host, host_version, registered
+from stunet_plugin.nnunet.registration import find_host, registered
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder, nnssl
 from stunet_plugin.weights.choose_plan import choose_plan, find_plan
-from stunet_plugin.weights.identify import (
-    DIMENSIONS,
-    HEADS,
-    UNETS,
-    NetworkWeights,
-    Origin,
-    read_weights,
-)
+from stunet_plugin.weights.identify import HEADS, UNETS, NetworkWeights, Origin, read_weights
+from stunet_plugin.weights.import_sam import import_sam
 from stunet_plugin.weights.locate import Source, find_model, published_facts
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
-from stunet_plugin.weights.safe_loading import check_integrity
+from stunet_plugin.weights.safe_loading import check_integrity, load_checkpoint
+from stunet_plugin.weights.sam_keys import sam_weights
+from stunet_plugin.weights.tensors import DIMENSIONS, check_finite
 from stunet_plugin.weights.trained_options import refuse_options
 
 if TYPE_CHECKING:
@@ -62,7 +55,10 @@ def import_checkpoint(options: Import) -> int:
     if options.in_channels is not None and options.in_channels < 1:
         raise PluginError(f"--in-channels must be at least 1, not {options.in_channels}.")
     source = find_model(options.source)
-    weights = read_weights(source.checkpoint, options.mode)
+    checkpoint = load_checkpoint(source.checkpoint)
+    if sam_weights(checkpoint):
+        return import_sam(options, source, checkpoint)
+    weights = read_weights(source.checkpoint, options.mode, checkpoint=checkpoint)
     already = "Its model folder is nnU-Net's already: predict with it, or fine-tune from the file."
     refuse_options(weights.checkpoint, source.checkpoint, already)
     print(f"Checkpoint:   {source.checkpoint.name}, {weights.origin.value}")
@@ -83,11 +79,18 @@ def _write(options: Import, source: Source, weights: NetworkWeights, model: _Mod
         print(f"Already there: {model.folder} holds this very import. Nothing was written.")
         return
     check_integrity(source.checkpoint)
-    weights.check_finite(source.checkpoint)
+    check_finite(weights.tensors, source.checkpoint)
     channels = options.in_channels or weights.input_channels
     written = model.weights.with_input_channels(channels, options.stem)
     mirroring = _mirroring_axes(weights)
-    save = partial(model_folder.save_checkpoint, written, model.init_args, mirroring, model.entries)
+    save = partial(
+        model_folder.save_checkpoint,
+        written.tensors,
+        written.trainer,
+        model.init_args,
+        mirroring,
+        model.entries,
+    )
     model_folder.write_model_folder(model.folder, record, {**model.files, file: save}, file)
 
 
@@ -195,29 +198,16 @@ def _is_pretext(options: Import, source: Source, weights: NetworkWeights) -> boo
 def _record(
     options: Import, source: Source, weights: NetworkWeights, model: _Model
 ) -> dict[str, Any]:
-    import numpy
-    import torch
-
     adapted = options.in_channels not in (None, weights.input_channels)
     return {
-        "source": options.source,
-        "file": source.checkpoint.name,
-        "sha256": sha256_of(source.checkpoint),
+        **model_folder.describe_source(options.source, source.checkpoint),
         "plans_pickle_sha256": sha256_of(source.plans_pickle) if source.plans_pickle else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "format": weights.origin.value,
         "network": weights.description,
         "plan": model.plan,
         "labels": model.labels,
         "input_channels": options.in_channels or weights.input_channels,
         "stem": (options.stem or weights.default_stem) if adapted else "as in the source",
-        "versions": {
-            "stunet-plugin": __version__,
-            "nnunetv2": host_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
     }
 
 

@@ -16,7 +16,8 @@ from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.model_folder import PROVENANCE
 from stunet_plugin.weights.output_labels import choose_labels
 from stunet_plugin.weights.read_plans import read_plans_file
-from stunet_plugin.weights.safe_loading import FileFormat, recognise
+from stunet_plugin.weights.safe_loading import FileFormat, load_checkpoint, recognise
+from stunet_plugin.weights.sam import read_sam
 from stunet_plugin.weights.trained_options import trained_options
 
 if TYPE_CHECKING:
@@ -46,7 +47,13 @@ def _facts(given: str) -> Iterator[tuple[str, str]]:
         yield "format", "plans of nnU-Net v1"
         yield "plan", read_plans_file(path).summary()
         return
-    weights = read_weights(path, any_mode=True)
+    checkpoint = load_checkpoint(path)
+    if sam := read_sam(checkpoint, path):
+        yield "network", sam.description
+        yield "use", "`stunet import` makes a model of it for `stunet prompt` and for fine-tuning"
+        yield from _provenance(path)
+        return
+    weights = read_weights(path, any_mode=True, checkpoint=checkpoint)
     yield "format", weights.origin.value
     yield "network", weights.description
     if options := trained_options(weights.checkpoint):

@@ -13,6 +13,7 @@ from stunet_plugin.networks.anisotropy import MODE_PURPOSES, MODES, NUM_LEVELS
 from stunet_plugin.networks.presets import FMUNET, PCTNET, MISFMPreset
 from stunet_plugin.weights import identify, misfm_keys
 from stunet_plugin.weights.identify import HEADS, Origin
+from stunet_plugin.weights.tensors import check_convolutions, plain_tensors
 
 PRESETS: dict[Origin, MISFMPreset] = {
     **dict.fromkeys((Origin.PCTNET, Origin.OWN_PCTNET), PCTNET),
@@ -39,7 +40,7 @@ def read_misfm(
     kernels = (_STEM, f"encoder.stages.1.{_KERNEL[preset]}")
     tables = [f"encoder.stages.{level}.{_TABLE}" for level in levels[1:]] if is_pctnet else []
     heads = [name for name in tensors if HEADS in name]
-    identify.check_convolutions(tensors, (*widths, *kernels, *((_LAST_HEAD,) if heads else ())))
+    check_convolutions(tensors, (*widths, *kernels, *((_LAST_HEAD,) if heads else ())))
     given = tuple(tuple(tensors[name].shape[2:]) for name in kernels)
     mode = next((mode for mode in MODES if mode.kernel_sizes[:2] == given), None)
     if mode is None:
@@ -80,12 +81,12 @@ def read_misfm(
 
 def _translate(origin: Origin, weights: dict[str, Any], wanted: int | None) -> dict[str, Tensor]:
     if origin is not Origin.PCTNET:
-        tensors = identify.plain_tensors(weights)
+        tensors = plain_tensors(weights)
         return misfm_keys.translate_fmunet(tensors) if origin is Origin.FMUNET else tensors
     if wanted is None:
         raise PluginError(
             "it holds the stems and heads of all three anisotropy modes. Choose yours with --mode:"
             f" {MODE_PURPOSES}. PCTNetTrainer prints the mode that it takes for a plan."
         )
-    used = identify.plain_tensors(misfm_keys.used_in(weights, wanted))
+    used = plain_tensors(misfm_keys.used_in(weights, wanted))
     return misfm_keys.translate_pctnet(used, wanted)

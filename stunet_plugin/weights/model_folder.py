@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import RESULTS
+from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.files import flush, read_json, sha256_of
-from stunet_plugin.weights.identify import COUNTER, NetworkWeights
+from stunet_plugin.weights.tensors import COUNTER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +64,26 @@ def find_place(options: Import, name: str, model_name: str) -> tuple[str, Path]:
             f" Choose another --dataset-id, or the same name: --name {others[0].partition('_')[2]}."
         )
     return dataset_name, Path(results, dataset_name, model_name).absolute()
+
+
+def describe_source(given: str, file: Path) -> dict[str, Any]:
+    """Return where weights come from, when and by what they were imported, for the record."""
+    import numpy
+    import torch
+
+    return {
+        "source": given,
+        "file": file.name,
+        "sha256": sha256_of(file),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "stunet-plugin": __version__,
+            "nnunetv2": host_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def is_there(
@@ -172,7 +196,8 @@ def _replacement(target: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(
-    weights: NetworkWeights,
+    tensors: Mapping[str, Tensor],
+    trainer: str,
     init_args: Mapping[str, Any],
     mirroring: tuple[int, ...] | None,
     entries: Mapping[str, Any],
@@ -183,14 +208,14 @@ def save_checkpoint(
     import torch
 
     content = {
-        "network_weights": {name: _compact(name, x) for name, x in weights.tensors.items()},
+        "network_weights": {name: _compact(name, x) for name, x in tensors.items()},
         "optimizer_state": None,
         "grad_scaler_state": None,
         "logging": {},
         "_best_ema": None,
         "current_epoch": 0,
         "init_args": init_args,
-        "trainer_name": weights.trainer,
+        "trainer_name": trainer,
         "inference_allowed_mirroring_axes": mirroring,
         **entries,
     }

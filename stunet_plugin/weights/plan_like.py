@@ -17,9 +17,10 @@ from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME,
 from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields, channel_names
 from stunet_plugin.weights.choose_plan import find_plan
-from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights, read_weights
+from stunet_plugin.weights.identify import NetworkWeights, read_weights
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.source_plan import CT, INTENSITIES, SourcePlan
+from stunet_plugin.weights.tensors import DIMENSIONS
 from stunet_plugin.weights.trained_options import USE_ITS_TRAINER, refuse_options
 
 if TYPE_CHECKING:

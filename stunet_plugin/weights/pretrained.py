@@ -10,7 +10,8 @@ import torch
 
 from stunet_plugin.errors import PluginError, few
 from stunet_plugin.weights import nnssl
-from stunet_plugin.weights.identify import is_decoder, strip_prefix
+from stunet_plugin.weights.identify import is_decoder
+from stunet_plugin.weights.tensors import strip_prefix
 
 UNETS = ("PlainConvUNet", "ResidualEncoderUNet")
 """nnU-Net's own networks."""

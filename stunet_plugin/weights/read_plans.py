@@ -17,7 +17,6 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, READERS
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.validation import Fields, is_number
-from stunet_plugin.weights.identify import DIMENSIONS
 from stunet_plugin.weights.safe_loading import load_plans_pickle
 from stunet_plugin.weights.source_plan import (
     CT,
@@ -28,6 +27,7 @@ from stunet_plugin.weights.source_plan import (
     ZSCORE,
     SourcePlan,
 )
+from stunet_plugin.weights.tensors import DIMENSIONS
 
 _RESAMPLING_FUNCTIONS = (
     RESAMPLE,

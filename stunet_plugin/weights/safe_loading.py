@@ -14,6 +14,7 @@ import pickletools
 import re
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import Enum
 from math import prod
@@ -143,7 +144,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"Reading checkpoints safely needs torch 2.6 or newer, this is {torch.__version__}."
             " Run: pip install --upgrade 'torch>=2.6'"
         )
-    allowed: list[Any] = [(stand_in, ".".join(name)) for name, stand_in in _SCALARS.items()]
+    stand_ins = {**_SCALARS, **_OPTIMIZER}
+    allowed: list[Any] = [(stand_in, ".".join(name)) for name, stand_in in stand_ins.items()]
     mapped = file_format is FileFormat.TORCH_ZIP
     with _refusing(path), torch.serialization.safe_globals(allowed):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -318,6 +320,22 @@ _SCALARS: dict[tuple[str, str], Any] = {
     **{(f"{x}.multiarray", "scalar"): lambda t, v: _array(v, t, (), "C").item() for x in _CORES},
 }
 """Enough for the numpy scalars in checkpoints."""
+
+
+class _Ignored:
+    """Stands for an optimizer that was pickled whole; nothing of it is kept."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_OPTIMIZER: dict[tuple[str, str], Any] = {
+    ("torch.optim.adam", "Adam"): _Ignored,
+    ("collections", "defaultdict"): lambda *_: OrderedDict(),
+    ("builtins", "dict"): dict,
+    ("__builtin__", "dict"): dict,
+}
+"""What the Adam in a checkpoint of SAM-Med2D is made of."""
 
 _CALLABLE: dict[tuple[str, str], Any] = {
     **_SCALARS,

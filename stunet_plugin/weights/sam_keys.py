@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stunet_plugin.networks.presets import SAMPreset
+from stunet_plugin.weights.safe_loading import plain_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 POSITIONS = "image_encoder.pos_embed"
 """Name that every published SAM has, (1, tokens, tokens, width)."""
+OWN_POSITIONS = "vision_encoder.pos_embed"
+"""What this project calls the same."""
 _FOURIER = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 _RENAMED = (
     (r"^image_encoder\.", "vision_encoder."),
@@ -41,6 +44,17 @@ _RENAMED = (
     (r"(mlps\.\d+|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
 )
 """Patterns in published names, and what they become, in this order."""
+
+
+def sam_weights(checkpoint: Mapping[str, Any]) -> dict[Any, Any] | None:
+    """Return what a checkpoint calls the weights of a SAM, with any prefix that all names share:
+    of SAM-Med2D (``model``), of SAM (the file itself), or of this project; None if it has none."""
+    for held in (checkpoint.get("model"), checkpoint.get("network_weights"), checkpoint):
+        if isinstance(held, dict):
+            weights = plain_dict(held)
+            if any(str(name).endswith((POSITIONS, OWN_POSITIONS)) for name in weights):
+                return weights
+    return None
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

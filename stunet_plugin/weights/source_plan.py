@@ -10,7 +10,8 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.presets import NUM_STAGES
 from stunet_plugin.networks.topology import Strides, check_patch_size, published_strides
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, READERS
-from stunet_plugin.weights.identify import DIMENSIONS, NetworkWeights
+from stunet_plugin.weights.identify import NetworkWeights
+from stunet_plugin.weights.tensors import DIMENSIONS
 
 ZSCORE, CT = "ZScoreNormalization", "CTNormalization"
 NORMALIZATIONS = (ZSCORE, CT, "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")

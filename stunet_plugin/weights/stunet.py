@@ -11,7 +11,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import architecture_entry
 from stunet_plugin.networks.presets import find_preset
 from stunet_plugin.weights import identify
-from stunet_plugin.weights.identify import DIMENSIONS
+from stunet_plugin.weights.tensors import DIMENSIONS, check_convolutions, plain_tensors
 
 _BLOCK = r"\.(\d+)\.(\d+)\.(conv1|norm1|conv2|norm2|conv3)\.(\w+)"
 _RULES = {
@@ -27,7 +27,7 @@ def read_stunet(
 ) -> identify.NetworkWeights:
     """Read sizes off names and shapes of weights that were identified in a checkpoint."""
     translated = weights if origin is identify.Origin.OWN else translate_state_dict(weights)
-    tensors = identify.plain_tensors(translated)
+    tensors = plain_tensors(translated)
     blocks, decoder_blocks = _depths("encoder", tensors), _depths("decoder", tensors)
     stages, steps = len(blocks), len(decoder_blocks)
     heads = sum(x.startswith("decoder.seg_layers.") and x.endswith(".weight") for x in tensors)
@@ -38,7 +38,7 @@ def read_stunet(
         )
     firsts = tuple(f"encoder.stages.{i}.0.conv1.weight" for i in range(stages))
     last_head = f"decoder.seg_layers.{stages - 2}.weight"
-    identify.check_convolutions(tensors, (*firsts, last_head))
+    check_convolutions(tensors, (*firsts, last_head))
     features = tuple(int(tensors[name].shape[0]) for name in firsts)
     preset = find_preset(features, blocks) if decoder_blocks == blocks[:-1] else None
     name = f"STU-Net {preset.name}" if preset else "an STU-Net of no published size"

@@ -10,8 +10,9 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import HOST_ARCHITECTURES
 from stunet_plugin.utils.validation import Fields, is_number
 from stunet_plugin.weights import identify, nnssl
-from stunet_plugin.weights.identify import DIMENSIONS, is_decoder
+from stunet_plugin.weights.identify import is_decoder
 from stunet_plugin.weights.read_plans import resolve_configuration
+from stunet_plugin.weights.tensors import DIMENSIONS, check_convolutions, plain_tensors
 
 _CONVS = {
     "PlainConvUNet": "encoder.stages.{}.0.convs.{}.conv.weight",
@@ -48,7 +49,7 @@ def read_unet(
     origin: identify.Origin, checkpoint: Mapping[str, Any], weights: dict[str, Any]
 ) -> identify.NetworkWeights:
     """Read sizes off names and shapes of weights that were identified in a checkpoint."""
-    tensors = identify.plain_tensors(weights)
+    tensors = plain_tensors(weights)
     kind = next(kind for kind, name in _FIRST.items() if f"{name}.conv.weight" in tensors)
     encoder_only = not any(map(is_decoder, tensors))
     if encoder_only:
@@ -64,7 +65,7 @@ def read_unet(
     upsampling = [f"{_UPSAMPLING}.{step}.weight" for step in range(steps)]
     heads = [f"decoder.seg_layers.{step}.weight" for step in range(steps)]
     heads = heads if heads and heads[-1] in tensors else []
-    identify.check_convolutions(tensors, (*firsts, *upsampling, *heads))
+    check_convolutions(tensors, (*firsts, *upsampling, *heads))
     features = tuple(int(tensors[name].shape[0]) for name in firsts)
     first = _FIRST[kind]
     batch_norm = f"{first}.norm.running_mean" in tensors

@@ -3,7 +3,6 @@ nothing, or is read right."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import zipfile
@@ -22,15 +21,7 @@ from stunet_plugin.weights.safe_loading import load_checkpoint, load_plans_pickl
 
 import import_helpers as helpers
 from conftest import Stunet
-
-MARKER = "code_was_run"
-
-
-class WritesAFile:
-    """Unpickled by pickle itself, this would run a shell command."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {MARKER}",)
+from import_helpers import MARKER, WritesAFile
 
 
 def endless() -> list[Any]:
