@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -17,12 +17,17 @@ from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.geometry import Grid
 from stunet_plugin.utils.images import read_geometry, read_image, read_label_map
+from stunet_plugin.utils.label_systems import MAX_VALUE
 from stunet_plugin.utils.workers import run_ordered
+
+T = TypeVar("T")
+LABELS_PER_IMAGE = 3
+"""While time lasts."""
 
 
 class Voxels(NamedTuple):
     """What the voxels of a file are like: how many have each value (of a label map), the least, the
-    greatest and the standard deviation (of an image), and a hash of all."""
+    greatest and the standard deviation (of an image), and a hash of an image."""
 
     hash: str
     counts: dict[int, int]
@@ -56,8 +61,8 @@ class FileTask(NamedTuple):
 def gather(
     cases: Sequence[Case], tests: Sequence[tuple[Path, ...]], processes: int, seconds: float
 ) -> Facts:
-    """Read the headers of all files, and voxels until the time is over: label maps first, then
-    images, those far apart in the list before their neighbours."""
+    """Read the headers of all files, and voxels until the time is over: of cases that are far
+    apart in the list before those of their neighbours."""
     facts = Facts(cases, tests)
     end = time.monotonic() + seconds
     for file in [file for case in cases for file in (*case.images, case.label)]:
@@ -66,8 +71,11 @@ def gather(
         except PluginError as error:
             facts.problems[file] = str(error)
     images = spread([file for case in cases for file in case.images])
-    tasks = [FileTask(case.label, True) for case in cases]
-    tasks += [FileTask(file, False) for file in (*images, *(x for one in tests for x in one))]
+    # Label maps are read sooner, and there is more to find in them.
+    places = {FileTask(x.label, True): n for n, x in enumerate(spread(cases))}
+    places |= {FileTask(x, False): n * LABELS_PER_IMAGE for n, x in enumerate(images)}
+    tasks = sorted(places, key=lambda task: places[task])
+    tasks += [FileTask(file, False) for files in tests for file in files]
     in_time = (x for x in tasks if x.path not in facts.problems and time.monotonic() < end)
     for task, found in _look_at_all(in_time, processes):
         if isinstance(found, Voxels):
@@ -77,14 +85,14 @@ def gather(
     return facts
 
 
-def spread(files: Sequence[Path]) -> list[Path]:
-    """Return files in an order of which every beginning is spread over the list."""
+def spread(items: Sequence[T]) -> list[T]:
+    """Return items in an order of which every beginning is spread over the list."""
     order: list[int] = []
-    step = 1 << len(files).bit_length()
+    step = 1 << len(items).bit_length()
     while step:
-        order += range(0, len(files), step)
+        order += range(0, len(items), step)
         step //= 2
-    return [files[index] for index in dict.fromkeys(order)]
+    return [items[index] for index in dict.fromkeys(order)]
 
 
 def _look_at_all(
@@ -104,11 +112,14 @@ def look_at(task: FileTask) -> Voxels | str:
     except PluginError as error:
         return str(error)
     array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image))
+    if task.is_label_map:
+        if array.min() >= 0 and array.max() <= MAX_VALUE:
+            counts = np.bincount(array.ravel())  # five times as quick as a search for values
+            return Voxels("", {int(x): int(counts[x]) for x in np.flatnonzero(counts)})
+        values, counts = np.unique(array, return_counts=True)
+        return Voxels("", dict(zip(values.tolist(), counts.tolist(), strict=True)))
     digest = hashlib.sha256(str(array.shape).encode())
     # The same voxels in another type are the same image.
     digest.update(array.astype(np.float32, copy=False).data)
-    if task.is_label_map:
-        values, counts = np.unique(array, return_counts=True)
-        return Voxels(digest.hexdigest(), dict(zip(values.tolist(), counts.tolist(), strict=True)))
     numbers = float(array.min()), float(array.max()), float(array.std(dtype=np.float64))
     return Voxels(digest.hexdigest(), {}, *numbers)
