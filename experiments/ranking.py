@@ -52,6 +52,7 @@ VARIANTS = {
     "published_sums": "CCFV, published sums",
     "spread": "CCFV, inverse energy",
     "consistency": "consistency alone, -log W",
+    "heads": "fitted heads",
 }
 """Key in the JSON to name in the tables; a high value promises a high Dice."""
 
@@ -153,16 +154,15 @@ def scores_of_ranking(averages: Mapping[str, Any], sums: Mapping[str, Any]) -> d
     Args:
         averages, sums: what ``stunet rank --json`` wrote, without and with ``--published-sums``.
     """
-    by_sums = {entry["name"]: entry["score"] for entry in sums["candidates"]}
+    by_sums = {entry["name"]: entry["scores"]["ccfv"] for entry in sums["candidates"]}
     found = {}
     for entry in averages["candidates"]:
-        scores = {"ccfv": entry["score"], "published_sums": by_sums[entry["name"]]}
-        scores |= {"spread": None, "consistency": None}
-        if entry["score"] is not None:
-            levels = pd.DataFrame(entry["levels"])
-            logarithms = np.log(levels[["consistency", "energy"]]).sum()
-            scores["spread"] = -float(logarithms.sum())
-            scores["consistency"] = -float(logarithms["consistency"])
+        given = entry["scores"]
+        scores = {"ccfv": given["ccfv"], "published_sums": by_sums[entry["name"]]}
+        scores |= {"spread": given["inverse"], "heads": given["heads"], "consistency": None}
+        if given["ccfv"] is not None:
+            logarithms = np.log(pd.DataFrame(entry["levels"])["consistency"])
+            scores["consistency"] = -float(logarithms.sum())
         found[entry["name"]] = scores
     return found
 

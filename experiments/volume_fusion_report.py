@@ -16,8 +16,8 @@ import SimpleITK as sitk
 from common import read_run, write_json
 from report import about, markdown
 
-from stunet_plugin.crosseval.measures import ASSD, DSC, HD95, score
 from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.utils.measures import ASSD, DSC, HD95, score
 
 matplotlib.use("agg")
 

@@ -4,6 +4,7 @@ from stunet_plugin.commands.command import Command
 from stunet_plugin.commands.crosseval import Crosseval
 from stunet_plugin.commands.demo import Demo
 from stunet_plugin.commands.doctor import Doctor
+from stunet_plugin.commands.few_shot import FewShot
 from stunet_plugin.commands.fine_tune import FineTune
 from stunet_plugin.commands.import_ import Import
 from stunet_plugin.commands.inspect import Inspect
@@ -25,6 +26,6 @@ GROUPS: dict[str, tuple[type[Command], ...]] = {
     "networks and plans": (List, Plan),
     "weights": (Import, Inspect, PlanLike, FineTune),
     "data": (Unlabeled, PseudoLabel, MergeDatasets),
-    "evaluation": (Rank, Crosseval),
+    "evaluation": (Rank, FewShot, Crosseval),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)

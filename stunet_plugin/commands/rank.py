@@ -7,7 +7,7 @@ from stunet_plugin.commands.command import Command, device_option, flag, option,
 
 @dataclass(frozen=True)
 class Rank(Command):
-    """Rank pretrained weights for a labelled dataset without training (CCFV)."""
+    """Rank pretrained weights for a labelled dataset without training them."""
 
     command = "rank"
     example = (
@@ -45,12 +45,13 @@ class Rank(Command):
     published_sums: bool = flag(
         "--published-sums", "add distances up as the published script does, not average"
     )
-    variety: str = option(
-        "--variety",
-        default="energy",
-        choices=("energy", "spread"),
-        help="energy: as in the published code; spread: its inverse, which does not depend on the"
-        " scale of the features",
+    score: str = option(
+        "--score",
+        default="heads",
+        choices=("heads", "inverse", "ccfv"),
+        help="to rank by; all are printed. heads: Dice of a head fitted to the features, on"
+        " held-out cases; ccfv: as in the published code; inverse: CCFV with the inverse energy,"
+        " which does not depend on the scale of the features",
     )
     device: str = device_option()
     json: str | None = option("--json", metavar="FILE", help="write everything that was computed")

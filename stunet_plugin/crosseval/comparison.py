@@ -10,12 +10,12 @@ from pathlib import Path
 
 from stunet_plugin.crosseval.entries import PAIR, SHARED, folder_of
 from stunet_plugin.crosseval.inputs import Setup
-from stunet_plugin.crosseval.measures import TUBULAR, tolerance_of
 from stunet_plugin.crosseval.models import Compared, Predictions
 from stunet_plugin.crosseval.references import Dataset
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, did_you_mean, few, nearest
 from stunet_plugin.utils import label_systems
+from stunet_plugin.utils.measures import TUBULAR, tolerance_of
 
 PREDICTIONS = "predictions"
 """Folder of those that models make."""

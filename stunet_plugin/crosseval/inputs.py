@@ -18,7 +18,6 @@ from stunet_plugin.crosseval.entries import (
     check_names,
     entries_of,
 )
-from stunet_plugin.crosseval.measures import DEFAULT_TOLERANCE, TOLERANCES
 from stunet_plugin.crosseval.models import (
     Compared,
     Model,
@@ -31,6 +30,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.utils import label_systems
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.label_systems import canonical_name
+from stunet_plugin.utils.measures import DEFAULT_TOLERANCE, TOLERANCES
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.crosseval import Crosseval

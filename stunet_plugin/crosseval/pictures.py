@@ -10,12 +10,12 @@ import numpy as np
 import SimpleITK as sitk
 
 from stunet_plugin.crosseval.comparison import ScoredClass
-from stunet_plugin.crosseval.measures import DSC, NSD, bounding_box
 from stunet_plugin.crosseval.scoring import CaseTask, read_both
 from stunet_plugin.crosseval.statistics import TESTED, Results, number
 from stunet_plugin.utils.figures import distinct_colours, saved_figure
 from stunet_plugin.utils.geometry import Grid, on_grid_of
 from stunet_plugin.utils.images import read_image
+from stunet_plugin.utils.measures import DSC, NSD, bounding_box
 
 COLUMNS_OF_SHEET = 3
 MOST_LEGEND_ENTRIES = 24

@@ -11,11 +11,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from stunet_plugin import __version__
-from stunet_plugin.crosseval.measures import LARGER_IS_BETTER, MEASURES, TITLES
 from stunet_plugin.crosseval.pictures import PICTURES
-from stunet_plugin.crosseval.statistics import COLUMNS, SIGNIFICANT, Results, number, without_nan
+from stunet_plugin.crosseval.statistics import COLUMNS, Results, number
 from stunet_plugin.errors import few
-from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.utils.files import without_nan, write_atomically
+from stunet_plugin.utils.measures import LARGER_IS_BETTER, MEASURES, TITLES
+from stunet_plugin.utils.paired_tests import SIGNIFICANT
 
 REPORT = "report.html"
 

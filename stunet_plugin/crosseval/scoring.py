@@ -18,17 +18,17 @@ import numpy as np
 import SimpleITK as sitk
 
 from stunet_plugin.crosseval.comparison import PREDICTIONS, Comparison, Pair, ScoredClass
-from stunet_plugin.crosseval.measures import bounding_box, score
 from stunet_plugin.crosseval.models import Predictions
 from stunet_plugin.crosseval.predictions import read_record
-from stunet_plugin.crosseval.statistics import Results, without_nan
+from stunet_plugin.crosseval.statistics import Results
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, few_lines
-from stunet_plugin.utils.files import write_atomically
+from stunet_plugin.utils.files import without_nan, write_atomically
 from stunet_plugin.utils.geometry import Grid, on_grid_of, resampled
 from stunet_plugin.utils.image_files import hash_of_image
 from stunet_plugin.utils.images import read_label_map
 from stunet_plugin.utils.label_systems import LabelSystem
+from stunet_plugin.utils.measures import bounding_box, score
 from stunet_plugin.utils.workers import run_ordered
 
 SCORES = "scores"

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from stunet_plugin.crosseval.comparison import Comparison, Pair
-from stunet_plugin.crosseval.measures import DSC, HD95, MEASURES, NSD
+from stunet_plugin.utils.measures import DSC, HD95, MEASURES, NSD
+from stunet_plugin.utils.paired_tests import SIGNIFICANT, holm, wilcoxon
 
 TESTED = (DSC, NSD)
-SIGNIFICANT = 0.05
 COLUMNS = ["model", "dataset", "case", "class"]
 TEST_COLUMNS = ["measure", "dataset", "first", "second", "cases", "difference", "p"]
 WORST = 12
@@ -28,8 +28,6 @@ WORST = 12
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 20230811
-MIN_CASES = 6
-"""With fewer pairs no Wilcoxon test can reach p < 0.05: 2 / 2^5 is 0.0625."""
 
 
 @dataclass(frozen=True)
@@ -165,31 +163,5 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(means[0]), float(low), float(high))
 
 
-def wilcoxon(differences: np.ndarray) -> float:
-    """Return the two-sided p of the paired Wilcoxon test on a difference per case; 1 if all are 0,
-    NaN with fewer than :data:`MIN_CASES`."""
-    from scipy import stats
-
-    if len(differences) < MIN_CASES:
-        return math.nan
-    return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
-
-
-def holm(p: pd.Series) -> pd.Series:
-    """Return p values corrected for their number by Holm's method; NaN stays and is not counted."""
-    ordered = p.dropna().sort_values()
-    factors = np.arange(len(ordered), 0, -1)
-    return (ordered * factors).cummax().clip(upper=1).reindex(p.index)
-
-
 def number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "n/a"
-
-
-def without_nan(value: Any) -> Any:
-    """Return tables and lists with None for numbers that are not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

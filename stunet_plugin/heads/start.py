@@ -88,7 +88,7 @@ class Heads:
             if not self.rows:
                 self._measure_norms(patches(), patch_size)
             labels = sorted({0, *(value for values in outputs.values for value in values)})
-            samples = _Sampled(outputs, labels)
+            samples = SampledFeatures(outputs, labels)
             for patch in patches():
                 voxels = sample_voxels(patch.labels, labels, patch.name, seed)
                 if voxels:
@@ -160,7 +160,7 @@ class Heads:
                     self.tensors[f"{name}.{part}"] = value.detach().cpu().clone()
 
 
-class _Sampled:
+class SampledFeatures:
     """Features of the sampled voxels of all patches, level by level."""
 
     def __init__(self, outputs: Outputs, labels: Sequence[int]) -> None:

@@ -16,14 +16,13 @@ from pathlib import Path
 from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.commands import NAMELESS
-from stunet_plugin.nnunet.names import PREPROCESSED, RAW, RESULTS
+from stunet_plugin.nnunet.names import EXTERNAL, PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, host_version, registered, trainers_folder
 from stunet_plugin.nnunet.registry import HINT
 from stunet_plugin.options import Options
 from stunet_plugin.utils.findings import OK, WARNING, WRONG, Finding, report
 
 FOLDERS = {RAW: "datasets", PREPROCESSED: "preprocessed data and plans", RESULTS: "trained models"}
-EXTERNAL = "nnUNet_extTrainer"
 PROCESSES = {
     "nnUNet_def_n_proc": ("processes of validation after training and of evaluation", 1),
     "nnUNet_n_proc_DA": ("processes of augmentation in training", 0),

@@ -13,9 +13,12 @@ READERS = (TO_RAS, "NibabelIO", AS_IN_FILE, "Tiff3DIO")
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 CHECKPOINT = "checkpoint_final.pth"
+UNFINISHED_CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_latest.pth")
+"""What a training writes before the final one, the most wanted first."""
 
 RESULTS, RAW, PREPROCESSED = "nnUNet_results", "nnUNet_raw", "nnUNet_preprocessed"
-"""nnU-Net's environment variables."""
+EXTERNAL = "nnUNet_extTrainer"
+"""nnU-Net's environment variables: its folders, and the folder of trainers of others."""
 
 DEFAULT_DATASET_ID = 101
 DEFAULT_FOLD = "0"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import stunet_plugin
 from stunet_plugin.errors import PluginError
+from stunet_plugin.nnunet.names import EXTERNAL
 from stunet_plugin.utils.files import write_atomically
 
 BRIDGE_NAME = "stunet_plugin_bridge.py"
@@ -137,6 +138,12 @@ def registered(host: Path) -> dict[str, str]:
 def trainers_folder() -> Path:
     """Return the folder for ``nnUNet_extTrainer``."""
     return package_folder("trainers")
+
+
+def missing_variables() -> dict[str, str]:
+    """Return what to set so that stock commands find our trainers; nothing if they do already."""
+    known = os.environ.get(EXTERNAL) or "registered" in registered(find_host()).values()
+    return {} if known else {EXTERNAL: str(trainers_folder())}
 
 
 def package_folder(name: str) -> Path:

@@ -16,12 +16,13 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.build_network import build_network, find_trainer
 from stunet_plugin.networks.features import head_modules
 from stunet_plugin.nnunet.names import CONFIGURATION
-from stunet_plugin.ranking.options import Named, check_configuration
+from stunet_plugin.ranking.options import check_configuration
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights import nnssl
 from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import NetworkWeights, is_decoder, read_weights
 from stunet_plugin.weights.locate import Source
+from stunet_plugin.weights.named import Named
 from stunet_plugin.weights.pretrained import describe_mismatches
 from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.trained_options import refuse_options

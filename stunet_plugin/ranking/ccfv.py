@@ -7,7 +7,9 @@ github.com/EndoluminalSurgicalVision-IMR/CCFV. Per decoder level,
   in two cases, averaged over pairs of cases and over classes;
 * F, the variety: of one mean feature vector per case, the mean over pairs of 1 / sqrt(squared
   distance + 1e-3);
-* the score log(F / W); those of the levels are added up.
+* the score log(F / W); those of the levels are added up. F is an energy, which is high where the
+  cases' mean features are alike; log(1 / (F W)), with its inverse, is high where they differ, and
+  the same whatever the scale of the features.
 
 Everything is computed in float64.
 """
@@ -24,10 +26,6 @@ ENERGY_EPSILON = 1e-3
 """Added to squared distances in the variety, as published."""
 MINIMUM_SAMPLES = 2
 """Voxels of a class in a case from which on its covariance is defined."""
-ENERGY, SPREAD = "energy", "spread"
-"""log(F / W) with F as in the published code, an energy, which is high where the cases' mean
-features are alike; or with its inverse, log(1 / (F W)), which is high where they differ, and the
-same whatever the scale of the features."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ class LevelScore:
         consistency: W.
         class_distances: class to its mean distance over pairs of cases.
         energy: F.
-        score: their logarithm; None where W is zero (features that do not vary).
+        score: log(F / W); None where W is zero (features that do not vary).
+        inverse: log(1 / (F W)), likewise.
 
     All are None where features are not finite (broken weights).
     """
@@ -81,13 +80,13 @@ class LevelScore:
     class_distances: dict[int, float] = field(default_factory=dict)
     energy: float | None = None
     score: float | None = None
+    inverse: float | None = None
 
 
 def score_level(
     classes: Mapping[int, Sequence[Gaussian]],
     means: Sequence[np.ndarray],
     published_sums: bool = False,
-    variety: str = ENERGY,
 ) -> LevelScore:
     """Score one level.
 
@@ -97,7 +96,6 @@ def score_level(
         published_sums: W as the published script adds it up, where the paper averages: the
             distances of all pairs so far, plus, after each class, that sum once more divided by the
             number of pairs and classes.
-        variety: ``ENERGY`` or ``SPREAD``.
     """
     distances = {
         label: [wasserstein(*x) for x in combinations(cases, 2)] for label, cases in classes.items()
@@ -112,6 +110,6 @@ def score_level(
     squares = np.array([np.sum((a - b) ** 2) for a, b in combinations(means, 2)])
     energy = float(np.mean(1 / np.sqrt(squares + ENERGY_EPSILON)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        sign = 1 if variety == ENERGY else -1
-        score = float(sign * np.log(energy) - np.log(consistency))
-    return LevelScore(consistency, class_distances, energy, score if np.isfinite(score) else None)
+        scores = [float(sign * np.log(energy) - np.log(consistency)) for sign in (1, -1)]
+    known = [score if np.isfinite(score) else None for score in scores]
+    return LevelScore(consistency, class_distances, energy, *known)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,42 +15,15 @@ from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.nnunet.names import PREPROCESSED
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.weights.locate import HUB_PREFIX, find_model
+from stunet_plugin.weights.locate import HUB_PREFIX
+from stunet_plugin.weights.named import RANDOM, Named
 from stunet_plugin.weights.safe_loading import recognise
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.rank import Rank
 
-RANDOM = "random"
 FEWEST_CASES = 2
 """Pairs of cases are compared."""
-
-
-@dataclass(frozen=True)
-class Named:
-    """Weights as the user gave them: a path (a folder, a file, or on the hub), or the trainer of a
-    network with random ones; neither is for random weights for every network among the others."""
-
-    name: str
-    path: str = ""
-    trainer: str = ""
-
-    @classmethod
-    def read(cls, text: str) -> Named:
-        name, separator, path = text.partition("=")
-        # A path may hold that sign itself.
-        if not separator or Path(text).exists():
-            name, path = "", text
-        if path == RANDOM:
-            return cls(name or RANDOM)
-        if path.startswith(f"{RANDOM}:"):
-            return cls(name or path, trainer=path.partition(":")[2])
-        return cls(name or path.rstrip(f"/{os.sep}"), path)
-
-    @cached_property
-    def file(self) -> Path:
-        """The checkpoint; raises PluginError for a folder without one."""
-        return find_model(self.path).checkpoint
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ import numpy as np
 import torch
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.heads.by_name import Outputs
+from stunet_plugin.heads.patches import Patch
+from stunet_plugin.heads.regression import held_out_dice
+from stunet_plugin.heads.start import SampledFeatures
 from stunet_plugin.networks.features import (
     head_modules,
     read_features,
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from stunet_plugin.commands.rank import Rank
 
 BACKGROUND = 0
+HEADS = "heads"
+"""The score that architectures share; the others depend on the number of channels."""
 DEFAULT_LEVELS = 3
 
 
@@ -64,22 +70,31 @@ class LevelFeatures:
     def score(self, options: Rank) -> LevelScore:
         if not self.finite:
             return LevelScore()
-        return score_level(self.compared, self.means, options.published_sums, options.variety)
+        return score_level(self.compared, self.means, options.published_sums)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The score of a candidate: the sum over its levels (coarsest first), None where a level has
-    none."""
+    """The scores of a candidate, None where it has none. CCFV and its inverse are sums over the
+    levels (coarsest first), ``heads`` is the held-out Dice of a fitted head."""
 
     candidate: Candidate
     levels: tuple[LevelScore, ...]
+    heads: float | None
     seconds: float
 
     @property
-    def score(self) -> float | None:
-        scores = [level.score for level in self.levels if level.score is not None]
-        return float(sum(scores)) if len(scores) == len(self.levels) else None
+    def scores(self) -> dict[str, float | None]:
+        return {
+            "heads": self.heads,
+            "inverse": _sum([level.inverse for level in self.levels]),
+            "ccfv": _sum([level.score for level in self.levels]),
+        }
+
+
+def _sum(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return float(sum(known)) if len(known) == len(scores) else None
 
 
 def run_rank(options: Rank, inputs: Inputs) -> int:
@@ -87,12 +102,12 @@ def run_rank(options: Rank, inputs: Inputs) -> int:
     # What nnU-Net and the networks have to say is no part of the result.
     with contextlib.redirect_stdout(sys.stderr):
         results = _rank(options, inputs)
-    print(ranking_table(results))
+    print(ranking_table(results, options.score))
     if options.json is not None:
         report = json.dumps(_report(options, inputs, results), indent=1)
         write_atomically(Path(options.json), f"{report}\n")
     if options.figure is not None:
-        save_ranking(results, inputs.raw.name, Path(options.figure))
+        save_ranking(results, options.score, inputs.raw.name, Path(options.figure))
     return 0
 
 
@@ -128,9 +143,15 @@ def _rank(options: Rank, inputs: Inputs) -> list[Result]:
     for candidate in candidates:
         result = _score(candidate, inputs, levels, options, device)
         results.append(result)
-        print(f"  {candidate.name}: {_number(result.score)} ({result.seconds:.0f} s)", flush=True)
+        score = result.scores[options.score]
+        print(f"  {candidate.name}: {_number(score)} ({result.seconds:.0f} s)", flush=True)
+
+    def place(result: Result) -> float:
+        score = result.scores[options.score]
+        return np.inf if score is None else -score
+
     # Without a score last; equal ones as they were given.
-    return sorted(results, key=lambda x: np.inf if x.score is None else -x.score)
+    return sorted(results, key=place)
 
 
 def _score(
@@ -142,34 +163,38 @@ def _score(
     collected = [LevelFeatures() for _ in range(levels)]
     patch, step = candidate.plan.chosen.patch_size, options.step_size
     labels, heads = list(class_names(inputs.raw)), head_modules(network)[-levels:]
-    for case, image, segmentation in prepared_cases(inputs, candidate.plan):
+    description = inputs.raw.description
+    finest = SampledFeatures(Outputs.of(description, f"of {inputs.raw.name}"), labels)
+    for number, (case, image, segmentation) in enumerate(prepared_cases(inputs, candidate.plan)):
         voxels = sample_voxels(segmentation, labels, case, options.seed)
         if set(voxels) - {BACKGROUND}:
             features = read_features(network, image, voxels, patch, step, heads)
             for level, of_case in zip(collected, features, strict=True):
                 level.add(of_case)
+            finest.add(Patch(case, number, image, segmentation), features[-1:])
     if all(level.finite for level in collected) and not collected[-1].compared:
         raise PluginError(
             f"No class has {MINIMUM_SAMPLES} voxels in two of the cases {', '.join(inputs.cases)},"
             " so nothing can be compared. Take more cases (--cases), or others (--seed)."
         )
     scores = tuple(level.score(options) for level in collected)
-    return Result(candidate, scores, time.monotonic() - started)
+    dice = held_out_dice(finest.of_level(0, options.seed)) if finest.finite else None
+    return Result(candidate, scores, dice, time.monotonic() - started)
 
 
-def ranking_table(results: Sequence[Result]) -> str:
-    """Return the ranking, the best first, as aligned text: score, score per level from coarse to
-    fine, name; and which can be compared."""
-    steps = range(len(results[0].levels))[::-1]
-    names = "  ".join(f"{f'level 1/{2**step}':>9}" for step in steps)
-    lines = [f"{'rank':>4}  {'CCFV':>8}  {names}  weights"]
+def ranking_table(results: Sequence[Result], by: str) -> str:
+    """Return the ranking by a score, the best first, as aligned text: that score, the others, name;
+    and which can be compared."""
+    order = [by, *(name for name in results[0].scores if name != by)]
+    names = "  ".join(f"{name:>8}" for name in order)
+    lines = [f"{'rank':>4}  {names}  weights"]
     for rank, result in enumerate(results, start=1):
-        place = "-" if result.score is None else str(rank)
-        cells = "  ".join(f"{_number(level.score):>9}" for level in result.levels)
-        lines.append(f"{place:>4}  {_number(result.score):>8}  {cells}  {result.candidate.name}")
-    if any(result.score is None for result in results):
+        place = "-" if result.scores[by] is None else str(rank)
+        cells = "  ".join(f"{_number(result.scores[name]):>8}" for name in order)
+        lines.append(f"{place:>4}  {cells}  {result.candidate.name}")
+    if any(None in result.scores.values() for result in results):
         lines.append("n/a: features that do not vary, or are not finite (broken weights).")
-    if len(alike := by_architecture(results)) > 1:
+    if by != HEADS and len(alike := by_architecture(results)) > 1:
         groups = " | ".join(", ".join(names) for names in alike)
         lines.append(f"These are {len(alike)} architectures; compare within each: {groups}")
     return "\n".join(lines)
@@ -179,21 +204,22 @@ def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def save_ranking(results: Sequence[Result], dataset: str, path: Path) -> None:
+def save_ranking(results: Sequence[Result], by: str, dataset: str, path: Path) -> None:
     """Write a PNG with a bar per candidate, the best on top."""
-    known = [result.score for result in results if result.score is not None] or [0.0]
+    scores = [result.scores[by] for result in results]
+    known = [score for score in scores if score is not None] or [0.0]
     # Differences matter, the zero does not: bars begin below the lowest.
     reach = (max(known) - min(known)) or 1.0
     floor = min(known) - 0.15 * reach
     with saved_figure(path, 8, 1.2 + 0.4 * len(results)) as figure:
         axis = figure.subplots()
-        widths = [0.0 if x.score is None else x.score - floor for x in results]
+        widths = [0.0 if score is None else score - floor for score in scores]
         bars = axis.barh([x.candidate.name for x in results], widths, left=floor, color="tab:blue")
-        axis.bar_label(bars, [_number(x.score) for x in results], padding=3, fontsize=8)
+        axis.bar_label(bars, [_number(score) for score in scores], padding=3, fontsize=8)
         axis.invert_yaxis()
         axis.tick_params(axis="y", labelsize=8)
         axis.set_xlim(floor, floor + 1.25 * reach)
-        axis.set(xlabel="CCFV (higher ranks better)", title=f"Pretrained weights for {dataset}")
+        axis.set(xlabel=f"{by} (higher ranks better)", title=f"Pretrained weights for {dataset}")
         axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -201,7 +227,7 @@ def _report(options: Rank, inputs: Inputs, results: Sequence[Result]) -> dict[st
     left_out = ("json", "figure", "weights", "names")
     names = class_names(inputs.raw)
     return {
-        "method": "CCFV, arXiv:2307.11958",
+        "method": "CCFV, arXiv:2307.11958, its inverse, and the Dice of fitted heads",
         "dataset": inputs.raw.name,
         "cases": list(inputs.cases),
         "samples": samples_of_levels(len(results[0].levels)),
@@ -209,9 +235,10 @@ def _report(options: Rank, inputs: Inputs, results: Sequence[Result]) -> dict[st
         "by_architecture": by_architecture(results),
         "candidates": [
             {
-                "rank": None if result.score is None else rank,
+                "rank": None if result.scores[options.score] is None else rank,
                 "name": result.candidate.name,
-                "score": result.score,
+                "score": result.scores[options.score],
+                "scores": result.scores,
                 "file": None if (file := result.candidate.file) is None else str(file.absolute()),
                 "trainer": result.candidate.trainer,
                 "plan": result.candidate.plan.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -137,3 +138,12 @@ def copy_file(path: str, target: Path) -> str:
         shutil.copyfile(path, target)
         flush(target)
     return COPY
+
+
+def without_nan(value: Any) -> Any:
+    """Return tables and lists with None for numbers that are not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

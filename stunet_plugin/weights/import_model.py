@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import reprlib
 import shlex
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.presets import PRETEXT_OUTPUTS
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PLANS_NAME
-from stunet_plugin.nnunet.registration import find_host, registered
+from stunet_plugin.nnunet.registration import missing_variables
 from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder, nnssl
@@ -220,8 +219,8 @@ def _advice(options: Import, model: _Model) -> tuple[tuple[str, str], ...]:
     import torch
 
     weights, network, place = model.weights, model.weights.misfm, shlex.quote(str(model.folder))
-    found = os.environ.get("nnUNet_extTrainer") or "registered" in registered(find_host()).values()
-    first = () if found else (("First", "stunet register    # nnU-Net does not find our trainers"),)
+    advised = (("First", "stunet register    # nnU-Net does not find our trainers"),)
+    first = advised if missing_variables() else ()
     file = shlex.quote(str(model.folder / f"fold_{options.fold}" / CHECKPOINT))
     mode = f"must come to mode {weights.mode.number}" if weights.mode else ""
     train = (

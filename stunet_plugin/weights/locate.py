@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.names import CHECKPOINT
+from stunet_plugin.nnunet.names import CHECKPOINT, UNFINISHED_CHECKPOINTS
 
 HUB_PREFIX = "hf://"
 HUB = "https://huggingface.co"
 PLANS_SUFFIX = ".pkl"
 """What nnU-Net v1 adds to a checkpoint's name for the file with its plans."""
-CHECKPOINTS = (CHECKPOINT, "checkpoint_best.pth", "checkpoint_latest.pth")
+CHECKPOINTS = (CHECKPOINT, *UNFINISHED_CHECKPOINTS)
 """What nnU-Net v2 writes into a fold, the most wanted first."""
 FACTS = "published_stunet.json"
 

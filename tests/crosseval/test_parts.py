@@ -17,14 +17,15 @@ from scipy import stats
 from stunet_plugin.crosseval.comparison import Comparison, ScoredClass
 from stunet_plugin.crosseval.entries import PAIR
 from stunet_plugin.crosseval.inputs import Setup
-from stunet_plugin.crosseval.measures import ASSD, DSC, MEASURES, NSD, TOLERANCES
 from stunet_plugin.crosseval.models import Model
 from stunet_plugin.crosseval.references import Dataset, read_dataset
 from stunet_plugin.crosseval.scoring import CaseScores, CaseTask, score_case
-from stunet_plugin.crosseval.statistics import Results, estimate, holm, wilcoxon
+from stunet_plugin.crosseval.statistics import Results, estimate
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.label_systems import LabelSystem, load_label_system
+from stunet_plugin.utils.measures import ASSD, DSC, MEASURES, NSD, TOLERANCES
+from stunet_plugin.utils.paired_tests import holm, wilcoxon
 
 Labels = str | Sequence[str]
 """A published system, or classes of one's own."""

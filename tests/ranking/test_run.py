@@ -101,7 +101,7 @@ def test_ranking_of_models_with_their_own_plans(folders: Path, stunet: Stunet) -
     assert main([*RANK.split(), *words.split(), "--figure", "ranking.png"]) == 0
     table, progress = stunet.capsys.readouterr()
     # The result alone, to be piped on.
-    assert table.startswith("rank      CCFV")
+    assert table.split()[:4] == ["rank", "heads", "inverse", "ccfv"]
     assert "Dataset004_Boxes: 3 of 4 cases, 3 candidates, 3 levels" in progress
     found = rank(stunet, words)
     assert found["by_architecture"] == [[entry["name"] for entry in found["candidates"]]]
@@ -111,7 +111,10 @@ def test_ranking_of_models_with_their_own_plans(folders: Path, stunet: Stunet) -
     scores = [entry["score"] for entry in found["candidates"]]
     assert scores == sorted(set(scores), reverse=True)
     for entry in found["candidates"]:
-        assert entry["score"] == pytest.approx(sum(level["score"] for level in entry["levels"]))
+        assert entry["score"] == entry["scores"]["heads"] > 0
+        for name, of_level in (("ccfv", "score"), ("inverse", "inverse")):
+            summed = sum(level[of_level] for level in entry["levels"])
+            assert entry["scores"][name] == pytest.approx(summed)
         assert all(set(x["class_distances"]) == {"dim", "bright"} for x in entry["levels"])
         # From the first run: the same numbers.
         assert f"{entry['score']:.3f}  " in table
@@ -174,7 +177,7 @@ def test_weights_decide_not_their_heads_and_broken_ones_are_last(
     assert (last["name"], last["rank"]) == ("broken.pth", None)
 
 
-def test_the_published_sums_and_the_other_variety(folders: Path, stunet: Stunet) -> None:
+def test_the_published_sums_and_the_inverse(folders: Path, stunet: Stunet) -> None:
     """Of a class that one case lacks and another has in one voxel, two cases are left: one pair.
     The published script divides by half the square of the cases, and by the classes."""
     for number, voxels in ((0, 0), (1, 1)):
@@ -185,13 +188,13 @@ def test_the_published_sums_and_the_other_variety(folders: Path, stunet: Stunet)
         write_array(file, array, spacing=SPACING)
     plain, other = (
         {entry["name"]: entry["levels"][0] for entry in rank(stunet, f"one two {x}")["candidates"]}
-        for x in ("", "--published-sums --variety spread")
+        for x in ("--score ccfv", "--published-sums --score inverse")
     )
     for name, level in plain.items():
         one, two = level["class_distances"]["dim"] * 6, level["class_distances"]["bright"]
         summed = (one * (1 + 1 / (16 / 2) / 2) + two) * (1 + 1 / (4 / 2) / 2)
         assert other[name]["consistency"] == pytest.approx(summed)
-        assert other[name]["score"] == pytest.approx(-np.log(level["energy"] * summed))
+        assert other[name]["inverse"] == pytest.approx(-np.log(level["energy"] * summed))
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
@@ -229,9 +232,10 @@ def test_other_architectures_are_pointed_out(folders: Path) -> None:
     wide = with_changes(plan.plans, {f"{kwargs}/features_per_stage": [4, 8, 16, 32, 32, 32]})
     plans = {"a": plan, "b": Plan(wide, "3d_fullres"), "c": plan}
     candidates = [Candidate(name, None, "STUNetTrainer", plans[name]) for name in plans]
-    table = ranking_table([Result(one, (LevelScore(score=1.0),), 0.0) for one in candidates])
-    last = table.splitlines()[-1]
+    results = [Result(one, (LevelScore(score=1.0),), 0.5, 0.0) for one in candidates]
+    last = ranking_table(results, "ccfv").splitlines()[-1]
     assert last == "These are 2 architectures; compare within each: a, c | b"
+    assert "architectures" not in ranking_table(results, "heads")
 
 
 def test_slips_are_told_before_torch_is_imported(folders: Path) -> None:

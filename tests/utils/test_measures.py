@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 from skimage.measure import marching_cubes
 
 from stunet_plugin.crosseval import measures
-from stunet_plugin.crosseval.measures import ASSD, DSC, HD95, NSD, REFERENCE_VOLUME, score
+from stunet_plugin.utils.measures import ASSD, DSC, HD95, NSD, REFERENCE_VOLUME, score
 
 THICK = (3.0, 1.0, 0.5)
 

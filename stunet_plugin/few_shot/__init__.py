@@ -1,0 +1,1 @@
+"""``stunet few-shot``: which weights learn best from a few labelled cases, by trying."""

@@ -1,0 +1,1 @@
+"""Preparation of a dataset for pretrained weights: plans that these fit, preprocessing."""
