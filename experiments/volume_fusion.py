@@ -101,6 +101,10 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "blocks": _arm("pretrained with large blocks", "stunet_large_blocks"),
     "pretraining_rate": _arm("pretrained at a rate of 1e-4", "stunet_slow"),
     "length": _arm("ten times the pretraining", "stunet_long"),
+    "heads": (
+        Arm("scratch, fitted heads", options={"STUNET_HEADS": "fit"}),
+        *_arm("pretrained, fitted heads", options={"STUNET_HEADS": "fit"}),
+    ),
 }
 """What can be asked for; ``stunet`` is what all but the other networks are compared with."""
 ARMS = {arm.folder: arm for group in GROUPS.values() for arm in group}

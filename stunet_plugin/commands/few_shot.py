@@ -48,7 +48,7 @@ class FewShot(Command):
     seed: int = option("--seed", default=0, metavar="N", help="of test cases and draws")
     check: bool = flag("--check", "plan, preprocess, estimate the time, and stop")
     processes: int = option("-np", default=2, metavar="N", help="processes for planning and data")
-    device: str = device_option("mps")
+    device: str = device_option()
 
     def run(self) -> int:
         # Without torch, so that a slip is told at once.

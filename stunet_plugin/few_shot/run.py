@@ -234,8 +234,7 @@ class _Comparison:
                     cases = self.cases.draws[shots, draw]
                     number = self.preparation.number
                     given = rank_arguments(alike, number, cases, self.options.seed + draw, file)
-                    device = "cpu" if self.device == "mps" else self.device
-                    self._stock(*given, "--device", device)
+                    self._stock(*given, "--device", self.device)
                 files.append(file)
         return files
 

@@ -118,16 +118,18 @@ def test_report_compares_with_scratch_of_the_same_seed(tmp_path: Path) -> None:
 def test_ranking_that_is_right_but_for_one_pair(tmp_path: Path) -> None:
     script = import_module("ranking")
     levels = [{"consistency": 2.0, "energy": 0.5}, {"consistency": 4.0, "energy": 1.0}]
-    averages = [{"name": "a", "score": -3.0, "levels": levels}, {"name": "b", "score": None}]
-    sums = [{"name": "b", "score": None}, {"name": "a", "score": -9.0}]
+    none = {"name": "b", "scores": dict.fromkeys(("heads", "inverse", "ccfv"))}
+    known = {"heads": 0.5, "inverse": -np.log(4), "ccfv": -3.0}
+    averages = [{"name": "a", "scores": known, "levels": levels}, none]
+    sums = [none, {"name": "a", "scores": {**known, "ccfv": -9.0}}]
     scores = script.scores_of_ranking({"candidates": averages}, {"candidates": sums})
-    expected = {"ccfv": -3.0, "published_sums": -9.0, "consistency": -np.log(8)}
+    expected = {"ccfv": -3.0, "published_sums": -9.0, "consistency": -np.log(8), "heads": 0.5}
     assert scores["a"] == pytest.approx({**expected, "spread": -np.log(4)})
     assert scores["b"] == dict.fromkeys(script.VARIANTS)
     runs = [
         {"name": f"tiny {n}", "size": "tiny", "seed": seed, "dice": 0.5 + 0.1 * n + 0.01 * seed}
         | {"ccfv": score, "published_sums": -score, "spread": score}
-        | {"consistency": score if n else None}
+        | {"consistency": score if n else None, "heads": score}
         for n, score in enumerate((-4.0, -3.0, -1.0, -2.0))
         for seed in (0, 1)
     ]
@@ -136,7 +138,7 @@ def test_ranking_that_is_right_but_for_one_pair(tmp_path: Path) -> None:
     found = {one["variant"]: one["kendall_tau"] for one in correlations if one["group"] == "tiny"}
     # Five pairs of six in order; the third and the fourth are not.
     assert found["ccfv"] == pytest.approx(4 / 6) == -found["published_sums"]
-    row = "| tiny 0 | 0.505 ± 0.005 | -4.00 | 4.00 | -4.00 | n/a |"
+    row = "| tiny 0 | 0.505 ± 0.005 | -4.00 | 4.00 | -4.00 | n/a | -4.00 |"
     assert row in (tmp_path / "r.md").read_text()
     assert (tmp_path / "r.png").is_file()
 

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from skimage.measure import marching_cubes
 
-from stunet_plugin.crosseval import measures
+from stunet_plugin.utils import measures
 from stunet_plugin.utils.measures import ASSD, DSC, HD95, NSD, REFERENCE_VOLUME, score
 
 THICK = (3.0, 1.0, 0.5)
