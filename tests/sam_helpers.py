@@ -14,12 +14,13 @@ from stunet_plugin.networks.presets import SAM_PRESETS
 REASON = "needs transformers: pip install 'stunet-plugin[sam]'"
 pytest.importorskip("transformers", reason=REASON)
 
-from stunet_plugin.networks.sammed2d import ADAPTER, Adapter, Inputs, Prompts, SAMMed2D  # noqa: E402
+from stunet_plugin.networks.sammed2d import ADAPTER, Adapter, Inputs, Masks, Prompts, SAMMed2D  # noqa: E402
+from stunet_plugin.sam import curve, images, loss, prompts, slice_session  # noqa: E402
 from stunet_plugin.weights.sam_keys import renamed  # noqa: E402
 
 __all__ = [
-    "ADAPTER", "TINY", "Adapter", "Inputs", "Prompts", "SAMMed2D", "fixtures", "recorded",
-    "recorded_network",
+    "ADAPTER", "TINY", "Adapter", "Inputs", "Masks", "Prompts", "SAMMed2D", "curve", "fixtures",
+    "images", "loss", "prompts", "recorded", "recorded_network", "slice_session",
 ]  # fmt: skip
 TINY = SAM_PRESETS["tiny"]
 

@@ -1,0 +1,1 @@
+"""SAM-Med2D in use and in training: images, prompts, loss, evaluation, sessions."""
