@@ -17,5 +17,6 @@ setup(
         "stunet_plugin": ["py.typed"],
         "stunet_plugin.data": ["*.json"],
         "stunet_plugin.crosseval": ["*.j2"],
+        "stunet_plugin.weights": ["*.j2"],
     },
 )

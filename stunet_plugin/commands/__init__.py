@@ -18,13 +18,14 @@ from stunet_plugin.commands.pseudo_label import PseudoLabel
 from stunet_plugin.commands.rank import Rank
 from stunet_plugin.commands.register import Register, Unregister
 from stunet_plugin.commands.segment import Segment
+from stunet_plugin.commands.share import Share
 from stunet_plugin.commands.unlabeled import Unlabeled
 
 GROUPS: dict[str, tuple[type[Command], ...]] = {
     "segmentation": (Segment, Models),
     "install": (Demo, Register, Unregister, Doctor, Path),
     "networks and plans": (List, Plan),
-    "weights": (Import, Inspect, PlanLike, FineTune),
+    "weights": (Import, Inspect, PlanLike, FineTune, Share),
     "data": (Unlabeled, PseudoLabel, MergeDatasets),
     "evaluation": (Rank, FewShot, Crosseval),
 }

@@ -9,7 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError, did_you_mean, few
@@ -19,8 +20,8 @@ from stunet_plugin.segmentation.published import (
     models_folder,
     published_models,
 )
-from stunet_plugin.utils.files import HOME, lock
-from stunet_plugin.weights.locate import CHECKPOINTS, HUB_PREFIX, find_source, web_address
+from stunet_plugin.utils.files import HOME, lock, sha256_of
+from stunet_plugin.weights.locate import CHECKPOINTS, HUB_PREFIX, SHARED, find_source, web_address
 
 PUBLISHED = "Published models: stunet models."
 V1_CHECKPOINT = "*.model"
@@ -70,6 +71,13 @@ def is_model(folder: Path) -> bool:
 def _in_folder(path: Path) -> Path:
     if is_model(path):
         return path
+    if shared := next(iter(sorted(path.glob(f"fold_*/{SHARED}"))), None):
+        folder = models_folder() / f"{path.name}_{sha256_of(shared)[:12]}"
+        with _being_made(folder):
+            if not is_model(folder):
+                print(f"Import:       {path}, once", flush=True)
+                _run_import([str(path), "--out", str(folder)])
+        return folder
     inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and is_model(folder))
     if len(inside) == 1:
         return inside[0]
@@ -124,14 +132,7 @@ def _from_hub(address: str, folder: Path, model: PublishedModel | None = None) -
         options, plans = model.import_options(), model.plans
         size = f"{model.megabytes:,.0f} MB" if model.megabytes else "size not known"
         told += f", {size}, licence: {model.licence}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PluginError(
-            f"{folder.parent} cannot be made ({error.strerror}). Choose a folder for models that"
-            f" can be written: export {HOME}=/path/to/a/folder"
-        ) from error
-    with lock(folder.parent / f".{folder.name}.lock", f"process imports {folder.name}", wait=True):
+    with _being_made(folder):
         if is_model(folder):
             return folder
         print(told, flush=True)
@@ -148,6 +149,20 @@ def _from_hub(address: str, folder: Path, model: PublishedModel | None = None) -
             ) from error
     print(f"Model folder: {folder}")
     return folder
+
+
+@contextmanager
+def _being_made(folder: Path) -> Iterator[None]:
+    """Hold the lock of a model folder that is to be made, in a place that is there."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PluginError(
+            f"{folder.parent} cannot be made ({error.strerror}). Choose a folder for models that"
+            f" can be written: export {HOME}=/path/to/a/folder"
+        ) from error
+    with lock(folder.parent / f".{folder.name}.lock", f"process imports {folder.name}", wait=True):
+        yield
 
 
 def _command(file: str, folder: Path, options: Sequence[str]) -> str:

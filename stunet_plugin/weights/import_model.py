@@ -20,7 +20,7 @@ from stunet_plugin.weights import model_folder, nnssl
 from stunet_plugin.weights.choose_plan import choose_plan, find_plan
 from stunet_plugin.weights.identify import HEADS, UNETS, NetworkWeights, Origin, read_weights
 from stunet_plugin.weights.import_sam import import_sam
-from stunet_plugin.weights.locate import Source, find_model, published_facts
+from stunet_plugin.weights.locate import Source, find_model, published_facts, shared_folds
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
 from stunet_plugin.weights.safe_loading import check_integrity, load_checkpoint
@@ -54,6 +54,8 @@ def import_checkpoint(options: Import) -> int:
     if options.in_channels is not None and options.in_channels < 1:
         raise PluginError(f"--in-channels must be at least 1, not {options.in_channels}.")
     source = find_model(options.source)
+    if shared_folds(source.checkpoint):
+        options = replace(options, fold=source.checkpoint.parent.name.removeprefix("fold_"))
     checkpoint = load_checkpoint(source.checkpoint)
     if sam_weights(checkpoint):
         return import_sam(options, source, checkpoint)
@@ -73,6 +75,7 @@ def import_checkpoint(options: Import) -> int:
 def _write(options: Import, source: Source, weights: NetworkWeights, model: _Model) -> None:
     """Write the folder, unless it is there."""
     record = _record(options, source, weights, model)
+    folds = shared_folds(source.checkpoint) or {options.fold: source.checkpoint}
     file = f"fold_{options.fold}/{CHECKPOINT}"
     if model_folder.is_there(model.folder, record, model.files, file, options.force):
         print(f"Already there: {model.folder} holds this very import. Nothing was written.")
@@ -80,17 +83,28 @@ def _write(options: Import, source: Source, weights: NetworkWeights, model: _Mod
     check_integrity(source.checkpoint)
     check_finite(weights.tensors, source.checkpoint)
     channels = options.in_channels or weights.input_channels
-    written = model.weights.with_input_channels(channels, options.stem)
-    mirroring = _mirroring_axes(weights)
-    save = partial(
-        model_folder.save_checkpoint,
-        written.tensors,
-        written.trainer,
-        model.init_args,
-        mirroring,
-        model.entries,
-    )
-    model_folder.write_model_folder(model.folder, record, {**model.files, file: save}, file)
+    files = dict(model.files)
+    for name, path in folds.items():
+        one = model.weights if path == source.checkpoint else _same_network(path, weights)
+        written = one.with_input_channels(channels, options.stem)
+        files[f"fold_{name}/{CHECKPOINT}"] = partial(
+            model_folder.save_checkpoint,
+            written.tensors,
+            written.trainer,
+            model.init_args | {"fold": int(name) if name.isdigit() else name},
+            _mirroring_axes(weights),
+            model.entries,
+        )
+    model_folder.write_model_folder(model.folder, record, files, file)
+
+
+def _same_network(path: Path, first: NetworkWeights) -> NetworkWeights:
+    """Read another fold of a shared model; raise PluginError if it is of another network."""
+    weights = read_weights(path)
+    if (weights.description, weights.trainer) != (first.description, first.trainer):
+        raise PluginError(f"{path} is {weights.description}, the first fold {first.description}.")
+    check_finite(weights.tensors, path)
+    return weights
 
 
 def _segmentation_model(options: Import, source: Source, weights: NetworkWeights) -> _Model:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, few
 from stunet_plugin.nnunet.names import CHECKPOINT, UNFINISHED_CHECKPOINTS
 
 HUB_PREFIX = "hf://"
@@ -23,9 +23,12 @@ PLANS_SUFFIX = ".pkl"
 """What nnU-Net v1 adds to a checkpoint's name for the file with its plans."""
 CHECKPOINTS = (CHECKPOINT, *UNFINISHED_CHECKPOINTS)
 """What nnU-Net v2 writes into a fold, the most wanted first."""
+SHARED = "model.safetensors"
+"""Weights of a fold in a model that `stunet share` wrote."""
 FACTS = "published_stunet.json"
 
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/([^@]+)")
+_HUB_MODEL = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/?")
 _WEB = re.compile(
     r"https?://(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+)/(?:resolve|blob)/([\w.-]+)/([^?#]+)"
 )
@@ -41,7 +44,7 @@ class Source(NamedTuple):
 def find_source(given: str) -> Source:
     """Find the file, downloading it where it is on the hub."""
     if given.startswith(HUB_PREFIX):
-        return _download(given)
+        return _download_shared(given) if _HUB_MODEL.fullmatch(given) else _download(given)
     if given.startswith(("http://", "https://")):
         advice = "download the file, and stunet import its path"
         if web := _WEB.match(given):
@@ -58,7 +61,7 @@ def find_model(given: str) -> Source:
     path = Path(given).expanduser()
     if not path.is_dir():
         return find_source(given)
-    for name in CHECKPOINTS:
+    for name in (*CHECKPOINTS, SHARED):
         # The folder itself may be a fold.
         for found in (path / name, *sorted(path.glob(f"fold_*/{name}"))):
             if found.is_file():
@@ -78,8 +81,19 @@ def published_facts() -> dict[str, Any]:
 
 def web_address(given: str) -> str:
     """Return where a browser finds the file of an ``hf://`` address."""
+    if model := _HUB_MODEL.fullmatch(given):
+        return f"{HUB}/{model[1]}/tree/{model[2] or 'main'}"
     repository, revision, file = _parts(given)
     return f"{HUB}/{repository}/resolve/{revision or 'main'}/{file}"
+
+
+def shared_folds(checkpoint: Path) -> dict[str, Path]:
+    """Return the weights of all folds of a shared model by the fold, given those of one; empty if
+    it is none."""
+    if checkpoint.name != SHARED:
+        return {}
+    found = sorted(checkpoint.parent.parent.glob(f"fold_*/{SHARED}"))
+    return {path.parent.name.removeprefix("fold_"): path for path in found}
 
 
 def _parts(given: str) -> tuple[str, str | None, str]:
@@ -88,19 +102,46 @@ def _parts(given: str) -> tuple[str, str | None, str]:
     if not match or ".." in match[3].split("/"):
         raise PluginError(
             f"{given!r} names no file. Expected hf://owner/repository/file, as in"
-            " hf://ziyanhuang/STU-Net/base_ep4k.model."
+            " hf://ziyanhuang/STU-Net/base_ep4k.model, or hf://owner/repository of a shared model."
         )
     return match[1], match[2], match[3]
 
 
-def _download(given: str) -> Source:
-    repository, revision, file = _parts(given)
+def hub_client() -> Any:
+    """Return the module huggingface_hub; raise PluginError where it is not installed."""
     try:
-        client = importlib.import_module("huggingface_hub")
+        return importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
         raise PluginError(
             "hf:// addresses need huggingface_hub. Run: pip install huggingface_hub"
         ) from error
+
+
+def _download_shared(given: str) -> Source:
+    """Download all folds of a model that `stunet share` uploaded; return the first."""
+    match = _HUB_MODEL.fullmatch(given)
+    assert match is not None
+    client, revision = hub_client(), match[2]
+    try:
+        listed = client.list_repo_files(match[1], revision=revision)
+    except Exception as error:  # as in _download
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        told = f"{given} cannot be listed ({reason})"
+        raise PluginError(f"{told}. Check spelling, access and network.") from error
+    folds = sorted(x for x in listed if re.fullmatch(rf"fold_(\d+|all)/{re.escape(SHARED)}", x))
+    if not folds:
+        raise PluginError(
+            f"{given} is no shared model: it has no fold_X/{SHARED}. Name a file:"
+            f" {given.rstrip('/')}/FILE. It holds {few(sorted(listed))}."
+        )
+    at = f"@{revision}" if revision else ""
+    first, *_ = [_download(f"{HUB_PREFIX}{match[1]}{at}/{fold}") for fold in folds]
+    return first
+
+
+def _download(given: str) -> Source:
+    repository, revision, file = _parts(given)
+    client = hub_client()
     # Without a network the client would try for half a minute before it looks into its cache.
     options = {} if is_reachable(HUB) else {"local_files_only": True}
 
@@ -117,6 +158,8 @@ def _download(given: str) -> Source:
             f" command again, which resumes; or give the path of {web_address(given)}, downloaded"
             " by hand."
         ) from error
+    if checkpoint.name == SHARED:
+        return Source(checkpoint)
     name = f"{Path(file).name}{PLANS_SUFFIX}"
     try:
         return Source(checkpoint, get(file + PLANS_SUFFIX))

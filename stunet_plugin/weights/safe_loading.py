@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.weights.safetensors_file import read_safetensors
 
 MAX_PLANS_BYTES = 16 * 1024**2
 """Published plans take under 2 kB; those of a large dataset, which list every image, some MB."""
@@ -37,6 +38,7 @@ class FileFormat(Enum):
     TORCH_ZIP = "torch file (zip format)"
     TORCH_LEGACY = "torch file (format before torch 1.6)"
     PICKLE = "plain pickle"
+    SAFETENSORS = "safetensors"
 
 
 # --- formats
@@ -71,6 +73,8 @@ def recognise(path: Path) -> FileFormat:
         return FileFormat.TORCH_LEGACY
     if re.match(rb"\x80[\x02-\x05]", head):
         return FileFormat.PICKLE
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return FileFormat.SAFETENSORS
     start = head.removeprefix(b"\xef\xbb\xbf")
     with contextlib.suppress(zlib.error):
         # An image may be packed, an archive is what it is.
@@ -137,6 +141,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is a plain pickle, not a checkpoint with weights; nothing in it was run. If it"
             " is the NAME.model.pkl of an nnU-Net v1 checkpoint, name NAME.model instead."
         )
+    if file_format is FileFormat.SAFETENSORS:
+        return read_safetensors(path)
     import torch
 
     if torch.__version__ < "2.6":
