@@ -6,8 +6,11 @@ from stunet_plugin.commands.command import RESUMES, Command, device_option, flag
 
 
 def _classes(text: str) -> str | tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return text if text in ("shared", "pair") else names
+    return text if text in ("shared", "pair") else _names(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Crosseval(Command):
     )
     sliced: bool = flag(
         "--sliced", "score aorta, vena cava, esophagus between the reference's end slices alone"
+    )
+    lesions: tuple[str, ...] | None = option(
+        "--lesions",
+        type=_names,
+        metavar="NAMES",
+        help="classes to count as lesions, too (those named as a lesion, tumour, ... are)",
     )
     resample: bool = flag("--resample", "resample predictions to references where voxels differ")
     device: str = device_option()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stunet_plugin.crosseval.entries import PAIR, SHARED, folder_of
 from stunet_plugin.crosseval.inputs import Setup
+from stunet_plugin.crosseval.lesions import is_lesion
 from stunet_plugin.crosseval.models import Compared, Predictions
 from stunet_plugin.crosseval.references import Dataset
 from stunet_plugin.datasets.raw_dataset import Case
@@ -31,13 +32,15 @@ FIX_LABELS = (
 @dataclass(frozen=True)
 class ScoredClass:
     """A class by its canonical name: its label values in references and in predictions, the NSD's
-    tolerance in mm, and whether only the slices that the reference shows it on are scored."""
+    tolerance in mm, whether only the slices that the reference shows it on are scored, and whether
+    it is one of lesions, which are counted."""
 
     name: str
     in_reference: tuple[int, ...]
     in_prediction: tuple[int, ...]
     tolerance: float
     sliced: bool
+    lesions: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +143,7 @@ class Comparison:
                 model.labels.values_of(name),
                 tolerance_of(name, setup.tolerances, setup.default_tolerance),
                 setup.sliced and name in TUBULAR,
+                name in setup.lesions or is_lesion(name),
             )
             for name in names
         )

@@ -84,7 +84,7 @@ def _is_tolerance(value: Any) -> bool:
 
 SETUP_ENTRIES = (
     *("models", "predictions", "datasets", "output"),
-    *("classes", "tolerances", "default_tolerance", "sliced", "resample"),
+    *("classes", "tolerances", "default_tolerance", "sliced", "lesions", "resample"),
 )
 PREDICTIONS_ENTRIES = ("name", "folder", "labels")
 DATASET_ENTRIES = ("name", *ORIGIN, "labels")
@@ -108,6 +108,7 @@ FITS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "default_tolerance": (_is_tolerance, "a number of millimetres of at least 0"),
     "sliced": _SWITCH,
+    "lesions": (lambda x: _are(x, lambda name: isinstance(name, str)), "a list of names"),
     "resample": _SWITCH,
     "name": (
         lambda x: isinstance(x, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _.+-]*", x),

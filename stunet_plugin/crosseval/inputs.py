@@ -46,6 +46,7 @@ class Setup:
             canonical names.
         tolerances: of the NSD in mm by class or organ; ``default_tolerance`` of all others.
         sliced: score tubular organs between the first and the last slice of the reference alone.
+        lesions: classes of lesions, beside those whose name says so.
         resample: put predictions on the grid of their reference where they differ.
     """
 
@@ -56,6 +57,7 @@ class Setup:
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
     default_tolerance: float = DEFAULT_TOLERANCE
     sliced: bool = False
+    lesions: tuple[str, ...] = ()
     resample: bool = False
     device: str = "cpu"
     processes: int = 1
@@ -84,6 +86,7 @@ def read_setup(options: Crosseval) -> Setup:
         "classes": options.classes,
         "default_tolerance": options.tolerance,
         "sliced": options.sliced or None,
+        "lesions": options.lesions,
         "resample": options.resample or None,
     }
     given = {key: value for key, value in given.items() if value is not None}
@@ -98,6 +101,7 @@ def read_setup(options: Crosseval) -> Setup:
         raise PluginError("Say where the results go: -o FOLDER (or output in the file).")
     if table.get("classes", SHARED) not in (SHARED, PAIR):
         table["classes"] = tuple(dict.fromkeys(map(canonical_name, table["classes"])))
+    table["lesions"] = tuple(map(canonical_name, table.get("lesions", ())))
     own = {canonical_name(name): mm for name, mm in table.get("tolerances", {}).items()}
     table["tolerances"] = {**TOLERANCES, **own}
     table["output"] = Path(table["output"]).expanduser()

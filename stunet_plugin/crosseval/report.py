@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -61,6 +62,7 @@ def _summary(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
                 "classes": [scored.name for scored in pair.classes],
                 "mean": means,
                 "by_class": by_class[list(MEASURES)].to_dict("index"),
+                "lesions": results.lesions_of(pair),
                 "undefined_distances": by_class["undefined"].to_dict(),
                 "only_in_dataset": pair.only_in_dataset,
                 "only_in_model": pair.only_in_model,
@@ -91,6 +93,7 @@ def _page(results: Results, about: Mapping[str, Any]) -> str:
     loader = PackageLoader("stunet_plugin.crosseval", ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"few": few, "number": number}
+    environment.filters["maybe"] = lambda x: number(math.nan if x is None else x)
     environment.filters["p"] = lambda p: "< 0.001" if p < 0.001 else number(p)
     out = results.comparison.setup.output
     return environment.get_template("report.html.j2").render(

@@ -18,6 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from stunet_plugin.crosseval.comparison import PREDICTIONS, Comparison, Pair, ScoredClass
+from stunet_plugin.crosseval.lesions import match_lesions
 from stunet_plugin.crosseval.models import Predictions
 from stunet_plugin.crosseval.predictions import read_record
 from stunet_plugin.crosseval.statistics import Results
@@ -59,10 +60,12 @@ class CaseTask:
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Result of a task: measures by class, what was done to the case, why there are no values."""
+    """Result of a task: measures by class, what was done to the case, instance
+    measures of classes of lesions, why there are no values."""
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    lesions: dict[str, dict[str, Any]] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -101,6 +104,7 @@ def score_all(comparison: Comparison) -> Results:
         _, file, made_from = missing[task.names]
         file.parent.mkdir(parents=True, exist_ok=True)
         record = {"made_from": made_from, "values": without_nan(found.values)}
+        record["lesions"] = without_nan(found.lesions)
         records[task.names] = {**record, "warnings": list(found.warnings)}
         write_atomically(file, json.dumps(records[task.names]))
     if problems:
@@ -126,7 +130,7 @@ def score_case(task: CaseTask) -> CaseScores:
     grid = Grid.of(reference)
     truth, predicted = (sitk.GetArrayViewFromImage(one) for one in (reference, prediction))
     ignore = task.reference_labels.ignore
-    values = {}
+    values, lesions = {}, {}
     for scored in task.classes:
         masks = [np.isin(truth, scored.in_reference), np.isin(predicted, scored.in_prediction)]
         if ignore is not None:
@@ -134,8 +138,10 @@ def score_case(task: CaseTask) -> CaseScores:
         if scored.sliced and len(grid.size) == 3:
             part = bounding_box(masks[0])[grid.axial]
             masks = [mask[(slice(None),) * grid.axial + (part,)] for mask in masks]
+        if scored.lesions:
+            lesions[scored.name] = match_lesions(masks[0], masks[1], grid.spacing[::-1])
         values[scored.name] = score(masks[0], masks[1], grid.spacing[::-1], scored.tolerance)
-    return CaseScores(values, warnings)
+    return CaseScores(values, warnings, lesions)
 
 
 def read_both(task: CaseTask) -> tuple[Any, Any, tuple[str, ...]]:

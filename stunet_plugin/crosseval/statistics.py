@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stunet_plugin.crosseval import lesions
 from stunet_plugin.crosseval.comparison import Comparison, Pair
 from stunet_plugin.utils.measures import DSC, HD95, MEASURES, NSD
 from stunet_plugin.utils.paired_tests import SIGNIFICANT, holm, wilcoxon
@@ -48,8 +49,9 @@ class Results:
     per measure, NaN where undefined.
 
     Args:
-        records: ``values`` (measures by class, None where undefined) and ``warnings`` (what was
-            done to it) of each case, by the names of model, dataset and case.
+        records: ``values`` (measures by class, None if undefined), ``warnings`` (what was done to
+            it) and ``lesions`` (of classes of lesions) of each case, by the names of model, dataset
+            and case.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Results:
         ]
         table = pd.DataFrame(rows, columns=[*COLUMNS, *MEASURES])
         self.table = table.astype(dict.fromkeys(MEASURES, float))
+        self.lesions = {names: record.get("lesions", {}) for names, record in records.items()}
         self.warnings = {names: x["warnings"] for names, x in records.items() if x["warnings"]}
 
     def part(self, model: str, dataset: str) -> pd.DataFrame:
@@ -77,6 +80,21 @@ class Results:
         grouped = self.part(*pair.names).groupby("class", sort=False)
         undefined = grouped[HD95].agg(lambda values: int(values.isna().sum()))
         return grouped[list(MEASURES)].mean().assign(undefined=undefined)
+
+    def lesions_of(self, pair: Pair) -> dict[str, dict[str, Any]]:
+        """Return what was found of the lesions of each class that is one of lesions."""
+        cases = [self.lesions[(*pair.names, case.name)] for case in pair.dataset.cases]
+        names = [scored.name for scored in pair.classes if scored.lesions]
+        return {name: lesions.summary(case[name] for case in cases) for name in names}
+
+    @property
+    def lesion_rows(self) -> list[dict[str, Any]]:
+        """What was found of lesions, a row per model, dataset and class of lesions."""
+        return [
+            {"model": pair.model.name, "dataset": pair.dataset.name, "class": name, "found": found}
+            for pair in self.comparison.pairs
+            for name, found in self.lesions_of(pair).items()
+        ]
 
     def by_case(self) -> pd.DataFrame:
         """Return the means over classes, a row per model, dataset and case."""
