@@ -26,7 +26,7 @@ from stunet_plugin.inference.output_head import OutputHead
 from stunet_plugin.inference.predictor import Model
 from stunet_plugin.inference.slabs import SlabPredictor
 from stunet_plugin.inference.window_sums import WindowSums
-from stunet_plugin.options import CPU
+from stunet_plugin.options import CPU, CPU_PRECISION
 from stunet_plugin.utils.files import write_atomically
 
 
@@ -52,19 +52,20 @@ class ExactPredictor(OutputsPredictor):
         return super()._slabs(data, resampling, *others)
 
 
-WAYS: dict[str, tuple[type[SlabPredictor] | None, str]] = {
-    "nnU-Net, plain torch": (None, "torch"),
-    "nnU-Net, CPU engine": (None, "auto"),
-    "slabs of outputs": (OutputsPredictor, "auto"),
-    "slabs of features": (SlabPredictor, "auto"),
-    "exact": (ExactPredictor, "auto"),
+WAYS: dict[str, tuple[type[SlabPredictor] | None, str, str]] = {
+    "nnU-Net, plain torch": (None, "torch", "auto"),
+    "nnU-Net, CPU engine": (None, "auto", "float32"),
+    "nnU-Net, CPU engine, bfloat16": (None, "auto", "bfloat16"),
+    "slabs of outputs": (OutputsPredictor, "auto", "float32"),
+    "slabs of features": (SlabPredictor, "auto", "float32"),
+    "exact": (ExactPredictor, "auto", "float32"),
 }
-"""The predictor (None: nnU-Net's own way), and what runs the network."""
+"""The predictor (None: nnU-Net's own way), what runs the network, and in which precision there."""
 
 
 def predict(model: Model, way: str, data: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
     """Return the labels of a preprocessed case."""
-    kind, os.environ[CPU.variable] = WAYS[way]
+    kind, os.environ[CPU.variable], os.environ[CPU_PRECISION.variable] = WAYS[way]
     predictor = model.predictor
     if kind is not None:
         predictor.__class__ = kind
