@@ -70,6 +70,8 @@ class Crosseval(Command):
         help="classes to count as lesions, too (those named as a lesion, tumour, ... are)",
     )
     resample: bool = flag("--resample", "resample predictions to references where voxels differ")
+    num_parts: int = option("-num_parts", default=1, metavar="N", help="for a job array: N jobs")
+    part_id: int = option("-part_id", default=0, metavar="I", help="number of this job, 0 first")
     device: str = device_option()
     processes: int | None = option("-np", metavar="N", help="if not given, half the cores")
     check: bool = flag("--check", "check everything, say what would be scored, and stop")

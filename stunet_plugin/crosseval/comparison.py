@@ -17,6 +17,7 @@ from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, did_you_mean, few, nearest
 from stunet_plugin.utils import label_systems
 from stunet_plugin.utils.measures import TUBULAR, tolerance_of
+from stunet_plugin.utils.parts import parts_of
 
 PREDICTIONS = "predictions"
 """Folder of those that models make."""
@@ -89,6 +90,15 @@ class Comparison:
     def cases(self) -> list[tuple[Pair, Case]]:
         """All that are scored."""
         return [(x, case) for x in self.pairs if x.classes for case in x.dataset.cases]
+
+    @property
+    def own_cases(self) -> list[tuple[Pair, Case]]:
+        """Those of this part; all models meet the same cases."""
+        setup, own = self.setup, []
+        for pair in self.pairs:
+            cases = parts_of(pair.dataset.cases, setup.num_parts, setup.part_id)
+            own += [(pair, case) for case in cases if pair.classes]
+        return own
 
     def describe(self) -> list[str]:
         """Return lines that say what is scored and what is not."""

@@ -31,6 +31,7 @@ from stunet_plugin.utils import label_systems
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.label_systems import canonical_name
 from stunet_plugin.utils.measures import DEFAULT_TOLERANCE, TOLERANCES
+from stunet_plugin.utils.parts import check_part
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.crosseval import Crosseval
@@ -47,6 +48,7 @@ class Setup:
         tolerances: of the NSD in mm by class or organ; ``default_tolerance`` of all others.
         sliced: score tubular organs between the first and the last slice of the reference alone.
         lesions: classes of lesions, beside those whose name says so.
+        num_parts, part_id: this run predicts and scores every num_parts-th case.
         resample: put predictions on the grid of their reference where they differ.
     """
 
@@ -61,6 +63,8 @@ class Setup:
     resample: bool = False
     device: str = "cpu"
     processes: int = 1
+    num_parts: int = 1
+    part_id: int = 0
 
     @property
     def trained(self) -> list[Model]:
@@ -79,6 +83,7 @@ def read_setup(options: Crosseval) -> Setup:
     processes = half if options.processes is None else options.processes
     if processes < 1:
         raise PluginError(f"-np must be at least 1, not {processes}.")
+    check_part(options.num_parts, options.part_id)
     table = label_systems.read_table(Path(options.file)) if options.file else {}
     check(table, SETUP_ENTRIES, str(options.file))
     given = {
@@ -115,6 +120,8 @@ def read_setup(options: Crosseval) -> Setup:
         **table,
         device=choose_device(options.device),
         processes=processes,
+        num_parts=options.num_parts,
+        part_id=options.part_id,
     )
     for dataset in setup.datasets:
         if setup.trained and not dataset.cases[0].images:

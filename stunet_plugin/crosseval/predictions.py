@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
@@ -36,23 +36,36 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def predict_missing(comparison: Comparison) -> None:
-    """Make the predictions that are missing or no longer right, one model after the other; raise
-    PluginError for a model or an image that cannot be used, before any prediction is made."""
+def find_missing(
+    comparison: Comparison, cases: Sequence[tuple[Pair, Case]]
+) -> dict[Pair, dict[Case, dict[str, Any]]]:
+    """Return the cases of models whose predictions are missing or no longer right, and what each
+    prediction is made from."""
     setup, out = comparison.setup, comparison.setup.output / PREDICTIONS
     # Each file is hashed once, however many pairs it belongs to.
     identity, hash_once = cache(_identity), cache(hash_of_image)
     wanted: dict[Pair, dict[Case, dict[str, Any]]] = {}
-    cases = [(pair, case) for pair, case in comparison.cases if isinstance(pair.model, Model)]
-    if not cases:
-        return
     for pair, case in cases:
+        if not isinstance(pair.model, Model):
+            continue
         key = {**identity(pair.model), "images": [hash_once(image) for image in case.images]}
         record = read_record(pair.file(out, case))
         file = pair.prediction(setup.output, case)
         same = record.get("made_from") == key and file.is_file()
         if not same or record.get("prediction") != hash_of_image(file):
             wanted.setdefault(pair, {})[case] = key
+    return wanted
+
+
+def predict_missing(comparison: Comparison) -> None:
+    """Make the predictions of this part that are missing or no longer right, one model after the
+    other; raise PluginError for a model or an image that cannot be used, before any prediction is
+    made."""
+    setup, out = comparison.setup, comparison.setup.output / PREDICTIONS
+    cases = [(pair, case) for pair, case in comparison.own_cases if isinstance(pair.model, Model)]
+    if not cases:
+        return
+    wanted = find_missing(comparison, cases)
     total, missing = len(cases), sum(map(len, wanted.values()))
     print(f"Predictions: {total - missing} of {total} are there.", flush=True)
     by_model = [(model, list(pairs)) for model, pairs in groupby(wanted, lambda pair: pair.model)]

@@ -18,6 +18,7 @@ from stunet_plugin.crosseval.references import Dataset
 from stunet_plugin.crosseval.report import REPORT, write_results
 from stunet_plugin.crosseval.scoring import score_all
 from stunet_plugin.errors import PluginError, few_lines
+from stunet_plugin.utils.files import lock
 from stunet_plugin.utils.geometry import Grid, can_be_turned
 from stunet_plugin.utils.images import read_geometry, read_label_map
 
@@ -39,7 +40,12 @@ def run_crosseval(options: Crosseval) -> int:
     setup.output.mkdir(parents=True, exist_ok=True)
     try:
         predict_missing(comparison)
-        write_results(score_all(comparison))
+        results = score_all(comparison)
+        if results is None:
+            return 0
+        # Two parts may end together.
+        with lock(setup.output / ".report.lock", "part writes the report", wait=True):
+            write_results(results)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"What is finished is in {setup.output}.") from error
     print("\n".join(filter(None, (comparison.dropped(), f"Report: {setup.output / REPORT}"))))

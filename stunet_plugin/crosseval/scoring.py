@@ -20,7 +20,7 @@ import SimpleITK as sitk
 from stunet_plugin.crosseval.comparison import PREDICTIONS, Comparison, Pair, ScoredClass
 from stunet_plugin.crosseval.lesions import match_lesions
 from stunet_plugin.crosseval.models import Predictions
-from stunet_plugin.crosseval.predictions import read_record
+from stunet_plugin.crosseval.predictions import find_missing, read_record
 from stunet_plugin.crosseval.statistics import Results
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, few_lines
@@ -69,29 +69,19 @@ class CaseScores:
     problem: str = ""
 
 
-def score_all(comparison: Comparison) -> Results:
-    """Score what has not been scored; raise PluginError for cases that cannot be, when all others
-    are scored and kept."""
-    out = comparison.setup.output
-    hash_once = cache(hash_of_image)
-    records: dict[tuple[str, str, str], dict[str, Any]] = {}
-    missing: dict[tuple[str, str, str], tuple[CaseTask, Path, str]] = {}
-    for pair, case in comparison.cases:
-        task = CaseTask.of(comparison, pair, case)
-        prediction = (
-            hash_once(task.prediction)
-            if isinstance(pair.model, Predictions)
-            else read_record(pair.file(out / PREDICTIONS, case)).get("prediction")
-        )
-        rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, task.resample]
-        content = [*rules, prediction, hash_once(case.label)]
-        text = json.dumps(content, sort_keys=True, default=str)
-        made_from = hashlib.sha256(text.encode()).hexdigest()
-        file = pair.file(out / SCORES, case)
-        records[task.names] = read_record(file)
-        if records[task.names].get("made_from") != made_from:
-            missing[task.names] = task, file, made_from
-    print(f"Scores: {len(records) - len(missing)} of {len(records)} are there.", flush=True)
+Names = tuple[str, str, str]
+Record = dict[str, Any]
+
+
+def score_all(comparison: Comparison) -> Results | None:
+    """Score what has not been scored of this part; return the results of all parts, None while
+    others are not done. Raise PluginError for cases that cannot be scored, when all others are, and
+    kept."""
+    kept = _Kept(comparison)
+    missing = kept.find(comparison.own_cases)
+    print(
+        f"Scores: {len(kept.records) - len(missing)} of {len(kept.records)} are there.", flush=True
+    )
     problems = []
     tasks = [task for task, *_ in missing.values()]
     for task, found in _score(tasks, min(comparison.setup.processes, len(tasks))):
@@ -105,12 +95,56 @@ def score_all(comparison: Comparison) -> Results:
         file.parent.mkdir(parents=True, exist_ok=True)
         record = {"made_from": made_from, "values": without_nan(found.values)}
         record["lesions"] = without_nan(found.lesions)
-        records[task.names] = {**record, "warnings": list(found.warnings)}
-        write_atomically(file, json.dumps(records[task.names]))
+        kept.records[task.names] = {**record, "warnings": list(found.warnings)}
+        write_atomically(file, json.dumps(kept.records[task.names]))
     if problems:
         told = f"{len(problems)} cases cannot be scored; all others are, and kept."
         raise PluginError(f"{told}\n{few_lines(problems)}")
-    return Results(comparison, records)
+    if comparison.setup.num_parts > 1:
+        left = kept.left_to_others()
+        if left:
+            print(f"{left} cases are left to other parts; the last one writes the report.")
+            return None
+    return Results(comparison, kept.records)
+
+
+class _Kept:
+    """Scores that are kept in files, by the names of model, dataset and case."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison, self.out = comparison, comparison.setup.output
+        self.records: dict[Names, Record] = {}
+        self.hash_once = cache(hash_of_image)
+
+    def find(self, cases: Sequence[tuple[Pair, Case]]) -> dict[Names, tuple[CaseTask, Path, str]]:
+        """Read the records of cases; return those that are missing or of other files or rules."""
+        missing = {}
+        for pair, case in cases:
+            task = CaseTask.of(self.comparison, pair, case)
+            prediction = (
+                self.hash_once(task.prediction)
+                if isinstance(pair.model, Predictions)
+                else read_record(pair.file(self.out / PREDICTIONS, case)).get("prediction")
+            )
+            rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, task.resample]
+            content = [*rules, prediction, self.hash_once(case.label)]
+            text = json.dumps(content, sort_keys=True, default=str)
+            made_from = hashlib.sha256(text.encode()).hexdigest()
+            file = pair.file(self.out / SCORES, case)
+            self.records[task.names] = read_record(file)
+            if self.records[task.names].get("made_from") != made_from:
+                missing[task.names] = task, file, made_from
+        return missing
+
+    def left_to_others(self) -> int:
+        """Return how many cases other parts have not predicted and scored; if none, all records are
+        read."""
+        cases = self.comparison.cases
+        if left := [x for pair, x in cases if not pair.file(self.out / SCORES, x).is_file()]:
+            return len(left)
+        # Scores of predictions that a changed model makes anew do not count.
+        predicted = sum(map(len, find_missing(self.comparison, cases).values()))
+        return predicted or len(self.find(cases))
 
 
 def _score(tasks: Sequence[CaseTask], processes: int) -> Iterator[tuple[CaseTask, CaseScores]]:

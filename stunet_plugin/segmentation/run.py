@@ -26,13 +26,14 @@ from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError, few, few_lines
 from stunet_plugin.networks import cpu_engine
 from stunet_plugin.segmentation.preview import save_preview
-from stunet_plugin.segmentation.scans import Scan, find_scans, parts_of
+from stunet_plugin.segmentation.scans import Scan, find_scans
 from stunet_plugin.segmentation.segmenter import Segmentation, Segmenter, shown
 from stunet_plugin.utils.device import choose_device
 from stunet_plugin.utils.discovery import Source
 from stunet_plugin.utils.files import lock, read_json, sha256_of, write_atomically
 from stunet_plugin.utils.image_files import MOVE, ImageError, hash_of_image, place_image, side_files
 from stunet_plugin.utils.images import check_image
+from stunet_plugin.utils.parts import parts_of
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.segment import Segment

@@ -230,13 +230,3 @@ def check_modality(path: Path | str, image: np.ndarray, modality: str) -> None:
 
 def _stem(path: Path) -> str:
     return path.name.removesuffix(ending_of(path))
-
-
-def parts_of(scans: Sequence[Scan], count: int, number: int) -> list[Scan]:
-    """Return every ``count``-th scan, from the ``number``-th (0 first) on."""
-    if count < 1 or not 0 <= number < count:
-        raise PluginError(
-            f"-num_parts {count} -part_id {number}: the part must be from 0 to {max(count, 1) - 1},"
-            " of at least one."
-        )
-    return list(scans[number::count])

@@ -387,3 +387,28 @@ def test_wrong_predictions_are_refused(subjects: Path, tmp_path: Path, crosseval
     said = crosseval(*given, "-o", out, "--check", code=2)
     assert "T on small, case0: " in said
     assert "undeclared label values (7 " in said
+
+
+def test_parts_join_by_themselves(subjects: Path, tmp_path: Path, crosseval: Run) -> None:
+    """Two jobs of an array, and again when the model predicts otherwise: the last one reports."""
+    setup, out = setup_file(subjects, tmp_path), tmp_path / "out"
+    content = json.loads(setup.read_text())
+    content["models"], content["datasets"] = content["models"][:1], content["datasets"][:1]
+    for step_size in (1, 0.9):
+        content["models"][0]["step_size"] = step_size
+        setup.write_text(json.dumps(content))
+        parts = [("-num_parts", 2, "-part_id", part) for part in (1, 0)]
+        said = crosseval(setup, "-o", out, *parts[0])
+        assert "Predictions: 0 of 1 are there." in said
+        assert "2 cases are left to other parts; the last one writes the report." in said
+        assert (out / "report.html").exists() == (step_size != 1)
+        said = crosseval(setup, "-o", out, *parts[1])
+        assert "Scores: 0 of 2 are there." in said or step_size != 1
+        assert f"Report: {out / 'report.html'}" in said
+        assert len({case for _, _, case, *_ in rows_of(out)}) == 3
+    rows = rows_of(out)
+    # The same as in one run, in which nothing is left to do.
+    assert "Scores: 3 of 3 are there." in crosseval(setup, "-o", out)
+    assert rows_of(out) == rows
+    message = crosseval(setup, "-o", out, "-num_parts", 2, "-part_id", 2, code=2)
+    assert "the part must be from 0 to 1" in message
