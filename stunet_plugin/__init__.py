@@ -19,12 +19,13 @@ if not _os.path.isdir(_os.path.join(_here, "trainers")) and _os.path.isfile(
 def segment(image: _Any, model: _Any, **settings: _Any) -> _Any:
     """Segment one scan with a model folder of nnU-Net or a published model.
 
-    >>> import stunet_plugin
-    >>> found = stunet_plugin.segment("ct.nii.gz", "MODEL_FOLDER", structures=["liver"])
-    >>> found.labels.shape  # (z, y, x), as the image file
-    (30, 34, 40)
-    >>> [row.name for row in found.statistics()]
-    ['liver']
+    Examples:
+        >>> import stunet_plugin
+        >>> found = stunet_plugin.segment("ct.nii.gz", "MODEL_FOLDER", structures=["liver"])
+        >>> found.labels.shape  # (z, y, x), as the image file
+        (30, 34, 40)
+        >>> [row.name for row in found.statistics()]
+        ['liver']
 
     Args:
         image: path of a file or of a folder with one DICOM series, paths of one file per channel,

@@ -1,0 +1,37 @@
+"""The tutorial: its notebook runs as a script, with a tiny network, and holds its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "tutorial.ipynb"
+TINY = 'SIZE, PRETRAINING_EPOCHS, EPOCHS, ITERATIONS = "tiny", 1, 1, 1'
+
+
+def cells() -> list[dict[str, Any]]:
+    content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in content if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+def test_runs(tmp_path: Path) -> None:
+    first, *others = ("".join(cell["source"]) for cell in cells())
+    assert first.split("=")[0] == TINY.split("=")[0]
+    script = tmp_path / "tutorial.py"
+    script.write_text("\n".join([TINY, *others]), encoding="utf-8")
+    clean = {x: y for x, y in os.environ.items() if not x.startswith(("nnUNet", "STUNET"))}
+    # Nothing is drawn on a screen, and everything is written below the test's folder.
+    clean |= {"MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, script], env=clean, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "nnUNetv2_plan_and_preprocess" in done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("liver")]
