@@ -38,6 +38,9 @@ class Crosseval(Command):
         help="finished label maps of any tool, FOLDER/CASE.nii.gz, or FOLDER/DATASET/CASE.nii.gz"
         " with several datasets; may be repeated",
     )
+    predicted_only: bool = flag(
+        "--predicted-only", "leave out cases that a folder of --predictions has nothing for"
+    )
     datasets: tuple[str, ...] = repeated(
         "--dataset",
         metavar="NAME=FOLDER[,KEY=VALUE...]",

@@ -105,6 +105,11 @@ class Comparison:
         lines = [f"Classes ({len(self.classes)}): {', '.join(self.classes)}."]
         for one, left in self._never_scored.items():
             lines.append(f"Not scored, as it has no counterpart: {one.kind} {one.name}: {left}.")
+        for data in self.setup.datasets:
+            if data.left_out:
+                lines.append(
+                    f"Cases of {data.name} without a prediction: {data.left_out}, left out."
+                )
         lines += [note for tool in self.setup.finished for note in tool.notes]
         for pair in self.pairs:
             if not pair.classes:

@@ -22,6 +22,7 @@ from stunet_plugin.crosseval.models import (
     Compared,
     Model,
     Predictions,
+    predicted_only,
     read_model,
     read_predictions,
 )
@@ -111,6 +112,8 @@ def read_setup(options: Crosseval) -> Setup:
     table["tolerances"] = {**TOLERANCES, **own}
     table["output"] = Path(table["output"]).expanduser()
     compared = tuple(map(read_dataset, datasets))
+    if options.predicted_only:
+        compared = tuple(predicted_only(dataset, finished) for dataset in compared)
     setup = Setup(
         models=(
             *map(read_model, models),

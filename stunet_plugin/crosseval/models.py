@@ -4,7 +4,7 @@ folders of label maps that any tool has made."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -150,6 +150,20 @@ class Predictions:
 
 Compared: TypeAlias = Model | Predictions
 """What is compared: a row in every table."""
+
+
+def predicted_only(dataset: Dataset, entries: Sequence[Entry]) -> Dataset:
+    """Return the dataset with the cases that all folders of finished predictions have; raise
+    PluginError if there are none."""
+    cases = dataset.cases
+    for entry in entries:
+        folder = Path(str(entry.get("folder", ""))).expanduser()
+        within = folder / folder_of(dataset.name)
+        found = files_by_name(within if within.is_dir() else folder, f"Predictions {entry['name']}")
+        cases = tuple(case for case in cases if case.name in found)
+    if not cases:
+        raise PluginError(f"No case of dataset {dataset.name} has a prediction in all folders.")
+    return replace(dataset, cases=cases, left_out=len(dataset.cases) - len(cases))
 
 
 def read_predictions(entry: Entry, datasets: Sequence[Dataset]) -> Predictions:

@@ -33,6 +33,7 @@ class Dataset:
         ending: of the references, and of predictions that are made.
         origin: folder, part, images, references: where the cases come from, as the user gave it;
             the folder in full.
+        left_out: number of cases without a prediction, which are no longer among the cases.
         labels_from: the label system's name or file as the user gave it, or :data:`OWN_LABELS`.
     """
 
@@ -42,6 +43,7 @@ class Dataset:
     cases: tuple[Case, ...] = field(repr=False)
     origin: Mapping[str, str] = field(default_factory=dict, repr=False)
     labels_from: str = OWN_LABELS
+    left_out: int = 0
     kind: ClassVar = "dataset"
 
     def describe(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def read_dataset(entry: Entry) -> Dataset:
     if len(channels) > 1:
         found = " and ".join(f"{name} has {count}" for count, name in channels.items())
         raise PluginError(f"{where}: cases differ in their number of channels: {found}.")
-    ending = _ending(cases[0].label)
+    ending = ending_of_map(cases[0].label)
     if not ending:
         raise PluginError(f"{where}: {cases[0].label} ends in none of {', '.join(ENDINGS)}.")
     return Dataset(
@@ -152,7 +154,7 @@ def files_by_name(folder: Path, where: str) -> dict[str, Path]:
     """Return the images or label maps of a folder by their names without the ending."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("[!.]*")):
-        if ending := _ending(path):
+        if ending := ending_of_map(path):
             stem = path.name.removesuffix(ending)
             if stem in found:
                 raise PluginError(
@@ -162,5 +164,6 @@ def files_by_name(folder: Path, where: str) -> dict[str, Path]:
     return found
 
 
-def _ending(path: Path) -> str:
+def ending_of_map(path: Path) -> str:
+    """Return which of :data:`ENDINGS` a file has, "" if none."""
     return next((one for one in ENDINGS if path.name.endswith(one)), "")

@@ -9,9 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from stunet_plugin import __version__
+from stunet_plugin.crosseval.calibration import save_reliability
 from stunet_plugin.crosseval.pictures import PICTURES
 from stunet_plugin.crosseval.statistics import COLUMNS, Results, number
 from stunet_plugin.errors import few
@@ -19,7 +21,7 @@ from stunet_plugin.utils.files import without_nan, write_atomically
 from stunet_plugin.utils.measures import LARGER_IS_BETTER, MEASURES, TITLES
 from stunet_plugin.utils.paired_tests import SIGNIFICANT
 
-REPORT = "report.html"
+REPORT, RELIABILITY = "report.html", "reliability.png"
 
 
 def write_results(results: Results) -> None:
@@ -44,6 +46,8 @@ def write_results(results: Results) -> None:
     write_atomically(out / "matrix.md", matrices)
     for name, save in PICTURES.items():
         save(results, out / name)
+    if results.calibrations:
+        save_reliability(results, out / RELIABILITY)
     write_atomically(out / REPORT, _page(results, about))
     print(matrices)
 
@@ -63,6 +67,9 @@ def _summary(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
                 "mean": means,
                 "by_class": by_class[list(MEASURES)].to_dict("index"),
                 "lesions": results.lesions_of(pair),
+                "calibration": found.describe()
+                if (found := results.calibrations.get(pair.names))
+                else None,
                 "undefined_distances": by_class["undefined"].to_dict(),
                 "only_in_dataset": pair.only_in_dataset,
                 "only_in_model": pair.only_in_model,
@@ -100,8 +107,13 @@ def _page(results: Results, about: Mapping[str, Any]) -> str:
         results=results,
         comparison=results.comparison,
         about=about,
-        pictures={x: base64.b64encode((out / x).read_bytes()).decode() for x in PICTURES},
+        pictures={x: _encoded(out / x) for x in PICTURES},
+        reliability=_encoded(out / RELIABILITY) if results.calibrations else "",
         significant=SIGNIFICANT,
         titles=TITLES,
         larger_is_better=LARGER_IS_BETTER,
     )
+
+
+def _encoded(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()

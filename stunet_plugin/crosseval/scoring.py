@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from stunet_plugin.crosseval.calibration import count, probabilities_beside, read_confidence
 from stunet_plugin.crosseval.comparison import PREDICTIONS, Comparison, Pair, ScoredClass
 from stunet_plugin.crosseval.lesions import match_lesions
 from stunet_plugin.crosseval.models import Predictions
 from stunet_plugin.crosseval.predictions import find_missing, read_record
+from stunet_plugin.crosseval.references import ending_of_map
 from stunet_plugin.crosseval.statistics import Results
 from stunet_plugin.datasets.raw_dataset import Case
 from stunet_plugin.errors import PluginError, few_lines
@@ -49,23 +51,28 @@ class CaseTask:
     reference_labels: LabelSystem
     prediction_labels: LabelSystem
     resample: bool
+    probabilities: Path | None = None
 
     @classmethod
     def of(cls, comparison: Comparison, pair: Pair, case: Case) -> CaseTask:
         files = (case.label, pair.prediction(comparison.setup.output, case))
         labels = (pair.dataset.labels, pair.model.labels)
         names = (*pair.names, case.name)
-        return cls(names, *files, pair.classes, *labels, comparison.setup.resample)
+        beside = None
+        if isinstance(pair.model, Predictions):
+            beside = probabilities_beside(files[1], ending_of_map(files[1]))
+        return cls(names, *files, pair.classes, *labels, comparison.setup.resample, beside)
 
 
 @dataclass(frozen=True)
 class CaseScores:
     """Result of a task: measures by class, what was done to the case, instance
-    measures of classes of lesions, why there are no values."""
+    measures of classes of lesions, counts of voxels by confidence, why there are no values."""
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     lesions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: list[list[float]] | None = None
     problem: str = ""
 
 
@@ -93,8 +100,8 @@ def score_all(comparison: Comparison) -> Results | None:
             print(f"  {where}: {warning}", flush=True)
         _, file, made_from = missing[task.names]
         file.parent.mkdir(parents=True, exist_ok=True)
-        record = {"made_from": made_from, "values": without_nan(found.values)}
-        record["lesions"] = without_nan(found.lesions)
+        record: Record = {"made_from": made_from, "values": without_nan(found.values)}
+        record |= {"lesions": without_nan(found.lesions), "calibration": found.calibration}
         kept.records[task.names] = {**record, "warnings": list(found.warnings)}
         write_atomically(file, json.dumps(kept.records[task.names]))
     if problems:
@@ -128,6 +135,7 @@ class _Kept:
             )
             rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, task.resample]
             content = [*rules, prediction, self.hash_once(case.label)]
+            content += [self.hash_once(task.probabilities)] if task.probabilities else []
             text = json.dumps(content, sort_keys=True, default=str)
             made_from = hashlib.sha256(text.encode()).hexdigest()
             file = pair.file(self.out / SCORES, case)
@@ -163,19 +171,34 @@ def score_case(task: CaseTask) -> CaseScores:
         return CaseScores(problem=str(error))
     grid = Grid.of(reference)
     truth, predicted = (sitk.GetArrayViewFromImage(one) for one in (reference, prediction))
-    ignore = task.reference_labels.ignore
     values, lesions = {}, {}
-    for scored in task.classes:
-        masks = [np.isin(truth, scored.in_reference), np.isin(predicted, scored.in_prediction)]
-        if ignore is not None:
-            masks = [mask & (truth != ignore) for mask in masks]
+    for scored, both in zip(task.classes, _masks(task, truth, predicted), strict=True):
+        masks = list(both)
         if scored.sliced and len(grid.size) == 3:
             part = bounding_box(masks[0])[grid.axial]
             masks = [mask[(slice(None),) * grid.axial + (part,)] for mask in masks]
         if scored.lesions:
             lesions[scored.name] = match_lesions(masks[0], masks[1], grid.spacing[::-1])
         values[scored.name] = score(masks[0], masks[1], grid.spacing[::-1], scored.tolerance)
-    return CaseScores(values, warnings, lesions)
+    calibration = None
+    if task.probabilities:
+        try:
+            confidence = read_confidence(task.probabilities, task.prediction, reference)
+            calibration = count(confidence, _masks(task, truth, predicted))
+        except PluginError as error:
+            warnings = (*warnings, str(error))
+    return CaseScores(values, warnings, lesions, calibration)
+
+
+def _masks(
+    task: CaseTask, truth: np.ndarray, predicted: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield where reference and prediction show each class, but for voxels to be ignored."""
+    ignore = task.reference_labels.ignore
+    kept = True if ignore is None else truth != ignore
+    for scored in task.classes:
+        one, other = np.isin(truth, scored.in_reference), np.isin(predicted, scored.in_prediction)
+        yield one & kept, other & kept
 
 
 def read_both(task: CaseTask) -> tuple[Any, Any, tuple[str, ...]]:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from stunet_plugin.crosseval import lesions
+from stunet_plugin.crosseval.calibration import Calibration
 from stunet_plugin.crosseval.comparison import Comparison, Pair
 from stunet_plugin.utils.measures import DSC, HD95, MEASURES, NSD
 from stunet_plugin.utils.paired_tests import SIGNIFICANT, holm, wilcoxon
@@ -68,6 +69,14 @@ class Results:
         table = pd.DataFrame(rows, columns=[*COLUMNS, *MEASURES])
         self.table = table.astype(dict.fromkeys(MEASURES, float))
         self.lesions = {names: record.get("lesions", {}) for names, record in records.items()}
+        by_pair = {
+            pair.names: Calibration.of(
+                [records[(*pair.names, x.name)].get("calibration") for x in pair.dataset.cases]
+            )
+            for pair in comparison.pairs
+            if pair.classes
+        }
+        self.calibrations = {names: found for names, found in by_pair.items() if found}
         self.warnings = {names: x["warnings"] for names, x in records.items() if x["warnings"]}
 
     def part(self, model: str, dataset: str) -> pd.DataFrame:

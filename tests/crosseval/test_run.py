@@ -327,6 +327,13 @@ def test_finished_predictions_of_two_tools(tmp_path: Path, crosseval: Run) -> No
     page = (out / "report.html").read_text()
     assert "finished predictions" in page
     assert not (out / "predictions").exists()
+    # A case without a prediction is refused, or left out where that is asked for.
+    write_array(folders[0] / "c.nii.gz", truth)
+    more = (*tools, "--references", references, "-o", out)
+    assert "1 of 3 cases of dataset truth have no prediction" in crosseval(*more, code=2)
+    said = crosseval(*more, "--predicted-only")
+    assert "Cases of truth without a prediction: 1, left out." in said
+    (folders[0] / "c.nii.gz").unlink()
     # A prediction that changes is scored again, alone.
     write_array(folders[2] / "b.nii.gz", truth)
     assert "Scores: 3 of 4 are there." in crosseval(*tools, "--references", references, "-o", out)
