@@ -41,7 +41,8 @@ def save_preview(found: Segmentation, path: Path) -> None:
             plot.imshow(palette[labels], aspect=aspect, interpolation="nearest")
             plot.set_title(titles[axis], fontsize=9)
             plot.set_axis_off()
-        sizes = sum(np.bincount(x.ravel(), minlength=len(palette)) for x in found.labels)
+        planes = [np.bincount(x.ravel(), minlength=len(palette)) for x in found.labels]
+        sizes = np.sum(planes, axis=0)
         named = sorted(found.names, key=lambda value: -sizes[value])
         shown = [value for value in named if sizes[value]][:NAMED]
         if shown:
