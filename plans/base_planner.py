@@ -8,21 +8,25 @@ nnU-Net empties a folder before it fills it, and a training that reads from it d
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
     ExperimentPlanner,
 )
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.memory import GIGABYTE
+from stunet_plugin.networks.memory import GIGABYTE, traced_training_memory
 from stunet_plugin.nnunet.names import PLANS_NAME
 from stunet_plugin.options import SHARE_DATA, Options
 
@@ -195,6 +199,22 @@ def _spacing(planner: ExperimentPlanner, configuration_name: str) -> np.ndarray:
     transpose, _ = planner.determine_transpose()
     spacing = np.asarray(planner.determine_fullres_target_spacing())[transpose]
     return spacing[1:] if configuration_name == "2d" else spacing
+
+
+@cache  # nnU-Net's planner asks the same many times
+def traced_bytes(
+    architecture: str,
+    patch: tuple[int, ...],
+    batch: int,
+    channels: tuple[int, int],
+    optimizer_values: int,
+) -> float:
+    """Return the estimated peak of a training step of an ``architecture`` entry (JSON)."""
+    with torch.device("meta"):
+        network = get_network_from_plans(
+            *json.loads(architecture).values(), *channels, allow_init=False, deep_supervision=True
+        )
+    return traced_training_memory(network, channels[0], patch, batch, optimizer_values)
 
 
 def named_planner(

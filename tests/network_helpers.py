@@ -17,6 +17,7 @@ from stunet_plugin.networks.from_plan import STUNET_CLASS
 from stunet_plugin.networks.network_options import OPTIONS, build_with_options
 from stunet_plugin.networks.pctnet import PCTNet
 from stunet_plugin.networks.stunet import STUNet
+from stunet_plugin.networks.unetr import UNETR
 
 ISOTROPIC = [[1, 1, 1]] + [[2, 2, 2]] * 5
 SMALL: dict[str, Any] = {"features_per_stage": (4, 8, 16, 32, 64)}
@@ -59,13 +60,27 @@ def with_options(
     )
 
 
+OPTION_NUMBERS: dict[str, Any] = {"grc": {}, "spm": {"dropout": 0.0, "hidden": 16}}
 for option in OPTIONS:
     for name, settings in (("STUNet", STUNET), ("STUNet 2D", STUNET | FLAT)):
         patch = NETWORKS[name][1]
-        make = partial(with_options, settings, patch, options={option: {}})
+        make = partial(with_options, settings, patch, options={option: OPTION_NUMBERS[option]})
         NETWORKS[f"{name} {option.upper()}"] = make, patch
+UNETR_SETTINGS: dict[str, Any] = {
+    "patch_size": (20, 40, 48),
+    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
+    "width": 24,
+    "depth": 12,
+    "heads": 2,
+    "features": 2,
+}
+FLAT_UNETR = {"patch_size": (40, 48), "strides": [[1, 1], *[[2, 2]] * 4]}
+for suffix, changes in (("", {}), (" STP", {"pruning": {"ratio": 0.5}})):
+    for name, sizes in (("UNETR", {}), ("UNETR 2D", FLAT_UNETR)):
+        settings = UNETR_SETTINGS | sizes
+        NETWORKS[f"{name}{suffix}"] = partial(UNETR, **settings | changes), settings["patch_size"]
 WITH_OPTIONS = tuple(f"STUNet {option.upper()}" for option in OPTIONS)
-ONE_OF_EACH = ("STUNet", "PCTNet 1", "FMUNet 1", *WITH_OPTIONS)
+ONE_OF_EACH = ("STUNet", "PCTNet 1", "FMUNet 1", *WITH_OPTIONS, "UNETR STP")
 
 
 def build(name: str, **changes: Any) -> Any:

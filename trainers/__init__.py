@@ -9,6 +9,7 @@ from stunet_plugin.trainers import misfm_trainers as _misfm
 from stunet_plugin.trainers import option_trainers as _options
 from stunet_plugin.trainers import planned_trainers as _planned
 from stunet_plugin.trainers import stunet_trainers as _stunet
+from stunet_plugin.trainers import unetr_trainers as _unetr
 from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
 
 TRAINERS = _Registry(
@@ -17,6 +18,7 @@ TRAINERS = _Registry(
     _misfm.TRAINERS,
     _planned.TRAINERS,
     _options.TRAINERS,
+    _unetr.TRAINERS,
     _volume_fusion.TRAINERS,
 )
 globals().update(TRAINERS)

@@ -23,7 +23,7 @@ from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import topology
 from stunet_plugin.networks.from_plan import NO_OPTIONS, REPLAN, Resolved, options_of, resolve
-from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
+from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset, UNETRPreset
 from stunet_plugin.options import Options
 from stunet_plugin.trainers.distributed_trainer import check_distribution
 from stunet_plugin.trainers.fine_tuning import (
@@ -48,7 +48,7 @@ class PluginTrainer(StartingHeads):
     epochs: ClassVar[int] = 1000
     iterations: ClassVar[int] = 250
     val_iterations: ClassVar[int] = 50
-    preset: ClassVar[STUNetPreset | MISFMPreset | None]
+    preset: ClassVar[STUNetPreset | MISFMPreset | UNETRPreset | None]
     network_options: ClassVar[Mapping[str, Any]] = NO_OPTIONS
     """Added to the plan's network, see ``networks.network_options``; the plan's own come first."""
 

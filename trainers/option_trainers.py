@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from stunet_plugin.networks.network_options import OPTIONS
 from stunet_plugin.networks.presets import PRESETS
+from stunet_plugin.networks.shape_priors import SPM
 from stunet_plugin.trainers.base_trainer import PluginTrainer
+from stunet_plugin.trainers.map_pictures import MapPictures
 from stunet_plugin.trainers.planned_trainers import TRAINERS as PLANNED
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 
@@ -22,7 +24,8 @@ def _make_trainer(network: type[PluginTrainer], option: str, suffix: str) -> typ
         "__module__": __name__,
         "network_options": {option: {}},
     }
-    return type(f"{network.__name__}_{option.upper()}{suffix}", (base,), attributes)
+    bases = (MapPictures, base) if option == SPM.name else (base,)
+    return type(f"{network.__name__}_{option.upper()}{suffix}", bases, attributes)
 
 
 TRAINERS = {

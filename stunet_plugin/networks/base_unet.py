@@ -82,6 +82,8 @@ class BaseUNet(AbstractDynamicNetworkArchitectures):
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = in_proj
+        # Refines the skips, see networks.shape_priors.
+        self.shape_priors: nn.Module | None = None
         check_integer("input_channels", input_channels)
         check_integer("num_classes", num_classes)
 
@@ -97,7 +99,10 @@ class BaseUNet(AbstractDynamicNetworkArchitectures):
             output = cpu_engine.predict(self, x)
             if output is not None:
                 return output
-        return self.decoder(self.encoder(x))
+        skips = self.encoder(x)
+        if self.shape_priors is not None:
+            skips = self.shape_priors(skips)
+        return self.decoder(skips)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

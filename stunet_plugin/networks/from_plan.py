@@ -11,11 +11,12 @@ import numpy as np
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import presets
 from stunet_plugin.networks.anisotropy import USE_FOR_2D, AnisotropyMode, choose_mode, get_mode
-from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset
+from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset, UNETRPreset
 from stunet_plugin.networks.topology import (
     as_strides,
     check_patch_size,
     published_strides,
+    token_strides,
     total_stride,
 )
 
@@ -41,7 +42,7 @@ class Resolved(NamedTuple):
 
 def resolve(
     configuration: Mapping[str, Any],
-    network: STUNetPreset | MISFMPreset | None,
+    network: STUNetPreset | MISFMPreset | UNETRPreset | None,
     who: str,
     options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Resolved:
@@ -69,6 +70,10 @@ def resolve(
         raise PluginError(
             f"patch_size in the plan of {who} must be a list of integers, not {patch!r}. {REPLAN}"
         )
+    if isinstance(network, UNETRPreset):
+        # Pads images to what its strides divide.
+        found = resolve_unetr(configuration, network, who)
+        return with_options(found, {**options, **planned}, patch, who)
     if isinstance(network, MISFMPreset):
         resolved = _resolve_misfm(configuration, network, who)
         advice = f"Plan with -pl {network.planner}, or set patch_size in the plans file."
@@ -82,7 +87,7 @@ def resolve(
             f"Patch size {list(patch)} leaves a single voxel at the deepest stage of {who}, too few"
             " for instance norm. Double at least one axis in the plans file."
         )
-    return _with_options(resolved, {**options, **planned}, patch, who)
+    return with_options(resolved, {**options, **planned}, patch, who)
 
 
 def resolve_planned(
@@ -104,7 +109,7 @@ def resolve_planned(
         advice = "Set patch_size in the plans file to one of them, or plan again."
         check_patch_size(configuration["patch_size"], strides, f"The network of {who}", advice)
     resolved, added = Resolved(dict(architecture)), {**options, **planned}
-    return _with_options(resolved, added, configuration["patch_size"], who)
+    return with_options(resolved, added, configuration["patch_size"], who)
 
 
 def options_of(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,7 +144,7 @@ def _without_options(
     return {**configuration, "architecture": network}, options
 
 
-def _with_options(
+def with_options(
     resolved: Resolved, options: Mapping[str, Any], patch: Sequence[int], who: str
 ) -> Resolved:
     """Return the same with network options around the network; without any, as it is."""
@@ -227,6 +232,30 @@ def _resolve_misfm(configuration: Mapping[str, Any], network: MISFMPreset, who: 
         raise PluginError(f"spacing in the plan of {who} must be a list, not {spacing!r}. {REPLAN}")
     mode, reason = choose_mode([float(step) for step in spacing], patch)
     return Resolved(network.architecture(mode), f"{network.name}: {reason}")
+
+
+def resolve_unetr(configuration: Mapping[str, Any], preset: UNETRPreset, who: str) -> Resolved:
+    """Return the UNETR of a plan, if it is of this size and prunes tokens or not as the preset
+    does, else the preset's for a plan of nnU-Net's U-Nets."""
+    architecture, patch = configuration["architecture"], configuration["patch_size"]
+    planned, kwargs = str(architecture.get("network_class_name")), architecture["arch_kwargs"]
+    if planned == preset.class_name:
+        own = preset.architecture((), ())["arch_kwargs"]
+        wrong = [x for x in ("width", "depth", "heads", "features") if kwargs.get(x) != own[x]]
+        if (kwargs.get("pruning") is None) != (preset.ratio is None):
+            wrong.append("pruning")
+        if wrong:
+            raise PluginError(
+                f"{who} trains {preset.name}, but the UNETR in the plan has {wrong[0]}"
+                f" {kwargs.get(wrong[0])}, not {own[wrong[0]]}. Train it as planned with -tr"
+                " PlannedTrainer, or with the trainer of its size (`stunet list --trainers`)."
+            )
+        return Resolved({**architecture, "arch_kwargs": {**kwargs, "patch_size": list(patch)}})
+    if not is_host_unet(architecture):
+        raise _other_network(who, planned, f"UNETRPlanner{preset.suffix}")
+    strides = token_strides([float(step) for step in configuration["spacing"]], patch)
+    token = " x ".join(map(str, total_stride(strides[:-1])))
+    return Resolved(preset.architecture(strides, patch), f"{preset.name}: tokens of {token} voxels")
 
 
 def _other_network(who: str, planned: str, ours: str) -> PluginError:

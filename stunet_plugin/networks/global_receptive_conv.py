@@ -150,7 +150,7 @@ class GRC:
             )
         return cls(portion, stages, grids)
 
-    def add_to(self, network: Any) -> None:
+    def add_to(self, network: Any, *_: Any) -> None:
         """Put the shifts into a network, in place."""
         for stage, grid in zip(self.stages, self.grids, strict=True):
             module = network.encoder.stages[stage]

@@ -79,10 +79,14 @@ def _peak(
 
 
 def traced_training_memory(
-    network: nn.Module, input_channels: int, patch_size: Sequence[int], batch_size: int
+    network: nn.Module,
+    input_channels: int,
+    patch_size: Sequence[int],
+    batch_size: int,
+    optimizer_values: int = ADAM_VALUES,
 ) -> float:
-    """Estimate the peak in bytes of one of nnU-Net's training steps on CUDA with Adam; the network
-    is on the meta device, with deep supervision on."""
+    """Estimate the peak in bytes of one of nnU-Net's training steps on CUDA; the network is on the
+    meta device, with deep supervision on."""
     import torch
 
     kept: dict[int, torch.Tensor] = {}
@@ -109,7 +113,7 @@ def traced_training_memory(
         activations=sum(sizes),
         backward=BACKWARD_MAPS * max(sizes),
         logits=batch_size * sum(output[0].numel() for output in outputs),
-        optimizer_values=ADAM_VALUES,
+        optimizer_values=optimizer_values,
     )
 
 

@@ -17,11 +17,13 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from stunet_plugin.errors import PluginError, did_you_mean
+from stunet_plugin.networks import host_unets
 from stunet_plugin.networks.global_receptive_conv import GRC
+from stunet_plugin.networks.shape_priors import SPM
 from stunet_plugin.networks.topology import Strides, as_strides
 from stunet_plugin.utils.validation import Fields
 
-OPTIONS: dict[str, Any] = {option.name: option for option in (GRC,)}
+OPTIONS: dict[str, Any] = {option.name: option for option in (GRC, SPM)}
 """By their names in plans, in the order in which they are added to a network."""
 
 
@@ -37,8 +39,9 @@ def build_with_options(
     """Build the network of an ``architecture`` entry and add options to it, as
     :func:`complete_options` returns them; nnU-Net initialises it afterwards."""
     built = _plain(Fields(network, "The plan"), input_channels, num_classes, deep_supervision)
-    for option in _completed(built, options, patch_size, as_strides(strides), "The plan"):
-        option.add_to(built)
+    stages = as_strides(strides)
+    for option in _completed(built, options, patch_size, stages, "The plan"):
+        option.add_to(built, stages, patch_size, num_classes)
     return built
 
 
@@ -59,9 +62,10 @@ def complete_options(
 
 def _plain(network: Fields, channels: int, outputs: int, deep_supervision: bool) -> nn.Module:
     names = ("network_class_name", "arch_kwargs", "_kw_requires_import")
-    described = [network.get(name) for name in names]
+    path, *described = (network.get(name) for name in names)
+    path = host_unets.PATHS.get(path, path)
     built: nn.Module = get_network_from_plans(
-        *described, channels, outputs, allow_init=False, deep_supervision=deep_supervision
+        path, *described, channels, outputs, allow_init=False, deep_supervision=deep_supervision
     )
     return built
 

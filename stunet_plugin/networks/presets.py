@@ -7,7 +7,8 @@ SAM-Med2D, arXiv:2308.16184, and its published code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -144,6 +145,60 @@ SAM_PRESETS: dict[str, SAMPreset] = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class UNETRPreset:
+    """A size of UNETR, with pruned tokens or without."""
+
+    size: str
+    width: int
+    depth: int
+    heads: int
+    features: int  # of the decoder at full resolution
+    gpu_memory_gb: float
+    ratio: float | None = None  # of the tokens left, that leaves at each cut; None prunes nothing
+
+    class_name = "stunet_plugin.networks.unetr.UNETR"
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind ``UNETRTrainer`` and ``UNETRPlans``; the base size has no name."""
+        size = "" if self.size == DEFAULT_SIZE else f"_{self.size}"
+        return size + ("" if self.ratio is None else "_STP")
+
+    @property
+    def name(self) -> str:
+        return f"UNETR{self.suffix}"
+
+    def architecture(
+        self, strides: Sequence[Sequence[int]], patch: Sequence[int]
+    ) -> dict[str, Any]:
+        """Return the ``architecture`` entry of a plans file."""
+        kwargs = {
+            "patch_size": [int(size) for size in patch],
+            "strides": [list(stage) for stage in strides],
+            "width": self.width,
+            "depth": self.depth,
+            "heads": self.heads,
+            "features": self.features,
+            "pruning": None if self.ratio is None else {"after": [3, 6, 9], "ratio": self.ratio},
+        }
+        return {
+            "network_class_name": self.class_name,
+            "arch_kwargs": kwargs,
+            "_kw_requires_import": [],
+        }
+
+
+UNETR_SIZES = (
+    UNETRPreset("tiny", 48, 12, 4, 4, 2),  # for tests and dry runs
+    UNETRPreset("small", 192, 12, 6, 8, 8),
+    UNETRPreset("base", 768, 12, 12, 16, 16),  # as published
+)
+STP_RATIO = 0.75
+"""As published for BraTS: a quarter of the tokens left stays at each of three cuts."""
+UNETR_PRESETS = (*UNETR_SIZES, *(replace(size, ratio=STP_RATIO) for size in UNETR_SIZES))
 
 
 def find_preset(features: tuple[int, ...], blocks: tuple[int, ...]) -> STUNetPreset | None:

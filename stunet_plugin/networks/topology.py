@@ -6,6 +6,7 @@ axis; the first entry is all ones because the first stage works at full resoluti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -59,6 +60,20 @@ def strides_for_patch(patch_size: Sequence[int]) -> Strides:
             " such as 96 160 160."
         )
     return tuple(stages)
+
+
+def token_strides(spacing: Sequence[float], patch: Sequence[int]) -> Strides:
+    """Return five stages for a network of tokens: the second to fourth make up a token of 8 voxels
+    on the finest axis and about as many millimetres on the others, of 1, 2, 4 or 8 voxels; coarse
+    axes are pooled last. The last stage halves the tokens."""
+    finest = min(spacing)
+    halvings = [
+        min(max(3 - round(math.log2(step / finest)), 0), max(int(size), 1).bit_length() - 1)
+        for step, size in zip(spacing, patch, strict=True)
+    ]
+    stages = [tuple(2 if count >= left else 1 for count in halvings) for left in (3, 2, 1)]
+    ones, twos = (1,) * len(patch), (2,) * len(patch)
+    return (ones, *stages, twos)
 
 
 def total_stride(strides: Strides) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from stunet_plugin.weights import nnssl
 from stunet_plugin.weights.identify import is_decoder
 from stunet_plugin.weights.tensors import strip_prefix
 
+PRIORS = "shape_priors."
+"""Names of the tensors of the network option SPM begin so."""
 UNETS = ("PlainConvUNet", "ResidualEncoderUNet")
 """nnU-Net's own networks."""
 _OWN_PLANS = "; `stunet plan-like` writes plans with the weights' own network"
@@ -62,7 +64,21 @@ def read_for(file: str, network: torch.nn.Module) -> Pretrained:
         again = {x: x.removeprefix("decoder.") for x in own if x.startswith("decoder.encoder.")}
         weights |= {x: weights[first] for x, first in again.items() if first in weights}
         renamed = f"{renamed or 'An encoder alone'}; the decoder starts at random"
+    if starting := _starting_priors(weights, network):
+        weights = {x: value for x, value in weights.items() if x not in starting}
+        what = f"{len(starting)} tensors of the shape priors start anew"
+        renamed = f"{renamed}; {what}" if renamed else what
     return Pretrained({**checkpoint, "network_weights": weights}, tensors, renamed)
+
+
+def _starting_priors(weights: Mapping[str, torch.Tensor], network: torch.nn.Module) -> set[str]:
+    """Return the tensors of a network's shape priors that a file lacks, or has for other classes
+    or another patch: an option may be added to what was trained without it."""
+    return {
+        name
+        for name, value in network.state_dict().items()
+        if name.startswith(PRIORS) and (name not in weights or weights[name].shape != value.shape)
+    }
 
 
 def show_as_own(network: torch.nn.Module, given: Pretrained) -> tuple[Any, ...]:
@@ -113,6 +129,8 @@ def describe_mismatches(
         for name, value in network.state_dict().items()
         if (heads_too or ".seg_layers." not in name) and not (encoder_only and is_decoder(name))
     }
+    for name in set() if heads_too else _starting_priors(weights, network):
+        own.pop(name)
     given = {name: tuple(value.shape) for name, value in weights.items()}
     if missing := [name for name in own if name not in given]:
         return (
@@ -124,7 +142,7 @@ def describe_mismatches(
     surplus = [name for name in given if name not in own]
     if not different and surplus and heads_too:
         return f"it has tensors that this network lacks (for example {surplus[0]})"
-    parts = ("encoder.", "decoder.")
+    parts = ("encoder.", "decoder.", PRIORS)
     left = [x for x in surplus if x.startswith(parts) and ".seg_layers." not in x]
     if not different and left:
         return (

@@ -12,7 +12,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks.from_plan import options_of, resolve, resolve_planned
 from stunet_plugin.networks.network_options import OPTIONS
-from stunet_plugin.networks.presets import PCTNET, PRESETS
+from stunet_plugin.networks.presets import PCTNET, PRESETS, UNETR_SIZES
 from stunet_plugin.networks.stunet import STUNet
 
 from network_helpers import gradients
@@ -41,6 +41,23 @@ def test_a_completed_plan_stays_as_it_is_and_nnunet_builds_it(option: str) -> No
     network = get_network_from_plans(*recorded.values(), 1, 3, deep_supervision=True)
     network.apply(network.initialize)
     gradients(network, torch.randn(2, 1, *PATCH))
+
+
+def test_options_of_plan_and_trainer_add_up() -> None:
+    planned = configuration(with_options({"spm": {"hidden": 8}}))
+    found = resolve_planned(planned, "a trainer", {"grc": {}, "spm": {"hidden": 16}})
+    options = found.architecture["arch_kwargs"]["options"]
+    assert list(options) == ["grc", "spm"]
+    assert options["spm"]["hidden"] == 8
+    assert len(found.options) == 2
+    network = get_network_from_plans(*found.architecture.values(), 1, 3, deep_supervision=True)
+    gradients(network, torch.randn(2, 1, *PATCH))
+
+
+def test_networks_without_stages_are_refused() -> None:
+    unetr = UNETR_SIZES[0].architecture([[1] * 3, *[[2] * 3] * 4], PATCH)
+    with pytest.raises(PluginError, match="for U-Nets with encoder.stages .*, not for UNETR"):
+        resolve_planned(configuration(unetr), "a trainer", {"spm": {}})
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin import plans as planners
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.from_plan import STUNET_CLASS, fitting_patch, resolve
+from stunet_plugin.networks.from_plan import STUNET_CLASS, fitting_patch, options_of, resolve
 from stunet_plugin.networks.memory import GIGABYTE, STUNetShape
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.networks.stunet import STUNet
-from stunet_plugin.networks.topology import as_strides
+from stunet_plugin.networks.topology import as_strides, total_stride
 from stunet_plugin.plans.misfm_planners import PLANNERS as MISFM
 from stunet_plugin.plans.stunet_planners import PLANNERS
 
@@ -85,6 +86,46 @@ def test_plans_of_misfm_fit_the_target(large: Path, name: str, gigabytes: int) -
     assert resolved == chosen["architecture"]
     needed = planner.training_bytes(resolved, chosen["patch_size"], chosen["batch_size"], (1, 6))
     assert needed <= gigabytes * GIGABYTE
+
+
+def test_plans_with_shape_priors_count_their_maps_and_leave_room(large: Path) -> None:
+    change_json(large / "dataset_fingerprint.json", shapes_after_crop=[[40, 128, 128]] * 6)
+    plain, priors = (PLANNERS[f"STUNetPlanner_tiny{suffix}"](7) for suffix in ("", "_SPM"))
+    plans = priors.plan_experiment()
+    assert plans["plans_name"] == "STUNetPlans_tiny_SPM"
+    chosen = plans["configurations"]["3d_fullres"]
+    assert options_of(chosen)["spm"]["stages"]
+    patch, batch, architecture = (
+        chosen[key] for key in ("patch_size", "batch_size", "architecture")
+    )
+    needed = priors.training_bytes(architecture, patch, batch, (1, 6))
+    assert needed <= priors._target_bytes
+    without = architecture["arch_kwargs"]["network"]
+    alone = plain.training_bytes(without, patch, batch, (1, 6))
+    # The arithmetic of the plain network, and the trace of the whole, measure alike.
+    traced = priors.training_bytes(without, patch, batch, (1, 6))
+    assert traced == pytest.approx(alone, rel=0.1)
+    assert needed > traced
+    assert resolve(chosen, PRESETS["tiny"], "a trainer").architecture == architecture
+
+
+def test_plans_of_unetr_choose_tokens_by_the_spacing_and_fit_the_target(large: Path) -> None:
+    change_json(large / "dataset_fingerprint.json", shapes_after_crop=[[40, 128, 128]] * 6)
+    planner = planners.PLANNERS["UNETRPlanner_tiny_STP"](7, 3.0)
+    plans = planner.plan_experiment()
+    assert plans["plans_name"] == "UNETRPlans_tiny_STP"
+    for name, token in (("2d", (8, 8)), ("3d_fullres", (2, 8, 8))):
+        chosen = plans["configurations"][name]
+        architecture, patch, batch = (
+            chosen[key] for key in ("architecture", "patch_size", "batch_size")
+        )
+        assert total_stride(as_strides(architecture["arch_kwargs"]["strides"][:-1])) == token
+        assert architecture["arch_kwargs"]["pruning"]["ratio"] == 0.75
+        assert planner.training_bytes(architecture, patch, batch, (1, 6)) <= 3 * GIGABYTE
+        found = resolve(chosen, planner.preset, "UNETRTrainer_tiny_STP")
+        assert found.architecture == architecture
+        with pytest.raises(PluginError, match="has pruning .*, not None. Train it as planned"):
+            resolve(chosen, replace(planner.preset, ratio=None), "UNETRTrainer_tiny")
 
 
 def test_patch_that_fits_is_near_and_divisible() -> None:

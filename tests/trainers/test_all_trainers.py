@@ -39,8 +39,11 @@ def test_names_and_signatures() -> None:
     expected |= {
         f"{network}_{option}{suffix}"
         for network in (*sized, "PlannedTrainer")
-        for option in ("GRC",)
+        for option in ("GRC", "SPM")
         for suffix in ("", "_ft")
+    }
+    expected |= {
+        f"UNETRTrainer{size}{kept}" for size in ("", "_tiny", "_small") for kept in ("", "_STP")
     }
     expected |= {f"VolumeFusionTrainer_STUNet{size}" for size in sizes if size}
     expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
@@ -84,6 +87,10 @@ SEVEN_POOLINGS = {
         ("PlannedTrainer", "3d_fullres", {"architecture": RESIDUAL}, 3),
         ("PlannedTrainer_ft", "2d", {}, 3),
         ("STUNetTrainer_tiny_GRC", "3d_fullres", {}, 5),
+        ("STUNetTrainer_tiny_SPM_ft", "2d", {}, 5),
+        ("UNETRTrainer_tiny", "2d", {}, 4),
+        ("UNETRTrainer_tiny_STP", "3d_fullres", {"patch_size": [18, 36, 32]}, 4),
+        ("PlannedTrainer_SPM", "3d_fullres", {"architecture": RESIDUAL}, 3),
         ("PlannedTrainer_GRC_ft", "3d_fullres", {"architecture": RESIDUAL}, 3),
         ("VolumeFusionTrainer", "3d_fullres", {}, 3),
         ("VolumeFusionTrainer", "2d", {}, 3),
@@ -104,6 +111,9 @@ def test_outputs_and_targets_pair_and_every_parameter_gets_a_gradient(
     if not isinstance(trainer, MISFMOptimizer):
         published = {"weight_decay": 3e-5, "momentum": 0.99, "nesterov": True}
         published["lr"] = 1e-3 if trainer.fine_tuning else 1e-2
+    if name.startswith("UNETR"):
+        published = {"lr": 1.3e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.05, 0.0]
     assert trainer.optimizer.defaults.items() >= published.items()
     assert [key for key, value in trainer.network.named_parameters() if value.grad is None] == []
 

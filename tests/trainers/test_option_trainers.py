@@ -15,11 +15,12 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet_plugin.networks.from_plan import options_of
+from stunet_plugin.trainers.map_pictures import read_maps
 
 from conftest import Stunet
 from trainer_helpers import Make, batch_for, started
 
-OPTIONS = ("GRC",)
+OPTIONS = ("GRC", "SPM")
 
 
 def save(trainer: Any, file: Path) -> Path:
@@ -85,3 +86,23 @@ def test_commands_that_would_lose_an_option_refuse(
     assert lost in stunet.refuse(f"import {file} --out {tmp_path / 'out'}")
     assert lost in stunet.refuse(f"plan-like {file} -d 1")
     assert "grc" in stunet(f"inspect {file}")
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration", "titles"),
+    [
+        ("STUNetTrainer_tiny_SPM", "2d", {f"prior of output {number}" for number in range(5)}),
+        ("UNETRTrainer_tiny_STP", "3d_fullres", {"cuts that a token survived"}),
+    ],
+)
+def test_maps_of_what_an_option_does(
+    make: Make, tmp_path: Path, name: str, configuration: str, titles: set[str]
+) -> None:
+    trainer = started(make(name, configuration))
+    images = batch_for(trainer)["data"]
+    maps = read_maps(trainer.network.eval(), images)
+    assert set(maps) == titles
+    assert all(one.shape == (2, *images.shape[2:]) for one in maps.values())
+    trainer._samples = images
+    trainer._save_maps()
+    assert [file.name for file in Path(trainer.output_folder).glob("maps_*.png")]
