@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
+from stunet_plugin.datasets.draws import hold_out
 from stunet_plugin.errors import PluginError
-from stunet_plugin.nnunet.commands import find_command
+from stunet_plugin.nnunet.commands import CommandFailedError, is_complete, run_command, what_is_left
 from stunet_plugin.nnunet.registration import trainers_folder
 from stunet_plugin.utils.files import read_json, write_atomically
 
@@ -142,12 +142,10 @@ class Experiment:
             "nnUNet_def_n_proc": "1",
             **environment,
         }
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as output:
-            command = [find_command(words[0]), *words[1:]]
-            code = subprocess.run(command, env=variables, stdout=output, stderr=output).returncode
-        if code != 0:
-            sys.exit(f"{shlex.join(words)} ended with {code}; its output is in {log}.")
+        try:
+            run_command(words, variables, log)
+        except CommandFailedError as error:
+            sys.exit(str(error))
 
     def preprocess(
         self,
@@ -214,13 +212,9 @@ class Experiment:
         score = (
             "pretext_score.json" if network.trainer.startswith("VolumeFusion") else "summary.json"
         )
-        if (folder / "validation" / score).is_file():
+        if is_complete(folder, score):
             return folder
-        start: list[object] = ["-pretrained_weights", weights] if weights else []
-        if (folder / "checkpoint_final.pth").is_file():
-            start = ["--val"]
-        elif (folder / "checkpoint_latest.pth").is_file():
-            start = ["--c"]
+        start = what_is_left(folder, weights)
         names = f"{dataset.number} {CONFIGURATION} {fold} -tr {network.trainer} -p {network.plans}"
         device = f"-device {self.options.device}"
         self.run("nnUNetv2_train", names, device, start, log=results / "log.txt", **options)
@@ -228,17 +222,11 @@ class Experiment:
 
     def cases(self) -> tuple[list[str], list[str]]:
         """Return the test cases and the others, the same for the same data."""
-        return hold_out(cases_in(self.data / "labelsTr"), self.options.test_cases)
+        return hold_out(cases_in(self.data / "labelsTr"), self.options.test_cases, SPLIT_SEED)
 
 
 def cases_in(folder: Path) -> list[str]:
     return sorted(path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
-
-
-def hold_out(cases: Sequence[str], test_cases: int) -> tuple[list[str], list[str]]:
-    """Split cases into those to test on and the others, whatever their order."""
-    shuffled = np.random.default_rng(SPLIT_SEED).permutation(sorted(cases)).tolist()
-    return sorted(shuffled[:test_cases]), sorted(shuffled[test_cases:])
 
 
 def draw_labelled(pool: Sequence[str], seed: int, count: int) -> list[str]:
@@ -297,10 +285,6 @@ def relabel(values: Sequence[int]) -> Change:
         return changed
 
     return change
-
-
-def folder_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def read_run(fold: Path) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
+import seaborn as sns
 from common import (
     Dataset,
     Experiment,
@@ -31,12 +33,17 @@ from common import (
 )
 from report import about, markdown
 
+matplotlib.use("agg")
+
 LABELS = {
     "parts": (Dataset(21, "HippocampusParts"), ("background", "anterior", "posterior"), (0, 1, 2)),
     "merged": (Dataset(22, "HippocampusMerged"), ("background", "hippocampus"), (0, 1, 1)),
 }
 """Dataset, labels, and what becomes of the label values 0, 1, 2."""
-TRANSFERS = (("merged", "parts"), ("parts", "merged"), ("parts", "parts"))
+TRANSFERS = {
+    f"{start}-{labels}": (start, labels)
+    for start, labels in (("merged", "parts"), ("parts", "merged"), ("parts", "parts"))
+}
 SCRATCH, RANDOM, KNOWN = "scratch", "random heads", "known heads"
 HEADS = {RANDOM: "random", KNOWN: "auto"}
 SOURCE_FOLD = 0
@@ -53,6 +60,7 @@ class Study(Experiment):
         labelled = {case for cases in self.draws.values() for case in cases}
         self.source_cases = [case for case in self.pool if case not in labelled]
         self.network = Network(f"STUNetTrainer_{options.size}")
+        self.transfers = [TRANSFERS[name] for name in options.transfers]
 
     def make_datasets(self) -> None:
         folds = [self.source_cases, *self.draws.values()]
@@ -93,9 +101,12 @@ class Study(Experiment):
         """Return a record of every training of a seed; what is done is not done again."""
         found = []
         for iterations in (0, *self.options.iterations):
-            tasks = [(arm, *transfer) for transfer in TRANSFERS for arm in HEADS]
+            # Before any training random heads say nothing.
+            arms = HEADS if iterations else (KNOWN,)
+            tasks = [(arm, *transfer) for transfer in self.transfers for arm in arms]
             if iterations:
-                tasks += [(SCRATCH, "nothing", labels) for labels in LABELS]
+                targets = dict.fromkeys(labels for _, labels in self.transfers)
+                tasks += [(SCRATCH, "nothing", labels) for labels in targets]
             for arm, start, labels in tasks:
                 fold = self.run_arm(arm, labels, seed, iterations, start)
                 reached = {} if self.dry_run else read_run(fold)
@@ -117,10 +128,22 @@ def table(runs: list[dict[str, Any]]) -> str:
     return markdown([*keys, "mean Dice per seed", "mean"], rows)
 
 
+def save_figure(runs: list[dict[str, Any]], path: Path) -> None:
+    """Write the Dice against the iterations as a PNG: the means, and the seeds as points."""
+    frame = pd.DataFrame(runs)
+    axes = {"x": "iterations", "y": "mean_validation_dice", "hue": "start"}
+    grid = sns.relplot(frame, **axes, col="labels", kind="line", errorbar=None, marker="o")
+    for axis, (_, part) in zip(grid.axes.flat, frame.groupby("labels", sort=False), strict=True):
+        sns.scatterplot(part, **axes, ax=axis, legend=False, alpha=0.6)
+    grid.set_axis_labels("iterations", "mean Dice of the test cases")
+    grid.set_titles("{col_name}").figure.savefig(path, dpi=110)
+
+
 def carry_out(options: argparse.Namespace) -> None:
     study = Study(options)
     study.make_datasets()
-    sources = {labels: study.source(labels) for labels in LABELS}
+    starts = dict.fromkeys(start for start, _ in study.transfers)
+    sources = {labels: study.source(labels) for labels in starts}
     runs = []
     for seed in options.seeds:
         runs += study.runs(seed)
@@ -128,6 +151,8 @@ def carry_out(options: argparse.Namespace) -> None:
             continue
         reached = {labels: read_run(fold)["validation_dice"] for labels, fold in sources.items()}
         write_json(options.json, {**about(note=options.machine), "source": reached, "runs": runs})
+        if options.figure is not None:
+            save_figure(runs, options.figure)
         print(reached, table(runs), sep="\n")
 
 
@@ -139,8 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--labelled-cases", type=int, default=8, help="to fine-tune with")
     add("--source-iterations", type=int, default=500, help="of each model to start from")
     add("--iterations", type=int, nargs="+", default=[25, 50], help="of each fine-tuning")
+    add("--transfers", nargs="+", choices=TRANSFERS, default=[*TRANSFERS], help="labels from, to")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of labelled cases and weights")
     add("--machine", default="", help="what it runs on, in words")
+    add("--figure", type=Path, metavar="FILE", help="for the curves, .png")
     add("--json", type=Path, required=True, help="file for the numbers")
     parser.set_defaults(iterations_per_epoch=25)
     return run_script(parser, carry_out, arguments)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from common import (
+    SPLIT_SEED,
     Dataset,
     Experiment,
     Network,
@@ -29,12 +30,12 @@ from common import (
     copy_cases,
     describe,
     draw_labelled,
-    hold_out,
     networks,
     relabel,
     run_script,
 )
 
+from stunet_plugin.datasets.draws import hold_out
 from stunet_plugin.utils.files import write_atomically
 
 A, B, BOTH = Dataset(911, "HospitalA"), Dataset(912, "HospitalB"), Dataset(913, "BothHospitals")
@@ -66,7 +67,7 @@ class Hospitals(Experiment):
             if (folder / "dataset.json").is_file():
                 continue
             cases = self.cases_of(eight_bits=at_b)
-            test, pool = hold_out(cases, self.options.test_cases)
+            test, pool = hold_out(cases, self.options.test_cases, SPLIT_SEED)
             train = draw_labelled(pool, self.options.seed, self.options.train_cases)
             print(f"{dataset.folder}: {len(train)} training cases, {len(test)} test cases")
             changes = {"image": other_scanner, "label": other_labels} if at_b else {}

@@ -29,7 +29,6 @@ from common import (
     build_parser,
     copy_cases,
     describe,
-    folder_name,
     networks,
     relabel,
     run_script,
@@ -41,7 +40,7 @@ from volume_fusion import LABELLED, UNLABELLED, FusionExperiment
 from volume_fusion_report import DSC, mean_scores
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.files import read_json, write_atomically
+from stunet_plugin.utils.files import folder_name, read_json, write_atomically
 
 matplotlib.use("agg")
 

@@ -27,7 +27,6 @@ from common import (
     copy_cases,
     describe,
     draw_labelled,
-    folder_name,
     networks,
     relabel,
     run_script,
@@ -35,7 +34,7 @@ from common import (
 from volume_fusion_report import score_run, write_report
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.utils.files import read_json
+from stunet_plugin.utils.files import folder_name, read_json
 
 UNLABELLED, LABELLED = Dataset(904, "HippocampusUnlabelled"), Dataset(905, "HippocampusFew")
 Draw = tuple[int, int]

@@ -15,6 +15,7 @@ from stunet_plugin.datasets.raw_dataset import RawDataset
 from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import PREPROCESSED, SPLITS
 from stunet_plugin.preparation.fitting_plans import Preparation, check_weights
+from stunet_plugin.utils.files import folder_name
 from stunet_plugin.weights.identify import NetworkWeights, read_weights, training_arguments
 from stunet_plugin.weights.locate import Source, find_model
 from stunet_plugin.weights.named import Named
@@ -46,11 +47,6 @@ class Candidate:
     @property
     def folder(self) -> str:
         return folder_name(self.name)
-
-
-def folder_name(name: str) -> str:
-    """Return a name of letters, digits, '-' and '_' for a folder."""
-    return "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
 
 
 def read_starts(options: FewShot, given: Sequence[Named], raw: RawDataset) -> list[Start]:

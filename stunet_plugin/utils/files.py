@@ -79,6 +79,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_name(name: str) -> str:
+    """Return a name of letters, digits, '-' and '_' for a folder."""
+    return "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise PluginError if it is missing, too large, or none."""
     try:

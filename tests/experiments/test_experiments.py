@@ -81,9 +81,9 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
 
 def test_splits_never_mix_and_depend_on_nothing_but_the_names() -> None:
     common, names = import_module("common"), [f"case_{index:03d}" for index in range(217)]
-    test, pool = common.hold_out(names, 60)
+    test, pool = common.hold_out(names, 60, common.SPLIT_SEED)
     assert (len(test), len(pool), len({*test, *pool})) == (60, 157, 217)
-    assert common.hold_out(names[::-1], 60) == (test, pool)
+    assert common.hold_out(names[::-1], 60, common.SPLIT_SEED) == (test, pool)
     few, more, other = (common.draw_labelled(pool, *draw) for draw in ((1, 4), (1, 8), (2, 4)))
     assert set(few) < set(more) < set(pool) > set(other) != set(few)
     with pytest.raises(PluginError, match="fewer than 158"):
