@@ -8,6 +8,7 @@ from stunet_plugin.nnunet.registry import Registry as _Registry
 from stunet_plugin.trainers import misfm_trainers as _misfm
 from stunet_plugin.trainers import option_trainers as _options
 from stunet_plugin.trainers import planned_trainers as _planned
+from stunet_plugin.trainers import prompt_trainers as _prompt
 from stunet_plugin.trainers import stunet_trainers as _stunet
 from stunet_plugin.trainers import unetr_trainers as _unetr
 from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
@@ -20,6 +21,7 @@ TRAINERS = _Registry(
     _options.TRAINERS,
     _unetr.TRAINERS,
     _volume_fusion.TRAINERS,
+    _prompt.TRAINERS,
 )
 globals().update(TRAINERS)
 

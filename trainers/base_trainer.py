@@ -97,6 +97,13 @@ class PluginTrainer(StartingHeads):
         """Return the same as an ``architecture`` entry of plans."""
         return cls.resolve(configuration).architecture
 
+    @classmethod
+    def read_pretrained(
+        cls, file: str, network: torch.nn.Module, channels: int
+    ) -> pretrained.Pretrained:
+        """Read the file after ``-pretrained_weights`` for a network; ``channels``: of the image."""
+        return pretrained.read_for(file, network)
+
     def plans_to_record(self, plans: dict, configuration: str) -> dict:
         """Return the plans that the checkpoint and the file beside it hold, for prediction: with
         the network in them where something was chosen, so that nobody has to choose again."""
@@ -186,7 +193,7 @@ class PluginTrainer(StartingHeads):
         """Let nnU-Net's loader take a file with other names, or without a decoder."""
         if file := _pretrained_file():
             network = self._bare_network()
-            given = pretrained.read_for(file, network)
+            given = self.read_pretrained(file, network, self.num_input_channels)
             if given.renamed:
                 self.print_to_log_file(f"{given.renamed}: {file}")
                 self._name_hooks = pretrained.show_as_own(network, given)
@@ -208,7 +215,8 @@ class PluginTrainer(StartingHeads):
         file, checkpoint = _pretrained_file(), None
         if self._weights_were_loaded and file:
             weights = self.whole_weights()
-            checkpoint = pretrained.read_for(file, network).checkpoint
+            given = self.read_pretrained(file, network, self.num_input_channels)
+            checkpoint = given.checkpoint
             if self.local_rank == 0:
                 loaded = pretrained.describe_loaded(weights, checkpoint)
                 self.print_to_log_file(f"{loaded} ({file})")
@@ -282,7 +290,7 @@ class PluginTrainer(StartingHeads):
             # nnU-Net's loader would stop at an assertion.
             if not Path(file).is_file():
                 raise PluginError(f"-pretrained_weights {file}: there is no such file.")
-            checkpoint = pretrained.read_for(file, network).checkpoint
+            checkpoint = cls.read_pretrained(file, network, channels).checkpoint
             weights = checkpoint["network_weights"]
             mismatches = pretrained.describe_mismatches(network, weights, heads_too=False)
             if mismatches:

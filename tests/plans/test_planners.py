@@ -128,6 +128,22 @@ def test_plans_of_unetr_choose_tokens_by_the_spacing_and_fit_the_target(large: P
             resolve(chosen, replace(planner.preset, ratio=None), "UNETRTrainer_tiny")
 
 
+def test_prompt_plans_take_images_as_they_are_with_patches_for_the_viewers(large: Path) -> None:
+    change_json(large / "dataset_fingerprint.json", shapes_after_crop=[[20, 512, 500]] * 6)
+    plans = planners.PromptPlanner_STUNet_tiny(7).plan_experiment()
+    assert set(plans["configurations"]) == {"2d", "3d_fullres"}
+    chosen = plans["configurations"]["3d_fullres"]
+    assert min(chosen["patch_size"]) == 64
+    strides = as_strides(chosen["architecture"]["arch_kwargs"]["strides"])
+    assert not any(x % y for x, y in zip(chosen["patch_size"], total_stride(strides), strict=True))
+    kinds = ("data", "seg", "probabilities")
+    assert {chosen[f"resampling_fn_{kind}"] for kind in kinds} == {"no_resampling_hack"}
+    assert chosen["normalization_schemes"] == ["ZScoreNormalization"]
+    assert chosen["data_identifier"] == "PromptPlans_STUNet_tiny_3d_fullres"
+    with pytest.raises(PluginError, match="least patch of 64 voxels per axis does not fit into 4"):
+        planners.PromptPlanner_STUNet_large(7, 4.0).plan_experiment()
+
+
 def test_patch_that_fits_is_near_and_divisible() -> None:
     assert fitting_patch([1.0, 1.0, 1.0], [40, 56, 40])[0] == [48, 64, 48]
     assert fitting_patch([5.0, 1.0, 1.0], [18, 256, 250])[0] == [20, 256, 256]

@@ -47,6 +47,8 @@ def test_names_and_signatures() -> None:
     }
     expected |= {f"VolumeFusionTrainer_STUNet{size}" for size in sizes if size}
     expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
+    networks = ("", *(f"_STUNet{size}" for size in sizes if size))
+    expected |= {f"PromptTrainer{net}{end}" for net in networks for end in ("", "_ft")}
     assert set(trainers.__all__) == expected
     stock = list(inspect.signature(nnUNetTrainer.__init__).parameters)
     for name in expected:
@@ -95,6 +97,8 @@ SEVEN_POOLINGS = {
         ("VolumeFusionTrainer", "3d_fullres", {}, 3),
         ("VolumeFusionTrainer", "2d", {}, 3),
         ("VolumeFusionTrainer_PCTNet", "3d_fullres", {}, 4),
+        ("PromptTrainer", "3d_fullres", {"architecture": RESIDUAL}, 3),
+        ("PromptTrainer_STUNet_tiny_ft", "2d", {}, 5),
     ],
 )
 def test_outputs_and_targets_pair_and_every_parameter_gets_a_gradient(
@@ -159,6 +163,7 @@ def regions(new_workspace: Any) -> Workspace:
         ("PCTNetTrainer", "3d_fullres"),
         ("FMUNetTrainer", "3d_fullres"),
         ("VolumeFusionTrainer", "3d_fullres"),
+        ("PromptTrainer", "2d"),
     ],
 )
 def test_trains_resumes_and_predicts_with_four_channels_regions_and_ignore_label(
@@ -190,6 +195,7 @@ def test_trains_resumes_and_predicts_with_four_channels_regions_and_ignore_label
         # Tracing alone: for PCT-Net on the CPU inductor takes minutes.
         ("PCTNetTrainer", misfm("PCTNet", dropout_per_stage=[0.0] * 5, drop_path=0.0), "aot_eager"),
         ("FMUNetTrainer", misfm("FMUNet", dropout_per_stage=[0.0] * 5), "aot_eager"),
+        ("PromptTrainer", None, "aot_eager"),
     ],
 )
 def test_a_compiled_step_is_the_same(

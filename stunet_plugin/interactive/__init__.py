@@ -1,0 +1,1 @@
+"""Interactive segmentation: a promptable model on a scan, and in other programs."""
