@@ -106,7 +106,7 @@ class PromptMixin(PluginTrainer):
         seed = int(torch.randint(2**62, ())) + self.local_rank
         chosen = self.configuration_manager
         self.simulator = Simulator(np.random.default_rng(seed), _radii(chosen), _is_flat(chosen))
-        self._schedule = np.random.default_rng(self.current_epoch)
+        self._schedule = np.random.default_rng(0)
 
     def _build_loss(self) -> torch.nn.Module:
         # Samples show different objects, whose overlap says nothing together.
@@ -236,19 +236,13 @@ class PromptMixin(PluginTrainer):
         cases = curve.spread(sorted(cases))
         dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
         mine = cases[self.local_rank :: distributed.get_world_size() if self.is_ddp else 1]
+        how = self.configuration_manager, self.simulator.radii, self.device
         objects = []
         for case in mine:
             data, label, *_ = dataset.load_case(case)
             volume = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
-            objects += curve.measure_case(
-                network,
-                volume,
-                self._named_masks(torch.from_numpy(np.asarray(label[0]))),
-                self.configuration_manager,
-                self.simulator.radii,
-                self.device,
-                case,
-            )
+            masks = self._named_masks(torch.from_numpy(np.asarray(label[0])))
+            objects += curve.measure_case(network, volume, masks, *how, case)
             self.print_to_log_file(f"interaction curve: {case}")
         if self.is_ddp:
             everybody: list[Any] = [None] * distributed.get_world_size()

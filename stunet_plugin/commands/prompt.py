@@ -57,4 +57,4 @@ class Prompt(Command):
     overwrite: bool = flag("--overwrite", "replace OUT (with an existing --state that is done)")
     folds: str | None = option("-f", metavar="FOLD", help="if several are trained: which")
     checkpoint: str = option("-chk", default="checkpoint_final.pth", help="file in the fold")
-    device: str = device_option("mps")
+    device: str = device_option()

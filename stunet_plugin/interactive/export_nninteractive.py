@@ -76,7 +76,7 @@ def export(options: ExportNnInteractive) -> int:
             ("inference_info.json", facts),
         ):
             (made / name).write_text(json.dumps(content, indent=2))
-        (made / "LICENSE").write_text(licence)
+        (made / "LICENSE").write_text(licence, encoding="utf-8")
         checkpoint = {
             "network_weights": session.model.predictor.network.state_dict(),
             "trainer_name": TRAINER,
@@ -134,7 +134,7 @@ def _check(session: PromptSession, configuration: dict[str, Any], force: bool) -
 
 def _licence(given: str) -> str:
     file = Path(given).expanduser()
-    text = file.read_text(errors="replace") if file.is_file() else given
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else given
     if not text.strip():
         raise PluginError("--license is empty. Name the licence of your model, such as CC BY 4.0.")
     return text.strip() + "\n"

@@ -240,8 +240,7 @@ class PromptSession:
         return self.mask
 
     def _add_drawn(self, kind: str, mask: Mask, positive: bool) -> np.ndarray:
-        array = self._read_mask(mask, None)
-        return self._add({"kind": kind, "positive": positive, "mask": array})
+        return self._add({"kind": kind, "positive": positive, "mask": self._read_mask(mask, None)})
 
     def _prompt(self, drawn: Mapping[str, Any]) -> Prompt:
         """Return a prompt in the network's space."""
@@ -265,9 +264,8 @@ class PromptSession:
         not zero, resampled."""
         order = self.model.predictor.plans_manager.transpose_forward
         low, high = [], []
-        for axis, (place, (first, end), size) in enumerate(
-            zip(order, self._noted["bbox_used_for_cropping"], self._interaction.shape, strict=True)
-        ):
+        crop, shape = self._noted["bbox_used_for_cropping"], self._interaction.shape
+        for place, (first, end), size in zip(order, crop, shape, strict=True):
             scale = size / (end - first)
             x, y = max(start[place], first) - first, min(stop[place], end) - first
             if x >= y:
@@ -277,8 +275,8 @@ class PromptSession:
                 x, y = middle, middle + 1
             else:
                 x, y = int(np.floor(x * scale)), int(np.ceil(y * scale))
-            low.append(min(x, self._interaction.shape[axis] - 1))
-            high.append(min(max(y, low[-1] + 1), self._interaction.shape[axis]))
+            low.append(min(x, size - 1))
+            high.append(min(max(y, low[-1] + 1), size))
         return low, high
 
     def _to_network(self, mask: np.ndarray) -> Tensor:

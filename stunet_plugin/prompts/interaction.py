@@ -126,8 +126,8 @@ class Interaction:
             ends = np.rint(np.linspace(low, high, count + 1)).astype(int).tolist()
             edges.append(list(pairwise(ends)))
         for part in product(*edges):
-            low = tuple(int(x) for x, _ in part)
-            self._segment_one((low, tuple(int(x) for _, x in part)), everywhere)
+            first = tuple(int(x) for x, _ in part)
+            self._segment_one((first, tuple(int(x) for _, x in part)), everywhere)
 
     def _segment_one(self, box: Box, everywhere: bool) -> None:
         wanted = [y - x for x, y in zip(*box, strict=True)]

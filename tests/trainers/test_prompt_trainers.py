@@ -128,7 +128,11 @@ def test_the_curve_of_the_validation_cases(
 
 
 @pytest.mark.slow
-def test_stock_commands_train_and_predict_without_prompts(phantoms: Workspace) -> None:
+def test_stock_commands_train_and_predict_without_prompts(
+    phantoms: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curve, "MOST_CASES", 1)
+    monkeypatch.setattr(curve, "CLICKS", (1,))
     plans = {**small_plans(phantoms.plans(), "PromptTrainer"), "plans_name": "PromptSmall"}
     file = phantoms.dataset_folder(phantoms.preprocessed) / "PromptSmall.json"
     file.write_text(json.dumps(plans))
