@@ -44,3 +44,5 @@ class Unlabeled(Command):
         help="leave out files and folders whose name matches, such as '*_seg.nii.gz'; always left"
         " out: labelsTr, labelsTs, gt_segmentations",
     )
+    num_parts: int = option("-num_parts", default=1, metavar="N", help="for a job array: N jobs")
+    part_id: int = option("-part_id", default=0, metavar="I", help="number of this job, 0 first")

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,12 +21,14 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import FOLDS
 from stunet_plugin.unlabeled.checks import MODALITIES
 from stunet_plugin.unlabeled.dataset import Dataset, Prepared
-from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER
+from stunet_plugin.unlabeled.manifest import CASE, FAILED, FOLDER, Record
+from stunet_plugin.unlabeled.parts import Part
 from stunet_plugin.unlabeled.prepare_case import prepare, probe, record_of
 from stunet_plugin.unlabeled.report import PICTURE, SKIPPED, write_picture, write_reports
 from stunet_plugin.utils.discovery import EXCLUDED, SCAN_ENDINGS, Source, Tally, walk
 from stunet_plugin.utils.files import OutputError
 from stunet_plugin.utils.image_files import PICTURES, TIFF
+from stunet_plugin.utils.parts import check_part
 from stunet_plugin.utils.workers import Finished, run_ordered
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def run_unlabeled(options: Unlabeled) -> int:
     """
     if options.processes is not None and options.processes < 1:
         raise PluginError(f"-np must be at least 1, not {options.processes}.")
+    check_part(options.num_parts, options.part_id)
     dataset = Dataset(options.dataset_id, options.name)
     folders = _input_folders(options.folders, dataset)
     search = partial(walk, exclude=(*EXCLUDED, *options.exclude), avoid=str(dataset.folder))
@@ -64,10 +67,16 @@ def run_unlabeled(options: Unlabeled) -> int:
     file_ending = dataset.file_ending or options.file_ending or tally.frequent_ending
     choice = f"{modality}, {file_ending}; into {dataset.folder}"
     print(f"  files and DICOM folders: {tally.candidates}; {choice}", flush=True)
+    part = Part(dataset, options.num_parts, options.part_id)
     try:
+        if part.count > 1:
+            with part.alone():
+                dataset.begin(modality, file_ending)
+            return _run_part(part, partial(search, folders), tally, options)
         dataset.begin(modality, file_ending)
         with dataset.opened():
-            return _collect(dataset, search(folders), tally, options)
+            results = partial(_prepare_all, dataset, search(folders), tally.candidates, options)
+            return _collect(dataset, tally, results)
     except (OSError, OutputError) as error:
         raise PluginError(
             f"Cannot write to {dataset.folder}: {getattr(error, 'strerror', None) or error}. What"
@@ -161,10 +170,41 @@ def _prepared(result: Finished) -> Prepared:
     return result.value or Prepared(failed)
 
 
-def _collect(dataset: Dataset, sources: Iterator[Source], tally: Tally, options: Unlabeled) -> int:
+def _run_part(
+    part: Part, search: Callable[[], Iterator[Source]], tally: Tally, options: Unlabeled
+) -> int:
+    """Prepare the sources of a part; the last part that ends makes the dataset of all."""
+    dataset = part.dataset
+    with part.alone(), dataset.opened():
+        wanted = part.own(search())
+    workers = part.begin()
+    results = run_ordered(
+        (source for _, source in wanted.values()),
+        partial(prepare, workers, options.copy),
+        options.processes or joblib.cpu_count(),
+        further=lambda prepared: prepared.further,
+    )
+    with contextlib.closing(results):
+        for prepared in map(_prepared, results):
+            if prepared.disk_error:
+                raise OutputError(prepared.disk_error)
+            part.keep(wanted[prepared.record.source][0], prepared)
+    with part.alone():
+        if left := part.end():
+            told = f"Part {part.number} of {part.count} is done ({len(wanted)} sources)"
+            print(f"{told}; {left} are not. The last one makes the dataset of all.")
+            return 0
+        with dataset.opened():
+            code = _collect(dataset, tally, partial(_commit_all, dataset, part.joined()))
+        part.clear()
+        return code
+
+
+def _collect(dataset: Dataset, tally: Tally, work: Callable[[], None]) -> int:
+    """Let the work add cases to the dataset, then write its description and reports."""
     started, before = time.monotonic(), dataset.manifest.cases
     try:
-        _prepare_all(dataset, sources, tally.candidates, options)
+        work()
     finally:
         # Also when interrupted: what is finished can be used. On a full disk this makes room.
         dataset.clear_unfinished()
@@ -199,27 +239,38 @@ def _prepare_all(
         options.processes or joblib.cpu_count(),
         further=lambda prepared: [*filter(wanted, prepared.further)],
     )
-    failed_folders: set[str] = set()
-    described = 0.0
+
+    def show(record: Record) -> None:
+        new["new" if record.status == CASE else "left_out"] += 1
+        progress.set_postfix(new, refresh=False)
+        progress.update()
+
     # Closed at once when something is raised, so that no worker goes on.
     with progress, contextlib.closing(results):
-        for prepared in map(_prepared, results):
-            if prepared.disk_error:
-                raise OutputError(prepared.disk_error)
-            if prepared.record.status == FOLDER and prepared.record.source in failed_folders:
-                # To be looked into again.
-                continue
-            record = dataset.commit(prepared)
-            if record.status == FAILED:
-                failed_folders.add(record.source)
-            if record.status == FOLDER:
-                continue
-            new["new" if record.status == CASE else "left_out"] += 1
-            progress.set_postfix(new, refresh=False)
-            progress.update()
-            if record.status == CASE and time.monotonic() - described > DESCRIBE_EVERY:
-                dataset.write_description(dataset.manifest.cases)
-                described = time.monotonic()
+        _commit_all(dataset, map(_prepared, results), show)
+
+
+def _commit_all(
+    dataset: Dataset, results: Iterable[Prepared], show: Callable[[Record], None] = lambda _: None
+) -> None:
+    """Give all that is prepared its place, and describe the dataset now and then."""
+    failed_folders: set[str] = set()
+    described = 0.0
+    for prepared in results:
+        if prepared.disk_error:
+            raise OutputError(prepared.disk_error)
+        if prepared.record.status == FOLDER and prepared.record.source in failed_folders:
+            # To be looked into again.
+            continue
+        record = dataset.commit(prepared)
+        if record.status == FAILED:
+            failed_folders.add(record.source)
+        if record.status == FOLDER:
+            continue
+        show(record)
+        if record.status == CASE and time.monotonic() - described > DESCRIBE_EVERY:
+            dataset.write_description(dataset.manifest.cases)
+            described = time.monotonic()
 
 
 def _say(dataset: Dataset, tally: Tally, cases: int, reasons: Counter[str]) -> None:

@@ -20,6 +20,7 @@ import pytest
 import SimpleITK as sitk
 
 from stunet_plugin.cli import main
+from stunet_plugin.unlabeled.parts import Part
 
 from conftest import Workspace
 from unlabeled_helpers import (
@@ -394,3 +395,47 @@ def test_a_full_disk_stops_the_run_and_the_finished_part_stays(
     assert description(dataset)["numTraining"] == 1
     assert run(tmp_path / "scans", np=1) == 0
     assert len(rows(dataset, "cases.csv")) == 2
+
+
+def test_parts_make_the_dataset_of_one_run(
+    mess: Mess, run: Run, dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Three jobs of an array, one of which is killed and started again."""
+    folder = mess[1]
+    kept = Part.keep
+
+    def part(number: int) -> int:
+        words = [
+            *arguments(folder, np=1, modality="MR"),
+            "-num_parts",
+            "3",
+            "-part_id",
+            str(number),
+        ]
+        return main(words)
+
+    def killed(self: Part, index: int, prepared: Any) -> None:
+        kept(self, index, prepared)
+        if len(list(self._entries(self.number))) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "keep", killed)
+        assert part(1) == 130
+    for number in (2, 0):
+        assert part(number) == 0
+        assert not (dataset / "dataset.json").exists()
+    assert "Part 0 of 3 is done (6 sources); 1 are not." in capsys.readouterr().out
+    assert part(1) == 0
+    whole = mess[0].raw / "Dataset900_Scans"
+    for name in ("imagesTr", "labelsTr"):
+        assert sorted(os.listdir(dataset / name)) == sorted(os.listdir(whole / name))
+    for name in ("dataset.json", "unlabeled/cases.csv", "unlabeled/skipped.csv"):
+        assert (dataset / name).read_text() == (whole / name).read_text()
+    assert not (dataset / "unlabeled" / "parts").exists()
+    # Nothing is left to do; a whole run finds all of it, too.
+    before = snapshot(dataset)
+    assert [part(number) for number in range(3)] == [0, 0, 0]
+    assert run(folder, np=1, modality="MR") == 0
+    assert {x: y for x, y in snapshot(dataset).items() if "parts" not in str(x)} == before
+    assert part(3) == 2
