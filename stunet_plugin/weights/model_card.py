@@ -12,8 +12,9 @@ from stunet_plugin import __version__
 from stunet_plugin.errors import PluginError
 from stunet_plugin.utils.figures import saved_figure
 from stunet_plugin.utils.files import read_json, sha256_of
+from stunet_plugin.utils.label_systems import BACKGROUND, IGNORE
 from stunet_plugin.utils.validation import is_number
-from stunet_plugin.weights.locate import SHARED
+from stunet_plugin.weights.locate import HUB_PREFIX, SHARED
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.share import Share
@@ -43,6 +44,8 @@ def write_card(model: TrainedModel, folder: Path, options: Share, picture: Path 
         means={name: sum(values) / len(values) for name, values in dice.items()},
         hashes={x: sha256_of(folder / x / SHARED) for x in model.weights},
         picture=PICTURE,
+        place=options.out if options.out.startswith(HUB_PREFIX) else "THIS_FOLDER",
+        structures=len(set(model.dataset["labels"]) - {BACKGROUND, IGNORE}),
         weights=SHARED,
         version=__version__,
     )

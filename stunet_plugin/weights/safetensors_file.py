@@ -35,6 +35,7 @@ def write_safetensors(
             kept[name] = tensor.clone().contiguous()
     entries = {name: checkpoint.get(name) for name in KNOWN}
     save_file(kept, path, {ENTRY: json.dumps(entries), SAME: json.dumps(same)})
+    path.chmod(0o644)  # it writes for its user alone
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_a_shared_model_is_the_same_model(trained: Path, stunet: Stunet) -> None
     assert not any(b"secret" in (shared / name).read_bytes() for name in names)
     tensors = load_checkpoint(shared / "fold_1" / SHARED)["network_weights"]
     size = 2 * sum(x.numel() * x.element_size() for x in tensors.values())
+    assert (shared / "fold_0" / SHARED).stat().st_mode & 0o044
     weighed = sum((shared / name).stat().st_size for name in weights)
     # The header and the other files do not grow with the network.
     assert weighed < 1.05 * size or weighed - size < 100_000
@@ -145,7 +146,9 @@ def test_a_model_goes_to_the_hub_and_comes_back(trained: Path, hub: Path, stunet
     said = stunet("share", trained, "--out", "hf://me/liver", *CC, "--citation", "Me2026")
     assert "-m hf://me/liver" in said
     assert (hub / "me/liver/.private").read_text() == "True"
-    assert "Me2026" in (hub / "me/liver/README.md").read_text()
+    card = (hub / "me/liver/README.md").read_text()
+    assert "Me2026" in card
+    assert "stunet import hf://me/liver" in card
     folder = stunet.folder / "again"
     stunet("import", "hf://me/liver", "--out", folder)
     assert torch.equal(logits(folder, "1"), logits(trained, "1"))
