@@ -19,7 +19,7 @@ from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights import pretrained
 from stunet_plugin.weights.choose_plan import find_plan
 from stunet_plugin.weights.identify import NetworkWeights, Origin
-from stunet_plugin.weights.locate import Source
+from stunet_plugin.weights.locate import SHARED, Source
 from stunet_plugin.weights.trained_options import USE_ITS_TRAINER, refuse_options
 
 TO_IMPORT = (Origin.V1, Origin.V2_PORT, Origin.PCTNET, Origin.FMUNET)
@@ -139,9 +139,11 @@ def check_weights(weights: NetworkWeights, source: Source, dataset: RawDataset) 
     the plans made here would lose nothing of its network."""
     refuse_options(weights.checkpoint, source.checkpoint, USE_ITS_TRAINER)
     file, channels = shlex.quote(str(source.checkpoint)), len(dataset.channels)
-    if weights.origin in TO_IMPORT:
+    shared = source.checkpoint.name == SHARED
+    if shared or weights.origin in TO_IMPORT:
+        what = "shared model, which nnU-Net does not read" if shared else weights.origin.value
         raise PluginError(
-            f"{source.checkpoint} is a {weights.origin.value}. Run: stunet import {file} --out"
+            f"{source.checkpoint} is a {what}. Run: stunet import {file} --out"
             " FOLDER    # then fine-tune FOLDER"
         )
     if channels != weights.input_channels:

@@ -20,6 +20,7 @@ from stunet_plugin.weights.safe_loading import load_checkpoint
 
 from conftest import Stunet
 from damage import damaged_files
+from dataset_helpers import write_dataset
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier_models"
 TRAINED = EARLIER / "STUNetTrainer__EarlierPlans__3d_fullres"
@@ -140,6 +141,11 @@ def test_segment_takes_a_shared_folder(trained: Path, hub: Path, stunet: Stunet)
     folder = find_model(str(shared))
     assert sorted(path.name for path in folder.glob("fold_*")) == ["fold_1"]
     assert find_model(str(shared)) == folder
+    write_dataset(hub.parent / "raw" / "Dataset007_Mine", {"background": 0, "a": 1}, 5)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        stunet.patch.setenv(name, str(hub.parent / "raw"))
+    message = stunet.refuse("fine-tune", shared, "-d 7 --device cpu")
+    assert "is a shared model, which nnU-Net does not read. Run: stunet import" in message
 
 
 def test_a_model_goes_to_the_hub_and_comes_back(trained: Path, hub: Path, stunet: Stunet) -> None:
