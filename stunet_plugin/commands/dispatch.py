@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     for group, commands in GROUPS.items():
         lines.append(f"\n{group}:")
         for command in commands:
-            text = f"{command.command:<16}{command.summary()}"
-            lines += textwrap.wrap(text, 98, initial_indent="  ", subsequent_indent=" " * 18)
+            text = f"{command.command:<22}{command.summary()}"
+            lines += textwrap.wrap(text, 98, initial_indent="  ", subsequent_indent=" " * 24)
     parser = argparse.ArgumentParser(
         prog="stunet",
         usage="stunet [-h] [--version] COMMAND ...",
