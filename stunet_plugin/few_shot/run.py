@@ -142,6 +142,7 @@ class _Comparison:
         self.preprocessed.mkdir(parents=True, exist_ok=True)
         for file in [self.raw / "dataset.json", *filter(None, [self.inputs.plans_file])]:
             shutil.copyfile(file, self.preprocessed / file.name)
+        self.preparation.extract_fingerprint()
         given, plans = self.inputs.candidates, self.options.plans
         candidates = find_candidates(given, self.starts, self.preparation, plans)
         self._link(self.cases.test)

@@ -82,9 +82,14 @@ class Preparation:
 
     def _make_default(self) -> None:
         if not self._is_there(PLANS_NAME):
-            self.stock(f"nnUNetv2_extract_fingerprint -d {self.number} {self.count}")
+            self.extract_fingerprint()
             self.stock(f"nnUNetv2_plan_experiment -d {self.number}")
             self.made.add(PLANS_NAME)
+
+    def extract_fingerprint(self) -> None:
+        """Extract the fingerprint, which planners and trainers want, unless that is done."""
+        if not (self.folder / "dataset_fingerprint.json").is_file():
+            self.stock(f"nnUNetv2_extract_fingerprint -d {self.number} {self.count}")
 
     def preprocess(self, plans: str, cases: Collection[str]) -> None:
         """Preprocess with plans, unless that is done for these cases."""

@@ -4,6 +4,7 @@ and extended."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -141,3 +142,13 @@ def test_comparison_that_is_interrupted_and_extended(
     assert sorted(nnunet_environment.preprocessed.rglob("*")) == before
     assert main([*words, "--draws", "1", "--iterations", "20"]) == 2
     assert "was begun with something else (--iterations)" in capfd.readouterr().err
+
+    # Plans of the user: what trainers want beside them is there, too.
+    plans = "ResidualEncoderUNetPlans_like_model"
+    folder = next(nnunet_environment.preprocessed.glob(f"Dataset{PHANTOM_ID}_*"))
+    shutil.copy(out / "nnUNet_preprocessed" / folder.name / f"{plans}.json", folder)
+    words[words.index(str(out))] = str(root / "other")
+    assert main([*words, "--draws", "1", "--check", "-p", plans]) == 0
+    made = {x.name for x in (root / "other" / "nnUNet_preprocessed" / folder.name).iterdir()}
+    assert {"dataset_fingerprint.json", "dataset.json", "splits_final.json"} <= made
+    assert "nnUNetPlans.json" not in made
