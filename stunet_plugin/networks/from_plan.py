@@ -72,7 +72,7 @@ def resolve(
         )
     if isinstance(network, UNETRPreset):
         # Pads images to what its strides divide.
-        found = resolve_unetr(configuration, network, who)
+        found = _resolve_unetr(configuration, network, who)
         return with_options(found, {**options, **planned}, patch, who)
     if isinstance(network, MISFMPreset):
         resolved = _resolve_misfm(configuration, network, who)
@@ -227,14 +227,11 @@ def _resolve_misfm(configuration: Mapping[str, Any], network: MISFMPreset, who: 
         return Resolved({**architecture, "arch_kwargs": kwargs}, reason)
     if not planned.startswith(HOST_ARCHITECTURES):
         raise _other_network(who, planned, f"{network.planner} (-p {network.plans})")
-    spacing = configuration.get("spacing")
-    if not isinstance(spacing, (list, tuple, np.ndarray)):
-        raise PluginError(f"spacing in the plan of {who} must be a list, not {spacing!r}. {REPLAN}")
-    mode, reason = choose_mode([float(step) for step in spacing], patch)
+    mode, reason = choose_mode(_spacing(configuration, who), patch)
     return Resolved(network.architecture(mode), f"{network.name}: {reason}")
 
 
-def resolve_unetr(configuration: Mapping[str, Any], preset: UNETRPreset, who: str) -> Resolved:
+def _resolve_unetr(configuration: Mapping[str, Any], preset: UNETRPreset, who: str) -> Resolved:
     """Return the UNETR of a plan, if it is of this size and prunes tokens or not as the preset
     does, else the preset's for a plan of nnU-Net's U-Nets."""
     architecture, patch = configuration["architecture"], configuration["patch_size"]
@@ -253,9 +250,16 @@ def resolve_unetr(configuration: Mapping[str, Any], preset: UNETRPreset, who: st
         return Resolved({**architecture, "arch_kwargs": {**kwargs, "patch_size": list(patch)}})
     if not is_host_unet(architecture):
         raise _other_network(who, planned, f"UNETRPlanner{preset.suffix}")
-    strides = token_strides([float(step) for step in configuration["spacing"]], patch)
+    strides = token_strides(_spacing(configuration, who), patch)
     token = " x ".join(map(str, total_stride(strides[:-1])))
     return Resolved(preset.architecture(strides, patch), f"{preset.name}: tokens of {token} voxels")
+
+
+def _spacing(configuration: Mapping[str, Any], who: str) -> list[float]:
+    spacing = configuration.get("spacing")
+    if not isinstance(spacing, (list, tuple, np.ndarray)):
+        raise PluginError(f"spacing in the plan of {who} must be a list, not {spacing!r}. {REPLAN}")
+    return [float(step) for step in spacing]
 
 
 def _other_network(who: str, planned: str, ours: str) -> PluginError:
