@@ -9,6 +9,7 @@ from stunet_plugin.trainers import misfm_trainers as _misfm
 from stunet_plugin.trainers import option_trainers as _options
 from stunet_plugin.trainers import planned_trainers as _planned
 from stunet_plugin.trainers import prompt_trainers as _prompt
+from stunet_plugin.trainers import sammed2d_trainers as _sammed2d
 from stunet_plugin.trainers import stunet_trainers as _stunet
 from stunet_plugin.trainers import unetr_trainers as _unetr
 from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
@@ -22,6 +23,7 @@ TRAINERS = _Registry(
     _unetr.TRAINERS,
     _volume_fusion.TRAINERS,
     _prompt.TRAINERS,
+    _sammed2d.TRAINERS,
 )
 globals().update(TRAINERS)
 

@@ -87,12 +87,15 @@ def first_prompts(targets: Tensor, random: np.random.Generator) -> Prompts:
     return Prompts(boxes=boxes + ((torch.rand_like(boxes) * 2 - 1) * most).floor())
 
 
-def corrections(found: Tensor, targets: Tensor, random: np.random.Generator) -> Prompts:
+def corrections(
+    found: Tensor, targets: Tensor, random: np.random.Generator, count: int | None = None
+) -> Prompts:
     """Return points in what is wrong with masks (N, 1, H, W): positive where something is missed,
-    negative where it is too much, "no point" where nothing is wrong."""
+    negative where it is too much, "no point" where nothing is wrong. ``count``: of points, drawn if
+    not given."""
     wrong = (found != (targets == 1)) & (targets != IGNORED)
     any_wrong = wrong.flatten(1).any(1)[:, None]
-    count = int(random.choice(CORRECTIONS))
+    count = count or int(random.choice(CORRECTIONS))
     points = _draw(torch.where(any_wrong[..., None, None], wrong, True), count)
     x, y = points.long().unbind(2)
     missed = targets[torch.arange(len(points), device=points.device)[:, None], 0, y, x] == 1
