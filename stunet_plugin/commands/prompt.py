@@ -28,7 +28,8 @@ class Prompt(Command):
     model: str | None = option(
         metavar="MODEL",
         nargs="?",
-        help="a folder TRAINER__PLANS__CONFIGURATION that was trained with a PromptTrainer",
+        help="a folder TRAINER__PLANS__CONFIGURATION of a PromptTrainer or a SAMMed2DTrainer; or"
+        " sam-med2d, once it is imported",
     )
     named_model: str | None = option("--model", "-m", metavar="MODEL", help="the same, by a flag")
     coordinates: str = option(

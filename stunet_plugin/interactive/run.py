@@ -77,7 +77,7 @@ def _check_files(options: Prompt, out: Path, state: Path | None) -> None:
 
 
 def _check_ending(session: PromptSession, out: Path) -> None:
-    endings = session.model.reader.supported_file_endings
+    endings = session.file_endings
     if not out.name.endswith(tuple(endings)):
         raise PluginError(f"-o {out}: this model writes {', '.join(endings)}.")
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stunet_plugin.errors import PluginError, few
 from stunet_plugin.inference.predictor import Model, trained_folds
+from stunet_plugin.interactive.find_sam import find_sam
 from stunet_plugin.interactive.frames import VOXEL, Frame
 from stunet_plugin.interactive.state import damaged, read_state, write_state
 from stunet_plugin.nnunet.names import CHECKPOINT
@@ -174,6 +175,11 @@ class PromptSession:
             num_threads_torch=torch.get_num_threads(),
         )
         return mask
+
+    @property
+    def file_endings(self) -> list[str]:
+        """Of the label maps that :meth:`write` can write."""
+        return list(self.model.reader.supported_file_endings)
 
     @property
     def voxel_ml(self) -> float:
@@ -346,4 +352,9 @@ def open_session(model: str, fold: str | None, checkpoint: str, device: str) -> 
     Raises:
         PluginError: there is no such model.
     """
+    if sam := find_sam(model, fold):
+        # Needs transformers, which the others do not.
+        from stunet_plugin.interactive.sam_session import SAMSession
+
+        return SAMSession(sam, device)
     return PromptSession(model, fold, checkpoint, device)

@@ -137,6 +137,10 @@ class SAMMed2D(SamModel):
     def __init__(self, preset: SAMPreset, adapters: bool = True) -> None:
         super().__init__(_config(preset))
         self.preset = preset
+        # As the published code starts. transformers draws weights near 0, which hardly learn.
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+                part.reset_parameters()
         # What coordinates are multiplied with: published as a buffer, which no optimizer sees.
         for part in (self.shared_image_embedding, self.prompt_encoder.shared_embedding):
             part.positional_embedding.requires_grad_(False)

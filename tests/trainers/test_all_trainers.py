@@ -49,6 +49,7 @@ def test_names_and_signatures() -> None:
     expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
     networks = ("", *(f"_STUNet{size}" for size in sizes if size))
     expected |= {f"PromptTrainer{net}{end}" for net in networks for end in ("", "_ft")}
+    expected |= {"SAMMed2DTrainer", "SAMMed2DTrainer_tiny"}
     assert set(trainers.__all__) == expected
     stock = list(inspect.signature(nnUNetTrainer.__init__).parameters)
     for name in expected:
