@@ -49,17 +49,19 @@ def test_names_and_signatures() -> None:
     expected |= {f"VolumeFusionTrainer{net}" for net in ("", "_PCTNet", "_FMUNet")}
     networks = ("", *(f"_STUNet{size}" for size in sizes if size))
     expected |= {f"PromptTrainer{net}{end}" for net in networks for end in ("", "_ft")}
-    expected |= {"SAMMed2DTrainer", "SAMMed2DTrainer_tiny"}
-    assert set(trainers.__all__) == expected
+    # Of another recipe, which is fine-tuning whatever its name.
+    sam = {"SAMMed2DTrainer", "SAMMed2DTrainer_tiny"}
+    assert set(trainers.__all__) == expected | sam
     stock = list(inspect.signature(nnUNetTrainer.__init__).parameters)
     for name in expected:
         trainer: Any = getattr(trainers, name)
         assert (trainer.__name__, trainer.fine_tuning) == (name, name.endswith("_ft"))
         epochs = {"ep1": 1, "ep5": 5, "ep2k": 2000, "ep4k": 4000}
         assert trainer.epochs == epochs.get(name.rpartition("_")[2], 1000)
-        # nnU-Net reads them off the signature.
-        assert list(inspect.signature(trainer.__init__).parameters) == stock
         assert getattr(trainer, "segmentation_trainer", name) in expected
+    for name in expected | sam:
+        # nnU-Net reads them off the signature.
+        assert list(inspect.signature(getattr(trainers, name).__init__).parameters) == stock
 
 
 def test_mistyped_names_get_a_hint(capsys: Any) -> None:
