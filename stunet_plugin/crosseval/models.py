@@ -193,7 +193,8 @@ def read_predictions(entry: Entry, datasets: Sequence[Dataset]) -> Predictions:
                 f"{where}: {len(lacking)} of {len(dataset.cases)} cases of dataset {dataset.name}"
                 f" have no prediction in {within}, such as {lacking[0]}{dataset.ending}. It holds"
                 f" {few(list(found), 4) or 'no label maps'}. Files are called as references are;"
-                " where a tool found nothing, give it a map of zeros."
+                " where a tool found nothing, give it a map of zeros, or leave cases out:"
+                " --predicted-only."
             )
         if found[dataset.cases[0].name].samefile(dataset.cases[0].label):
             raise PluginError(
