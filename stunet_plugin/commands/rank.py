@@ -15,6 +15,11 @@ class Rank(Command):
         " ranking.json"
     )
     interrupted = "Nothing was written; start the same command again."
+    notes = (
+        "\n\nHow far to trust it: on hippocampus with tiny networks, `heads` put the strong weights"
+        " first with every draw of cases; CCFV and its inverse changed their order. None tells weak"
+        " weights apart. Few candidates: docs/experiments/few_shot.md, ranking.md."
+    )
 
     weights: tuple[str, ...] = required(
         nargs="+",
