@@ -47,7 +47,8 @@ def run_prompt(options: Prompt) -> int:
         session.save_state(state)
         print(f"State:        {state}")
     count = int(np.count_nonzero(mask))
-    print(f"Object:       {count} voxels, {count * session.voxel_ml:.3f} ml, in {out}")
+    volume = "" if session.voxel_ml is None else f", {count * session.voxel_ml:.3f} ml"
+    print(f"Object:       {count} voxels{volume}, in {out}")
     if prompts:
         print(f"Last prompt:  {seconds:.2f} s")
     if not count:

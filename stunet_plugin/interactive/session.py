@@ -182,8 +182,10 @@ class PromptSession:
         return list(self.model.reader.supported_file_endings)
 
     @property
-    def voxel_ml(self) -> float:
-        """Volume of a voxel of the mask."""
+    def voxel_ml(self) -> float | None:
+        """Volume of a voxel of the mask; None in a picture, which has no millimetres."""
+        if self._frame.axes == 2:
+            return None
         return float(np.prod(self._properties["spacing"])) / 1000
 
     @property

@@ -50,12 +50,12 @@ def import_sam(options: Import, source: Source, checkpoint: Mapping[str, Any]) -
         "format": weights.title,
         "adapters": weights.adapters,
     }
+    trainer = TRAINER if weights.preset.name == "vit_b" else f"{TRAINER}_{weights.preset.name}"
     if model_folder.is_there(folder, record, {}, _FILE, options.force):
         print(f"Already there: {folder} holds this very import. Nothing was written.")
     else:
         check_integrity(path)
         check_finite(weights.tensors, path)
-        trainer = TRAINER if weights.preset.name == "vit_b" else f"{TRAINER}_{weights.preset.name}"
         arguments = {"configuration": "2d"}
         save = partial(model_folder.save_checkpoint, weights.tensors, trainer, arguments, None, {})
         model_folder.write_model_folder(folder, record, {_FILE: save}, _FILE)
@@ -63,7 +63,7 @@ def import_sam(options: Import, source: Source, checkpoint: Mapping[str, Any]) -
     model = shlex.quote(str(folder) if options.out else name)
     file = shlex.quote(str(folder / _FILE))
     print(f"Prompt:       stunet prompt {model} -i IMAGE -o OUT --box X0,Y0,X1,Y1")
-    print(f"Fine-tune:    nnUNetv2_train DATASET 2d FOLD -tr {TRAINER} -pretrained_weights {file}")
+    print(f"Fine-tune:    nnUNetv2_train DATASET 2d FOLD -tr {trainer} -pretrained_weights {file}")
     return 0
 
 
