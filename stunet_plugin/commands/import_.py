@@ -9,7 +9,7 @@ from stunet_plugin.nnunet.names import DEFAULT_DATASET_ID, DEFAULT_FOLD, READERS
 @dataclass(frozen=True)
 class Import(Command):
     """Turn weights of STU-Net, PCT-Net, FMUNet or nnU-Net's own U-Nets (file, model folder, or
-    hf://owner/repository/file) into a model folder of nnU-Net v2."""
+    hf://owner/repository/file) into a model folder of nnU-Net v2; SAM-Med2D or SAM for prompts."""
 
     command = "import"
     example = "stunet import hf://ziyanhuang/STU-Net/base_ep4k.model"
