@@ -43,6 +43,8 @@ SETTINGS = {
 # while another has the core: nnU-Net takes one per core. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The same predictions on every processor.
+os.environ.setdefault("STUNET_CPU_PRECISION", "float32")
 
 # A shell starts background jobs with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

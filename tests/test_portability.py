@@ -14,7 +14,7 @@ import torch
 
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.demo import Demo
-from stunet_plugin.crosseval import inputs
+from stunet_plugin.crosseval.entries import entry_from_option
 from stunet_plugin.datasets import raw_dataset
 from stunet_plugin.demo import run as demo
 from stunet_plugin.errors import PluginError
@@ -34,7 +34,7 @@ WINDOWS = r"C:\my models\Dataset004_Liver\model"
 def test_options_take_paths_of_windows() -> None:
     assert Named.read(f"mine={WINDOWS}") == Named("mine", WINDOWS)
     assert Named.read(WINDOWS) == Named(WINDOWS, WINDOWS)
-    entry = inputs._entry_from_option(f"A={WINDOWS},fold=0", "--model")
+    entry = entry_from_option(f"A={WINDOWS},fold=0", "--model")
     assert entry == {"name": "A", "folder": WINDOWS, "fold": 0}
     assert find_source(f"{WINDOWS}.model").checkpoint == Path(f"{WINDOWS}.model")
 

@@ -17,10 +17,9 @@ from network_helpers import NETWORKS, build, image, randomise
 
 @pytest.fixture(autouse=True)
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every image is large enough; nothing is compiled yet; the same on every processor."""
+    """Every image is large enough; nothing is compiled yet."""
     monkeypatch.setenv("STUNET_HOME", str(tmp_path))
     monkeypatch.setenv("STUNET_CPU", "openvino")
-    monkeypatch.setenv("STUNET_CPU_PRECISION", "float32")
     monkeypatch.setattr(cpu_engine, "SMALLEST_IMAGE", 0)
     cpu_engine._compiled.clear()
 

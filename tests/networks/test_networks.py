@@ -69,7 +69,6 @@ def test_published_function_by_the_cpu_engine(
 ) -> None:
     monkeypatch.setenv("STUNET_HOME", str(tmp_path))
     monkeypatch.setenv("STUNET_CPU", "openvino")
-    monkeypatch.setenv("STUNET_CPU_PRECISION", "float32")
     monkeypatch.setattr(cpu_engine, "SMALLEST_IMAGE", 0)
     network, recorded = published(shared, file)
     prefix = "mode1_" if file == "pctnet_tiny.pt" else ""
