@@ -99,16 +99,6 @@ class Samples:
         dice = torch.where(there, 2 * both / sizes.clamp(min=1e-9), torch.nan)
         return dice if self.regions else dice[1:]
 
-    def soft_dice(self, logits: Tensor) -> Tensor:
-        """Return the Dice of each output's probabilities, likewise: also where no voxel is decided
-        for a rare class, it says how much is known of it."""
-        shares = logits.sigmoid() if self.regions else logits.softmax(1)
-        weights = self.weights[:, None]
-        both, there = (weights * shares * self.targets).sum(0), (weights * self.targets).sum(0)
-        dice = 2 * both / ((weights * shares).sum(0) + there).clamp(min=1e-9)
-        dice = torch.where(there > 0, dice, torch.nan)
-        return dice if self.regions else dice[1:]
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -148,7 +138,7 @@ def fit(samples: Samples, start: Linear, free: Tensor, blank: Tensor) -> Fit:
 
 
 def held_out_dice(samples: Samples) -> float:
-    """Return the mean soft Dice of the outputs on held-out cases of a head that is fitted from
+    """Return the mean Dice of the outputs on held-out cases of a head that is fitted from
     nothing, by logistic regression of the best strength, over up to four ways to hold cases out; 0
     if there are no classes in them."""
     scaled, _, _ = _standardised(samples)
@@ -160,7 +150,7 @@ def held_out_dice(samples: Samples) -> float:
     for first in range(min(HELD_OUT, len(names))):
         part, held_out = replace(scaled, cases=(numbers + first) % len(names)).split()
         heads = [_logistic(part, start, every, x) for name, x in METHODS if name == LOGISTIC]
-        dice = [held_out.soft_dice(head(held_out.features)).nanmean() for head in heads]
+        dice = [held_out.dice(head(held_out.features)).nanmean() for head in heads]
         best.append(torch.stack(dice).nan_to_num(0).amax())
     return float(torch.stack(best).mean())
 

@@ -65,13 +65,13 @@ def test_a_start_that_is_right_stays_and_one_case_is_split_by_voxels() -> None:
 
 
 def test_held_out_dice_grows_with_what_features_know() -> None:
-    """Of a rare class, also where no voxel would be decided for it."""
+    """Of a rare class."""
     torch.manual_seed(0)
     rare = (torch.rand(4000) < 0.05).long()
     targets = torch.nn.functional.one_hot(rare, 2).float()
     noise = torch.randn(4000, 6)
     dice = []
-    for signal in (0.0, 1.0, 4.0):
+    for signal in (0.0, 2.0, 4.0):
         features = noise + signal * rare[:, None] * torch.eye(6)[2]
         given = Samples(features, targets, torch.ones(4000), torch.arange(4000) % 7, False)
         dice.append(held_out_dice(given))
@@ -79,7 +79,7 @@ def test_held_out_dice_grows_with_what_features_know() -> None:
         assert held_out_dice(replace(given, features=100 * features)) == pytest.approx(
             dice[-1], rel=1e-2
         )
-    assert dice[0] < 0.08 < dice[1] < 0.3
+    assert dice[0] < 0.05 < dice[1] < 0.8
     assert dice[2] > 0.8
     alone = Samples(noise, targets, torch.ones(4000), torch.zeros(4000), False)
-    assert held_out_dice(alone) < 0.08
+    assert held_out_dice(alone) < 0.05
