@@ -20,6 +20,16 @@ def cells() -> list[dict[str, Any]]:
     return [cell for cell in content if cell["cell_type"] == "code"]
 
 
+def test_was_executed_without_an_error_and_shows_a_picture() -> None:
+    outputs = [output for cell in cells() for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    assert "WORK/nnUNet_results" in text  # no folder of a machine
+    assert "/tmp" not in text
+    assert [cell["execution_count"] for cell in cells()] == [*range(1, len(cells()) + 1)]
+
+
 @pytest.mark.slow
 def test_runs(tmp_path: Path) -> None:
     first, *others = ("".join(cell["source"]) for cell in cells())
