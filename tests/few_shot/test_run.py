@@ -152,3 +152,5 @@ def test_comparison_that_is_interrupted_and_extended(
     made = {x.name for x in (root / "other" / "nnUNet_preprocessed" / folder.name).iterdir()}
     assert {"dataset_fingerprint.json", "dataset.json", "splits_final.json"} <= made
     assert "nnUNetPlans.json" not in made
+    # Other tests use the workspace, too.
+    (folder / f"{plans}.json").unlink()
