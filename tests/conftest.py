@@ -51,16 +51,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that no process is left alone with one at the end; a file's tests run in
-    one process, for their fixtures, but for those that are marked."""
+    """Long files first, so that no process is left alone with one at the end."""
     if sys.platform == "win32":
         for item in filter(lambda one: one.get_closest_marker("posix"), items):
             item.add_marker(pytest.mark.skip(reason="needs signals, fork or a shell of POSIX"))
-    for item in items:
-        name = item.nodeid if item.get_closest_marker("alone") else os.fspath(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
     long_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long_files)
 
