@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stunet_plugin.networks.vision_transformer import TokenPruning
+
 from network_helpers import (
     NO_DROPOUT,
     ONE_OF_EACH,
