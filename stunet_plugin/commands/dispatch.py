@@ -73,7 +73,8 @@ def run(command: Command) -> int:
         advice = "Make room" if full else "Choose another place, or get access"
         print(f"{name}: {said} ({where}). {advice}, and run it again.", file=sys.stderr)
         # The rest of the buffer may not be writable either; Python would complain at exit.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+        # Open for the rest of the process.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         return 1 if full else 2
 
 

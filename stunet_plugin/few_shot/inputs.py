@@ -14,9 +14,7 @@ from stunet_plugin.datasets.draws import Draw, draw_labelled, hold_out
 from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError, did_you_mean, few
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW
-from stunet_plugin.weights.locate import HUB_PREFIX
-from stunet_plugin.weights.named import RANDOM, Named
-from stunet_plugin.weights.safe_loading import recognise
+from stunet_plugin.weights.named import RANDOM, Named, check_named
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.few_shot import FewShot
@@ -79,13 +77,8 @@ def _check_candidates(candidates: Sequence[Named]) -> None:
                 f"{RANDOM}:{one.trainer} cannot be taken here. '{RANDOM}' is a training from"
                 " scratch of each network among the weights."
             )
-        if one.path and not one.path.startswith(HUB_PREFIX):
-            recognise(one.file)
-    names = [one.name for one in candidates]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise PluginError(f"Two candidates are called {twice[0]}. Give them names: NAME=PATH")
-    if len(names) < 2 or not any(one.path for one in candidates):
+    check_named(candidates)
+    if len(candidates) < 2 or not any(one.path for one in candidates):
         raise PluginError(
             f"A comparison needs at least two candidates. Name other weights, or add '{RANDOM}' to"
             " some."

@@ -15,9 +15,7 @@ from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError, did_you_mean
 from stunet_plugin.nnunet.names import PREPROCESSED
 from stunet_plugin.utils.files import read_json
-from stunet_plugin.weights.locate import HUB_PREFIX
-from stunet_plugin.weights.named import RANDOM, Named
-from stunet_plugin.weights.safe_loading import recognise
+from stunet_plugin.weights.named import RANDOM, Named, check_named
 
 if TYPE_CHECKING:
     from stunet_plugin.commands.rank import Rank
@@ -62,13 +60,8 @@ def _check_candidates(candidates: tuple[Named, ...], options: Rank) -> None:
     for one in candidates:
         if one.trainer and options.plans is None:
             raise PluginError(f"{RANDOM}:{one.trainer} has no plan of its own. Give one: -p PLANS")
-        if one.path and not one.path.startswith(HUB_PREFIX):
-            recognise(one.file)
-    names = [one.name for one in candidates]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise PluginError(f"Two candidates are called {twice[0]}. Give them names: NAME=PATH")
-    if len(names) < 2 or not any(one.path or one.trainer for one in candidates):
+    check_named(candidates)
+    if len(candidates) < 2 or not any(one.path or one.trainer for one in candidates):
         raise PluginError(
             f"A ranking needs at least two candidates. Name other weights, or add '{RANDOM}' to"
             f" some, or '{RANDOM}:TRAINER' with -p PLANS."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from stunet_plugin.weights.locate import find_model
+from stunet_plugin.errors import PluginError
+from stunet_plugin.weights.locate import HUB_PREFIX, find_model
+from stunet_plugin.weights.safe_loading import recognise
 
 RANDOM = "random"
 
@@ -37,3 +40,15 @@ class Named:
     def file(self) -> Path:
         """The checkpoint; raises PluginError for a folder without one."""
         return find_model(self.path).checkpoint
+
+
+def check_named(weights: Sequence[Named]) -> None:
+    """Raise a PluginError if a file is no checkpoint, or two weights have one name; files on the
+    hub are looked at when they are here."""
+    for one in weights:
+        if one.path and not one.path.startswith(HUB_PREFIX):
+            recognise(one.file)
+    names = [one.name for one in weights]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PluginError(f"Two candidates are called {twice[0]}. Give them names: NAME=PATH")
