@@ -72,6 +72,11 @@ class Crosseval(Command):
         metavar="NAMES",
         help="classes to count as lesions, too (those named as a lesion, tumour, ... are)",
     )
+    calibration: bool = flag(
+        "--calibration",
+        "whether models are right as often as they are confident, and the threshold for `stunet"
+        " pseudo-label`; keeps maps of their confidence",
+    )
     resample: bool = flag("--resample", "resample predictions to references where voxels differ")
     num_parts: int = option("-num_parts", default=1, metavar="N", help="for a job array: N jobs")
     part_id: int = option("-part_id", default=0, metavar="I", help="number of this job, 0 first")

@@ -1,12 +1,15 @@
-"""Calibration: whether a model is right as often as it is confident, where its probabilities are
-there (``nnUNetv2_predict --save_probabilities``, ``nnUNetv2_train --npz``).
+"""Calibration: whether a model is right as often as it is confident, and from which confidence on
+its pseudo-labels can be trusted.
 
-The confidence of a voxel is the probability of its label. Voxels that are background in reference
-and prediction do not count: they are nearly all, and nearly all right.
+The confidence is that of the models that are run here, or of nnU-Net's probabilities beside
+finished predictions (``nnUNetv2_predict --save_probabilities``, ``nnUNetv2_train --npz``). That of
+a voxel is the probability of its label. Voxels that are background in reference and prediction do
+not count: they are nearly all, and nearly all right.
 """
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import SimpleITK as sitk
 
+from stunet_plugin.crosseval.models import Model
 from stunet_plugin.errors import PluginError
+from stunet_plugin.inference import confidence_map
+from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.figures import distinct_colours, saved_figure
 from stunet_plugin.utils.geometry import on_grid_of
 from stunet_plugin.utils.images import read_label_map
 
 if TYPE_CHECKING:
+    from stunet_plugin.crosseval.comparison import Pair
     from stunet_plugin.crosseval.statistics import Results
 
 BINS = 100
@@ -40,8 +47,26 @@ def probabilities_beside(prediction: Path, ending: str) -> Path | None:
 
 
 def read_confidence(file: Path, prediction: Path, reference: Any) -> np.ndarray:
-    """Return the confidence of each voxel of the reference (an image); raise PluginError if the
-    file is damaged, not of this prediction, or on other voxels."""
+    """Return the confidence of each voxel of the reference (an image) from a map of it or from
+    nnU-Net's probabilities; raise PluginError if the file is damaged, not of this prediction, or on
+    other voxels."""
+    if file.suffix == ".npz":
+        confidence = _most_probable(file, prediction)
+    else:
+        steps = read_label_map(file)
+        confidence = sitk.GetImageFromArray(
+            confidence_map.decode(sitk.GetArrayViewFromImage(steps))
+        )
+        confidence.CopyInformation(steps)
+    turned = on_grid_of(confidence, reference)
+    if turned is None:
+        raise PluginError(f"{file} is on other voxels than the reference. It is left out.")
+    array: np.ndarray = sitk.GetArrayFromImage(turned)
+    return array
+
+
+def _most_probable(file: Path, prediction: Path) -> Any:
+    """Return the greatest of nnU-Net's probabilities, as an image."""
     labels = read_label_map(prediction)
     values = sitk.GetArrayViewFromImage(labels)
     try:
@@ -57,11 +82,7 @@ def read_confidence(file: Path, prediction: Path, reference: Any) -> np.ndarray:
         )
     confidence = sitk.GetImageFromArray(found.max(axis=0).astype(np.float32))
     confidence.CopyInformation(labels)
-    turned = on_grid_of(confidence, reference)
-    if turned is None:
-        raise PluginError(f"{file} is on other voxels than the reference. It is left out.")
-    array: np.ndarray = sitk.GetArrayFromImage(turned)
-    return array
+    return confidence
 
 
 def count(
@@ -114,6 +135,36 @@ class Calibration:
         if threshold is not None:
             kept = float(self.counts[round(threshold * BINS) :].sum() / self.counts.sum())
         return {"ECE": self.error(), "ignore_below": threshold, "kept": kept, "wanted": WANTED}
+
+
+def pseudo_label_command(pair: Pair, threshold: float) -> str:
+    """Return the command that labels images with a model as it was run here, and takes the
+    threshold; the model folder of finished predictions is not known."""
+    words, model = ["MODEL_FOLDER"], pair.model
+    if isinstance(model, Model):
+        words = [str(model.folder), "-f", *model.folds]
+        words += ["-chk", model.checkpoint] if model.checkpoint != CHECKPOINT else []
+        words += ["--step-size", f"{model.step_size:g}"] if model.step_size != 0.5 else []
+        words += [] if model.mirroring else ["--no-mirroring"]
+    words += ["-i", "IMAGES", "-d", "ID", "--ignore-below", f"{threshold:.2f}"]
+    return f"stunet pseudo-label {shlex.join(words)}"
+
+
+def describe(results: Results) -> list[str]:
+    """Return lines with the threshold of each model on each dataset, as a command."""
+    lines = []
+    for pair in results.comparison.pairs:
+        where = " on ".join(pair.names)
+        found = results.calibrations.get(pair.names)
+        if found is None:
+            if results.comparison.setup.calibration and pair.classes:
+                lines.append(f"No calibration of {where}: no CASE.npz beside its predictions.")
+        elif (threshold := found.threshold()) is None:
+            lines.append(f"{where}: no confidence from which on {WANTED:.0%} of voxels are right.")
+        else:
+            lines.append(f"{where}: {WANTED:.0%} of voxels are right from {threshold:.2f} on.")
+            lines.append(f"  {pseudo_label_command(pair, threshold)}")
+    return lines
 
 
 def save_reliability(results: Results, path: Path) -> None:

@@ -21,6 +21,8 @@ from stunet_plugin.utils.parts import parts_of
 
 PREDICTIONS = "predictions"
 """Folder of those that models make."""
+CONFIDENCES = "confidences"
+"""Folder of the maps of their confidence."""
 NEAR = 0.8
 """Similarity (1: the same) from which a name is taken for another one misspelt."""
 FIX_LABELS = (
@@ -67,6 +69,10 @@ class Pair:
         if isinstance(self.model, Predictions):
             return self.model.files[self.dataset.name, case.name]
         return self.file(output / PREDICTIONS, case, self.dataset.ending)
+
+    def confidence(self, output: Path, case: Case) -> Path:
+        """Return the file of the confidence of a model's prediction."""
+        return self.file(output / CONFIDENCES, case, self.dataset.ending)
 
 
 class Comparison:

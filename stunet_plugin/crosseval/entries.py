@@ -84,7 +84,7 @@ def _is_tolerance(value: Any) -> bool:
 
 SETUP_ENTRIES = (
     *("models", "predictions", "datasets", "output"),
-    *("classes", "tolerances", "default_tolerance", "sliced", "lesions", "resample"),
+    *("classes", "tolerances", "default_tolerance", "sliced", "lesions", "resample", "calibration"),
 )
 PREDICTIONS_ENTRIES = ("name", "folder", "labels")
 DATASET_ENTRIES = ("name", *ORIGIN, "labels")
@@ -110,6 +110,7 @@ FITS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "sliced": _SWITCH,
     "lesions": (lambda x: _are(x, lambda name: isinstance(name, str)), "a list of names"),
     "resample": _SWITCH,
+    "calibration": _SWITCH,
     "name": (
         lambda x: isinstance(x, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _.+-]*", x),
         "letters, digits, spaces and _.+-, a letter or digit first",

@@ -51,6 +51,7 @@ class Setup:
         lesions: classes of lesions, beside those whose name says so.
         num_parts, part_id: this run predicts and scores every num_parts-th case.
         resample: put predictions on the grid of their reference where they differ.
+        calibration: keep the confidence of models' predictions, too.
     """
 
     models: tuple[Compared, ...]
@@ -62,6 +63,7 @@ class Setup:
     sliced: bool = False
     lesions: tuple[str, ...] = ()
     resample: bool = False
+    calibration: bool = False
     device: str = "cpu"
     processes: int = 1
     num_parts: int = 1
@@ -94,6 +96,7 @@ def read_setup(options: Crosseval) -> Setup:
         "sliced": options.sliced or None,
         "lesions": options.lesions,
         "resample": options.resample or None,
+        "calibration": options.calibration or None,
     }
     given = {key: value for key, value in given.items() if value is not None}
     check(given, SETUP_ENTRIES, "Options")

@@ -51,8 +51,11 @@ def find_missing(
         key = {**identity(pair.model), "images": [hash_once(image) for image in case.images]}
         record = read_record(pair.file(out, case))
         file = pair.prediction(setup.output, case)
-        same = record.get("made_from") == key and file.is_file()
-        if not same or record.get("prediction") != hash_of_image(file):
+        files = {"prediction": file}
+        if setup.calibration:
+            files["confidence"] = pair.confidence(setup.output, case)
+        same = record.get("made_from") == key and all(map(Path.is_file, files.values()))
+        if not same or any(record.get(x) != hash_of_image(file) for x, file in files.items()):
             wanted.setdefault(pair, {})[case] = key
     return wanted
 
@@ -80,9 +83,15 @@ def predict_missing(comparison: Comparison) -> None:
                     ending = pair.dataset.ending
                     files = {pair.file(out, x, ending): x.images for x in wanted[pair]}
                     next(iter(files)).parent.mkdir(parents=True, exist_ok=True)
-                    written = trained.predict_files(files, ending, setup.processes)
+                    confidences = None
+                    if setup.calibration:
+                        confidences = pair.confidence(setup.output, next(iter(wanted[pair]))).parent
+                        confidences.mkdir(parents=True, exist_ok=True)
+                    written = trained.predict_files(files, ending, setup.processes, confidences)
                     for file, (case, key) in zip(written, wanted[pair].items(), strict=True):
                         record = {"made_from": key, "prediction": hash_of_image(file)}
+                        if confidences:
+                            record["confidence"] = hash_of_image(confidences / file.name)
                         write_atomically(pair.file(out, case), json.dumps(record, indent=1))
                         bar.update()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet_plugin import __version__
-from stunet_plugin.crosseval.calibration import save_reliability
+from stunet_plugin.crosseval.calibration import describe, save_reliability
 from stunet_plugin.crosseval.pictures import PICTURES
 from stunet_plugin.crosseval.statistics import COLUMNS, Results, number
 from stunet_plugin.errors import few
@@ -109,6 +109,7 @@ def _page(results: Results, about: Mapping[str, Any]) -> str:
         about=about,
         pictures={x: _encoded(out / x) for x in PICTURES},
         reliability=_encoded(out / RELIABILITY) if results.calibrations else "",
+        thresholds=describe(results),
         significant=SIGNIFICANT,
         titles=TITLES,
         larger_is_better=LARGER_IS_BETTER,

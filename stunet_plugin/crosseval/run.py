@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stunet_plugin.crosseval.calibration import describe
 from stunet_plugin.crosseval.comparison import Comparison
 from stunet_plugin.crosseval.inputs import Setup, read_setup
 from stunet_plugin.crosseval.predictions import loaded, predict_missing
@@ -48,7 +49,8 @@ def run_crosseval(options: Crosseval) -> int:
             write_results(results)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"What is finished is in {setup.output}.") from error
-    print("\n".join(filter(None, (comparison.dropped(), f"Report: {setup.output / REPORT}"))))
+    ending = (*describe(results), comparison.dropped(), f"Report: {setup.output / REPORT}")
+    print("\n".join(filter(None, ending)))
     return 0
 
 

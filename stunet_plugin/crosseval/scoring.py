@@ -51,17 +51,20 @@ class CaseTask:
     reference_labels: LabelSystem
     prediction_labels: LabelSystem
     resample: bool
-    probabilities: Path | None = None
+    confidence: Path | None = None
+    """nnU-Net's probabilities, or a map of the confidence."""
 
     @classmethod
     def of(cls, comparison: Comparison, pair: Pair, case: Case) -> CaseTask:
         files = (case.label, pair.prediction(comparison.setup.output, case))
         labels = (pair.dataset.labels, pair.model.labels)
         names = (*pair.names, case.name)
-        beside = None
+        confidence = None
         if isinstance(pair.model, Predictions):
-            beside = probabilities_beside(files[1], ending_of_map(files[1]))
-        return cls(names, *files, pair.classes, *labels, comparison.setup.resample, beside)
+            confidence = probabilities_beside(files[1], ending_of_map(files[1]))
+        elif comparison.setup.calibration:
+            confidence = pair.confidence(comparison.setup.output, case)
+        return cls(names, *files, pair.classes, *labels, comparison.setup.resample, confidence)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class _Kept:
             )
             rules = [SCORING_VERSION, pair.classes, pair.dataset.labels.ignore, task.resample]
             content = [*rules, prediction, self.hash_once(case.label)]
-            content += [self.hash_once(task.probabilities)] if task.probabilities else []
+            content += [self.hash_once(task.confidence)] if task.confidence else []
             text = json.dumps(content, sort_keys=True, default=str)
             made_from = hashlib.sha256(text.encode()).hexdigest()
             file = pair.file(self.out / SCORES, case)
@@ -181,9 +184,9 @@ def score_case(task: CaseTask) -> CaseScores:
             lesions[scored.name] = match_lesions(masks[0], masks[1], grid.spacing[::-1])
         values[scored.name] = score(masks[0], masks[1], grid.spacing[::-1], scored.tolerance)
     calibration = None
-    if task.probabilities:
+    if task.confidence:
         try:
-            confidence = read_confidence(task.probabilities, task.prediction, reference)
+            confidence = read_confidence(task.confidence, task.prediction, reference)
             calibration = count(confidence, _masks(task, truth, predicted))
         except PluginError as error:
             warnings = (*warnings, str(error))

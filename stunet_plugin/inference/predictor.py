@@ -13,6 +13,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet_plugin.errors import PluginError, last_line
+from stunet_plugin.inference import confidence_map
 from stunet_plugin.inference.build_network import build_network
 from stunet_plugin.inference.slabs import Labels, NotFiniteError, SlabPredictor
 from stunet_plugin.nnunet.names import CHECKPOINT
@@ -212,32 +213,45 @@ class Model:
             ) from error
 
     def predict_files(
-        self, cases: Mapping[Path, Sequence[Path]], ending: str, processes: int = 1
+        self,
+        cases: Mapping[Path, Sequence[Path]],
+        ending: str,
+        processes: int = 1,
+        confidences: Path | None = None,
     ) -> Iterator[Path]:
         """Predict cases to files as nnUNetv2_predict does; yield each when it is complete and in
         place, with the files that belong to it.
 
         ``cases`` maps the file to write, in an existing folder, to the images of the case. One
-        process preprocesses in this one.
+        process preprocesses in this one. ``confidences`` is a folder that gets a map of the
+        confidence for each, under the same name, as :mod:`.confidence_map` has it.
         """
         prepared = self._preprocessed(list(cases.values()), processes)
         for target in cases:
-            partial = target.parent / PARTIAL
-            partial.mkdir(exist_ok=True)
-            try:
-                with contextlib.redirect_stdout(None):
-                    item = next(prepared)
-                found = self.segment(item["data"], item["data_properties"], str(target))
-                written = partial / target.name
-                self.reader.write_seg(found.labels, str(written), item["data_properties"])
-                for old in (*side_files(target), target) if target.exists() else ():
-                    old.unlink()
-                place_image(written, target, MOVE)
-            finally:
-                for left in partial.iterdir():
-                    left.unlink()
-                partial.rmdir()
+            with contextlib.redirect_stdout(None):
+                item = next(prepared)
+            properties, confidence = item["data_properties"], confidences is not None
+            found = self.segment(item["data"], properties, str(target), confidence=confidence)
+            if confidences is not None and found.confidence is not None:
+                steps = confidence_map.encode(found.confidence)
+                self._write(steps, properties, confidences / target.name)
+            self._write(found.labels, properties, target)
             yield target
+
+    def _write(self, values: np.ndarray, properties: dict[str, Any], target: Path) -> None:
+        """Write a map of integers in place of an earlier one, complete or not at all."""
+        partial = target.parent / PARTIAL
+        partial.mkdir(exist_ok=True)
+        try:
+            written = partial / target.name
+            self.reader.write_seg(values, str(written), properties)
+            for old in (*side_files(target), target) if target.exists() else ():
+                old.unlink()
+            place_image(written, target, MOVE)
+        finally:
+            for left in partial.iterdir():
+                left.unlink()
+            partial.rmdir()
 
     def _preprocessed(
         self, cases: Sequence[Sequence[Path]], processes: int
