@@ -33,8 +33,21 @@ import report
 TRAINERS = Path(__file__).resolve().parent / "trainers"
 BASE_CONFIGURATION, CONFIGURATION = "3d_fullres", "3d_fullres_small_batch"
 SPLIT_SEED = 2025
+SCORE = "summary.json"
+SCORES = {"VolumeFusion": "pretext_score.json", "Prompt": "interaction_curve.json"}
+"""What a validation writes, by what the trainer's name begins with."""
 FILES = ("data", "work", "json", "figure", "figures", "report")
-NOT_KEPT = (*FILES, "dry_run", "groups", "arms", "networks", "only_cases")
+NOT_KEPT = (
+    *FILES,
+    "dry_run",
+    "groups",
+    "arms",
+    "networks",
+    "only_cases",
+    "tasks",
+    "starts",
+    "seeds",
+)
 """Options that may differ between runs in one work folder."""
 
 Change, Variables = Callable[[sitk.Image], sitk.Image], dict[str, str]
@@ -209,10 +222,7 @@ class Experiment:
         """Run, resume or only validate a training, whatever is left to do; return its folder."""
         trained = f"{network.trainer}__{network.plans}__{CONFIGURATION}"
         folder = results / dataset.folder / trained / f"fold_{fold}"
-        score = (
-            "pretext_score.json" if network.trainer.startswith("VolumeFusion") else "summary.json"
-        )
-        if is_complete(folder, score):
+        if is_complete(folder, SCORES.get(network.trainer.partition("Trainer")[0], SCORE)):
             return folder
         start = what_is_left(folder, weights)
         names = f"{dataset.number} {CONFIGURATION} {fold} -tr {network.trainer} -p {network.plans}"

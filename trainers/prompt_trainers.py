@@ -177,7 +177,8 @@ class PromptMixin(PluginTrainer):
     def _predict(self, x: Tensor) -> Tensor:
         """Return the network's masks (sample, *three axes) for images and prompts."""
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-            output = self.network(self._squeezed(x))[0].argmax(1) > 0
+            logits = self.network(self._squeezed(x))[0]
+        output = logits[:, 1] > logits[:, 0]  # argmax is slow on a CPU
         return output if output.ndim == 4 else output[:, None]
 
     @torch.no_grad()

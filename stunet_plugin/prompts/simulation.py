@@ -131,14 +131,14 @@ class Simulator:
 
     def correct(self, channels: Tensor, target: Tensor, predicted: Tensor) -> None:
         """Add what a user would do next to the channels of a sample: a prompt where a prediction is
-        most wrong, and the prediction itself."""
+        most wrong, as in RITM more than half as deep as the deepest error, and the prediction."""
         channels[PREVIOUS] = predicted.float()
         missed, excess = (target == 1) & ~predicted, (target == 0) & predicted
-        wrong = missed | excess
-        if not wrong.any():
+        if not (missed | excess).any():
             return
         kind = self._of(self.recipe.corrections_by)
-        place = self.sample(wrong)
+        depths = depth(missed, self.flat) + depth(excess, self.flat)
+        place = self._weighted((depths > depths.max() / 2).float())
         positive = bool(missed[place])
         self._prompt(channels, kind, missed if positive else excess, positive, place)
 

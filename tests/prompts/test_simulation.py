@@ -111,6 +111,17 @@ def test_corrections_go_where_the_prediction_is_wrong() -> None:
     assert channels[POINT + 1].max() == 1, "the deepest error is corrected"
 
 
+def test_corrections_lie_deep_in_the_deepest_error() -> None:
+    thin = torch.zeros_like(LARGE)
+    thin[16:18] = True  # many more voxels than deep in LARGE
+    for seed in range(20):
+        channels = torch.zeros(CHANNELS, *LARGE.shape)
+        simulator(seed, corrections_by={"point": 1.0}).correct(channels, LARGE.short(), thin)
+        clicked = (channels[POINT] == 1).nonzero()
+        assert len(clicked) == 1
+        assert depth(LARGE, flat=False)[tuple(clicked[0])] >= 3, "half of 5"
+
+
 def test_zooming_out_shows_the_same_smaller() -> None:
     draws = simulator(zoomed=1, far=(1.0, 2.0))
     image, labels = draws.zoom_out(LARGE[None].float(), LARGE[None].short())

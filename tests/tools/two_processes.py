@@ -50,7 +50,17 @@ TOLERANCE = 1e-3
 """Of losses (relative) and weights: in float32, sums in another order drift apart from step to
 step; a wrong average or a missed batch is off by far more."""
 FIXED, PRETEXT = "FixedBatchesTrainer", "VolumeFusionTrainer_STUNet_tiny"
-NETWORKS = ("STUNetTrainer_tiny", "PCTNetTrainer", "FMUNetTrainer", PRETEXT, "VolumeFusionTrainer")
+PROMPTS = "PromptTrainer_STUNet_tiny"
+NETWORKS = (
+    *("STUNetTrainer_tiny", "PCTNetTrainer", "FMUNetTrainer", PRETEXT, "VolumeFusionTrainer"),
+    PROMPTS,
+)
+SCORES = {
+    PRETEXT: "pretext_score.json",
+    "VolumeFusionTrainer": "pretext_score.json",
+    PROMPTS: "interaction_curve.json",
+}
+"""What their final validation writes, if not summary.json."""
 KEPT_OUT = ("nnUNet_", "STUNET_", "FIXED_BATCHES_")
 
 
@@ -290,8 +300,8 @@ def validate(runs: Runs, trainer: str, sharded: bool = False) -> dict[str, Any]:
         return failed(launch)
     folder = runs.model(scenario.name, trainer, NETWORK_PLANS)
     written = sorted(path.name for path in (folder / "validation").iterdir())
-    expected = "pretext_score.json" if trainer.startswith("VolumeFusion") else "summary.json"
-    passed = expected in written and (folder / "checkpoint_final.pth").is_file()
+    whole = (folder / "checkpoint_final.pth").is_file()
+    passed = whole and SCORES.get(trainer, "summary.json") in written
     return {"validation": written, "passed": passed}
 
 

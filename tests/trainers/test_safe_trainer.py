@@ -172,6 +172,27 @@ def test_resuming_is_exact(make: Make, tmp_path: Path) -> None:
     assert equal(state(second), state(whole))
 
 
+@pytest.mark.parametrize("name", ["PromptTrainer_STUNet_tiny", "SAMMed2DTrainer_tiny"])
+def test_trainings_on_prompts_resume_where_they_stopped(
+    make: Make, tmp_path: Path, name: str
+) -> None:
+    """Prompts are drawn anew; weights, momentum or Adam's moments, epoch and rate go on."""
+    if name.startswith("SAM"):
+        pytest.importorskip("transformers")
+    first, second = (started(make(name, "2d", options={"STUNET_EPOCHS": 4})) for _ in range(2))
+    batch = next(first.get_dataloaders()[0])
+    first.current_epoch = 2
+    first.train_step(batch)
+    first.save_checkpoint(str(tmp_path / LATEST))
+    second.load_checkpoint(str(tmp_path / LATEST))
+    assert second.current_epoch == 3
+    assert equal(state(second), state(first))
+    assert any("momentum" in x or "exp_avg" in x for x in state(second))
+    second.lr_scheduler.step(second.current_epoch)
+    assert second.optimizer.param_groups[0]["lr"] < first.optimizer.param_groups[0]["lr"]
+    assert np.isfinite(second.train_step(batch)["loss"])
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_there_is_a_checkpoint_to_resume_from(
     repository: Path, nnunet_environment: Workspace, tmp_path: Path
