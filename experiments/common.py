@@ -47,6 +47,7 @@ NOT_KEPT = (
     "tasks",
     "starts",
     "seeds",
+    "machine",
 )
 """Options that may differ between runs in one work folder."""
 
