@@ -64,7 +64,9 @@ OPTION_NUMBERS: dict[str, Any] = {"grc": {}, "spm": {"dropout": 0.0, "hidden": 1
 for option in OPTIONS:
     for name, settings in (("STUNet", STUNET), ("STUNet 2D", STUNET | FLAT)):
         patch = NETWORKS[name][1]
-        make = partial(with_options, settings, patch, options={option: OPTION_NUMBERS[option]})
+        make = partial(
+            with_options, settings, patch, options={option: OPTION_NUMBERS.get(option, {})}
+        )
         NETWORKS[f"{name} {option.upper()}"] = make, patch
 UNETR_SETTINGS: dict[str, Any] = {
     "patch_size": (20, 40, 48),
