@@ -15,6 +15,8 @@ MARGIN_MM = 20.0
 
 Box = tuple[slice, slice, slice]
 """A part of the network's input, without its channels."""
+LeaveOut = Callable[[Sequence[slice]], bool]
+"""Tells of a window, by its slices of the three axes, whether it is background."""
 
 
 def coarse_copy(data: Tensor, spacing: Sequence[float]) -> Tensor | None:
@@ -26,9 +28,7 @@ def coarse_copy(data: Tensor, spacing: Sequence[float]) -> Tensor | None:
     return functional.interpolate(data[None], tuple(new.tolist()), mode="area")[0]
 
 
-def coarse_leave_out(
-    leave_out: Callable[[Sequence[slice]], bool] | None, scale: Sequence[float]
-) -> Callable[[Sequence[slice]], bool] | None:
+def coarse_leave_out(leave_out: LeaveOut | None, scale: Sequence[float]) -> LeaveOut | None:
     """Return the same function for windows of the coarse copy, whose voxels are ``scale`` long."""
     if leave_out is None:
         return None

@@ -9,7 +9,7 @@ the inputs of its last layer are summed up, in float32.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.coarse_box import (
     COARSE_MM,
     Box,
+    LeaveOut,
     box_around,
     coarse_copy,
     coarse_leave_out,
@@ -83,7 +84,7 @@ class SlabPredictor(nnUNetPredictor):
         data: Tensor,
         properties: dict[str, Any],
         confidence: bool = False,
-        leave_out: Callable[[Sequence[slice]], bool] | None = None,
+        leave_out: LeaveOut | None = None,
         crop: bool = False,
     ) -> Labels:
         """Return the labels of a preprocessed case on the grid of its image.
@@ -122,10 +123,7 @@ class SlabPredictor(nnUNetPredictor):
         return Labels(restored(labels, 0), found, counted, why)
 
     def _find_box(
-        self,
-        data: Tensor,
-        spacing: Sequence[float],
-        leave_out: Callable[[Sequence[slice]], bool] | None,
+        self, data: Tensor, spacing: Sequence[float], leave_out: LeaveOut | None
     ) -> tuple[Box | None, str]:
         """Return where a coarse prediction of a preprocessed case finds something; or None, and
         why."""
@@ -147,7 +145,7 @@ class SlabPredictor(nnUNetPredictor):
         shape: Sequence[int],
         spacings: tuple[Any, Any],
         confidence: bool,
-        leave_out: Callable[[Sequence[slice]], bool] | None,
+        leave_out: LeaveOut | None,
         box: Box | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, Windows]:
         """Return the labels on a grid of ``shape``, their confidence if asked for, and how many
@@ -205,7 +203,7 @@ class SlabPredictor(nnUNetPredictor):
         data: Tensor,
         resampling: PlaneResampling,
         head: OutputHead | None,
-        leave_out: Callable[[Sequence[slice]], bool] | None,
+        leave_out: LeaveOut | None,
         box: Box | None,
         counted: Windows,
     ) -> Iterator[tuple[Any, Tensor]]:
@@ -232,7 +230,7 @@ class SlabPredictor(nnUNetPredictor):
                 wanted = []
                 for window in rows.get(start, ()):
                     place = [
-                        slice(_extent(part).start - offset.start, _extent(part).stop - offset.start)
+                        _moved(_extent(part), -offset.start)
                         for part, offset in zip(window[1:], kept, strict=True)
                     ]
                     left_out = leave_out is not None and leave_out(place)
@@ -248,9 +246,7 @@ class SlabPredictor(nnUNetPredictor):
                     raise NotFiniteError("The network's output is not finite.")
                 part = values[:, :, inside[0], inside[1]]
                 for plane, found in resampling.planes(part, was_run, slab.elsewhere):
-                    index: list[Any] = [slice(None)] * 3
-                    index[axis] = plane
-                    yield tuple(index), found
+                    yield (*[slice(None)] * axis, plane), found
 
     def _windows(
         self, shape: Sequence[int], kept: Sequence[slice], box: Box | None
@@ -269,13 +265,7 @@ class SlabPredictor(nnUNetPredictor):
             offsets.append(min(max(middle, 0), whole - length))
             sizes.append(length)
         for window in self._internal_get_sliding_window_slicers(tuple(sizes)):
-            moved = [
-                part + offset
-                if isinstance(part, int)
-                else slice(part.start + offset, part.stop + offset)
-                for part, offset in zip(window[1:], offsets, strict=True)
-            ]
-            yield (window[0], *moved)
+            yield (window[0], *map(_moved, window[1:], offsets))
 
     def _new_slab(
         self, shape: Sequence[int], axis: int, depth: int, head: OutputHead | None
@@ -346,6 +336,11 @@ class SlabPredictor(nnUNetPredictor):
 
 def _extent(part: Any) -> slice:
     return slice(part, part + 1) if isinstance(part, int) else part
+
+
+def _moved(part: Any, by: int) -> Any:
+    """Return an index or a slice of an axis, some voxels further on."""
+    return part + by if isinstance(part, int) else slice(part.start + by, part.stop + by)
 
 
 def _spacings(predictor: SlabPredictor, properties: dict[str, Any]) -> tuple[Any, Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.interactive.session import PromptSession, open_session
+from stunet_plugin.interactive.open_session import open_session
+from stunet_plugin.interactive.session import PromptSession
 from stunet_plugin.utils.device import choose_device
 
 if TYPE_CHECKING:

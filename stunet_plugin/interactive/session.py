@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from stunet_plugin.errors import PluginError, few
 from stunet_plugin.inference.predictor import Model, trained_folds
-from stunet_plugin.interactive.find_sam import find_sam
 from stunet_plugin.interactive.frames import VOXEL, Frame
 from stunet_plugin.interactive.state import damaged, read_state, write_state
 from stunet_plugin.nnunet.names import CHECKPOINT
@@ -346,17 +345,3 @@ def _radii_of(model: Model) -> tuple[int, ...]:
     if not isinstance(radii, list) or len(radii) != 3 or not all(x in range(65) for x in radii):
         raise PluginError(f"{model.folder}/dataset.json: {ENTRY}.radii must be three integers.")
     return tuple(radii)
-
-
-def open_session(model: str, fold: str | None, checkpoint: str, device: str) -> PromptSession:
-    """Return the session for a model; the one place that tells kinds of models apart.
-
-    Raises:
-        PluginError: there is no such model.
-    """
-    if sam := find_sam(model, fold):
-        # Needs transformers, which the others do not.
-        from stunet_plugin.interactive.sam_session import SAMSession
-
-        return SAMSession(sam, device)
-    return PromptSession(model, fold, checkpoint, device)

@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain, count
@@ -45,8 +46,6 @@ LARGEST_ERROR = 1e-3
 """Of float32, relative to the largest logit."""
 LEAST_AGREEMENT = 0.995
 """Voxels with the same label in bfloat16."""
-
-
 Labels = Callable[[Tensor], Tensor]
 
 
@@ -288,10 +287,8 @@ def _split_means(model: Any) -> None:
             continue
         pooled: Any = x
         for _ in range(2):
-            steps = [
-                next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if size % n == 0)
-                for size in pooled.get_shape()[2:]
-            ]
+            sizes = pooled.get_shape()[2:]
+            steps = [next(n for n in range(8, 0, -1) if size % n == 0) for size in sizes]
             none = [0] * len(steps)
             pooled = ops.avg_pool(pooled, steps, none, none, steps, True).output(0)
         mean = ops.reduce_mean(pooled, list(axes), keep_dims=node.get_attributes()["keep_dims"])
@@ -303,7 +300,8 @@ def _keep_on_disk(model: Any | None, place: Path, found: dict[str, float]) -> No
     """Keep what was found, and the model unless it is None: one that differs too much."""
     import openvino
 
-    try:
+    # A full or read-only disk, or another process at the same: the next one compiles again.
+    with suppress(OSError, RuntimeError):
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial", dir=place.parent))
         try:
@@ -320,9 +318,6 @@ def _keep_on_disk(model: Any | None, place: Path, found: dict[str, float]) -> No
                 break
             shutil.rmtree(path, ignore_errors=True)
             sizes.pop(path)
-    except (OSError, RuntimeError):
-        # A full or read-only disk, or another process at the same: the next one compiles again.
-        return
 
 
 def _forget(newest: str) -> None:

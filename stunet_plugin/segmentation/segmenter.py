@@ -191,8 +191,7 @@ class Segmenter:
         Raises:
             PluginError: an image cannot be used, or is of another modality.
         """
-        array, properties = self._read(images)
-        return self._segment(array, properties, shown(images[0]))
+        return self._segment(*self._read(images), shown(images[0]))
 
     def check(self, images: Sequence[Path | Source]) -> None:
         """Read a scan; raise PluginError as :meth:`segment` would."""

@@ -18,12 +18,13 @@ from stunet_plugin.utils.files import sha256_of
 from stunet_plugin.utils.validation import is_integer, is_list
 from stunet_plugin.weights import model_folder, nnssl
 from stunet_plugin.weights.choose_plan import choose_plan, find_plan
+from stunet_plugin.weights.file_formats import check_integrity
 from stunet_plugin.weights.identify import HEADS, UNETS, NetworkWeights, Origin, read_weights
 from stunet_plugin.weights.import_sam import import_sam
 from stunet_plugin.weights.locate import Source, find_model, published_facts, shared_folds
 from stunet_plugin.weights.output_labels import check_labels, choose_labels
 from stunet_plugin.weights.pretrained import VOLUME_FUSION_ENTRY
-from stunet_plugin.weights.safe_loading import check_integrity, load_checkpoint
+from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.sam_keys import sam_weights
 from stunet_plugin.weights.tensors import DIMENSIONS, check_finite
 from stunet_plugin.weights.trained_options import refuse_options

@@ -14,8 +14,8 @@ from stunet_plugin.errors import PluginError
 from stunet_plugin.nnunet.names import CHECKPOINT
 from stunet_plugin.utils.files import home
 from stunet_plugin.weights import model_folder
+from stunet_plugin.weights.file_formats import check_integrity
 from stunet_plugin.weights.locate import Source
-from stunet_plugin.weights.safe_loading import check_integrity
 from stunet_plugin.weights.sam import read_sam
 from stunet_plugin.weights.tensors import check_finite
 

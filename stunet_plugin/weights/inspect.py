@@ -11,12 +11,13 @@ from stunet_plugin.errors import few
 from stunet_plugin.networks.anisotropy import MODE_PURPOSES
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.weights.choose_plan import find_plan
+from stunet_plugin.weights.file_formats import FileFormat, recognise
 from stunet_plugin.weights.identify import NetworkWeights, Origin, read_weights
 from stunet_plugin.weights.locate import find_model
 from stunet_plugin.weights.model_folder import PROVENANCE
 from stunet_plugin.weights.output_labels import choose_labels
 from stunet_plugin.weights.read_plans import read_plans_file
-from stunet_plugin.weights.safe_loading import FileFormat, load_checkpoint, recognise
+from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.sam import read_sam
 from stunet_plugin.weights.trained_options import trained_options
 

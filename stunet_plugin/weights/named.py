@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from stunet_plugin.errors import PluginError
+from stunet_plugin.weights.file_formats import recognise
 from stunet_plugin.weights.locate import HUB_PREFIX, find_model
-from stunet_plugin.weights.safe_loading import recognise
 
 RANDOM = "random"
 

@@ -12,7 +12,7 @@ import torch
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.interactive.find_sam import find_sam
-from stunet_plugin.interactive.session import open_session
+from stunet_plugin.interactive.open_session import open_session
 
 from conftest import Stunet
 from dataset_helpers import read_array, write_array
