@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import locale
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from dataset_helpers import write_array
 SHAPE = (14, 24, 26)
 SPACING = (4.0, 3.0, 5.0)
 """Millimetres, x first."""
+Run = Callable[..., int]
+"""The command in this process."""
 
 
 def mr_array(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
@@ -110,3 +114,33 @@ def rows(dataset: Path, name: str) -> list[dict[str, str]]:
     """Return the rows of one of a dataset's tables."""
     with (dataset / "unlabeled" / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def arguments(*folders: Path, **options: Any) -> list[str]:
+    given = ["unlabeled", "-d", "900", "-n", "Scans"]
+    for folder in folders:
+        given += ["-i", str(folder)]
+    for name, value in options.items():
+        dashes = "-" if name in ("np", "d", "n") else "--"
+        given += [dashes + name.replace("_", "-"), str(value)]
+    return given
+
+
+def table(dataset: Path, name: str = "cases.csv") -> dict[str, dict[str, str]]:
+    """A table's rows by the name of the source."""
+    return {Path(row["source"]).name: row for row in rows(dataset, name)}
+
+
+def description(dataset: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((dataset / "dataset.json").read_text())
+    return content
+
+
+def contents(dataset: Path) -> dict[str, object]:
+    """A dataset without times, the order of records aside."""
+    found: dict[str, object] = {}
+    for name, (_, *content) in snapshot(dataset).items():
+        lines = name.endswith(".csv") and sorted(str(content[0]).split("\\r\\n"))
+        found[name] = lines or content[:1]
+    found.pop("unlabeled/records.sqlite", None)
+    return found

@@ -3,107 +3,22 @@ what it refuses."""
 
 from __future__ import annotations
 
-import csv
 import html
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from stunet_plugin.cli import main
 from stunet_plugin.crosseval import predictions
 from stunet_plugin.inference.predictor import Model as TrainedModel
 
+from crosseval_helpers import SHAPE, Run, rows_of, setup_file, write_cases
 from dataset_helpers import read_array, write_array
-from import_helpers import make_network, published_weights, write_v1
-
-SHAPE = (10, 14, 12)
-KIDNEYS = {"background": 0, "kidney": 1, "spleen": 2, "bone": 3}
-
-
-def write_cases(
-    images: Path, references: Path, values: tuple[int, int, int], seed: int, channel: str = "_0000"
-) -> None:
-    """Three cases with a box of each label in noise."""
-    rng = np.random.default_rng(seed)
-    for number in range(3):
-        labels = np.zeros(SHAPE, np.uint8)
-        for place, value in enumerate(values):
-            labels[2:8, 2:12, 1 + 4 * place : 4 + 4 * place] = value
-        image = (labels * 20 + rng.normal(0, 9, SHAPE)).astype(np.float32)
-        write_array(images / f"case{number}{channel}.nii.gz", image)
-        write_array(references / f"case{number}.nii.gz", labels)
-
-
-def make_model(folder: Path, name: str, labels: list[str], seed: int) -> None:
-    torch.manual_seed(seed)
-    weights = published_weights(make_network(outputs=len(labels)))
-    source = write_v1(folder / f"{name}.model", weights)
-    assert main(["import", str(source), "--out", str(folder / name), "--labels", *labels]) == 0
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, one that tells the kidneys apart and one that does not; a raw dataset, and
-    folders with FLARE22's labels."""
-    folder = tmp_path_factory.mktemp("subjects")
-    make_model(folder, "apart", ["background", "spleen", "left kidney", "right kidney"], seed=1)
-    make_model(folder, "joint", ["background", "kidney", "spleen", "gallbladder"], seed=2)
-    write_cases(folder / "raw" / "imagesTr", folder / "raw" / "labelsTr", (1, 2, 3), seed=3)
-    description = {"channel_names": {"0": "CT"}, "labels": KIDNEYS, "file_ending": ".nii.gz"}
-    (folder / "raw" / "dataset.json").write_text(json.dumps(description))
-    write_cases(
-        folder / "flare" / "images", folder / "flare" / "references", (2, 3, 13), seed=4, channel=""
-    )
-    return folder
-
-
-def setup_file(subjects: Path, tmp_path: Path, **changes: Any) -> Path:
-    """A file of both models and datasets."""
-    how = {"mirroring": False, "step_size": 1}
-    folders = {key: str(subjects / "flare" / key) for key in ("images", "references")}
-    content = {
-        "models": [{"name": x, "folder": str(subjects / x), **how} for x in ("apart", "joint")],
-        "datasets": [
-            {"name": "Own", "folder": str(subjects / "raw")},
-            {"name": "FLARE", "labels": "FLARE22", **folders},
-        ],
-        **changes,
-    }
-    path = tmp_path / "setup.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
-Run = Callable[..., str]
-
-
-@pytest.fixture
-def crosseval(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command; returns what it says, or its error where one is expected."""
-
-    def run(*arguments: object, code: int = 0) -> str:
-        capsys.readouterr()
-        options = ("--device", "cpu", "-np", "1")
-        assert main(["crosseval", *options, *map(str, arguments)]) == code
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return said.err if code else said.out
-
-    return run
-
-
-def rows_of(out: Path) -> dict[tuple[str, ...], str]:
-    with (out / "scores.csv").open() as file:
-        keys = ("model", "dataset", "case", "class", "measure")
-        return {tuple(row[key] for key in keys): row["value"] for row in csv.DictReader(file)}
 
 
 def test_two_models_on_two_datasets(
@@ -297,103 +212,6 @@ def test_check_reads_all_files(subjects: Path, tmp_path: Path, crosseval: Run) -
         assert str(image) in message
         assert "cut off or damaged" in message
     assert not list(tmp_path.glob("out/**/*.nii.gz"))
-
-
-# --- finished predictions
-
-
-def test_finished_predictions_of_two_tools(tmp_path: Path, crosseval: Run) -> None:
-    """References and predictions alone, each with label values of its own: no model, no images."""
-    out, folders = tmp_path / "out", [tmp_path / name for name in ("truth", "good", "poor")]
-    truth = np.zeros(SHAPE, np.uint8)
-    truth[2:8, 2:7, 2:10], truth[2:8, 8:12, 2:10] = 1, 2
-    good, poor = (truth > 0) * (3 - truth), np.roll(truth, 2, axis=2)
-    for folder, labels in zip(folders, (truth, good.astype(np.uint8), poor), strict=True):
-        for case in ("a", "b"):
-            write_array(folder / f"{case}.nii.gz", labels)
-    write_array(folders[2] / "c.nii.gz", truth)
-    (tmp_path / "labels.yaml").write_text("labels: {liver: 1, spleen: 2}")
-    turned = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "spleen": 1, "liver": 2}}
-    (folders[1] / "dataset.json").write_text(json.dumps(turned))
-    references = f"{folders[0]},labels={tmp_path / 'labels.yaml'}"
-    tools = ("--predictions", f"good={folders[1]}", "--predictions", f"poor={folders[2]}")
-    said = crosseval(*tools, "--references", references, "-o", out)
-    assert "Label values of poor: taken to be as in truth." in said
-    assert "Files of poor that have no reference: c." in said
-    rows = rows_of(out)
-    assert {float(rows["good", "truth", x, "liver", "DSC"]) for x in "ab"} == {1.0}
-    shifted = float(rows["poor", "truth", "a", "spleen", "DSC"])
-    assert shifted == pytest.approx(2 * 6 / (8 + 8))
-    page = (out / "report.html").read_text()
-    assert "finished predictions" in page
-    assert not (out / "predictions").exists()
-    # A case without a prediction is refused, or left out where that is asked for.
-    write_array(folders[0] / "c.nii.gz", truth)
-    more = (*tools, "--references", references, "-o", out)
-    assert "1 of 3 cases of dataset truth have no prediction" in crosseval(*more, code=2)
-    said = crosseval(*more, "--predicted-only")
-    assert "Cases of truth without a prediction: 1, left out." in said
-    (folders[0] / "c.nii.gz").unlink()
-    # A prediction that changes is scored again, alone.
-    write_array(folders[2] / "b.nii.gz", truth)
-    assert "Scores: 3 of 4 are there." in crosseval(*tools, "--references", references, "-o", out)
-    assert float(rows_of(out)["poor", "truth", "b", "spleen", "DSC"]) == 1
-
-
-def test_finished_predictions_beside_a_model(
-    subjects: Path, tmp_path: Path, crosseval: Run
-) -> None:
-    """What a model predicted, scored as another tool's, has the scores of the model."""
-    out, file = tmp_path / "out", setup_file(subjects, tmp_path)
-    setup = json.loads(file.read_text())
-    setup["models"] = setup["models"][:1]
-    file.write_text(json.dumps(setup))
-    crosseval(file, "-o", out)
-    labels = subjects / "apart" / "dataset.json"
-    own = out / "predictions" / "apart"
-    said = crosseval(file, "--predictions", f"again={own},labels={labels}", "-o", out)
-    assert "Predictions: 6 of 6 are there." in said
-    rows = rows_of(out)
-    first = {key[1:]: value for key, value in rows.items() if key[0] == "apart"}
-    assert first == {key[1:]: value for key, value in rows.items() if key[0] == "again"}
-    tests = json.loads((out / "summary.json").read_text())["tests"]
-    assert {(x["first"], x["second"], x["difference"]) for x in tests} == {("apart", "again", 0)}
-
-
-P, R = "--predictions T={own}/labelsTr ", "--references {flare}/references"
-WRONG_PREDICTIONS = {
-    R: "finished predictions by --predictions NAME=FOLDER",
-    P: "references of finished predictions by --references FOLDER",
-    P + R: "give folder (a raw dataset of nnU-Net), or images, references and labels",
-    P + R + ",labels=FLARE22 " + M: "references has no images, which model M needs",
-    P + R + "/none,labels=FLARE22": "there is no folder of references {flare}/references/none",
-    P + R + ",label=FLARE22": "Did you mean labels?",
-    "--predictions T={flare}/none " + R + ",labels=FLARE22": "{flare}/none is not a folder",
-    "--predictions T={own} " + R + ",labels=FLARE22": "3 of 3 cases of dataset references have no"
-    " prediction in {own}, such as case0.nii.gz. It holds no label maps.",
-    "--predictions T={flare} " + R + ",labels=FLARE22": "holds the references of references themse",
-    P + D + R + ",labels=FLARE22": "{own}/labelsTr has no folder D. With several datasets",
-    P + "--predictions t={own} " + R + ",labels=FLARE22": "Two models are called 'T' and 't'",
-    P + "--references {small},labels=FLARE22": "1 of 1 references do not lie on the voxels of their"
-    " prediction of T. case0: reference 9 x 9",
-}
-
-
-def test_wrong_predictions_are_refused(subjects: Path, tmp_path: Path, crosseval: Run) -> None:
-    out = tmp_path / "out"
-    write_array(tmp_path / "small" / "case0.nii.gz", np.zeros((9, 9, 9), np.uint8))
-    places = {"apart": subjects / "apart", "own": subjects / "raw", "flare": subjects / "flare"}
-    places["small"] = tmp_path / "small"
-    for arguments, message in WRONG_PREDICTIONS.items():
-        said = crosseval(*shlex.split(arguments.format(**places)), "-o", out, code=2)
-        assert message.format(**places) in " ".join(said.split()), arguments
-        assert not out.exists(), "a refused run left something behind"
-    wrong = write_array(tmp_path / "wrong" / "case0.nii.gz", np.full((9, 9, 9), 7, np.uint8))
-    references = f"{tmp_path / 'small'},labels=MSD-Liver"
-    given = ("--predictions", f"T={wrong.parent}", "--references", references)
-    said = crosseval(*given, "-o", out, "--check", code=2)
-    assert "T on small, case0: " in said
-    assert "undeclared label values (7 " in said
 
 
 def test_parts_join_by_themselves(subjects: Path, tmp_path: Path, crosseval: Run) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,15 +165,9 @@ def test_what_is_here_is_found_without_torch(cache: Path) -> None:
 
 def test_two_processes_import_once(cache: Path, hub: Path) -> None:
     environment = {**os.environ, "HUB_SECONDS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", FIND],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", FIND], env=environment, **pipes) for _ in range(2)
     ]
     said = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said

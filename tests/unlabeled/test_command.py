@@ -1,5 +1,4 @@
-"""`stunet unlabeled` from folder to dataset: a messy folder, further runs, wrong input, runs that
-are interrupted at any moment and go on."""
+"""`stunet unlabeled` from folder to dataset: a messy folder, further runs, wrong input, parts."""
 
 from __future__ import annotations
 
@@ -7,10 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +20,15 @@ from stunet_plugin.unlabeled.parts import Part
 from conftest import Workspace
 from unlabeled_helpers import (
     SPACING,
+    Run,
+    arguments,
+    contents,
     ct_array,
-    largest_file,
+    description,
     mr_array,
     rows,
     snapshot,
+    table,
     truncate,
     write,
     write_dicom,
@@ -83,47 +82,11 @@ def make_mess(folder: Path) -> None:
 
 
 Mess = tuple[Workspace, Path]
-Run = Callable[..., int]
-
-
-def arguments(*folders: Path, **options: Any) -> list[str]:
-    given = ["unlabeled", "-d", "900", "-n", "Scans"]
-    for folder in folders:
-        given += ["-i", str(folder)]
-    for name, value in options.items():
-        dashes = "-" if name in ("np", "d", "n") else "--"
-        given += [dashes + name.replace("_", "-"), str(value)]
-    return given
-
-
-def table(dataset: Path, name: str = "cases.csv") -> dict[str, dict[str, str]]:
-    """A table's rows by the name of the source."""
-    return {Path(row["source"]).name: row for row in rows(dataset, name)}
-
-
-def description(dataset: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((dataset / "dataset.json").read_text())
-    return content
 
 
 def image_of(dataset: Path, case: str) -> tuple[Path, Any]:
     (path,) = (dataset / "imagesTr").glob(f"{case}_0000.*")
     return path, sitk.ReadImage(str(path))
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process, with a nnUNet_raw of its own; options by name."""
-    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    (tmp_path / "raw").mkdir()
-    return lambda *folders, **options: main(arguments(*folders, **options))
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    return tmp_path / "raw" / "Dataset900_Scans"
 
 
 @pytest.fixture(scope="module")
@@ -323,78 +286,7 @@ def test_wrong_input(
     assert snapshot(tmp_path) == before, "nothing was written"
 
 
-# --- interrupted
-
-
-def start(folder: Path, raw: Path, processes: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "nnUNet_raw": str(raw), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "stunet_plugin"]
-    words += arguments(folder, modality="MR", np=processes)
-    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE)
-
-
-def contents(dataset: Path) -> dict[str, object]:
-    """A dataset without times, the order of records aside."""
-    found: dict[str, object] = {}
-    for name, (_, *content) in snapshot(dataset).items():
-        lines = name.endswith(".csv") and sorted(str(content[0]).split("\\r\\n"))
-        found[name] = lines or content[:1]
-    found.pop("unlabeled/records.sqlite", None)
-    return found
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
-    folder = tmp_path / "scans"
-    for seed in range(120):
-        write(folder / f"{seed % 7}" / f"{seed}.nii.gz", mr_array(seed % 110))
-    before = snapshot(folder)
-    raws = [tmp_path / name for name in ("whole", "killed")]
-    for raw in raws:
-        raw.mkdir()
-    whole, killed = (raw / "Dataset900_Scans" for raw in raws)
-    assert start(folder, raws[0], 1).wait() == 0
-
-    def images() -> list[str]:
-        return [path.name for path in (killed / "imagesTr").glob("*.nii.gz")]
-
-    kills = ((signal.SIGKILL, 0.04), (signal.SIGINT, 0.01), (signal.SIGKILL, 0.02))
-    for number, (sign, seconds) in enumerate(kills):
-        process = start(folder, raws[1], 2)
-        wanted = len(images()) + 1 + 5 * number
-        while process.poll() is None and len(images()) < wanted:
-            time.sleep(0.005)
-        time.sleep(seconds)
-        process.send_signal(sign)
-        errors = process.communicate()[1]
-        interrupted = sign == signal.SIGINT
-        assert process.returncode == (130 if interrupted else -signal.SIGKILL), errors
-        if interrupted:
-            assert b"The same command resumes where it stopped." in errors
-            assert description(killed)["numTraining"] == len(images())
-        for image in images():
-            assert (killed / "labelsTr" / image.replace("_0000", "")).is_file()
-    assert 0 < len(images()) < 110
-    assert start(folder, raws[1], 2).wait() == 0
-    assert contents(killed) == contents(whole)
-    assert len(rows(killed, "cases.csv")) == 110
-    assert snapshot(folder) == before
-
-
-@pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_the_finished_part_stays(
-    run: Run, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(tmp_path / "scans" / "a.nii", mr_array(1))
-    write(tmp_path / "scans" / "b.nii.gz", mr_array(2, (60, 80, 80)))
-    with largest_file(60_000):
-        assert run(tmp_path / "scans", np=1, modality="MR", file_ending=".nii") == 2
-    assert "Once mended, the same command continues" in capsys.readouterr().err
-    assert list(table(dataset)) == ["a.nii"]
-    assert not rows(dataset, "skipped.csv"), "a full disk is not the fault of a scan"
-    assert description(dataset)["numTraining"] == 1
-    assert run(tmp_path / "scans", np=1) == 0
-    assert len(rows(dataset, "cases.csv")) == 2
+# --- parts
 
 
 def test_parts_make_the_dataset_of_one_run(
