@@ -126,7 +126,7 @@ def test_a_folder_resumes_in_parts_and_formats(
 
 def test_a_dicom_series_gets_labels_in_its_geometry(model: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "näme with space", tmp_path / "out"
-    write_dicom(folder, ct_array(1, (31, 34, 40)), 1, "CT")
+    write_dicom(folder, ct_array(1, (12, 20, 22)), 1, "CT")
     assert segment(folder, "-o", out, "-m", model) in (0, 1)
     (series,) = series_of(next(walk([str(folder)], ())))
     image, labels = read_series(series), read_label_map(out / f"{folder.name}.nii.gz")
