@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,10 +21,13 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import (
+    DatasetFingerprintExtractor,
+)
 
 from stunet_plugin.cli import main
 from stunet_plugin.demo.phantom import write_dataset
-from stunet_plugin.nnunet.commands import find_command
+from stunet_plugin.nnunet.commands import CommandFailedError, find_command
 from stunet_plugin.nnunet.registration import trainers_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,6 +61,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs signals, fork or a shell of POSIX"))
     long_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long_files)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_planning() -> Iterator[None]:
+    """nnU-Net lists the files of a dataset in twelve processes, forked from this large one, and
+    draws a hundred million voxels for a few percentiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2.utilities.utils.Pool", lambda processes: ThreadPool(1))
+        few = property(lambda _: 1e5, lambda _, value: None)
+        drawn = "num_foreground_voxels_for_intensitystats"
+        patch.setattr(DatasetFingerprintExtractor, drawn, few, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +166,27 @@ class Workspace:
         self, trainer: str, configuration: str = "3d_fullres", plans: str = "nnUNetPlans"
     ) -> Path:
         return self.dataset_folder(self.results) / f"{trainer}__{plans}__{configuration}"
+
+
+class Stock:
+    """Stands for ``run_command``: runs in this process, and fails where it is told to."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.ran, self.fail_at = workspace, list[str](), -1
+
+    def __call__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None
+    ) -> None:
+        self.ran.append(command[0])
+        if self.ran.count("nnUNetv2_train") == self.fail_at:
+            self.fail_at = -1
+            raise CommandFailedError("told to.")
+        if command[0] == "stunet":
+            with pytest.MonkeyPatch.context() as patch:
+                self.workspace.in_this_process(patch, dict(environment))
+                assert main(list(command[1:])) == 0
+        else:
+            print(self.workspace.run(command[0], *command[1:], **environment).stdout)
 
 
 class Stunet:

@@ -41,7 +41,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "STUNet thick": (partial(STUNet, **STUNET | {"strides": THICK}), (8, 32, 32)),
     "STUNet 2D": (partial(STUNet, **STUNET | FLAT), (64, 96)),
 }
-for mode, patch in enumerate([(32, 48, 48), (8, 48, 32), (12, 32, 80)]):
+for mode, patch in enumerate([(32, 32, 48), (8, 48, 32), (8, 32, 48)]):
     NETWORKS[f"PCTNet {mode}"] = partial(PCTNet, mode=mode, **SMALL), patch
     NETWORKS[f"FMUNet {mode}"] = partial(FMUNet, mode=mode, **SMALL), patch
 """Name to what builds it from its remaining arguments, and a patch that it takes."""

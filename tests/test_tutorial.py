@@ -37,8 +37,10 @@ def test_runs(tmp_path: Path) -> None:
     script = tmp_path / "tutorial.py"
     script.write_text("\n".join([TINY, *others]), encoding="utf-8")
     clean = {x: y for x, y in os.environ.items() if not x.startswith(("nnUNet", "STUNET"))}
-    # Nothing is drawn on a screen, and everything is written below the test's folder.
+    # Nothing is drawn on a screen, and everything is written below the test's folder. One process
+    # for exports and evaluations, not eight, each of which imports torch.
     clean |= {"MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "PYTHONPATH": ""}
+    clean["nnUNet_def_n_proc"] = "1"
     done = subprocess.run(
         [sys.executable, script], env=clean, cwd=tmp_path, capture_output=True, text=True
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,10 @@ def test_a_demo_that_fails_or_is_interrupted_says_how_to_start_again(
         assert "nnUNetv2_train ended with exit code 3. Its last lines:\n    Prepro" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_a_users_dataset_with_regions(commands: Path, nnunet_folders: Path, stunet: Stunet) -> None:
+    stunet.patch.setattr(run, "PROCESSES", 1)
     raw = nnunet_folders / "nnUNet_raw" / "Dataset077_Mine"
     write_dataset(raw, num_cases=5)
     regions = {"background": 0, "abdomen": [1, 2, 3, 4, 5], "vessel": [4], "ignore": 6}
@@ -110,6 +113,19 @@ def test_a_users_dataset_with_regions(commands: Path, nnunet_folders: Path, stun
     assert snapshot(raw) == before
 
 
+SMALLER = """
+import sys
+from stunet_plugin.cli import main
+from stunet_plugin.demo import run
+from stunet_plugin.demo.phantom import write_dataset
+
+run.PROCESSES = 1
+run.write_dataset = lambda folder: write_dataset(folder, 6)
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command with fewer cases, and fewer workers that import torch."""
+
+
 @pytest.mark.slow
 def test_the_whole_run(tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "work" / "demo"
@@ -117,7 +133,7 @@ def test_the_whole_run(tmp_path: Path) -> None:
         folder.mkdir()
     clean = {x: y for x, y in os.environ.items() if not x.startswith(("nnUNet", "STUNET"))}
     words = ["--size", "tiny", "--epochs", "1", "--device", "cpu", "--out", str(out)]
-    command, clean = [find_command("stunet"), "demo", *words], {**clean, "HOME": str(home)}
+    command, clean = [sys.executable, "-c", SMALLER, "demo", *words], {**clean, "HOME": str(home)}
     done = subprocess.run(command, env=clean, cwd=out.parent, capture_output=True, text=True)
     # Random weights decide whether one epoch finds anything.
     found_nothing = "finds next to nothing (mean Dice 0.0" in done.stderr

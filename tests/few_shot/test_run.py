@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,9 +15,8 @@ from stunet_plugin.cli import main
 from stunet_plugin.datasets.draws import draw_labelled, hold_out
 from stunet_plugin.errors import PluginError
 from stunet_plugin.few_shot import run
-from stunet_plugin.nnunet.commands import CommandFailedError
 
-from conftest import PHANTOM_ID, Stunet, Workspace
+from conftest import PHANTOM_ID, Stock, Stunet, Workspace
 from dataset_helpers import write_dataset
 from import_helpers import nnssl_checkpoint, unet_checkpoint, unet_entry, write_v1
 
@@ -74,25 +72,6 @@ def test_wrong_input_is_refused(stunet: Stunet, nnunet_folders: Path, tmp_path: 
         (f"a.b={unet} a_b={unet} {some}", "differ in signs alone"),
     ):
         assert message in stunet.refuse("few-shot", words), words
-
-
-class Stock:
-    """Stands for ``run_command``: runs in this process, and fails where it is told to."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace, self.ran, self.fail_at = workspace, list[str](), -1
-
-    def __call__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        self.ran.append(command[0])
-        if self.ran.count("nnUNetv2_train") == self.fail_at:
-            self.fail_at = -1
-            raise CommandFailedError("told to.")
-        if command[0] == "stunet":
-            with pytest.MonkeyPatch.context() as patch:
-                self.workspace.in_this_process(patch, dict(environment))
-                assert main(list(command[1:])) == 0
-        else:
-            self.workspace.run(command[0], *command[1:], **environment)
 
 
 @pytest.mark.slow

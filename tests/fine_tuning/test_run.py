@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from stunet_plugin.cli import main
+from stunet_plugin.fine_tuning import run
 
-from conftest import PHANTOM_ID, Stunet, Workspace
+from conftest import PHANTOM_ID, Stock, Stunet, Workspace
 from dataset_helpers import change_json, write_dataset
 from import_helpers import nnssl_checkpoint, unet_checkpoint, unet_entry, write_v1
 
@@ -19,8 +20,10 @@ from import_helpers import nnssl_checkpoint, unet_checkpoint, unet_entry, write_
 def test_what_is_left_to_do_is_done_once(
     nnunet_environment: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """With an encoder of nnssl, for which the dataset's own plan has no network."""
+    """With an encoder of nnssl, for which the dataset's own plan has no network. The tutorial runs
+    the commands as processes."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setattr(run, "run_command", Stock(nnunet_environment))
     spacing = {"pretrain_plan/configurations/onemmiso/spacing": [9, 9, 9]}
     source = nnunet_environment.root / "ssl.pth"
     nnssl_checkpoint(source, unet_entry(), "encoder.", "net.", **spacing)
