@@ -111,6 +111,11 @@ OPTIONS = (
         "STUNET_SHARE_DATA",
         "planners: 1: use the preprocessed data of nnUNetPlans where the spacing is the same",
     ),
+    SELF_TRAINING := Option(
+        "STUNET_SELF_TRAINING",
+        "self-training: what the target's cases are learned by (if not set: mean-teacher)",
+        words=("plain", "mean-teacher", "genrt", "both"),
+    ),
     VF_CLASSES := Option(
         "STUNET_VF_CLASSES", "Volume Fusion: classes beside the background (published: 4)", 1, 255
     ),

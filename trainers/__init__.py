@@ -10,6 +10,7 @@ from stunet_plugin.trainers import option_trainers as _options
 from stunet_plugin.trainers import planned_trainers as _planned
 from stunet_plugin.trainers import prompt_trainers as _prompt
 from stunet_plugin.trainers import sammed2d_trainers as _sammed2d
+from stunet_plugin.trainers import self_training_trainers as _self_training
 from stunet_plugin.trainers import stunet_trainers as _stunet
 from stunet_plugin.trainers import unetr_trainers as _unetr
 from stunet_plugin.trainers import volume_fusion_trainers as _volume_fusion
@@ -24,6 +25,7 @@ TRAINERS = _Registry(
     _volume_fusion.TRAINERS,
     _prompt.TRAINERS,
     _sammed2d.TRAINERS,
+    _self_training.TRAINERS,
 )
 globals().update(TRAINERS)
 

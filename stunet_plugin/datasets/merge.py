@@ -16,9 +16,10 @@ from tqdm import tqdm
 from stunet_plugin.datasets.folds import balanced_folds, own_folds
 from stunet_plugin.datasets.label_union import LabelMapping, unite
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
-from stunet_plugin.datasets.raw_dataset import Case, RawDataset, find_raw, read_raw
+from stunet_plugin.datasets.raw_dataset import PSEUDO_LABELS, Case, RawDataset, find_raw, read_raw
 from stunet_plugin.errors import PluginError, few_lines
 from stunet_plugin.nnunet.names import CONFIGURATION, FOLDS, SPLITS
+from stunet_plugin.self_training.domains import PSEUDO_LABELLED
 from stunet_plugin.utils.files import write_atomically
 from stunet_plugin.utils.image_files import PICTURES, TIFF, ImageError, hash_of_image, place_image
 from stunet_plugin.utils.images import read_geometry, read_images, read_label_array
@@ -263,9 +264,22 @@ class _Merge:
             "numTraining": cases,
             "file_ending": self.ending,
             **({READER: self.reader_name} if self.reader_name else {}),
+            **({PSEUDO_LABELLED: predicted} if (predicted := self._pseudo_labelled()) else {}),
             "name": self.target.folder.name,
             "description": f"Merged by `stunet merge-datasets`: {names}. See {PROVENANCE}.",
         }
+
+    def _pseudo_labelled(self) -> list[str]:
+        """Return what the names of the cases begin with whose labels a model predicted."""
+        return [
+            part.new_name(beginning)
+            for part in self.parts
+            for beginning in (
+                [""]
+                if (part.raw.folder / PSEUDO_LABELS).is_file()
+                else part.raw.description.get(PSEUDO_LABELLED, ())
+            )
+        ]
 
     def _provenance(self, splits: Sequence[dict[str, list[str]]]) -> dict[str, Any]:
         fold_of = {name: fold for fold, split in enumerate(splits) for name in split["val"]}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from stunet_plugin import __version__
 from stunet_plugin.datasets.new_dataset import NewDataset, write_labels
-from stunet_plugin.datasets.raw_dataset import find_raw, list_images
+from stunet_plugin.datasets.raw_dataset import PSEUDO_LABELS, find_raw, list_images
 from stunet_plugin.errors import PluginError
 from stunet_plugin.inference.predictor import Model, Prediction
 from stunet_plugin.nnunet.names import CONFIGURATION
@@ -32,7 +32,6 @@ from stunet_plugin.utils.label_systems import LabelSystem, canonical_name, check
 if TYPE_CHECKING:
     from stunet_plugin.commands.pseudo_label import PseudoLabel
 
-PROVENANCE = "pseudo_labels.json"
 KEPT_ENTRIES = (
     *("channel_names", "modality", "regions_class_order"),
     *("overwrite_image_reader_writer", "file_ending"),
@@ -161,7 +160,7 @@ class _PseudoLabelling:
 
     def __init__(self, options: PseudoLabel) -> None:
         self.options = options
-        self.target = NewDataset(options.dataset_id, options.name, PROVENANCE, options.copy)
+        self.target = NewDataset(options.dataset_id, options.name, PSEUDO_LABELS, options.copy)
         self.min_share = _probability(str(options.min_share), "--min-share")
         how = (options.step_size, options.mirroring, choose_device(options.device))
         self.model = model = Model(Path(options.model), options.folds, options.checkpoint, *how)
@@ -198,7 +197,7 @@ class _PseudoLabelling:
     def run(self) -> int:
         target, model = self.target, self.model
         if target.is_there(self.settings):
-            return self._warn(read_json(target.folder / PROVENANCE)["cases"])
+            return self._warn(read_json(target.folder / PSEUDO_LABELS)["cases"])
         print(f"{len(self.cases)} cases; {model.folder.name}, fold(s) {', '.join(model.folds)}")
         print("Checking the images ...", flush=True)
         left = [case for case in self.cases if not target.record_of(case).is_file()]
@@ -263,7 +262,7 @@ class _PseudoLabelling:
             "labels": {**dataset["labels"], **ignore},
             "numTraining": cases,
             "name": self.target.folder.name,
-            "description": f"Predictions of {name} by `stunet pseudo-label`. See {PROVENANCE}.",
+            "description": f"Predictions of {name} by `stunet pseudo-label`. See {PSEUDO_LABELS}.",
         }
 
     def _provenance(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.image_files import PICTURES, TIFF, side_files
 from stunet_plugin.utils.validation import channel_names
 
+PSEUDO_LABELS = "pseudo_labels.json"
+"""In a dataset that `stunet pseudo-label` made: which model made the labels, and how."""
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
