@@ -66,7 +66,7 @@ class Hospitals(Experiment):
             folder, at_b = self.raw / dataset.folder, dataset is B
             if (folder / "dataset.json").is_file():
                 continue
-            cases = self.cases_of(eight_bits=at_b)
+            cases = cases_of(self.data, eight_bits=at_b)
             test, pool = hold_out(cases, self.options.test_cases, SPLIT_SEED)
             train = draw_labelled(pool, self.options.seed, self.options.train_cases)
             print(f"{dataset.folder}: {len(train)} training cases, {len(test)} test cases")
@@ -81,16 +81,6 @@ class Hospitals(Experiment):
                 turned = sitk.DICOMOrient(sitk.ReadImage(str(file)), PUBLISHED_ORIENTATION)
                 sitk.WriteImage(turned, str(target / part / file.name))
         shutil.copyfile(source / "dataset.json", target / "dataset.json")
-
-    def cases_of(self, eight_bits: bool) -> list[str]:
-        """Return the cases of a hospital, by the type and the range of their voxels."""
-        found = []
-        for file in sorted((self.data / "imagesTr").glob("*_0000.nii.gz")):
-            image = sitk.ReadImage(str(file))
-            dark = sitk.GetArrayViewFromImage(image).max() < BRIGHT
-            if dark and eight_bits == (image.GetPixelID() == sitk.sitkUInt8):
-                found.append(file.name.removesuffix("_0000.nii.gz"))
-        return found
 
     def train_on(self, name: str, network: Network, arm: str, dataset: Dataset) -> Path:
         """Train a network on a dataset unless that is done; return the model folder."""
@@ -141,32 +131,51 @@ class Hospitals(Experiment):
         return out
 
 
-def other_scanner(image: sitk.Image) -> sitk.Image:
+def cases_of(data: Path, eight_bits: bool) -> list[str]:
+    """Return the cases of a hospital, by the type and the range of their voxels."""
+    found = []
+    for file in sorted((data / "imagesTr").glob("*_0000.nii.gz")):
+        image = sitk.ReadImage(str(file))
+        dark = sitk.GetArrayViewFromImage(image).max() < BRIGHT
+        if dark and eight_bits == (image.GetPixelID() == sitk.sitkUInt8):
+            found.append(file.name.removesuffix("_0000.nii.gz"))
+    return found
+
+
+def other_scanner(
+    image: sitk.Image,
+    thickness: float = THICKNESS,
+    orientation: str = ORIENTATION,
+    inverted: bool = False,
+) -> sitk.Image:
     """Return a scan as hospital B has it: contrast, thick slices, another storage order."""
     values = sitk.GetArrayFromImage(image).astype(np.float32)
     low, high = values.min(), values.max()
     scaled = ((values - low) / max(high - low, 1)) ** GAMMA
+    if inverted:
+        scaled = 1 - scaled
     changed = sitk.GetImageFromArray(low + (high - low) * scaled)
     changed.CopyInformation(image)
     # A thick slice is the mean of the tissue in it.
-    variances = [(0.5 * THICKNESS) ** 2 if axis == THICK_AXIS else 1e-6 for axis in range(3)]
-    thick = _thick(sitk.DiscreteGaussian(changed, variances), sitk.sitkLinear)
-    return sitk.Cast(sitk.DICOMOrient(thick, ORIENTATION), sitk.sitkUInt8)
+    variances = [(0.5 * thickness) ** 2 if axis == THICK_AXIS else 1e-6 for axis in range(3)]
+    thick = thick_slices(sitk.DiscreteGaussian(changed, variances), sitk.sitkLinear, thickness)
+    return sitk.Cast(sitk.DICOMOrient(thick, orientation), sitk.sitkUInt8)
 
 
 def other_labels(labels: sitk.Image) -> sitk.Image:
     """Return labels on the voxels of :func:`other_scanner`, with 1 and 2 swapped."""
     swapped = relabel((0, 2, 1))(labels)
-    return sitk.DICOMOrient(_thick(swapped, sitk.sitkNearestNeighbor), ORIENTATION)
+    thick = thick_slices(swapped, sitk.sitkNearestNeighbor, THICKNESS)
+    return sitk.DICOMOrient(thick, ORIENTATION)
 
 
-def _thick(image: sitk.Image, interpolation: int) -> sitk.Image:
+def thick_slices(image: sitk.Image, interpolation: int, thickness: float) -> sitk.Image:
     """Resample to thick slices; the outermost are centred in the slab that they take in."""
     size, spacing = list(image.GetSize()), list(image.GetSpacing())
-    factor = THICKNESS / spacing[THICK_AXIS]
+    factor = thickness / spacing[THICK_AXIS]
     direction = np.reshape(image.GetDirection(), (3, 3))[:, THICK_AXIS]
     origin = np.array(image.GetOrigin()) + direction * spacing[THICK_AXIS] * (factor - 1) / 2
-    size[THICK_AXIS], spacing[THICK_AXIS] = max(int(size[THICK_AXIS] / factor), 1), THICKNESS
+    size[THICK_AXIS], spacing[THICK_AXIS] = max(int(size[THICK_AXIS] / factor), 1), thickness
     grid = origin.tolist(), spacing, image.GetDirection()
     return sitk.Resample(image, size, sitk.Transform(), interpolation, *grid)
 
