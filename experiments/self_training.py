@@ -210,13 +210,18 @@ class Study(Experiment):
         line = " ".join(f"{name}={value}" for name, value in variables.items())
         start = f" -pretrained_weights {weights}" if weights else ""
         names = f"{dataset.number} {CONFIGURATION} 0 -tr {trainer} -p {PLANS.plans}"
-        print(f"{line} nnUNetv2_train {names}{start} > {results}", flush=True)
+        told = f"{line} nnUNetv2_train {names}{start} > {results}"
+        if told not in self.shown:
+            print(told, flush=True)
+        self.shown.add(told)
         if self.dry_run:
             return fold
         shutil.rmtree(results, ignore_errors=True)
         results.mkdir(parents=True)
-        from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+        from nnunetv2.run.run_training import maybe_load_checkpoint
         from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host
+
+        from stunet_plugin.inference.build_network import find_trainer
 
         words = ["nnUNetv2_train", *(["-pretrained_weights", str(weights)] if weights else [])]
         before = host.nnUNet_results, sys.argv
@@ -225,8 +230,10 @@ class Study(Experiment):
             with _variables(variables), contextlib.redirect_stdout(None):
                 np.random.seed(int(variables["STUNET_SEED"]))
                 device = torch.device(self.options.device)
-                given = str(dataset.number), CONFIGURATION, 0, trainer, PLANS.plans
-                one: Any = get_trainer_from_args(*given, device=device)
+                folder = self.preprocessed / dataset.folder
+                plans = read_json(folder / f"{PLANS.plans}.json") | {"continue_training": False}
+                described = read_json(folder / "dataset.json")
+                one: Any = find_trainer(trainer)(plans, CONFIGURATION, 0, described, device)
                 maybe_load_checkpoint(one, False, False, str(weights) if weights else None)
                 curve: list[float] = []
                 if target is not None:

@@ -199,6 +199,8 @@ class _PseudoLabelling:
         if target.is_there(self.settings):
             return self._warn(read_json(target.folder / PSEUDO_LABELS)["cases"])
         print(f"{len(self.cases)} cases; {model.folder.name}, fold(s) {', '.join(model.folds)}")
+        if (find_raw(self.options.images) / "labelsTr").is_dir():
+            print(f"{self.options.images} is a labelled dataset. Its labels are not used.")
         print("Checking the images ...", flush=True)
         left = [case for case in self.cases if not target.record_of(case).is_file()]
         model.check(self.cases[case] for case in left)

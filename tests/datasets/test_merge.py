@@ -74,10 +74,13 @@ def test_training_only_copies_and_own_splits(raw: Path, stunet: Stunet) -> None:
     c = write_dataset(raw / "Dataset003_C", LIVER_SPLEEN, 5)
     vals = [[f"case{number}"] for number in (3, 1, 4, 0, 2)]
     (c / "splits_final.json").write_text(json.dumps([{"train": [], "val": val} for val in vals]))
+    (raw / "Dataset002_B" / "pseudo_labels.json").write_text("{}")
     # What label 1 means in B is said here; in FLARE22 it is the liver, and 2 the right kidney.
     told = stunet(f"{MERGE} 1 3 2=FLARE22 --train-only 2 --copy{CLASSES}")
     assert "its own folds are kept" in told
     assert not any(path.is_symlink() for path in (raw / MERGED).rglob("*"))
+    # Self-training tells its target by it.
+    assert read_json(raw / MERGED / "dataset.json")["pseudo_labelled"] == ["002_B_"]
     splits = splits_of(raw)
     assert all(f"002_B_case{n}" in split["train"] for split in splits for n in range(3))
     own = [x for split in splits for x in split["val"] if "003_C" in x]

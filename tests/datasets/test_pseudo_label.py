@@ -201,12 +201,13 @@ def test_interrupted_and_resumed(
 
 def test_lost_classes_are_a_warning_and_exit_code_1(folders: Path, stunet: Stunet) -> None:
     # A dataset in nnUNet_raw as input.
-    (folders / "nnUNet_raw" / "Dataset900_Scans").mkdir()
+    (folders / "nnUNet_raw" / "Dataset900_Scans" / "labelsTr").mkdir(parents=True)
     (folders / "images").rename(folders / "nnUNet_raw" / "Dataset900_Scans" / "imagesTr")
     words = LABEL.replace("images", "900")
     assert "No case is left" in stunet(words, "--size liver=1e9: --drop-cases", code=2)
     assert os.listdir(folders / "nnUNet_raw") == ["Dataset900_Scans"]
     words += " --min-confidence 1"
+    assert "Its labels are not used" in stunet(words.replace("910", "911"), "--allow-missing")
     for _ in ("made", "already there"):
         assert "of the 3 cases show: liver in 0, spleen in 0" in stunet(words, code=1)
     stunet(words, "--allow-missing")

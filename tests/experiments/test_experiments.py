@@ -52,6 +52,12 @@ DRY_RUNS = {
         "STUNET_HEADS=auto nnUNetv2_train 21 3d_fullres_small_batch 1 -tr STUNetTrainer_small_ft",
         "nnUNetv2_train 22 3d_fullres_small_batch 1 -tr STUNetTrainer_small -p",
     ),
+    "self_training": (
+        "--seeds 1 --json none.json",
+        "stunet pseudo-label",
+        "stunet merge-datasets 951 961 --train-only 961 -d 981 -n AWithContrast1",
+        "STUNET_SELF_TRAINING=both nnUNetv2_train 991 3d_fullres_small_batch 0 -tr SelfTrainingTr",
+    ),
     "fine_tuning_circle": (
         "--model {model} --json none.json",
         "nnUNetv2_train 15 3d_fullres_small_batch 0 -tr STUNetTrainer_small_ft",

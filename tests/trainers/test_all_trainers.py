@@ -50,8 +50,9 @@ def test_names_and_signatures() -> None:
     networks = ("", *(f"_STUNet{size}" for size in sizes if size))
     expected |= {f"PromptTrainer{net}{end}" for net in networks for end in ("", "_ft")}
     # Of another recipe, which is fine-tuning whatever its name.
-    sam = {"SAMMed2DTrainer", "SAMMed2DTrainer_tiny"}
-    assert set(trainers.__all__) == expected | sam
+    others = {"SAMMed2DTrainer", "SAMMed2DTrainer_tiny"}
+    others |= {f"SelfTrainingTrainer{net}" for net in networks}
+    assert set(trainers.__all__) == expected | others
     stock = list(inspect.signature(nnUNetTrainer.__init__).parameters)
     for name in expected:
         trainer: Any = getattr(trainers, name)
@@ -59,7 +60,7 @@ def test_names_and_signatures() -> None:
         epochs = {"ep1": 1, "ep5": 5, "ep2k": 2000, "ep4k": 4000}
         assert trainer.epochs == epochs.get(name.rpartition("_")[2], 1000)
         assert getattr(trainer, "segmentation_trainer", name) in expected
-    for name in expected | sam:
+    for name in expected | others:
         # nnU-Net reads them off the signature.
         assert list(inspect.signature(getattr(trainers, name).__init__).parameters) == stock
 
