@@ -219,15 +219,15 @@ class Study(Experiment):
         shutil.rmtree(results, ignore_errors=True)
         results.mkdir(parents=True)
         from nnunetv2.run.run_training import maybe_load_checkpoint
-        from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as host
 
         from stunet_plugin.inference.build_network import find_trainer
 
-        words = ["nnUNetv2_train", *(["-pretrained_weights", str(weights)] if weights else [])]
-        before = host.nnUNet_results, sys.argv
-        host.nnUNet_results, sys.argv = str(results), words
+        before, curve = sys.argv, list[float]()
+        sys.argv = ["nnUNetv2_train", *(["-pretrained_weights", str(weights)] if weights else [])]
+        variables = {**variables, "nnUNet_results": str(results)}
+        log = results / "log.txt"
         try:
-            with _variables(variables), contextlib.redirect_stdout(None):
+            with _variables(variables), log.open("w") as file, contextlib.redirect_stdout(file):
                 np.random.seed(int(variables["STUNET_SEED"]))
                 device = torch.device(self.options.device)
                 folder = self.preprocessed / dataset.folder
@@ -235,13 +235,12 @@ class Study(Experiment):
                 described = read_json(folder / "dataset.json")
                 one: Any = find_trainer(trainer)(plans, CONFIGURATION, 0, described, device)
                 maybe_load_checkpoint(one, False, False, str(weights) if weights else None)
-                curve: list[float] = []
                 if target is not None:
                     end = one.on_epoch_end
                     one.on_epoch_end = lambda: (curve.append(self.quick_dice(one, target)), end())
                 one.run_training()
         finally:
-            host.nnUNet_results, sys.argv = before
+            sys.argv = before
         write_atomically(results / "curve.json", json.dumps(curve))
         return fold
 
@@ -290,7 +289,7 @@ class Study(Experiment):
         """Return the measures of a model on the test cases of a target and of A."""
         file = results / f"scores_{target}.json"
         if file.is_file():
-            found: list[dict[str, Any]] = read_json(file)
+            found: list[dict[str, Any]] = json.loads(file.read_text())
             return found
         from stunet_plugin.inference.predictor import Model
 
@@ -320,7 +319,7 @@ class Study(Experiment):
                 if self.dry_run:
                     continue
                 results = fold.parents[2]
-                curve = read_json(results / "curve.json") if arm != START else []
+                curve = [] if arm == START else json.loads((results / "curve.json").read_text())
                 of_all = self.scores(fold, target, results)
                 record = {"target": target, "arm": arm, "seed": seed, "curve": curve}
                 found.append({**record, "scores": of_all})

@@ -113,7 +113,7 @@ OPTIONS = (
     ),
     SELF_TRAINING := Option(
         "STUNET_SELF_TRAINING",
-        "self-training: what the target's cases are learned by (if not set: mean-teacher)",
+        "self-training: what the target's cases are learned by (if not set: plain)",
         words=("plain", "mean-teacher", "genrt", "both"),
     ),
     VF_CLASSES := Option(
