@@ -129,6 +129,9 @@ class Study(Experiment):
             return
         if not self.dry_run:
             folder.mkdir(parents=True, exist_ok=True)
+            # The plan is A's, and so is what it was made from.
+            name = "dataset_fingerprint.json"
+            shutil.copyfile(self.preprocessed / A.folder / name, folder / name)
             shutil.copyfile(self.raw / dataset.folder / "dataset.json", folder / "dataset.json")
         where = f"-s {A.number} -t {dataset.number} -sp {PLANS.plans}"
         self.run("nnUNetv2_move_plans_between_datasets", where)
