@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stunet_plugin.networks.anisotropy import get_mode
-from stunet_plugin.networks.from_plan import stunet_architecture
+from stunet_plugin.networks.from_plan import resolve_planned, stunet_architecture
 from stunet_plugin.networks.presets import PRESETS
 
 Make = Callable[..., Any]
@@ -68,6 +68,13 @@ def misfm(network: str, mode: int = 1, **changes: Any) -> dict[str, Any]:
         "arch_kwargs": {"mode": mode, "strides": strides, "features_per_stage": widths, **changes},
         "_kw_requires_import": [],
     }
+
+
+def with_options(network: dict[str, Any]) -> dict[str, Any]:
+    """Return the architecture entry of a network with GRC and shape priors."""
+    chosen = {"architecture": network, "patch_size": PATCH}
+    options = {"grc": {}, "spm": {"hidden": 8, "dropout": 0}}
+    return resolve_planned(chosen, "a trainer", options).architecture
 
 
 def small_plans(plans: dict[str, Any], name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ FIRST_STEPS = 10
 class CheckpointingTrainer(PluginTrainer):
     """Trainer of an STU-Net that sets its activation checkpointing."""
 
+    can_checkpoint = True
     _may_step_down = False
     _steps_made = 0
 

@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from stunet_plugin import options as names
 from stunet_plugin.errors import PluginError
 from stunet_plugin.networks import topology
+from stunet_plugin.networks.activation_checkpointing import BLOCK, STAGE
 from stunet_plugin.networks.from_plan import NO_OPTIONS, REPLAN, Resolved, options_of, resolve
 from stunet_plugin.networks.presets import MISFMPreset, STUNetPreset, UNETRPreset
 from stunet_plugin.options import Options
@@ -51,6 +52,8 @@ class PluginTrainer(StartingHeads):
     preset: ClassVar[STUNetPreset | MISFMPreset | UNETRPreset | None]
     network_options: ClassVar[Mapping[str, Any]] = NO_OPTIONS
     """Added to the plan's network, see ``networks.network_options``; the plan's own come first."""
+
+    can_checkpoint: ClassVar[bool] = False  # activations
 
     inference_allowed_mirroring_axes: tuple[int, ...] | None
     _choices: tuple[str, ...] = ()  # lines for the log on what was chosen by the plan
@@ -281,6 +284,13 @@ class PluginTrainer(StartingHeads):
             ) from error
         check_distribution(chosen, network)
         options = Options()
+        setting = options.word(names.CHECKPOINTING)
+        if setting in (STAGE, BLOCK) and not cls.can_checkpoint:
+            raise PluginError(
+                f"{names.CHECKPOINTING.variable}={setting} is for the trainers of STU-Net;"
+                f" {cls.__name__} has no activation checkpointing. Unset it, or plan for less"
+                " memory (-gpu_memory_target)."
+            )
         if (
             options.whole(names.FROZEN_ENCODER_EPOCHS, 0)
             or options.fraction(names.ENCODER_RATE, 1) < 1

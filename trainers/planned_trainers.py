@@ -5,10 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.activation_checkpointing import BLOCK, STAGE
 from stunet_plugin.networks.from_plan import Resolved, resolve_planned
-from stunet_plugin.options import CHECKPOINTING, Options
 from stunet_plugin.trainers.base_trainer import PluginTrainer
 
 
@@ -18,17 +15,6 @@ class PlannedTrainer(PluginTrainer):
     @classmethod
     def resolve(cls, configuration: dict[str, Any]) -> Resolved:
         return resolve_planned(configuration, cls.__name__, cls.network_options)
-
-    @classmethod
-    def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:
-        setting = Options().word(CHECKPOINTING)
-        if setting in (STAGE, BLOCK):
-            raise PluginError(
-                f"{CHECKPOINTING.variable}={setting} is for the trainers of STU-Net; {cls.__name__}"
-                f" has no activation checkpointing. Unset it, or plan for less memory"
-                " (-gpu_memory_target)."
-            )
-        super().check_input(plans, configuration, fold, dataset)
 
 
 class PlannedTrainer_ft(PlannedTrainer):

@@ -129,9 +129,9 @@ def describe_mismatches(
         for name, value in network.state_dict().items()
         if (heads_too or ".seg_layers." not in name) and not (encoder_only and is_decoder(name))
     }
-    for name in set() if heads_too else _starting_priors(weights, network):
-        own.pop(name)
-    given = {name: tuple(value.shape) for name, value in weights.items()}
+    anew = set() if heads_too else set(_starting_priors(weights, network))
+    own = {name: shape for name, shape in own.items() if name not in anew}
+    given = {name: tuple(value.shape) for name, value in weights.items() if name not in anew}
     if missing := [name for name in own if name not in given]:
         return (
             f"{len(missing)} of {len(own)} tensors are missing (for example {missing[0]}), in"
