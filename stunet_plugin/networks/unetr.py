@@ -163,7 +163,7 @@ class UNETR(BaseUNet):
             )
         token = total_stride(self.strides[:-1])
         grid = [size // step for size, step in zip(self._padded(patch_size), token, strict=True)]
-        cut = None if pruning is None else _pruning(pruning, depth)
+        cut = None if pruning is None else _pruning(pruning, depth, width, heads, axes)
         vit = width, depth, heads, drop_path, cut
         self.encoder: Any = VisionTransformer(input_channels, token, grid, *vit)
         sizes = input_channels, num_classes, width, features, self.strides
@@ -200,7 +200,7 @@ class UNETR(BaseUNet):
         """Nothing: the parts initialise themselves, as published; for ``network.apply``."""
 
 
-def _pruning(given: Mapping[str, Any], depth: int) -> Pruning:
+def _pruning(given: Mapping[str, Any], depth: int, width: int, heads: int, axes: int) -> Pruning:
     known = Pruning.__dataclass_fields__
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"pruning has no {unknown[0]!r}; it has {', '.join(known)}.")
@@ -216,5 +216,15 @@ def _pruning(given: Mapping[str, Any], depth: int) -> Pruning:
         )
     if not isinstance(found.ratio, (int, float)) or not 0 <= found.ratio < 1:
         raise ValueError(f"pruning: ratio must be 0 or more, and below 1, not {found.ratio!r}.")
+    if not isinstance(found.random, bool):
+        raise ValueError(f"pruning: random must be true or false, not {found.random!r}.")
     check_integer("pruning: assembly", found.assembly)
+    inner, parts = found.assembly_width or width, found.assembly_heads or heads
+    check_integer("pruning: assembly_width", inner)
+    check_integer("pruning: assembly_heads", parts)
+    if inner % parts or inner % (2 * axes):
+        raise ValueError(
+            f"pruning: assembly_width must be divisible by assembly_heads and by {2 * axes}, not"
+            f" {inner} ({parts} heads)."
+        )
     return found

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.shape_priors import BATCH, PUBLISHED, SPM, ShapePriorBlock
+from stunet_plugin.networks.shape_priors import BATCH, PUBLISHED, SPM, ShapePriorBlock, ShapePriors
 
 from network_helpers import build, gradients, image
 
@@ -41,6 +44,12 @@ NAMES = {
 }
 
 
+def translate(key: str) -> str:
+    for pattern, ours in NAMES.items():
+        key = re.sub(pattern, ours, key)
+    return key
+
+
 def published(shared: Path, name: str) -> tuple[ShapePriorBlock, dict[str, Tensor]]:
     """A block with a fixture's weights, and what is recorded of it; one of a flat volume in 2D."""
     grid, heads, hidden, classes, channels, scale, axes = BLOCKS[name]
@@ -50,8 +59,7 @@ def published(shared: Path, name: str) -> tuple[ShapePriorBlock, dict[str, Tenso
     block = ShapePriorBlock(option, channels, shape, classes, conv, last=False)
     folder, weights = shared / "fixtures" / "network_options", {}
     for key, value in torch.load(folder / f"spm_block_{name}.pt").items():
-        for pattern, ours in NAMES.items():
-            key = re.sub(pattern, ours, key)
+        key = translate(key)
         weights[key] = value[..., value.shape[-1] // 2] if axes == 2 and value.ndim == 5 else value
     block.load_state_dict(weights)
     with np.load(folder / f"spm_block_{name}.npz") as file:
@@ -76,6 +84,99 @@ def test_published_function(shared: Path, name: str) -> None:
         sum((x * arrays[key]).sum() for x, key in zip(found, keys, strict=True)).backward()
         for value, key in ((feature, "grad_feature"), (prior, "grad_prior")):
             torch.testing.assert_close(value.grad, arrays[key], rtol=1e-4, atol=1e-4)
+
+
+class PublishedNetwork:
+    """The published network for BraTS around our priors, in evaluation mode; the weights by the
+    rule of the fixtures, as they are too large for a file."""
+
+    def __init__(self, shapes: dict[str, Any]) -> None:
+        self.weights = {
+            key: self._draw(key, shape) for key, (shape, kind) in shapes.items() if "float" in kind
+        }
+        option = SPM((1, 2, 3), (2, 2, 2), 8, 768, 0.1, BATCH, PUBLISHED, False, True, False)
+        sizes = [(64, (16,) * 3), (256, (8,) * 3), (512, (4,) * 3)]
+        self.priors = ShapePriors(option, sizes, 3, nn.Conv3d).eval()
+        ours = {"start": self.weights["learnable_shape_prior"]}
+        for key, value in self.weights.items():
+            if found := re.fullmatch(r"spm(\d)\.(.*)", key):
+                ours[f"blocks.{int(found[1]) - 1}.{translate(found[2])}"] = value
+        missing, unexpected = self.priors.load_state_dict(ours, strict=False)
+        assert all(key.endswith("num_batches_tracked") for key in missing)
+        # What nothing reads: the last refined prior.
+        assert all(key.startswith("blocks.2.refine.") for key in unexpected)
+
+    @staticmethod
+    def _draw(key: str, shape: list[int]) -> Tensor:
+        random = np.random.RandomState((crc32(key.encode()) ^ 77) % 2**32)
+        z = torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+        last = key.rpartition(".")[2]
+        if last in ("running_var", "running_mean"):
+            return 0.5 + z.abs() if last == "running_var" else 0.2 * z
+        if len(shape) == 1:
+            return 1 + 0.2 * z if last == "weight" else 0.1 * z
+        return z / z[0].numel() ** 0.5 if last == "weight" else z
+
+    def _conv(self, x: Tensor, key: str, stride: int = 1) -> Tensor:
+        weight = self.weights[f"{key}.weight"]
+        if key.startswith("hybrid_model"):
+            variance, mean = torch.var_mean(weight, (1, 2, 3, 4), correction=0, keepdim=True)
+            weight = (weight - mean) / (variance + 1e-5).sqrt()
+        padding = weight.shape[-1] // 2
+        return functional.conv3d(x, weight, self.weights.get(f"{key}.bias"), stride, padding)
+
+    def _group_norm(self, x: Tensor, key: str, groups: int = 32, eps: float = 1e-6) -> Tensor:
+        affine = (self.weights[f"{key}.{name}"] for name in ("weight", "bias"))
+        return functional.group_norm(x, groups, *affine, eps)
+
+    def _pair(self, x: Tensor, key: str) -> Tensor:
+        """conv - batch norm - ReLU, twice."""
+        for part in (f"{key}.0", f"{key}.1"):
+            names = ("running_mean", "running_var", "weight", "bias")
+            norm = (self.weights[f"{part}.1.{name}"] for name in names)
+            x = functional.batch_norm(self._conv(x, f"{part}.0"), *norm).relu()
+        return x
+
+    def _bottleneck(self, x: Tensor, key: str, stride: int) -> Tensor:
+        y = self._group_norm(self._conv(x, f"{key}.conv1"), f"{key}.gn1").relu()
+        y = self._group_norm(self._conv(y, f"{key}.conv2", stride), f"{key}.gn2").relu()
+        y = self._group_norm(self._conv(y, f"{key}.conv3"), f"{key}.gn3")
+        if f"{key}.downsample.weight" in self.weights:
+            x = self._conv(x, f"{key}.downsample", stride)
+            x = self._group_norm(x, f"{key}.gn_proj", x.shape[1], 1e-5)
+        return (x + y).relu()
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        skips = [self._pair(x, "encoder1")]
+        x = self._conv(skips[0], "hybrid_model.root.conv", 2)
+        x = self._group_norm(x, "hybrid_model.root.gn").relu()
+        skips.append(x)
+        x = functional.max_pool3d(x, 3, 2, 1)
+        for block, units in enumerate((2, 3, 5), 1):
+            for unit in range(1, units + 1):
+                stride = 2 if block > 1 == unit else 1
+                x = self._bottleneck(x, f"hybrid_model.body.block{block}.unit{unit}", stride)
+            skips.append(x)
+        *skips, x = skips
+        means = {f"feat{number}_mean": skip for number, skip in enumerate(skips[:0:-1])}
+        means = {name: value.mean((2, 3, 4)) for name, value in means.items()}
+        means["bottleneck_mean"] = x.mean((2, 3, 4))
+        for number, skip in enumerate(self.priors(skips)[::-1], 1):
+            x = functional.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+            x = self._pair(torch.cat((x, skip), 1), f"decoder{number}")
+        return {**means, "out": self._conv(x, "segmentation_head")}
+
+
+@pytest.mark.shared
+def test_published_network(shared: Path) -> None:
+    folder = shared / "fixtures" / "network_options"
+    network = PublishedNetwork(json.loads((folder / "spm_net_brats32.keys.json").read_text()))
+    with np.load(folder / "spm_net_brats32.npz") as file, torch.no_grad():
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+        for key, found in network(arrays["x"]).items():
+            # Of 8 voxels per channel, which the norms blow up: in float64 it differs as much.
+            atol = 1e-4 if key == "bottleneck_mean" else 1e-5
+            torch.testing.assert_close(found, arrays[key].view_as(found), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["STUNet SPM", "STUNet 2D SPM"])

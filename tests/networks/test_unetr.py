@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stunet_plugin.networks.from_plan import resolve
+from stunet_plugin.networks.presets import UNETR_PRESETS
 from stunet_plugin.networks.topology import deep_supervision_scales
 from stunet_plugin.networks.unetr import UNETR
 from stunet_plugin.networks.vision_transformer import Pruning, TokenPruning
@@ -152,11 +154,19 @@ def test_any_patch_and_the_position_table_of_another() -> None:
 
 
 def test_random_pruning_is_random_and_has_no_scores() -> None:
-    network = build("UNETR STP", pruning={"ratio": 0.5, "random": True}).eval()
+    pruning = {"after": [3, 6, 9], "ratio": 0.5, "random": True}
+    network = build("UNETR STP", pruning=pruning).eval()
     assert not any("scores" in key for key, _ in network.named_parameters())
     x = image("UNETR STP")
     assert not torch.equal(network(x)[0], network(x)[0])
     gradients(network.train(), x)
+    # An entry of plans, which the trainer of pruned tokens takes.
+    (preset,) = (one for one in UNETR_PRESETS if one.name == "UNETR_tiny_STP")
+    patch = [32, 32, 32]
+    entry = preset.architecture([[1] * 3, *[[2] * 3] * 4], patch)
+    entry["arch_kwargs"]["pruning"] = pruning
+    planned = {"architecture": entry, "patch_size": patch}
+    assert resolve(planned, preset, "UNETRTrainer_tiny_STP").architecture == entry
 
 
 @pytest.mark.parametrize(
@@ -167,6 +177,8 @@ def test_random_pruning_is_random_and_has_no_scores() -> None:
         ({"pruning": {"ratio": 1}}, "ratio must be 0 or more, and below 1"),
         ({"pruning": {"after": [3, 12]}}, "after must be rising numbers of blocks from 1 to 11"),
         ({"pruning": {"keep": 0.5}}, "pruning has no 'keep'; it has after, ratio"),
+        ({"pruning": {"random": "yes"}}, "random must be true or false, not 'yes'"),
+        ({"pruning": {"assembly_width": 20}}, "divisible by assembly_heads and by 6, not 20"),
         ({"heads": 0}, "heads must be an integer >= 1"),
     ],
 )
