@@ -52,6 +52,21 @@ def test_allocation_peak_counts_what_lives_at_the_same_time() -> None:
     assert import_module("measure_step").allocation_peak(allocate) == 6000
 
 
+def test_parts_of_unetr_add_up_to_its_prediction() -> None:
+    script, patch = import_module("network_options"), (32, 32, 32)
+    found = script.architectures("tiny", patch)
+    assert len(found) == 10
+    network = script.build(found["UNETR tiny STP 0.5"])
+    seconds = script.measure(network, torch.randn(2, 1, *patch))
+    assert seconds.keys() == {"prediction", "step", "encoder", "MTA", "decoder"}
+    assert all(value > 0 for value in seconds.values())
+    assert not any(module._forward_hooks for module in network.modules())
+    rounds = {part: [value, 9.0, 0.0] for part, value in seconds.items()}
+    row = {"parameters": 1, "gmac": 2, "peak_gb": 3, "seconds": rounds}
+    shown = " | ".join(f"{seconds[part]:.3f}" for part in ("step", "prediction", "encoder"))
+    assert f"| one | 1 | 2.00 | 3.00 | {shown} |" in script.table({"one": row})
+
+
 @pytest.mark.slow
 def test_step_writes_a_report_and_its_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
