@@ -17,7 +17,8 @@ from stunet_plugin.errors import PluginError
 
 @pytest.fixture(autouse=True)
 def _scripts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(repository / "experiments"))
+    for folder in ("experiments/trainers", "experiments"):
+        monkeypatch.syspath_prepend(str(repository / folder))
 
 
 @pytest.fixture
@@ -58,6 +59,12 @@ DRY_RUNS = {
         "stunet merge-datasets 951 961 --train-only 961 -d 981 -n AWithContrast1",
         "STUNET_SELF_TRAINING=both nnUNetv2_train 991 3d_fullres_small_batch 0 -tr SelfTrainingTr",
     ),
+    "network_options_hippocampus": (
+        "--test-cases 2 --training-cases 2 --seeds 1 --json none.json",
+        "nnUNetv2_train 23 3d_fullres_small_batch 0 -tr STUNetTrainer_tiny_GRC -p nnUNetPlans",
+        "-tr STUNetTrainer_tiny -p nnUNetPlans_SPM_without_prior -device",
+        "-tr UNETRTrainer_tiny_STP_Fast -p nnUNetPlans_UNETR_random -device",
+    ),
     "fine_tuning_circle": (
         "--model {model} --json none.json",
         "nnUNetv2_train 15 3d_fullres_small_batch 0 -tr STUNetTrainer_small_ft",
@@ -77,7 +84,8 @@ def test_dry_run_prints_the_commands_and_writes_nothing(
     output = capsys.readouterr().out
     for words in expected:
         assert words in output
-    assert all(hasattr(trainers, name) for name in re.findall(r"-tr ([A-Z]\w+)", output))
+    known = {*trainers.__all__, *import_module("fast_unetr").TRAINERS}
+    assert known.issuperset(re.findall(r"-tr ([A-Z]\w+)", output))
     lines = output.splitlines()
     assert len(lines) == len(set(lines))
     assert not work.exists()
@@ -147,6 +155,38 @@ def test_ranking_that_is_right_but_for_one_pair(tmp_path: Path) -> None:
     row = "| tiny 0 | 0.505 ± 0.005 | -4.00 | 4.00 | -4.00 | n/a | -4.00 |"
     assert row in (tmp_path / "r.md").read_text()
     assert (tmp_path / "r.png").is_file()
+
+
+def test_network_options_are_compared_by_seeds_and_where_the_budgets_are_alike(
+    tmp_path: Path,
+) -> None:
+    script = import_module("network_options_hippocampus")
+    budgets = {name: dict.fromkeys(("iterations", "time"), 20) for name in script.ARMS}
+    budgets["SPM"]["time"] = 10
+    del budgets["UNETR random"]["time"]
+    runs = [
+        {"arm": name, "iterations": iterations, "seed": seed}
+        | {"mean_validation_dice": 0.5 + seed / 10 + (0.01 * seed + 0.02 if name == "SPM" else 0)}
+        for seed in (1, 2)
+        for name in script.ARMS
+        for iterations in dict.fromkeys(budgets[name].values())
+    ]
+    found = script.comparisons(runs, budgets)
+    pairs = [(one["arm"], one["control"], one["alike"]) for one in found]
+    assert len(pairs) == len(set(pairs)) == 12
+    assert ("UNETR STP", "UNETR random", "time") not in pairs
+    spm = next(one for one in found if one["arm"] == "SPM" and one["alike"] == "time")
+    assert (spm["iterations"], spm["control_iterations"]) == (10, 20)
+    assert spm["differences"] == pytest.approx([0.03, 0.04])
+    low, high = spm["interval"]
+    assert spm["mean"] == pytest.approx(0.035)
+    assert low < spm["mean"] < high
+    row = "| SPM - plain | time (10 / 20) | +0.035 | -0.029 to +0.099 | 2 of 2 | 0.09 |"
+    assert row in script.comparison_table(found)
+    seconds = dict.fromkeys(script.ARMS, 0.1)
+    assert "| SPM | 100 ms | 10 | 0.630, 0.740 | 0.685 |" in script.arm_table(runs, seconds)
+    script.save_figure(found, tmp_path / "differences.png")
+    assert (tmp_path / "differences.png").is_file()
 
 
 def test_work_folder_of_other_settings_is_refused(data: Path) -> None:
