@@ -27,7 +27,7 @@ from stunet_plugin.weights.pretrained import describe_mismatches
 from stunet_plugin.weights.safe_loading import load_checkpoint
 from stunet_plugin.weights.trained_options import refuse_options
 
-HEADS = ".seg_layers."
+HEADS, START = ".seg_layers.", "shape_priors.start"
 """Names that fine-tuning does not take over, nor do we."""
 DECISIVE = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
 """Entries of a configuration that decide what a network of given weights makes of an image."""
@@ -78,9 +78,11 @@ class Candidate:
     def build(self, channels: int, seed: int) -> nn.Module:
         """Return the network, with heads at random and everything else as in the file, in
         evaluation mode; raise PluginError if the weights do not fit it."""
-        network = self._initial(channels, seed)
+        weights = {} if self.file is None else self._weights(self.file)
+        # Shape priors are maps of the outputs.
+        outputs = weights[START].shape[1] if START in weights else 1
+        network = self._initial(channels, seed, outputs)
         if self.file is not None:
-            weights = self._weights(self.file)
             mismatches = describe_mismatches(network, weights, heads_too=False)
             if mismatches:
                 raise PluginError(
@@ -97,14 +99,14 @@ class Candidate:
         weights: dict[str, torch.Tensor] = load_checkpoint(file)["network_weights"]
         return weights
 
-    def _initial(self, channels: int, seed: int) -> nn.Module:
+    def _initial(self, channels: int, seed: int, outputs: int = 1) -> nn.Module:
         """Return the network with its initial weights, drawn with the seed."""
         manager, chosen = self.plan.manager, self.plan.chosen
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 # Heads are not looked at: one output takes the least memory.
-                return build_network(self.trainer, manager, chosen, channels, 1, True)
+                return build_network(self.trainer, manager, chosen, channels, outputs, True)
             except PluginError as error:
                 raise PluginError(f"{self.name}: {error}") from error
 

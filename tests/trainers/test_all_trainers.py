@@ -24,7 +24,7 @@ from stunet_plugin.weights.pretrained import describe_mismatches
 
 from conftest import PHANTOM_ID, Workspace
 from dataset_helpers import change_json, write_dataset
-from trainer_helpers import RESIDUAL, Make, batch_for, misfm, small_plans, started
+from trainer_helpers import RESIDUAL, Make, batch_for, misfm, small_plans, started, with_options
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "earlier_models"
 
@@ -168,6 +168,7 @@ def regions(new_workspace: Any) -> Workspace:
         ("FMUNetTrainer", "3d_fullres"),
         ("VolumeFusionTrainer", "3d_fullres"),
         ("PromptTrainer", "2d"),
+        ("UNETRTrainer_tiny_STP", "2d"),
     ],
 )
 def test_trains_resumes_and_predicts_with_four_channels_regions_and_ignore_label(
@@ -227,9 +228,15 @@ def write_plans(workspace: Workspace, name: str, trainer: str, **configurations:
 
 @pytest.mark.slow
 def test_stock_commands_train_resume_and_predict(phantoms: Workspace) -> None:
-    write_plans(phantoms, "SmallPlans", "STUNetTrainer")
+    # With network options, which are no business of the commands.
+    plans = small_plans(phantoms.plans(), "STUNetTrainer")
+    chosen = plans["configurations"]["3d_fullres"]
+    chosen["architecture"] = with_options(chosen["architecture"])
+    write_plans(phantoms, "SmallPlans", "STUNetTrainer", **{"3d_fullres": chosen})
     what = ("-tr", "STUNetTrainer", "-p", "SmallPlans", "-device", "cpu")
-    phantoms.run("nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, *what)
+    started_with = phantoms.run("nnUNetv2_train", PHANTOM_ID, "3d_fullres", 0, *what).stdout
+    assert "GRC: 0.5 of the channels" in started_with
+    assert "SPM: priors of" in started_with
     command = (PHANTOM_ID, "3d_fullres", 0, *what, "--c")
     resumed = phantoms.run("nnUNetv2_train", *command, STUNET_EPOCHS="2").stdout
     assert "Epoch 1" in resumed
