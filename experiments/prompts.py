@@ -10,6 +10,7 @@ scratch; hippocampus is measured on cases in neither. The same line resumes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,7 +159,7 @@ class Study(Experiment):
         radii = model.predictor.dataset_json[ENTRY]["radii"]
         network, device = model.predictor.network.eval(), torch.device("cpu")
         stored = self.preprocessed / task.dataset.folder / configuration.data_identifier
-        cases = read_json(stored.parent / "splits_final.json")[FOLD]["val"]
+        cases = held_out(stored.parent)
         dataset = infer_dataset_class(str(stored))(str(stored), cases)
         objects = []
         for case in cases:
@@ -189,6 +190,12 @@ class Study(Experiment):
                 | {"train_loss": [float(x) for x in log["train_losses"]], "curve": reached}
             )
         return found
+
+
+def held_out(preprocessed: Path) -> list[str]:
+    """Return the cases of a preprocessed dataset that its models were not trained on."""
+    cases: list[str] = json.loads((preprocessed / "splits_final.json").read_text())[FOLD]["val"]
+    return cases
 
 
 def save_three_clicks(model: Path, scan: Path, labels: Path, path: Path) -> None:
@@ -249,8 +256,8 @@ def carry_out(options: argparse.Namespace) -> None:
     if options.figure and not options.dry_run:
         task = study.task(next(iter(wanted)))
         fold = study.prompted(task, options.starts[0], options.seeds[0])
-        case = read_json(study.preprocessed / task.dataset.folder / "splits_final.json")[FOLD]
-        raw, name = study.raw / task.dataset.folder, case["val"][0]
+        raw = study.raw / task.dataset.folder
+        name = held_out(study.preprocessed / task.dataset.folder)[0]
         files = raw / "imagesTr" / f"{name}_0000.nii.gz", raw / "labelsTr" / f"{name}.nii.gz"
         save_three_clicks(fold.parent, *files, options.figure)
 

@@ -97,7 +97,7 @@ def save_figure(shown: list[Any], path: Path) -> None:
                 for outline, colour in ((target, REFERENCE), (mask, FOUND)):
                     if outline.any():
                         axis.contour(outline.numpy(), [0.5], colors=colour, linewidths=1.2)
-                axis.set_title(f"{name}, {step}: {dice_of(mask, target):.2f}", fontsize=7)
+                axis.set_title(f"{name}\n{step}: {dice_of(mask, target):.2f}", fontsize=7)
                 axis.axis("off")
         figure.suptitle(f"{case}, slice {index}", fontsize=8)
 
