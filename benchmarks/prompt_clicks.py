@@ -1,7 +1,7 @@
 """Time per click of a PromptSession on a CPU, in patches of a chosen size.
 
-A scan that fits into the patch takes one pass of the network per click, whatever the weights; where
-an object reaches out of the patch there are more (``passes``).
+Take a scan that fits into the patch: then a click is one pass of the network, whatever the weights.
+Where an object reaches out of the patch there are more.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import report
 import torch
 
 from stunet_plugin.interactive.session import PromptSession
+from stunet_plugin.networks import cpu_engine
 from stunet_plugin.utils.files import read_json, write_atomically
 
 
@@ -39,9 +40,7 @@ def measure(model: Path, image: Path, patch: list[int], clicks: int) -> dict[str
     session = PromptSession(model)
     session.set_image(image)
     opened = time.perf_counter() - begun
-    passes = [0]
     network: torch.nn.Module = session.model.predictor.network
-    network.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
     seconds = []
     for click in range(clicks + 1):
         place = [size * (click + 1) // (clicks + 2) for size in session.shape[::-1]]
@@ -57,7 +56,7 @@ def measure(model: Path, image: Path, patch: list[int], clicks: int) -> dict[str
         "open_seconds": opened,
         "first_click_seconds": seconds[0],
         "later_clicks_seconds": report.spread(seconds[1:]),
-        "passes": passes[0] / (clicks + 1),
+        "engine": cpu_engine.precision_in_use() or "torch",
     }
 
 
