@@ -99,9 +99,9 @@ class SelfTrainingMixin(PluginTrainer):
         head = models = None
         if self.arm.models:
             head = self._last_layer()
-            sizes = head.weight.shape[:2]
-            add_up = distributed.all_reduce if self._several_processes else None
-            models = ClassModels(*sizes, self.device, add_up=add_up)
+            classes, dimensions = head.weight.shape[:2]
+            add_up = _add_up if self._several_processes else None
+            models = ClassModels(classes, dimensions, self.device, add_up=add_up)
         return SelfTrainingLoss(supervised, manager.ignore_label, head, models)
 
     def _last_layer(self) -> Any:
@@ -248,6 +248,10 @@ class SelfTrainingMixin(PluginTrainer):
 
 def _arm_name() -> str:
     return Options().word(SELF_TRAINING) or DEFAULT
+
+
+def _add_up(sums: Tensor) -> None:
+    distributed.all_reduce(sums)
 
 
 NETWORKS: dict[str, type[PluginTrainer]] = {

@@ -100,10 +100,9 @@ def check_teacher(
 
 
 def _alike(one: Any, other: Any) -> bool:
-    numbers = [np.asarray(x) for x in (one, other)]
-    if all(x.dtype.kind in "iuf" for x in numbers):
-        same_shape = numbers[0].shape == numbers[1].shape
-        return bool(same_shape and np.allclose(*numbers, rtol=1e-3))
+    mine, theirs = np.asarray(one), np.asarray(other)
+    if mine.dtype.kind in "iuf" and theirs.dtype.kind in "iuf":
+        return mine.shape == theirs.shape and bool(np.allclose(mine, theirs, rtol=1e-3))
     return bool(one == other)
 
 

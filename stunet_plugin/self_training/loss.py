@@ -224,7 +224,8 @@ def horizon(steps: int) -> int:
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, steps: int) -> None:
     """Move a teacher's weights towards a student's, as a running mean over so many steps."""
-    own, given = list(teacher.parameters()), [x.detach() for x in student.parameters()]
+    own: list[Tensor] = [*teacher.parameters()]
+    given = [x.detach() for x in student.parameters()]
     torch._foreach_lerp_(own, given, 1 / steps)
     for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
         mine.copy_(theirs)
