@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 
 
@@ -35,6 +36,11 @@ def last_line(error: BaseException) -> str:
     """Return the last line of an error: in ITK's long messages it says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
+
+
+def setting(name: str, value: str) -> str:
+    """Return the line that sets a variable: for PowerShell on Windows, for bash elsewhere."""
+    return f'$env:{name} = "{value}"' if os.name == "nt" else f"export {name}={value}"
 
 
 def few(names: Sequence[str], most: int = 8) -> str:

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from stunet_plugin import errors
 from stunet_plugin.commands import COMMANDS
 from stunet_plugin.commands.demo import Demo
 from stunet_plugin.crosseval.entries import entry_from_option
@@ -37,6 +39,15 @@ def test_options_take_paths_of_windows() -> None:
     entry = entry_from_option(f"A={WINDOWS},fold=0", "--model")
     assert entry == {"name": "A", "folder": WINDOWS, "fold": 0}
     assert find_source(f"{WINDOWS}.model").checkpoint == Path(f"{WINDOWS}.model")
+
+
+def test_lines_to_paste_suit_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, line in (
+        ("nt", '$env:nnUNet_raw = "D:/data"'),
+        ("posix", "export nnUNet_raw=D:/data"),
+    ):
+        monkeypatch.setattr(errors, "os", SimpleNamespace(name=name))
+        assert errors.setting("nnUNet_raw", "D:/data") == line
 
 
 def test_a_windows_path_without_a_dataset_is_no_name(stunet: Stunet) -> None:

@@ -87,7 +87,7 @@ def predict_missing(comparison: Comparison) -> None:
                     if setup.calibration:
                         confidences = pair.confidence(setup.output, next(iter(wanted[pair]))).parent
                         confidences.mkdir(parents=True, exist_ok=True)
-                    written = trained.predict_files(files, ending, setup.processes, confidences)
+                    written = trained.predict_files(files, setup.processes, confidences)
                     for file, (case, key) in zip(written, wanted[pair].items(), strict=True):
                         record = {"made_from": key, "prediction": hash_of_image(file)}
                         if confidences:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from stunet_plugin.errors import setting
 from stunet_plugin.utils.findings import OK, WARNING, WRONG, Finding
 from stunet_plugin.utils.memory import GIGABYTE, free_memory
 
@@ -62,7 +63,8 @@ def _memory(largest: int, channels: int, outputs: int) -> Finding:
     if not fits:
         advice = "Not even one fits: crop the largest images, or take a machine with more memory."
         return Finding(WRONG, what, text, advice)
-    advice = f"Run: export nnUNet_def_n_proc={fits}; -np {fits} for nnUNetv2_plan_and_preprocess."
+    line = setting("nnUNet_def_n_proc", str(fits))
+    advice = f"Run: {line}; -np {fits} for nnUNetv2_plan_and_preprocess."
     return Finding(WARNING, what, text, advice)
 
 
@@ -81,7 +83,7 @@ def _shared_memory(sample: int) -> Finding:
     )
     if needed <= free:
         return Finding(OK, what, state)
-    advice = "In docker: --ipc=host or --shm-size=16g. Else: export nnUNet_n_proc_DA=2."
+    advice = f"In docker: --ipc=host or --shm-size=16g. Else: {setting('nnUNet_n_proc_DA', '2')}"
     return Finding(WARNING, what, state, advice)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, setting
 from stunet_plugin.nnunet.names import RAW
 from stunet_plugin.utils.files import read_json
 from stunet_plugin.utils.image_files import PICTURES, TIFF, side_files
@@ -59,7 +59,9 @@ def raw_root() -> Path:
     """Return nnUNet_raw; raise PluginError if it is not set."""
     root = os.environ.get(RAW)
     if not root:
-        raise PluginError(f"{RAW} is not set. Set it to a folder: export {RAW}=/path/to/{RAW}")
+        raise PluginError(
+            f"{RAW} is not set. Set it to a folder: {setting(RAW, f'/path/to/{RAW}')}"
+        )
     return Path(root).absolute()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stunet_plugin.datasets.draws import Draw, draw_labelled, hold_out
 from stunet_plugin.datasets.raw_dataset import RawDataset, find_raw, read_raw
-from stunet_plugin.errors import PluginError, did_you_mean, few
+from stunet_plugin.errors import PluginError, did_you_mean, few, setting
 from stunet_plugin.nnunet.names import PREPROCESSED, RAW
 from stunet_plugin.weights.named import RANDOM, Named, check_named
 
@@ -90,7 +90,7 @@ def _find_plans(options: FewShot, raw: RawDataset) -> Path | None:
         return None
     root = os.environ.get(PREPROCESSED)
     if not root:
-        raise PluginError(f"-p needs {PREPROCESSED}: export {PREPROCESSED}=/path/to/it")
+        raise PluginError(f"-p needs {PREPROCESSED}: {setting(PREPROCESSED, '/path/to/it')}")
     file = Path(root, raw.name, f"{options.plans}.json")
     if not file.is_file():
         others = sorted(path.stem for path in file.parent.glob("*lans*.json"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stunet_plugin.datasets.raw_dataset import find_raw, read_raw
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, setting
 from stunet_plugin.nnunet.commands import CommandFailedError, is_complete, run_command, what_is_left
 from stunet_plugin.nnunet.names import CHECKPOINT, CONFIGURATION, PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import missing_variables
@@ -46,7 +46,7 @@ class _FineTuning:
             raise PluginError(f"-np must be at least 1, not {options.processes}.")
         for name in (PREPROCESSED, RESULTS):
             if not os.environ.get(name):
-                raise PluginError(f"{name} is not set: export {name}=/path/to/{name}")
+                raise PluginError(f"{name} is not set: {setting(name, f'/path/to/{name}')}")
         self.options, self.device = options, choose_device(options.device)
         self.dataset = read_raw(find_raw(options.dataset))
         self.source = find_model(options.model)
@@ -63,7 +63,7 @@ class _FineTuning:
         """Plan, preprocess and train, as far as that is not done."""
         for name in self.variables:
             # Makes the commands below work by hand.
-            print(f"  $ export {name}=$(stunet path trainers)")
+            print(f"  $ {setting(name, '$(stunet path trainers)')}")
         plans = self.preparation.choose_plans(self.source, self.weights, self.options.plans)
         model = f"{self.trainer}__{plans}__{CONFIGURATION}"
         fold = Path(os.environ[RESULTS], self.dataset.name, model, f"fold_{self.options.fold}")

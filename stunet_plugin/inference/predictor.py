@@ -215,7 +215,6 @@ class Model:
     def predict_files(
         self,
         cases: Mapping[Path, Sequence[Path]],
-        ending: str,
         processes: int = 1,
         confidences: Path | None = None,
     ) -> Iterator[Path]:

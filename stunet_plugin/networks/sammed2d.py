@@ -147,11 +147,6 @@ class SAMMed2D(SamModel):
         for layer in self.vision_encoder.layers if adapters else ():
             layer.mlp = MLPWithAdapter(layer.mlp, preset.width)
 
-    @property
-    def may_start_itself(self) -> str:
-        """Part of the names of tensors that pretrained weights may lack, all or none."""
-        return ADAPTER
-
     def forward(self, inputs: Inputs) -> Masks:
         """Return the masks of prompts."""
         embeddings = inputs.embeddings

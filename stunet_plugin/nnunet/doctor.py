@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from stunet_plugin import __version__
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, setting
 from stunet_plugin.nnunet.commands import NAMELESS
 from stunet_plugin.nnunet.names import EXTERNAL, PREPROCESSED, RAW, RESULTS
 from stunet_plugin.nnunet.registration import find_host, host_version, registered, trainers_folder
@@ -124,24 +124,28 @@ def _user() -> Iterator[Finding]:
         yield Finding(WRONG, "user", state, advice)
     home = os.path.expanduser("~")
     if not os.access(home, os.W_OK):
-        advice = "torch and matplotlib keep caches there. Run: export HOME=/path/to/a/folder"
+        advice = "torch and matplotlib keep caches there. Set HOME to a folder that can be written."
         yield Finding(WARNING, "HOME", f"{home} cannot be written", advice)
 
 
 def _folder(variable: str, value: str) -> Finding:
-    wrong, export = partial(Finding, WRONG, variable), f"Run: export {variable}="
+    wrong = partial(Finding, WRONG, variable)
+
+    def run(value: str) -> str:
+        return f"Run: {setting(variable, value)}"
+
     if not value:
-        return wrong("not set", f"{export}/path/to/{variable}    # {FOLDERS[variable]}")
+        return wrong("not set", f"{run(f'/path/to/{variable}')}    # {FOLDERS[variable]}")
     meant = value.strip().strip("'\"").strip()
     if meant != value or meant.startswith("~"):
         meant = str(Path(meant).expanduser())
         state = f"{value!r} holds a ~, quotes or blanks, which nnU-Net takes as part of the name"
-        return wrong(state, f"{export}{shlex.quote(meant)}")
+        return wrong(state, run(meant if os.name == "nt" else shlex.quote(meant)))
     external = variable == EXTERNAL
     for folder in value.split(os.pathsep) if external else [value]:
         if not Path(folder).is_dir():
             make = f"Run: mkdir -p {shlex.quote(os.path.abspath(folder))}"
-            advice = f"{export}$(stunet path trainers)" if external else make
+            advice = run("$(stunet path trainers)") if external else make
             return wrong(f"{folder} (no such folder)", advice)
     if not external and not os.access(value, os.W_OK):
         advice = f"Make it writable, or set {variable} to another folder."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import stunet_plugin
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, setting
 from stunet_plugin.nnunet.names import EXTERNAL
 from stunet_plugin.utils.files import write_atomically
 
@@ -37,8 +37,8 @@ except ModuleNotFoundError as error:
         raise
 '''
 
-_INSTEAD = """The plugin works without registration too:
-  export nnUNet_extTrainer=$(stunet path trainers)    # finds trainers
+_INSTEAD = f"""The plugin works without registration too:
+  {setting("nnUNet_extTrainer", "$(stunet path trainers)")}    # finds trainers
   stunet plan -d ID -pl STUNetPlanner_base    # plans, for nnUNetv2_preprocess -plans_name"""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from stunet_plugin.errors import PluginError, did_you_mean, few
+from stunet_plugin.errors import PluginError, did_you_mean, few, setting
 from stunet_plugin.segmentation.published import (
     PublishedModel,
     get_model,
@@ -159,7 +159,7 @@ def _being_made(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise PluginError(
             f"{folder.parent} cannot be made ({error.strerror}). Choose a folder for models that"
-            f" can be written: export {HOME}=/path/to/a/folder"
+            f" can be written: {setting(HOME, '/path/to/a/folder')}"
         ) from error
     with lock(folder.parent / f".{folder.name}.lock", f"process imports {folder.name}", wait=True):
         yield

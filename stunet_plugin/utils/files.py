@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from stunet_plugin.errors import PluginError, last_line
+from stunet_plugin.errors import PluginError, last_line, setting
 
 MAX_JSON_BYTES = 16 * 1024**2
 HOME = "STUNET_HOME"
@@ -33,7 +33,7 @@ def home() -> Path:
         return (caches if caches.is_absolute() else Path.home() / ".cache") / "stunet"
     except RuntimeError as error:
         raise PluginError(
-            f"This user has no home folder. Run: export {HOME}=/path/to/a/folder"
+            f"This user has no home folder. Run: {setting(HOME, '/path/to/a/folder')}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stunet_plugin import __version__
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, setting
 from stunet_plugin.nnunet.names import RESULTS
 from stunet_plugin.nnunet.registration import host_version
 from stunet_plugin.utils.files import flush, read_json, sha256_of
@@ -54,8 +54,8 @@ def find_place(options: Import, name: str, model_name: str) -> tuple[str, Path]:
         return dataset_name, Path(options.out).expanduser().absolute()
     if not results:
         raise PluginError(
-            f"{RESULTS} is not set. Set it (export {RESULTS}=/path/to/{RESULTS}), or choose a"
-            " folder with --out."
+            f"{RESULTS} is not set. Set it ({setting(RESULTS, f'/path/to/{RESULTS}')}), or choose"
+            " a folder with --out."
         )
     # With two datasets of one ID nnU-Net would find neither.
     if others := [x for x in find_candidate_datasets(number) if x != dataset_name]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stunet_plugin.errors import PluginError
+from stunet_plugin.errors import PluginError, setting
 from stunet_plugin.nnunet.names import CONFIGURATION, NIFTI_ENDINGS, PLANS_NAME, PREPROCESSED
 from stunet_plugin.utils.files import read_json, write_atomically
 from stunet_plugin.utils.validation import Fields, channel_names
@@ -82,7 +82,7 @@ def _find_preprocessed(dataset_id: int) -> Path:
     root, pattern = os.environ.get(PREPROCESSED), f"Dataset{dataset_id:03d}_*/{PLANS_NAME}.json"
     found = list(Path(root).glob(pattern)) if root else []
     if len(found) != 1:
-        where = root or f"nowhere (export {PREPROCESSED}=/path/to/{PREPROCESSED})"
+        where = root or f"nowhere ({setting(PREPROCESSED, f'/path/to/{PREPROCESSED}')})"
         raise PluginError(
             f"Expected one {pattern} in {PREPROCESSED}, which is {where}, found {len(found)}. Plan"
             f" the dataset first: nnUNetv2_extract_fingerprint -d {dataset_id} &&"

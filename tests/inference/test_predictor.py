@@ -49,8 +49,8 @@ def test_files_are_those_of_nnunet(
     folder.mkdir()
     cases = {folder / f"case{number}{ending}": [image] for number, image in enumerate(images)}
     loaded = Model(model, step_size=1.0, mirroring=False)
-    assert list(loaded.predict_files(cases, ending)) == list(cases)
-    assert list(loaded.predict_files(cases, ending)) == list(cases)
+    assert list(loaded.predict_files(cases)) == list(cases)
+    assert list(loaded.predict_files(cases)) == list(cases)
     expected = load_model(model, monkeypatch)
     expected.tile_step_size, expected.use_gaussian = 1.0, True
     for target, (image,) in cases.items():
