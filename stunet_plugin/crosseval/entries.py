@@ -55,7 +55,10 @@ def entry_from_option(option: str, flag: str) -> dict[str, Any]:
     entry |= {key: _value(value) for key, _, value in others}
     whole = folder if equals else {"images", "references"} & set(entry)
     if not name or not whole or not all(sign for _, sign, _ in others):
-        raise PluginError(f"{flag} {option}: expected NAME=FOLDER, and after commas KEY=VALUE.")
+        raise PluginError(
+            f"{flag} {option}: expected NAME=FOLDER, and after commas KEY=VALUE. The name is yours,"
+            f" for the tables: {flag} mine=FOLDER."
+        )
     return entry
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ def share_model(options: Share) -> int:
     target = Path(options.out).expanduser().absolute()
     if not repository and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PluginError(f"{target} is there already. Give --out a new folder.")
+    # SPDX writes CC-BY-4.0, the hub cc-by-4.0.
+    options = replace(options, licence=options.licence.lower())
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.licence):
         raise PluginError(
             f"--licence {options.licence!r} names no licence as the hub does. Give one such as"

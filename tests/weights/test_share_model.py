@@ -24,7 +24,7 @@ from dataset_helpers import write_dataset
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier_models"
 TRAINED = EARLIER / "STUNetTrainer__EarlierPlans__3d_fullres"
-CC = ("--licence", "cc-by-4.0")
+CC = ("--licence", "CC-BY-4.0")
 HUB = '''"""A stand-in for huggingface_hub: repositories are folders."""
 import os, pathlib, shutil
 FOLDER = pathlib.Path(os.environ["HUB_FOLDER"])
@@ -166,7 +166,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(trained: Path, hub: Path, stunet
 
 
 WRONG = {
-    "{folder} --licence CC --out {out}": "names no licence as the hub does",
+    "{folder} --licence my_own --out {out}": "names no licence as the hub does",
     "{none} --licence mit --out {out}": "is no trained model of nnU-Net: plans.json is not there",
     "{folder} --licence mit --out {out} -f 3": "fold_3/checkpoint_final.pth is not there",
     "{folder} --licence mit --out {folder}": "is there already. Give --out a new folder",
