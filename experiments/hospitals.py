@@ -146,14 +146,19 @@ def other_scanner(
     image: sitk.Image,
     thickness: float = THICKNESS,
     orientation: str = ORIENTATION,
-    inverted: bool = False,
+    gamma: float = GAMMA,
+    inverted_below: float = 0.0,
 ) -> sitk.Image:
-    """Return a scan as hospital B has it: contrast, thick slices, another storage order."""
+    """Return a scan as hospital B has it: contrast, thick slices, another storage order.
+
+    Args:
+        gamma: exponent of gray values.
+        inverted_below: part of the range of gray values, from the darkest on, in which dark and
+            bright change places, as fluid shines in another sequence.
+    """
     values = sitk.GetArrayFromImage(image).astype(np.float32)
     low, high = values.min(), values.max()
-    scaled = ((values - low) / max(high - low, 1)) ** GAMMA
-    if inverted:
-        scaled = 1 - scaled
+    scaled = np.abs((values - low) / max(high - low, 1) - inverted_below) ** gamma
     changed = sitk.GetImageFromArray(low + (high - low) * scaled)
     changed.CopyInformation(image)
     # A thick slice is the mean of the tissue in it.

@@ -1,9 +1,10 @@
 """Self-training between hospitals: its arms against the source alone and against labels.
 
 Hospital A is that of hospitals.py, and so are B's cases; images are coarser, so that three seeds
-fit an hour. Two targets are made of B: one with another contrast and thick slices, one with the
-contrast inverted as well. A model of A goes on at each target for equally many iterations in each
-arm; no label of a target is used but by the arm "labels", which says what there is to be gained.
+fit an hour. Two targets are made of B, both with thick slices and another contrast: in one of them
+dark tissue becomes bright as well, which no augmentation of nnU-Net's does. A model of A goes on at
+each target for equally many iterations in each arm; no label of a target is used but by the arm
+"labels", which says what there is to be gained.
 
 Trainings and tests run in this process, as starting the stock commands would take most of the time.
 """
@@ -56,10 +57,10 @@ matplotlib.use("agg")
 
 A = Dataset(951, "SourceA")
 TARGETS = {
-    "contrast": (Dataset(952, "TargetContrast"), False),
-    "inverted": (Dataset(953, "TargetInverted"), True),
+    "near": (Dataset(952, "TargetNear"), {"gamma": 2.0}),
+    "far": (Dataset(953, "TargetFar"), {"gamma": 1.0, "inverted_below": 0.35}),
 }
-"""Dataset, and whether gray values are inverted."""
+"""Dataset, and what its scanner does to gray values."""
 LABELLED, PSEUDO, MIXED = 954, 960, 980
 """IDs of the datasets: A with a target's labels; pseudo-labels, and A with them, of each target and
 seed."""
@@ -83,17 +84,16 @@ class Study(Experiment):
         """Write all raw datasets: training cases in imagesTr, test cases in imagesTs."""
         coarse = partial(resample, spacing=SPACING, smooth=True)
         labels = partial(resample, spacing=SPACING, smooth=False)
-        for dataset, inverted in ((A, None), *TARGETS.values()):
+        for dataset, contrast in ((A, None), *TARGETS.values()):
             folder = self.raw / dataset.folder
             if (folder / "dataset.json").is_file():
                 continue
-            at_b = inverted is not None
-            cases = cases_of(self.data, eight_bits=at_b)
+            cases = cases_of(self.data, eight_bits=contrast is not None)
             test, pool = hold_out(cases, self.options.test_cases, SPLIT_SEED)
             train = draw_labelled(pool, 1, self.options.train_cases)
             changes = (coarse, labels)
-            if at_b:
-                changed = {"orientation": PUBLISHED_ORIENTATION, "inverted": inverted}
+            if contrast is not None:
+                changed = {"orientation": PUBLISHED_ORIENTATION, **contrast}
                 scanner = partial(other_scanner, thickness=2 * SPACING, **changed)
                 changes = (
                     lambda image, scanner=scanner: scanner(coarse(image)),
@@ -179,7 +179,7 @@ class Study(Experiment):
         """Return the fold's folder of a model of A."""
         variables = self.training_options(self.options.source_iterations, seed)
         results = self.work / "training" / f"start_{seed}"
-        return self.train_here(results, A, "PlannedTrainer", variables, None, None)
+        return self.train_here(results, A, "PlannedTrainer", variables, None, ())
 
     def arm(self, target: str, arm: str, seed: int) -> Path:
         """Train an arm at a target; return the fold's folder."""
@@ -191,10 +191,11 @@ class Study(Experiment):
         elif arm in SELF_TRAINED:
             trainer, dataset = "SelfTrainingTrainer", self.mixed(target, seed)
             variables["STUNET_SELF_TRAINING"] = arm
-        weights = self.start(seed) / CHECKPOINT
+        weights, targets = self.start(seed) / CHECKPOINT, [target]
         if arm == SOURCE:
-            results = self.work / "training" / f"{arm}_{seed}"
-        return self.train_here(results, dataset, trainer, variables, weights, target)
+            # The same for all targets.
+            results, targets = self.work / "training" / f"{arm}_{seed}", [*TARGETS]
+        return self.train_here(results, dataset, trainer, variables, weights, targets)
 
     def train_here(
         self,
@@ -203,10 +204,10 @@ class Study(Experiment):
         trainer: str,
         variables: dict[str, str],
         weights: Path | None,
-        target: str | None,
+        targets: Sequence[str],
     ) -> Path:
         """Train in this process as nnUNetv2_train does, without its validation; write the Dice at
-        the target after every epoch into curve.json."""
+        targets after every epoch into curves.json."""
         fold = results / dataset.folder / f"{trainer}__{PLANS.plans}__{CONFIGURATION}" / "fold_0"
         if (fold / CHECKPOINT).is_file():
             return fold
@@ -225,7 +226,8 @@ class Study(Experiment):
 
         from stunet_plugin.inference.build_network import find_trainer
 
-        before, curve = sys.argv, list[float]()
+        before = sys.argv
+        curves: dict[str, list[float]] = {target: [] for target in targets}
         sys.argv = ["nnUNetv2_train", *(["-pretrained_weights", str(weights)] if weights else [])]
         variables = {**variables, "nnUNet_results": str(results)}
         log = results / "log.txt"
@@ -238,13 +240,18 @@ class Study(Experiment):
                 described = read_json(folder / "dataset.json")
                 one: Any = find_trainer(trainer)(plans, CONFIGURATION, 0, described, device)
                 maybe_load_checkpoint(one, False, False, str(weights) if weights else None)
-                if target is not None:
-                    end = one.on_epoch_end
-                    one.on_epoch_end = lambda: (curve.append(self.quick_dice(one, target)), end())
+                end = one.on_epoch_end
+
+                def measure_and_end() -> None:
+                    for target, curve in curves.items():
+                        curve.append(self.quick_dice(one, target))
+                    end()
+
+                one.on_epoch_end = measure_and_end
                 one.run_training()
         finally:
             sys.argv = before
-        write_atomically(results / "curve.json", json.dumps(curve))
+        write_atomically(results / "curves.json", json.dumps(curves))
         return fold
 
     @cached_property
@@ -322,7 +329,7 @@ class Study(Experiment):
                 if self.dry_run:
                     continue
                 results = fold.parents[2]
-                curve = [] if arm == START else json.loads((results / "curve.json").read_text())
+                curve = json.loads((results / "curves.json").read_text()).get(target, [])
                 of_all = self.scores(fold, target, results)
                 record = {"target": target, "arm": arm, "seed": seed, "curve": curve}
                 found.append({**record, "scores": of_all})
@@ -351,6 +358,12 @@ def as_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     ]
     keys = ["target", "arm", "seed", "hospital", "case"]
     return pd.DataFrame(rows).groupby(keys, sort=False)[[DSC, NSD]].mean().reset_index()
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over cases of each target, arm, seed and hospital."""
+    keys = ["target", "arm", "seed", "hospital"]
+    return table.groupby(keys, sort=False)[[DSC, NSD]].mean().reset_index()
 
 
 def paired_tests(table: pd.DataFrame) -> pd.DataFrame:
@@ -393,15 +406,12 @@ def save_figure(records: Sequence[dict[str, Any]], step: int, path: Path) -> Non
         for record in records
         for number, dice in enumerate(record["curve"], 1)
     ]
+    matplotlib.rcdefaults()  # nnU-Net's own curves make seaborn's fonts large
+    matplotlib.use("agg")
+    axes = {"x": "iterations", "y": "DSC", "hue": "arm", "col": "target"}
+    looks: dict[str, Any] = {"errorbar": ("pi", 100), "height": 4}
     grid = sns.relplot(
-        pd.DataFrame(rows),
-        x="iterations",
-        y="DSC",
-        hue="arm",
-        col="target",
-        kind="line",
-        errorbar=("pi", 100),
-        height=4,
+        pd.DataFrame(rows), **axes, **looks, kind="line", facet_kws={"sharey": False}
     )
     grid.set_axis_labels("iterations", "mean Dice of the test cases").set_titles("{col_name}")
     grid.figure.savefig(path, dpi=110)
@@ -428,8 +438,9 @@ def carry_out(options: argparse.Namespace) -> None:
             **about(note=options.machine),
             "settings": json.loads(json.dumps(settings, default=str)),
         }
-        found = {"tests": tests.to_dict("records"), "runs": records}
-        write_json(options.json, {**facts, **found})
+        found = {"tests": tests.to_dict("records"), "means": means(table).to_dict("records")}
+        curves = [{x: y for x, y in record.items() if x != "scores"} for record in records]
+        write_json(options.json, {**facts, **found, "curves": curves})
         if options.figure is not None:
             save_figure(records, options.iterations_per_epoch, options.figure)
         print(summary(table), tests.to_string(), sep="\n", flush=True)

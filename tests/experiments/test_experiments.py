@@ -56,7 +56,7 @@ DRY_RUNS = {
     "self_training": (
         "--seeds 1 --json none.json",
         "stunet pseudo-label",
-        "stunet merge-datasets 951 961 --train-only 961 -d 981 -n AWithContrast1",
+        "stunet merge-datasets 951 961 --train-only 961 -d 981 -n AWithNear1",
         "STUNET_SELF_TRAINING=both nnUNetv2_train 991 3d_fullres_small_batch 0 -tr SelfTrainingTr",
     ),
     "network_options_hippocampus": (
