@@ -65,7 +65,7 @@ LABELLED, PSEUDO, MIXED = 954, 960, 980
 """IDs of the datasets: A with a target's labels; pseudo-labels, and A with them, of each target and
 seed."""
 START, SOURCE, CEILING = "start", "source", "labels"
-SELF_TRAINED = ("plain", "mean-teacher", "genrt", "both")
+SELF_TRAINED = ("plain", "mean-teacher")
 ARMS = (SOURCE, *SELF_TRAINED, CEILING)
 TRAINER = "PlannedTrainer_ft"
 PLANS = Network(TRAINER)

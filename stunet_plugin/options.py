@@ -114,7 +114,7 @@ OPTIONS = (
     SELF_TRAINING := Option(
         "STUNET_SELF_TRAINING",
         "self-training: what the target's cases are learned by (if not set: plain)",
-        words=("plain", "mean-teacher", "genrt", "both"),
+        words=("plain", "mean-teacher"),
     ),
     VF_CLASSES := Option(
         "STUNET_VF_CLASSES", "Volume Fusion: classes beside the background (published: 4)", 1, 255

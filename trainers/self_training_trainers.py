@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from stunet_plugin.errors import PluginError
-from stunet_plugin.networks.features import head_modules, last_convolution
 from stunet_plugin.networks.presets import PRESETS
 from stunet_plugin.options import SELF_TRAINING, SHARD, Options
-from stunet_plugin.self_training.class_models import ClassModels
 from stunet_plugin.self_training.domains import Domains, check_teacher
-from stunet_plugin.self_training.loss import ARMS, Arm, SelfTrainingLoss, Step, follow, horizon
+from stunet_plugin.self_training.loss import (
+    MEAN_TEACHER,
+    PLAIN,
+    SelfTrainingLoss,
+    Step,
+    follow,
+    horizon,
+)
 from stunet_plugin.self_training.views import strong_view
 from stunet_plugin.trainers.base_trainer import PluginTrainer
 from stunet_plugin.trainers.planned_trainers import TRAINERS as PLANNED
@@ -26,8 +31,6 @@ from stunet_plugin.trainers.safe_trainer import read_to_resume
 from stunet_plugin.trainers.stunet_trainers import TRAINERS as STUNET
 from stunet_plugin.weights.pretrained import pretrained_weights_on_command_line, read_checkpoint
 
-DEFAULT = "plain"
-"""Until another arm is shown to be better, see docs/decisions.md."""
 ENTRY = "self_training"
 """Of the optimizer's state in a checkpoint: what a resumed training goes on with."""
 MOST_CASES = 200
@@ -40,7 +43,7 @@ class SelfTrainingMixin(PluginTrainer):
 
     domains: Domains
     teacher: nn.Module | None = None
-    _arm_name: str
+    arm: str
     _restored: Mapping[str, Any] | None = None
     _steps_of_epoch = 0
 
@@ -52,29 +55,25 @@ class SelfTrainingMixin(PluginTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        self._arm_name = _arm_name()
+        self.arm = chosen_arm()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.domains = Domains.of(self.dataset_json)
-
-    @property
-    def arm(self) -> Arm:
-        return ARMS[self._arm_name]
 
     @classmethod
     def check_input(cls, plans: dict, configuration: str, fold: int | str, dataset: dict) -> None:
         super().check_input(plans, configuration, fold, dataset)
         Domains.of(dataset)
-        manager, name = PlansManager(plans), _arm_name()
+        manager, arm = PlansManager(plans), chosen_arm()
         chosen = manager.get_configuration(configuration)
         if chosen.previous_stage_name is not None:
             raise PluginError(
                 f"{configuration} is the second stage of a cascade, whose input is a prediction of"
                 " the first. Self-training is for one stage: train 3d_fullres or 3d_lowres."
             )
-        if manager.get_label_manager(dataset).has_regions and name != "plain":
+        if manager.get_label_manager(dataset).has_regions and arm != PLAIN:
             raise PluginError(
-                f"{SELF_TRAINING.variable}={name} takes labels that exclude each other; this"
-                f" dataset has regions. Set {SELF_TRAINING.variable}=plain."
+                f"{SELF_TRAINING.variable}={arm} takes labels that exclude each other; this"
+                f" dataset has regions. Set {SELF_TRAINING.variable}={PLAIN}."
             )
         if Options().whole(SHARD, 0):
             raise PluginError(
@@ -85,35 +84,15 @@ class SelfTrainingMixin(PluginTrainer):
             checkpoint = read_checkpoint(file, "-pretrained_weights")
             check_teacher(checkpoint, plans, chosen.configuration)
 
-    def _do_i_compile(self) -> bool:
-        # The features are read by a hook.
-        return not self.arm.models and bool(super()._do_i_compile())
-
     def _build_loss(self) -> nn.Module:
+        if self.arm == PLAIN:
+            return super()._build_loss()
         manager = copy.copy(self.label_manager)
-        if not manager.has_ignore_label and self._arm_name != "plain":
+        if not manager.has_ignore_label:
             # For the loss alone: nnU-Net's loader would look for voxels by it.
             manager._ignore_label = max(manager.all_labels) + 1
         with self._temporarily(label_manager=manager):
-            supervised = super()._build_loss()
-        head = models = None
-        if self.arm.models:
-            head = self._last_layer()
-            classes, dimensions = head.weight.shape[:2]
-            add_up = _add_up if self._several_processes else None
-            models = ClassModels(classes, dimensions, self.device, add_up=add_up)
-        return SelfTrainingLoss(supervised, manager.ignore_label, head, models)
-
-    def _last_layer(self) -> Any:
-        """Return the convolution that makes the full-resolution logits, voxel by voxel."""
-        head = last_convolution(head_modules(self._bare_network())[-1])
-        if max(head.kernel_size) > 1:
-            raise PluginError(
-                f"The last layer of {type(self._bare_network()).__name__} looks at several voxels;"
-                f" {SELF_TRAINING.variable}={self._arm_name} takes one that looks at each alone."
-                f" Set {SELF_TRAINING.variable}=mean-teacher."
-            )
-        return head
+            return SelfTrainingLoss(super()._build_loss(), manager.ignore_label)
 
     def initialize(self) -> None:
         super().initialize()
@@ -127,15 +106,15 @@ class SelfTrainingMixin(PluginTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.arm.teacher:
+        if self.arm == MEAN_TEACHER:
             self.teacher = self._make_teacher()
-        if self._restored is not None:
-            self._restore(self._restored)
+            if self._restored is not None:
+                self.teacher.load_state_dict(self._restored["teacher"])
         cases = self.dataloader_train_cases()
         target = [case for case in cases if self.domains.is_target(case)]
-        use = "are not used" if self.arm.teacher else "are trained on"
+        use = "are not used" if self.arm == MEAN_TEACHER else "are trained on"
         self.print_to_log_file(
-            f"Self-training ({self._arm_name}): {len(cases) - len(target)} cases of the source,"
+            f"Self-training ({self.arm}): {len(cases) - len(target)} cases of the source,"
             f" {len(target)} of the target, whose labels, predictions of a model, {use}."
         )
         if lacking := self._classes_without_voxels(target):
@@ -176,19 +155,21 @@ class SelfTrainingMixin(PluginTrainer):
         return network.eval().requires_grad_(False)
 
     def train_step(self, batch: dict) -> dict:
+        if self.teacher is None:
+            plain: dict[str, Any] = super().train_step(batch)
+            return plain
         target = torch.tensor([self.domains.is_target(str(case)) for case in batch["keys"]])
-        data, probabilities = batch["data"].to(self.device, non_blocking=True), None
+        target = target.to(self.device)
+        data, probabilities = self._views(batch["data"].to(self.device, non_blocking=True), target)
         total, done = self.num_epochs * self.num_iterations_per_epoch, self._steps_of_epoch
         done += self.current_epoch * self.num_iterations_per_epoch
-        if self.teacher is not None:
-            data, probabilities = self._views(data, target.to(self.device))
-        self.loss.step = Step(target.to(self.device), done / total, probabilities)
+        self.loss.step = Step(target, done / total, probabilities)
         try:
             result: dict[str, Any] = super().train_step({**batch, "data": data})
         finally:
             self.loss.step = None
         self._steps_of_epoch += 1
-        if self.teacher is not None and self._step_was_made:
+        if self._step_was_made:
             follow(self.teacher, self._bare_network(), horizon(total))
         return result
 
@@ -211,15 +192,9 @@ class SelfTrainingMixin(PluginTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         self._steps_of_epoch = 0
-        share = self.loss.share_left_out()
-        if share is not None:
-            self.print_to_log_file(f"Target voxels left out, both classifiers differ: {share:.1%}")
 
     def _add_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        models = getattr(self.loss, "models", None)
-        entry: dict[str, Any] = {"arm": self._arm_name}
-        if models is not None:
-            entry["models"] = models.state()
+        entry: dict[str, Any] = {"arm": self.arm}
         if self.teacher is not None:
             entry["teacher"] = self.teacher.state_dict()
         return {**state, ENTRY: entry}
@@ -228,30 +203,20 @@ class SelfTrainingMixin(PluginTrainer):
         self._restored = state.get(ENTRY)
         return {name: value for name, value in state.items() if name != ENTRY}
 
-    def _restore(self, entry: Mapping[str, Any]) -> None:
-        if self.loss.models is not None:
-            self.loss.models.load(entry["models"])
-        if self.teacher is not None:
-            self.teacher.load_state_dict(entry["teacher"])
-
     def check_resumable(self, file: str) -> None:
         super().check_resumable(file)
         entry = read_to_resume(file)["optimizer_state"].get(ENTRY, {})
-        if entry.get("arm") != self._arm_name:
+        if entry.get("arm") != self.arm:
             was = entry.get("arm")
             of = f"{SELF_TRAINING.variable}={was}" if was else "a training that was none"
             raise PluginError(
-                f"Cannot resume {SELF_TRAINING.variable}={self._arm_name} from {file}: it is of"
+                f"Cannot resume {SELF_TRAINING.variable}={self.arm} from {file}: it is of"
                 f" {of}. Use the same, or start again without --c."
             )
 
 
-def _arm_name() -> str:
-    return Options().word(SELF_TRAINING) or DEFAULT
-
-
-def _add_up(sums: Tensor) -> None:
-    distributed.all_reduce(sums)
+def chosen_arm() -> str:
+    return Options().word(SELF_TRAINING) or PLAIN
 
 
 NETWORKS: dict[str, type[PluginTrainer]] = {

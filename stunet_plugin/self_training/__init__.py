@@ -1,1 +1,1 @@
-"""Self-training between domains: whose cases are whose, class models of features, views, losses."""
+"""Self-training between domains: whose cases are whose, views, loss."""

@@ -51,7 +51,9 @@ class Domains:
         for name, found in (("source", source), ("target", target)):
             if not found:
                 raise PluginError(
-                    f"None of the {len(cases)} training cases of the fold is of the {name}. {MERGE}"
+                    f"None of the {len(cases)} training cases of the fold is of the {name}"
+                    " (`stunet merge-datasets` leaves a scan out of the folds that validate on it"
+                    f" under another name). {MERGE}"
                 )
         most = max(len(source), len(target))
         return [x for part in (source, target) for x in (part * math.ceil(most / len(part)))[:most]]

@@ -57,7 +57,7 @@ DRY_RUNS = {
         "--seeds 1 --json none.json",
         "stunet pseudo-label",
         "stunet merge-datasets 951 961 --train-only 961 -d 981 -n AWithNear1",
-        "STUNET_SELF_TRAINING=both nnUNetv2_train 991 3d_fullres_small_batch 0 -tr SelfTrainingTr",
+        "STUNET_SELF_TRAINING=mean-teacher nnUNetv2_train 991 3d_fullres_small_batch 0 -tr SelfTr",
     ),
     "network_options_hippocampus": (
         "--test-cases 2 --training-cases 2 --seeds 1 --json none.json",

@@ -12,7 +12,7 @@ import torch
 
 from stunet_plugin.errors import PluginError
 from stunet_plugin.self_training import loss as losses
-from stunet_plugin.self_training.loss import ARMS, Step
+from stunet_plugin.self_training.loss import ARMS, MEAN_TEACHER
 
 from conftest import Workspace
 from trainer_helpers import DATASET, Make, batch_for, equal, started, state
@@ -31,11 +31,9 @@ def test_every_parameter_gets_a_gradient_whatever_the_batch(
     make: Make, name: str, arm: str
 ) -> None:
     trainer = started(make(name, dataset=TWO, options={"STUNET_SELF_TRAINING": arm}))
-    trainer.teacher = trainer._make_teacher() if ARMS[arm].teacher else None
+    trainer.teacher = trainer._make_teacher() if arm == MEAN_TEACHER else None
     trainer.num_epochs = 1
     for keys in (["s_1", "t_1"], ["s_1", "s_2"], ["t_1", "t_2"]):
-        # After the first steps the class models act.
-        trainer._steps_of_epoch = trainer.num_iterations_per_epoch // 2
         assert np.isfinite(trainer.train_step({**batch(trainer), "keys": np.array(keys)})["loss"])
         lacking = [x for x, y in trainer.network.named_parameters() if y.grad is None]
         assert lacking == []
@@ -46,7 +44,7 @@ def stepped(make: Make, arm: str, changes: dict[str, Any]) -> Any:
     """Make one step on a batch that is changed, with the same start; return the trainer."""
     options = {"STUNET_SELF_TRAINING": arm, "STUNET_SEED": 1}
     trainer = started(make(TINY, dataset=TWO, options=options))
-    trainer.teacher = trainer._make_teacher() if ARMS[arm].teacher else None
+    trainer.teacher = trainer._make_teacher() if arm == MEAN_TEACHER else None
     torch.manual_seed(5)
     trainer.train_step({**batch(trainer), **changes})
     return trainer
@@ -62,32 +60,6 @@ def test_labels_of_the_target_are_used_or_not(make: Make, arm: str, used: bool) 
     for target in targets:
         target[0] = 1
     assert not equal(state(first), state(stepped(make, arm, {"target": targets})))
-
-
-def test_voxels_on_which_the_classifiers_differ_are_left_out(make: Make) -> None:
-    trainer = started(make(TINY, dataset=TWO, options={"STUNET_SELF_TRAINING": "genrt"}))
-    loss, models = trainer.loss, trainer.loss.models
-    features = torch.randn(2, 4, 8, 8, 8)
-    labels = torch.zeros(2, 1, 8, 8, 8, dtype=torch.int16)
-    labels[:, :, 4:] = 1
-    features[:, 0] += 40.0 * labels[:, 0]
-    values = labels.flatten().long()
-    counts = torch.bincount(values, minlength=6)
-    models.update(features.movedim(1, -1).flatten(0, -2), values, counts)
-    wrong = labels.clone()
-    wrong[:, :, :2] = 1
-    seen: list[Any] = []
-    loss.supervised.forward = lambda outputs, targets: seen.append(targets) or outputs[0].sum()
-    loss._features, loss.step = features, Step(torch.tensor([False, True]), 0.5)
-    outputs = [torch.randn(2, 6, 8, 8, 8, requires_grad=True)] * 2
-    loss(outputs, [wrong, wrong[:, :, ::2, ::2, ::2]])
-    for target in seen[0]:
-        half = target.shape[2] // 4
-        assert (target[0] != loss.ignore).all(), "the source keeps its labels"
-        assert (target[1, :, :half] == loss.ignore).all()
-        assert (target[1, :, half:] != loss.ignore).all()
-    assert loss.share_left_out() == pytest.approx(0.25)
-    assert loss.share_left_out() is None
 
 
 def test_the_teacher_is_a_running_mean_and_sees_the_weak_view(make: Make) -> None:
@@ -124,10 +96,8 @@ def run(trainer: Any) -> None:
     trainer.run_training()
 
 
-def test_training_resumes_with_its_teacher_and_class_models(
-    make: Make, two_hospitals: dict[str, Any]
-) -> None:
-    options = {"STUNET_SELF_TRAINING": "both", "STUNET_EPOCHS": 1, "STUNET_ITERATIONS": 2}
+def test_training_resumes_with_its_teacher(make: Make, two_hospitals: dict[str, Any]) -> None:
+    options = {"STUNET_SELF_TRAINING": MEAN_TEACHER, "STUNET_EPOCHS": 1, "STUNET_ITERATIONS": 2}
     trainer = make("SelfTrainingTrainer", dataset=two_hospitals, options=options)
     run(trainer)
     log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
@@ -137,15 +107,14 @@ def test_training_resumes_with_its_teacher_and_class_models(
     resumed = make("SelfTrainingTrainer", dataset=two_hospitals, options={"STUNET_EPOCHS": 2})
     resumed.load_checkpoint(file)
     resumed.on_train_start()
-    assert resumed.loss.models.weight.sum() > 0
-    for name, value in trainer.loss.models.state().items():
-        assert torch.equal(value, resumed.loss.models.state()[name])
     for one, other in zip(trainer.teacher.parameters(), resumed.teacher.parameters(), strict=True):
         assert torch.equal(one, other)
     other_arm = make(
         "SelfTrainingTrainer", dataset=two_hospitals, options={"STUNET_SELF_TRAINING": "plain"}
     )
-    with pytest.raises(PluginError, match="=plain from .*: it is of STUNET_SELF_TRAINING=both"):
+    with pytest.raises(
+        PluginError, match="=plain from .*: it is of STUNET_SELF_TRAINING=mean-teacher"
+    ):
         other_arm.load_checkpoint(file)
 
 
@@ -182,12 +151,12 @@ REGIONS = {
     [
         (DATASET, {}, "this one has no target. Make one: `stunet pseudo-label"),
         ({**DATASET, "pseudo_labelled": [3]}, {}, "this one has no target"),
-        (REGIONS, {"STUNET_SELF_TRAINING": "genrt"}, "has regions. Set STUNET_SELF_TRAINING=plain"),
         (
-            TWO,
-            {"STUNET_SELF_TRAINING": "genert"},
-            "must be one of plain, mean-teacher, genrt, both",
+            REGIONS,
+            {"STUNET_SELF_TRAINING": MEAN_TEACHER},
+            "has regions. Set STUNET_SELF_TRAINING=plain",
         ),
+        (TWO, {"STUNET_SELF_TRAINING": "teacher"}, "must be one of plain, mean-teacher"),
     ],
 )
 def test_refusals(
