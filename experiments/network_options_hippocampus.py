@@ -57,6 +57,7 @@ STEPS, ROUNDS, OUTPUTS = 3, 7, 3
 SAME_TIME = 0.1
 """Arms whose steps take as long as the control's, but for this share, are not trained again."""
 STEPS_ALIKE, TIME_ALIKE = "iterations", "time"
+DICE = "validation_dice", "mean_validation_dice"
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class Study(Experiment):
             if alike in budgets:
                 iterations = budgets[alike]
                 fold = self.run_arm(name, seed, iterations)
-                reached = {} if self.dry_run else read_run(fold)
+                run = {} if self.dry_run else read_run(fold)
+                reached = {x: run[x] for x in DICE if x in run}
                 found.append({"arm": name, "seed": seed, "iterations": iterations, **reached})
         return found
 
