@@ -7,7 +7,7 @@ from stunet_plugin.commands.command import Command, required
 
 @dataclass(frozen=True)
 class Path(Command):
-    """Print the folder of our trainers (for nnUNet_extTrainer) or planners."""
+    """Print the folder of our trainers (for nnUNet_extTrainer) or of our planners (plans)."""
 
     command = "path"
     example = "export nnUNet_extTrainer=$(stunet path trainers)"

@@ -114,6 +114,12 @@ def _described(places: Mapping[str, Path], entry: Entry, where: str) -> Path:
         for folder in (references, references.absolute().parent):
             if "labels" in entry or (folder / OWN_LABELS).is_file():
                 return folder
+        if references.is_dir() and "images" not in places:
+            raise PluginError(
+                f"{where}: {references} has no dataset.json, which says what label values mean. Add"
+                " ,labels=FILE, such as one with {labels: {liver: 1, spleen: 2}}, or the name of a"
+                " published label system."
+            )
     raise PluginError(
         f"{where}: give folder (a raw dataset of nnU-Net), or images, references and labels;"
         " no images are needed where all predictions are there (--predictions). labels is a"

@@ -33,7 +33,8 @@ def examine_dataset(options: Doctor) -> int:
     if options.processes is not None and options.processes < 1:
         raise PluginError(f"-np must be at least 1, not {options.processes}.")
     folder = find_raw(str(options.dataset))
-    return report(findings(options, folder), options.json)
+    fine = "The dataset is fine. `stunet doctor` alone checks the installation."
+    return report(findings(options, folder), options.json, fine)
 
 
 def findings(options: Doctor, folder: Path) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ LIBRARIES = ("torch", "dynamic-network-architectures", "batchgeneratorsv2", "tor
 
 def examine(trainer: str, as_json: bool = False) -> int:
     """Print the report; return 0 if nothing is wrong, else 1."""
-    return report(findings(trainer), as_json)
+    return report(findings(trainer), as_json, "Everything is in place.")
 
 
 def findings(trainer: str) -> Iterator[Finding]:

@@ -20,8 +20,9 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def report(findings: Iterable[Finding], as_json: bool) -> int:
-    """Print findings, each as soon as it is known; return 0 if nothing is wrong, else 1."""
+def report(findings: Iterable[Finding], as_json: bool, fine: str) -> int:
+    """Print findings, each as soon as it is known, and ``fine`` if nothing is wrong; return 0 if
+    so, else 1."""
     found = []
     for finding in findings:
         found.append(finding)
@@ -35,6 +36,6 @@ def report(findings: Iterable[Finding], as_json: bool) -> int:
         print(json.dumps({"wrong": wrong, "warnings": warnings, "findings": entries}, indent=1))
     else:
         looked = f" {warnings} thing(s) to look at." if warnings else ""
-        end = f"{wrong} thing(s) to fix." if wrong else "Everything is in place."
+        end = f"{wrong} thing(s) to fix." if wrong else fine
         print(f"\n{end}{looked}")
     return 1 if wrong else 0

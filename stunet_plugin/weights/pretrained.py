@@ -219,7 +219,7 @@ def describe_loaded(own: Mapping[str, torch.Tensor], checkpoint: dict[str, Any])
     return (
         f"Pretrained weights: {len(own) - len(left)} of {len(own)} tensors ({share:.1%} of the"
         f" weights) come from {checkpoint.get('trainer_name', 'an unknown trainer')}; {len(left)}"
-        f" start at random: {len(left) - len(others)} of the segmentation heads{besides}."
+        f" do not: {len(left) - len(others)} of the segmentation heads{besides}."
     )
 
 

@@ -76,7 +76,7 @@ P, R = "--predictions T={own}/labelsTr ", "--references {flare}/references"
 WRONG_PREDICTIONS = {
     R: "finished predictions by --predictions NAME=FOLDER",
     P: "references of finished predictions by --references FOLDER",
-    P + R: "give folder (a raw dataset of nnU-Net), or images, references and labels",
+    P + R: "which says what label values mean. Add ,labels=FILE",
     P + R + ",labels=FLARE22 " + M: "references has no images, which model M needs",
     P + R + "/none,labels=FLARE22": "there is no folder of references {flare}/references/none",
     P + R + ",label=FLARE22": "Did you mean labels?",

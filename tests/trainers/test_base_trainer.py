@@ -163,7 +163,7 @@ def test_fine_tuning_takes_weights_with_a_prefix_and_says_loudly_if_there_are_no
     assert all(torch.equal(weights[x], own[x]) for x in own if ".seg_layers." not in x)
     log = capsys.readouterr().out
     assert "no pretrained weights" not in log
-    assert re.search(r"come from PCTNetTrainer_ft; (\d+) start at random: \1 of the seg", log)
+    assert re.search(r"come from PCTNetTrainer_ft; (\d+) do not: \1 of the seg", log)
     assert f"Prefix {prefix!r} stripped from all names" in log
 
 
