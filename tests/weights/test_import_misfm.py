@@ -120,7 +120,9 @@ def test_segmentation_model_predicts_as_published(
     with torch.no_grad():
         network = helpers.load_model(model, stunet.patch).network
         output = network(torch.from_numpy(recorded["input"]))
-    assert np.abs(output.numpy() - recorded[f"{prefix}output_0"]).max() <= 1e-5
+    # Of the largest output: the recorded ones are as far from those in double precision.
+    expected = recorded[f"{prefix}output_0"]
+    assert np.abs(output.numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
     written = helpers.configuration(model)
     assert written["architecture"]["arch_kwargs"]["mode"] == mode
     assert (written["spacing"], written["patch_size"]) == ([3, 1, 1], list(patch))
